@@ -1,0 +1,198 @@
+"""Train the small MoE language model that the tests, the demo and the quality table run on.
+
+    python benchmarks/train_reference.py --output tests/data/reference
+
+Qwen3-MoE architecture, 4 blocks of 32 routed experts, top-4, 4.7M parameters, 4,096-token byte-level BPE, trained
+from scratch on the text of `reference_text.py` with the documents of `HELD_OUT` left out. Deterministic given
+`--seed` on one machine. Interrupt it at will: it continues from the last of its own checkpoints (`--work`).
+Writes `model/` (bfloat16), `calibration.jsonl`, `held_out.jsonl` and `training.json` (losses, seconds, settings).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from reference_text import CACHE, Document, load_documents, split_documents
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+VOCABULARY = 4096
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with one special token, which serves as beginning, end and padding."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def reference_config() -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=80,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        num_experts=32,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+
+
+def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> torch.Tensor:
+    """All documents as one row of token ids, each behind an end-of-text token."""
+    ids: list[int] = []
+    for document in documents:
+        ids.append(tokenizer.eos_token_id)
+        for line in document.text.splitlines(keepends=True):
+            ids.extend(tokenizer(line)["input_ids"])
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def batch_at(stream_T: torch.Tensor, step: int, arguments: argparse.Namespace) -> torch.Tensor:
+    """The batch of one step, a function of the step alone, so that a resumed run sees the same data."""
+    rows = (len(stream_T) - 1) // arguments.length
+    order = [*range(rows)]
+    first = step * arguments.batch
+    epoch = first // rows
+    random.Random(arguments.seed * 1000 + epoch).shuffle(order)
+    picked = [order[(first + i) % rows] for i in range(arguments.batch)]
+    return torch.stack([stream_T[r * arguments.length : (r + 1) * arguments.length] for r in picked]).long()
+
+
+def learning_rate(step: int, arguments: argparse.Namespace) -> float:
+    if step < arguments.warmup:
+        return arguments.learning_rate * (step + 1) / arguments.warmup
+    progress = (step - arguments.warmup) / max(1, arguments.steps - arguments.warmup)
+    return arguments.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def save_state(path: Path, step: int, seconds: float, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state[p].items():
+            tensors[f"{key}.{name}"] = value
+    beside = path.with_suffix(".writing")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, beside)
+    beside.rename(path)
+    path.with_suffix(".json").write_text(json.dumps({"step": step, "seconds": seconds}))
+
+
+def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    if not path.with_suffix(".json").exists():
+        return 0, 0.0
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(tensors[f"model.{name}"])
+            optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    state = json.loads(path.with_suffix(".json").read_text())
+    return state["step"], state["seconds"]
+
+
+def train(stream_T: torch.Tensor, arguments: argparse.Namespace) -> tuple[Qwen3MoeForCausalLM, list[float], float]:
+    """Train for `arguments.steps` steps; returns the float32 model, the loss of each step of this run, seconds."""
+    torch.manual_seed(arguments.seed)
+    model = Qwen3MoeForCausalLM(reference_config())
+    model.set_experts_implementation("grouped_mm")
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=0.0, betas=(0.9, 0.95)
+    )
+    state = arguments.work / "state.safetensors"
+    first, seconds = load_state(state, model, optimizer)
+    losses = []
+    progress = tqdm(range(first, arguments.steps), initial=first, total=arguments.steps, mininterval=10)
+    for step in progress:
+        started = time.perf_counter()
+        ids = batch_at(stream_T, step, arguments)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, arguments)
+        out = model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(out.loss.item() - model.config.router_aux_loss_coef * out.aux_loss.item())
+        seconds += time.perf_counter() - started
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        if (step + 1) % arguments.save_every == 0:
+            save_state(state, step + 1, seconds, model, optimizer)
+    return model, losses, seconds
+
+
+def write_documents(path: Path, documents: list[Document]) -> None:
+    lines = [json.dumps({"title": d.title, "text": d.text}, ensure_ascii=False) for d in documents]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=CACHE.parent / "train_reference")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.use_deterministic_algorithms(True)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    training, calibration, held_out = split_documents(load_documents())
+    tokenizer = train_tokenizer(training)
+    stream_T = token_stream(tokenizer, training)
+    print(f"{len(training)} training documents, {len(stream_T):,} tokens", flush=True)
+    model, losses, seconds = train(stream_T, arguments)
+
+    model.to(torch.bfloat16).save_pretrained(arguments.output / "model")
+    tokenizer.save_pretrained(arguments.output / "model")
+    write_documents(arguments.output / "calibration.jsonl", calibration)
+    write_documents(arguments.output / "held_out.jsonl", held_out)
+    record = {
+        "settings": {k: v for k, v in vars(arguments).items() if isinstance(v, (int, float))},
+        "training_tokens": len(stream_T),
+        "seen_tokens": arguments.steps * arguments.batch * arguments.length,
+        "seconds": round(seconds),
+        "last_loss": sum(losses[-50:]) / max(1, len(losses[-50:])),
+    }
+    (arguments.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

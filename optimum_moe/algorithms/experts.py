@@ -1,0 +1,81 @@
+"""Canonical view of the routed experts of one block.
+
+Shape letters: E experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+PerExpert = Sequence[torch.Tensor] | torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertTensors:
+    """Weights of a block's routed experts, independent of how the architecture stores them.
+
+    Every field is indexed by expert and may be a tensor with a leading expert axis or a sequence of one tensor per
+    expert. The tensors may be strided views (transposed, interleaved) of the model's own storage: nothing is copied.
+
+    Args:
+        up: `up[e]` of shape (I, H); the only input projection of non-gated experts.
+        down: `down[e]` of shape (H, I).
+        gate: `gate[e]` of shape (I, H), or None for non-gated experts.
+        gate_bias: `gate_bias[e]` of shape (I,), or None.
+        up_bias: `up_bias[e]` of shape (I,), or None.
+        down_bias: `down_bias[e]` of shape (H,), or None.
+
+    Raises:
+        ValueError: if a field has another number of experts than `up`, or expert 0 another shape than the above.
+    """
+
+    up: PerExpert
+    down: PerExpert
+    gate: PerExpert | None = None
+    gate_bias: PerExpert | None = None
+    up_bias: PerExpert | None = None
+    down_bias: PerExpert | None = None
+
+    def __post_init__(self) -> None:
+        """Check the layout once, so that no later step has to guess an axis."""
+        if len(self.up) == 0 or self.up[0].ndim != 2:
+            raise ValueError("up must hold at least one (I, H) matrix. Pass the experts' up projection per expert.")
+        inner, hidden = self.up[0].shape
+        expected: dict[str, tuple[PerExpert | None, tuple[int, ...]]] = {
+            "down": (self.down, (hidden, inner)),
+            "gate": (self.gate, (inner, hidden)),
+            "gate_bias": (self.gate_bias, (inner,)),
+            "up_bias": (self.up_bias, (inner,)),
+            "down_bias": (self.down_bias, (hidden,)),
+        }
+        for name, (values, shape) in expected.items():
+            if values is None:
+                continue
+            if len(values) != len(self.up):
+                raise ValueError(
+                    f"{name} has {len(values)} experts and up has {len(self.up)}: they must agree. "
+                    "Pass the same experts in every field."
+                )
+            if tuple(values[0].shape) != shape:
+                raise ValueError(
+                    f"{name}[0] has shape {tuple(values[0].shape)}, but up[0] of shape {(inner, hidden)} asks for "
+                    f"{shape}. Pass a view in the canonical orientation."
+                )
+
+    @property
+    def num_experts(self) -> int:
+        """Number of routed experts E."""
+        return len(self.up)
+
+    @property
+    def intermediate_size(self) -> int:
+        """Number of intermediate neurons I of each expert."""
+        return int(self.up[0].shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width H of the residual stream."""
+        return int(self.up[0].shape[1])

@@ -1,0 +1,54 @@
+"""Similarity between experts, mapped to [0, 1].
+
+Shape letters: E experts, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def gram_similarity(gram_EE: torch.Tensor) -> torch.Tensor:
+    """Similarity of experts from the uncentred Gram matrix of their signals.
+
+    With `gram_EE = sum_t l_t l_t^T` over router logits l_t this is the router-logit similarity of M-SMoE
+    ("Merge, Then Compress", arXiv 2310.01334): (cosine + 1) / 2 between logit columns over the calibration tokens.
+
+    Args:
+        gram_EE: (E, E) symmetric Gram matrix, any float dtype.
+
+    Returns:
+        (E, E) float64 in [0, 1] with ones on the diagonal. An expert whose signal is zero has cosine 0 to the others.
+
+    Raises:
+        ValueError: if the matrix is not square or holds NaN or infinity.
+    """
+    if gram_EE.ndim != 2 or gram_EE.shape[0] != gram_EE.shape[1]:
+        raise ValueError(f"A Gram matrix is square, got shape {tuple(gram_EE.shape)}. Pass sum_t l_t l_t^T, (E, E).")
+    gram_EE = gram_EE.double()
+    if not bool(gram_EE.isfinite().all()):
+        raise ValueError("The Gram matrix holds NaN or infinity. Check the calibration data and the model's dtype.")
+    norm_E = gram_EE.diagonal().clamp_min(0).sqrt()
+    # Dividing one side at a time cannot underflow where the product of two tiny norms would.
+    inverse_E = torch.where(norm_E > 0, norm_E.reciprocal(), torch.zeros_like(norm_E))
+    cosine_EE = (gram_EE * inverse_E[:, None] * inverse_E).clamp(-1, 1)
+    cosine_EE.fill_diagonal_(1)
+    return (cosine_EE + 1) / 2
+
+
+def vector_similarity(vectors_ED: torch.Tensor) -> torch.Tensor:
+    """Similarity of experts from one vector each: router rows, mean outputs (HC-SMoE), flattened weights.
+
+    Args:
+        vectors_ED: (E, D), any float dtype.
+
+    Returns:
+        (E, E) float64, (cosine + 1) / 2, as `gram_similarity`.
+
+    Raises:
+        ValueError: if the input is not a matrix or holds NaN or infinity.
+    """
+    if vectors_ED.ndim != 2:
+        raise ValueError(f"Expected one vector for each expert, got shape {tuple(vectors_ED.shape)}. Pass (E, D).")
+    vectors_ED = vectors_ED.double()
+    return gram_similarity(vectors_ED @ vectors_ED.T)

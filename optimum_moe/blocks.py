@@ -1,0 +1,54 @@
+"""What is known of an MoE block before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """One MoE block.
+
+    Args:
+        name: Module path, for example `model.layers.3.mlp`.
+        index: Position among the MoE blocks of the model, from 0.
+        num_experts: Routed experts (E).
+        top_k: Experts that the router selects for a token (K).
+        router_groups: Router groups that the experts are divided into (1 where there is no such limit).
+        intermediate_size: Neurons of one expert (I).
+        hidden_size: Width of the residual stream (H).
+        expert_parameters: Parameters of one routed expert.
+        expert_multiply_adds: Multiply-adds of one routed expert on one token.
+        router_parameters: Parameters that the router holds for one expert.
+        stack: Which input's padding mask belongs to the tokens of this block.
+    """
+
+    name: str
+    index: int
+    num_experts: int
+    top_k: int
+    router_groups: int
+    intermediate_size: int
+    hidden_size: int
+    expert_parameters: int
+    expert_multiply_adds: int
+    router_parameters: int
+    stack: Literal["encoder", "decoder"] = "decoder"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model before any weight is read.
+
+    Args:
+        blocks: Its MoE blocks.
+        parameters: Parameters of the whole model, tied ones once.
+        bytes: Bytes of the whole checkpoint.
+        expert_itemsize: Bytes of one expert parameter.
+    """
+
+    blocks: tuple[BlockInfo, ...]
+    parameters: int
+    bytes: int
+    expert_itemsize: float

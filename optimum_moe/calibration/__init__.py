@@ -1,0 +1,6 @@
+"""Calibration data and the observer."""
+
+from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig, build_batches
+from optimum_moe.calibration.observe import observe
+
+__all__ = ["CalibrationBatches", "CalibrationConfig", "build_batches", "observe"]

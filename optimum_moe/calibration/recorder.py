@@ -1,0 +1,153 @@
+"""`BlockRecorder`: turns the calls of one MoE block into `BlockStatistics`, in memory that no token count changes."""
+
+from __future__ import annotations
+
+import torch
+
+from optimum_moe.statistics import BlockStatistics, Reservoir
+
+
+class BlockRecorder:
+    """Accumulates statistics of a block with E routed experts, I neurons each, on a residual stream of width H.
+
+    Args:
+        num_experts: E.
+        intermediate_size: I.
+        hidden_size: H.
+        reservoir_tokens: Size of the sample of tokens.
+        seed: Seed of the sample; equal seeds pick the same tokens in every block.
+    """
+
+    def __init__(
+        self, num_experts: int, intermediate_size: int, hidden_size: int, reservoir_tokens: int = 4096, seed: int = 0
+    ) -> None:
+        self.num_experts = num_experts
+        self.num_tokens = 0
+        self._mask_T: torch.Tensor | None = None
+        self._valid_T = torch.empty(0, dtype=torch.bool)
+        self._router_input_TH = torch.empty(0)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        e = num_experts
+        self.token_count_E, self.gate_sum_E = zeros(e), zeros(e)
+        self.output_norm_sum_E, self.output_sq_sum_E = zeros(e), zeros(e)
+        self.gated_norm_sum_E, self.gated_sq_sum_E = zeros(e), zeros(e)
+        self.input_sq_EH, self.hidden_sq_EI = zeros(e, hidden_size), zeros(e, intermediate_size)
+        self.coactivation_EE, self.router_gram_EE, self.router_sum_E = zeros(e, e), zeros(e, e), zeros(e)
+        self._sample = _Sample(reservoir_tokens, seed)
+
+    def expect(self, mask_BS: torch.Tensor | None) -> None:
+        """Announce the padding mask of the next forward pass (1 = a token that counts), None for no padding."""
+        self._mask_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+
+    def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
+        """Accumulate the Gram matrix of the logits."""
+        valid_T = self._valid(len(logits_TE), logits_TE.device)
+        logits = logits_TE[valid_T].double().cpu()
+        self.router_gram_EE += logits.T @ logits
+        self.router_sum_E += logits.sum(0)
+        self._router_input_TH = input_TH
+
+    def begin(self, input_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        """Count selections of one call and sample its tokens."""
+        self._valid_T = valid_T = self._valid(len(input_TH), input_TH.device)
+        index, weights = index_TK[valid_T].cpu(), weights_TK[valid_T].cpu()
+        self.num_tokens += len(index)
+        counts = (index < self.num_experts) & (weights != 0)
+        chosen_TE = torch.zeros(len(index), self.num_experts + 1, dtype=torch.float64)
+        chosen_TE.scatter_(1, index.masked_fill(~counts, self.num_experts).long(), 1.0)
+        chosen_TE = chosen_TE[:, : self.num_experts]
+        self.coactivation_EE += chosen_TE.T @ chosen_TE
+        router_input_TH = self._router_input_TH
+        same = router_input_TH.data_ptr() == input_TH.data_ptr() or torch.equal(router_input_TH, input_TH)
+        index = index.masked_fill(~counts, self.num_experts)
+        self._sample.add(router_input_TH[valid_T], None if same else input_TH[valid_T], index, weights)
+
+    def expert(
+        self,
+        expert: int,
+        token_P: torch.Tensor,
+        weight_P: torch.Tensor,
+        input_PH: torch.Tensor,
+        hidden_PI: torch.Tensor,
+        output_PH: torch.Tensor,
+    ) -> None:
+        """Add one expert's routed tokens to its sums."""
+        keep_P = self._valid_T[token_P] & (weight_P != 0)
+        gate_P = weight_P[keep_P].double()
+        norm_P = output_PH[keep_P].float().norm(dim=-1).double()
+        self.token_count_E[expert] += len(gate_P)
+        self.gate_sum_E[expert] += gate_P.sum().cpu()
+        self.output_norm_sum_E[expert] += norm_P.sum().cpu()
+        self.output_sq_sum_E[expert] += norm_P.square().sum().cpu()
+        self.gated_norm_sum_E[expert] += (gate_P * norm_P).sum().cpu()
+        self.gated_sq_sum_E[expert] += (gate_P * norm_P).square().sum().cpu()
+        self.input_sq_EH[expert] += input_PH[keep_P].float().square().sum(0, dtype=torch.float64).cpu()
+        self.hidden_sq_EI[expert] += hidden_PI[keep_P].float().square().sum(0, dtype=torch.float64).cpu()
+
+    def statistics(self) -> BlockStatistics:
+        """What was accumulated so far."""
+        return BlockStatistics(
+            num_tokens=self.num_tokens,
+            token_count_E=self.token_count_E,
+            gate_sum_E=self.gate_sum_E,
+            output_norm_sum_E=self.output_norm_sum_E,
+            output_sq_sum_E=self.output_sq_sum_E,
+            gated_norm_sum_E=self.gated_norm_sum_E,
+            gated_sq_sum_E=self.gated_sq_sum_E,
+            input_sq_EH=self.input_sq_EH,
+            hidden_sq_EI=self.hidden_sq_EI,
+            coactivation_EE=self.coactivation_EE,
+            router_gram_EE=self.router_gram_EE,
+            router_sum_E=self.router_sum_E,
+            reservoir=self._sample.reservoir(),
+        )
+
+    def _valid(self, tokens: int, device: torch.device) -> torch.Tensor:
+        if self._mask_T is None:
+            return torch.ones(tokens, dtype=torch.bool, device=device)
+        if len(self._mask_T) != tokens:
+            raise ValueError(
+                f"The block saw {tokens} tokens where the attention mask has {len(self._mask_T)}. Give inputs whose "
+                "attention_mask covers exactly the tokens of the block, or pack the data so that no mask is needed."
+            )
+        return self._mask_T.to(device)
+
+
+class _Sample:
+    """Reservoir sampling: every token draws a key, the tokens with the smallest keys stay."""
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self.capacity = capacity
+        self._generator = torch.Generator().manual_seed(seed)
+        self._keys_S = torch.empty(0, dtype=torch.float64)
+        self._columns: list[torch.Tensor | None] = []
+
+    def add(self, *columns: torch.Tensor | None) -> None:
+        tokens = next(len(c) for c in columns if c is not None)
+        keys_T = torch.rand(tokens, dtype=torch.float64, generator=self._generator)
+        old = self._columns or [None if c is None else c[:0].cpu() for c in columns]
+        keys = torch.cat([self._keys_S, keys_T])
+        kept = torch.arange(len(keys))
+        if len(keys) > self.capacity:
+            kept = keys.topk(self.capacity, largest=False).indices.sort().values
+        before = len(self._keys_S)
+        keep_old, keep_new = kept[kept < before], kept[kept >= before] - before
+        self._keys_S = keys[kept]
+        self._columns = [
+            None if new is None or was is None else torch.cat([was[keep_old], new.detach()[keep_new.to(new.device)].cpu()])
+            for was, new in zip(old, columns, strict=True)
+        ]
+
+    def reservoir(self) -> Reservoir:
+        if not self._columns:
+            empty = torch.empty(0, 0)
+            return Reservoir(empty, empty, torch.empty(0, 0, dtype=torch.int64), empty)
+        router_input_SH, experts_input_SH, index_SK, weights_SK = self._columns
+        assert router_input_SH is not None
+        assert index_SK is not None
+        assert weights_SK is not None
+        shared = router_input_SH if experts_input_SH is None else experts_input_SH
+        return Reservoir(router_input_SH, shared, index_SK, weights_SK)

@@ -1,0 +1,214 @@
+"""From documents to rows of token ids: seeded order, tokenisation, packing, and mixing by weight. All of it is lazy."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from optimum_moe.calibration.sources import Document, TextSource
+
+TokenIds: TypeAlias = list[int]
+
+# Documents tokenised in one call: enough for the fast tokenizers' threads, few enough to waste little at the end.
+_TOKENIZE_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Affixes:
+    """The special tokens a tokenizer puts around a text, for instance BOS before it; both may be empty."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+
+
+@dataclass
+class Draw:
+    """One source while it is being read, and the counts that describe what was taken from it.
+
+    Args:
+        source: where the documents come from.
+        texts_read: documents tokenised so far (parts, for documents cut by `split_long`).
+        empty_texts: how many of those had no token.
+        items: rows (or documents) taken.
+        tokens: tokens in them.
+        tokens_left_over: tokens at the end of the source that did not fill a packed row.
+        exhausted: whether the source ran out.
+    """
+
+    source: TextSource
+    texts_read: int = 0
+    empty_texts: int = 0
+    items: int = 0
+    tokens: int = 0
+    tokens_left_over: int = 0
+    exhausted: bool = False
+
+
+def find_affixes(tokenizer: Any) -> Affixes:
+    """The special tokens that `tokenizer` adds around a text by itself."""
+    # A tokenizer of whole words may know none of the shorter ones.
+    for probe in ("a", "1", "the", "hello"):
+        bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+        full = list(tokenizer(probe)["input_ids"])
+        for start in range(len(full) - len(bare) + 1 if bare else 0):
+            if full[start : start + len(bare)] == bare:
+                return Affixes(tuple(full[:start]), tuple(full[start + len(bare) :]))
+    return Affixes((), ())
+
+
+def split_long(document: Document, max_chars: int) -> list[Document]:
+    """Cut a text of more than 4 * max_chars characters into consecutive parts of at most max_chars characters.
+
+    A whole book in one file would otherwise be tokenised whole, and only its beginning ever sampled. Cuts fall after a
+    line, else after a space, where there is one; the parts joined are the text. Chats stay whole.
+    """
+    if not isinstance(document, str) or len(document) <= 4 * max_chars:
+        return [document]
+    parts: list[Document] = []
+    start = 0
+    while start < len(document):
+        end = start + max_chars
+        if end < len(document):
+            for mark in ("\n", " "):
+                found = document.rfind(mark, start + max_chars // 2, end)
+                if found >= 0:
+                    end = found + 1
+                    break
+        parts.append(document[start:end])
+        start = end
+    return parts
+
+
+def ordered(source: TextSource, seed: int, max_chars: int) -> Iterator[Document]:
+    """The documents of a source in their seeded order.
+
+    Sources in memory are cut (`split_long`) and then shuffled; columns on disk are visited in a shuffled order and cut
+    when visited; streams keep their order, since they may have no end.
+    """
+    documents = source.documents
+    if isinstance(documents, Iterator):
+        for document in documents:
+            yield from split_long(document, max_chars)
+    elif isinstance(documents, list):
+        parts = [part for document in documents for part in split_long(document, max_chars)]
+        random.Random(seed).shuffle(parts)
+        yield from parts
+    else:
+        order = list(range(len(documents)))
+        random.Random(seed).shuffle(order)
+        for index in order:
+            yield from split_long(documents[index], max_chars)
+
+
+def render_chat(chat: Document, tokenizer: Any) -> str:
+    """A document as text; chats through the tokenizer's chat template.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if isinstance(chat, str):
+        return chat
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"The calibration data holds chats, and {type(tokenizer).__name__} has no chat template. Set "
+            "tokenizer.chat_template, or pass the chats as rendered strings."
+        )
+    return str(tokenizer.apply_chat_template(chat, tokenize=False))
+
+
+def tokenized(documents: Iterable[Document], tokenizer: Any, draw: Draw) -> Iterator[TokenIds]:
+    """Token ids of every document that has any, without the special tokens that the tokenizer would add."""
+    pending: list[str] = []
+
+    def flush() -> Iterator[TokenIds]:
+        if not pending:
+            return
+        for ids in tokenizer(pending, add_special_tokens=False, verbose=False)["input_ids"]:
+            draw.texts_read += 1
+            if ids:
+                yield list(ids)
+            else:
+                draw.empty_texts += 1
+        pending.clear()
+
+    for document in documents:
+        pending.append(render_chat(document, tokenizer))
+        if len(pending) == _TOKENIZE_AT_ONCE:
+            yield from flush()
+    yield from flush()
+
+
+def packed_rows(
+    documents: Iterable[TokenIds], length: int, eos: int, prefix: Sequence[int], draw: Draw
+) -> Iterator[TokenIds]:
+    """Rows of exactly `length` tokens cut from the documents joined by `eos`.
+
+    Each row starts with `prefix` (models that train with BOS are thrown off without it). What is left at the end of
+    the source and fills no row is counted in `draw.tokens_left_over`.
+    """
+    buffer: TokenIds = []
+    head = list(prefix)
+    for ids in documents:
+        buffer += ids
+        if ids[-1] != eos:
+            buffer.append(eos)
+        start = 0
+        while len(buffer) - start >= length:
+            row_head = [] if buffer[start : start + len(head)] == head else head
+            end = start + length - len(row_head)
+            yield row_head + buffer[start:end]
+            start = end
+        del buffer[:start]
+    draw.tokens_left_over = len(buffer)
+
+
+def document_rows(documents: Iterable[TokenIds], length: int, affixes: Affixes) -> Iterator[TokenIds]:
+    """One document a row of at most `length` tokens; a longer one gives several rows, each with the prefix."""
+    prefix, suffix = list(affixes.prefix), list(affixes.suffix)
+    for ids in documents:
+        body = ids[len(prefix) :] if prefix and ids[: len(prefix)] == prefix else list(ids)
+        if suffix and body[-len(suffix) :] != suffix:
+            body += suffix
+        room = length - len(prefix)
+        for start in range(0, len(body), room):
+            yield prefix + body[start : start + room]
+
+
+def mix(
+    draws: Sequence[Draw],
+    items_of: Callable[[Draw], Iterator[TokenIds]],
+    max_items: int | None,
+    max_tokens: int | None,
+) -> list[TokenIds]:
+    """Take items from several sources so that their token counts follow the weights, until a limit or an end.
+
+    The next item always comes from the source that is furthest behind its share, so the shares hold to within one item
+    wherever it stops. It stops when a source with weight runs out, since going on would break the shares.
+
+    Args:
+        draws: the sources; their counts are updated.
+        items_of: opens the items (rows or documents, as token ids) of a source.
+        max_items: at most so many items, None for no limit.
+        max_tokens: at most so many tokens, None for no limit; an item that would exceed it is not taken.
+
+    Returns:
+        The items in the order taken.
+    """
+    streams = [items_of(draw) for draw in draws]
+    taken: list[TokenIds] = []
+    total = 0
+    while max_items is None or len(taken) < max_items:
+        index = min(range(len(draws)), key=lambda i: (draws[i].tokens / draws[i].source.weight, i))
+        item = next(streams[index], None)
+        if item is None:
+            draws[index].exhausted = True
+            break
+        if max_tokens is not None and total + len(item) > max_tokens:
+            break
+        taken.append(item)
+        total += len(item)
+        draws[index].items += 1
+        draws[index].tokens += len(item)
+    return taken

@@ -1,0 +1,280 @@
+"""Reading calibration text: files, lists, chats, datasets and ready model inputs behind one interface.
+
+Nothing here executes code or unpickles: text files, JSON lines and Parquet columns are the only formats read from disk.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+Chat: TypeAlias = list[Mapping[str, Any]]
+"""One conversation: messages of {"role": ..., "content": ...}."""
+Document: TypeAlias = str | Chat
+"""What one source row holds: plain text, or a chat still to be rendered with the tokenizer's template."""
+
+FILE_TYPES = (".txt", ".jsonl", ".parquet")
+MESSAGES_COLUMN = "messages"
+
+
+class DocumentColumn:
+    """A sized, lazily read column of documents: row i is read and checked only when it is asked for.
+
+    Args:
+        length: number of rows.
+        read: row index -> raw value (a string, a list of messages, or None for an empty row).
+        name: how errors name the source.
+    """
+
+    def __init__(self, length: int, read: Callable[[int], Any], name: str) -> None:
+        self._length, self._read, self._name = length, read, name
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Document:
+        return to_document(self._read(index), f"row {index} of {self._name}")
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[index] for index in range(len(self)))
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Documents of one source, with the share of tokens that it gets in a mixture.
+
+    Args:
+        name: the source's own name (a file name, never a full path: it ends up in model cards).
+        documents: a list in memory, a lazily read column, or a one-shot stream.
+        weight: relative share of tokens in a mixture, > 0.
+    """
+
+    name: str
+    documents: list[Document] | DocumentColumn | Iterator[Document]
+    weight: float = 1.0
+
+    @property
+    def num_documents(self) -> int | None:
+        """Number of documents, None for a stream."""
+        return None if isinstance(self.documents, Iterator) else len(self.documents)
+
+
+@dataclass(frozen=True)
+class ReadyInputs:
+    """Model inputs that the caller has already made: dicts of tensors, passed on untouched."""
+
+    name: str
+    inputs: Iterable[Mapping[str, Any]]
+
+
+def did_you_mean(word: object, options: Iterable[str]) -> str:
+    """The tail of an error about an unknown name: "; did you mean 'x'?" with the nearest of `options`, or ""."""
+    matches = difflib.get_close_matches(str(word), list(options), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | ReadyInputs:
+    """Read any supported source, see `CalibrationConfig.source`.
+
+    Args:
+        source: a path, list of strings, list of chats, dataset, iterable of model inputs, or a mixture of text sources.
+        text_column: column of text in .jsonl, .parquet and datasets; a "messages" column is read as chats without it.
+
+    Returns:
+        The text sources with their weights (one with weight 1.0 unless it is a mixture), or the ready inputs.
+
+    Raises:
+        ValueError: nothing in the source, an unknown type of file or object, a missing column, an invalid weight.
+    """
+    pairs = _mixture(source)
+    if pairs is None:
+        read = _read_one(source, text_column)
+        return read if isinstance(read, ReadyInputs) else [read]
+    sources = []
+    for part, weight in pairs:
+        if isinstance(weight, bool) or not 0 < weight < float("inf"):
+            raise ValueError(f"The weight of {part!r} in a mixture is {weight}: it must be positive and finite.")
+        read = _read_one(part, text_column)
+        if isinstance(read, ReadyInputs):
+            raise ValueError("A mixture holds text sources, this one holds model inputs. Mix the inputs yourself.")
+        sources.append(TextSource(read.name, read.documents, float(weight)))
+    return sources
+
+
+def to_document(value: Any, where: str) -> Document:
+    """Check one raw value: text, a chat, or None (an empty row, returned as "").
+
+    Raises:
+        ValueError: it is neither; `where` names the place.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(m, Mapping) and "role" in m for m in value):
+        return [dict(message) for message in value]
+    raise ValueError(
+        f"Text or a chat is expected, {where} is {_shorten(value)}. Pass strings, or lists of "
+        '{"role": ..., "content": ...} messages.'
+    )
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _mixture(source: Any) -> list[tuple[Any, float]] | None:
+    if isinstance(source, Mapping):
+        if source and all(_is_number(weight) for weight in source.values()):
+            return list(source.items())
+        raise ValueError(
+            f"A dict as a source is a mixture of {{source: weight}}, this one has the keys {list(source)[:8]} and no "
+            "weights. Pass one split of a DatasetDict, or put a single dict of model inputs in a list."
+        )
+    if isinstance(source, list | tuple) and source and all(_is_pair(item) for item in source):
+        return list(source)
+    return None
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and _is_number(item[1])
+
+
+def _read_one(source: Any, text_column: str) -> TextSource | ReadyInputs:
+    if isinstance(source, str | os.PathLike):
+        return _read_file(Path(source), text_column)
+    if isinstance(source, bytes) or not isinstance(source, Iterable):
+        raise ValueError(
+            f"Unknown calibration source {_shorten(source)}. Pass a path to {', '.join(FILE_TYPES)}, a list of strings "
+            "or of chats, a datasets.Dataset, or an iterable of model inputs."
+        )
+    if hasattr(source, "column_names"):
+        return _read_dataset(source, text_column)
+    return _read_iterable(source, text_column)
+
+
+def _read_file(path: Path, text_column: str) -> TextSource:
+    if path.suffix.lower() not in FILE_TYPES:
+        raise ValueError(
+            f"Unknown file type {path.suffix!r} of {str(path)[:80]!r}"
+            f"{did_you_mean(path.suffix, FILE_TYPES) or '.'} A string is a path to one of "
+            f"{', '.join(FILE_TYPES)}; pass text itself as a list of strings."
+        )
+    if not path.is_file():
+        raise ValueError(f"There is no file {str(path)!r}. Check the path (the working directory is {os.getcwd()!r}).")
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path, text_column)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 ({error}). Convert it, for instance with iconv.") from error
+    if path.suffix.lower() == ".txt":
+        blocks: list[Document] = [block.strip("\n") for block in re.split(r"\n[^\S\n]*\n", text) if block.strip()]
+        return TextSource(path.name, blocks)
+    return TextSource(path.name, _parse_jsonl(text, path.name, text_column))
+
+
+def _parse_jsonl(text: str, name: str, text_column: str) -> list[Document]:
+    documents = []
+    # str.splitlines would also cut at U+2028, which JSON strings may hold unescaped.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {name}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Every line of a .jsonl file is one JSON object, {where} is not: {error}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"Every line of a .jsonl file is one JSON object, {where} is {_shorten(row)}.")
+        documents.append(to_document(row[_pick_column(list(row), text_column, where)], where))
+    return documents
+
+
+def _pick_column(columns: Iterable[str], text_column: str, where: str) -> str:
+    columns = list(columns)
+    for column in (text_column, MESSAGES_COLUMN):
+        if column in columns:
+            return column
+    raise ValueError(
+        f"No column {text_column!r} or {MESSAGES_COLUMN!r} in {where}, which has {columns}"
+        f"{did_you_mean(text_column, columns) or '.'} Set text_column."
+    )
+
+
+def _read_parquet(path: Path, text_column: str) -> TextSource:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ValueError(
+            f"Reading {path.name} needs pyarrow, which is not installed. Run `pip install pyarrow`, or convert the "
+            "file to .jsonl."
+        ) from error
+    with parquet.ParquetFile(path) as file:
+        column = _pick_column(file.schema_arrow.names, text_column, path.name)
+        values = file.read(columns=[column]).column(column)
+    return TextSource(path.name, DocumentColumn(len(values), lambda index: values[index].as_py(), path.name))
+
+
+def _read_dataset(dataset: Any, text_column: str) -> TextSource:
+    label = getattr(getattr(dataset, "info", None), "dataset_name", None) or type(dataset).__name__
+    split = getattr(dataset, "split", None)
+    name = f"{label}[{split}]" if split else str(label)
+    if not hasattr(dataset, "__len__"):
+        return TextSource(name, _records(iter(dataset), text_column, name))
+    column = _pick_column(dataset.column_names, text_column, name)
+    # Reading a row reads all its columns, and others may hold images.
+    texts = dataset.select_columns([column])
+    return TextSource(name, DocumentColumn(len(texts), lambda index: texts[index][column], name))
+
+
+def _read_iterable(source: Iterable[Any], text_column: str) -> TextSource | ReadyInputs:
+    is_list = isinstance(source, list | tuple)
+    items = iter(source)
+    first = next(items, None)
+    if first is None:
+        raise ValueError(f"The calibration source is empty ({type(source).__name__} without items). Pass data.")
+    if isinstance(first, Mapping) and "role" in first and is_list:
+        raise ValueError(
+            "A list of messages is one chat; pass a list of chats: [[{'role': ..., 'content': ...}, ...]]."
+        )
+    if _is_model_input(first):
+        # A list or a DataLoader can be read again, an iterator has already lost its first item.
+        inputs = source if items is not source else chain([first], items)
+        return ReadyInputs(f"{type(source).__name__} of model inputs", inputs)
+    stream = chain([first], items)
+    kind = "rows" if isinstance(first, Mapping) else "texts" if isinstance(first, str) else "chats"
+    name = f"list of {len(source)} {kind}" if isinstance(source, list | tuple) else f"stream of {kind}"
+    if kind == "rows":
+        documents = _records(stream, text_column, name)
+    else:
+        documents = (to_document(item, f"item {index} of {name}") for index, item in enumerate(stream))
+    return TextSource(name, list(documents) if is_list else documents)
+
+
+def _is_model_input(item: Any) -> bool:
+    if not isinstance(item, Mapping):
+        return False
+    return "input_ids" in item or any(isinstance(value, torch.Tensor) for value in item.values())
+
+
+def _records(rows: Iterator[Any], text_column: str, name: str) -> Iterator[Document]:
+    for index, row in enumerate(rows):
+        where = f"row {index} of {name}"
+        if not isinstance(row, Mapping):
+            raise ValueError(f"Every row is a dict, {where} is {_shorten(row)}.")
+        yield to_document(row[_pick_column(list(row), text_column, where)], where)

@@ -1,0 +1,151 @@
+"""The model to compress, before and after its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from optimum_moe.blocks import ModelInfo
+from optimum_moe.checkpoint.headers import Headers, read_headers
+from optimum_moe.surgeons import FoundBlock, find_blocks, owning_configs
+
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+_CONFIG_ARGUMENTS = (*_HUB_ARGUMENTS, "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint, or a model in memory, whose config and headers were read and checked.
+
+    Args:
+        name: Hub id, path, or class name of a model in memory.
+        config: Its config.
+        skeleton: The model on the meta device (the model itself where it is in memory).
+        blocks: Its MoE blocks.
+        info: Sizes.
+        headers: Of the checkpoint; None for a model in memory.
+        live: The model in memory that was given.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    skeleton: PreTrainedModel
+    blocks: tuple[FoundBlock, ...]
+    info: ModelInfo
+    headers: Headers | None = None
+    live: PreTrainedModel | None = None
+    directory: Path | None = None
+    load_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> PreTrainedModel:
+        """The model with its weights."""
+        if self.live is not None:
+            return self.live
+        auto = type(self.skeleton)
+        return auto.from_pretrained(self.directory, **self.load_arguments)
+
+    def identity(self) -> dict[str, Any]:
+        """What statistics and plans remember of the model they were made from."""
+        return {
+            "name": self.name,
+            "architecture": type(self.skeleton).__name__,
+            "num_experts": {found.info.name: found.info.num_experts for found in self.blocks},
+            "fingerprint": None if self.headers is None else self.headers.fingerprint,
+        }
+
+
+def open_source(
+    model: str | Path | PreTrainedModel, auto_class: type | None = None, dtype: str | torch.dtype = "auto", **kwargs: Any
+) -> ModelSource:
+    """Read config and headers of a checkpoint, or look at a model in memory; no weight is read.
+
+    Args:
+        model: Hub id, local path, or a `PreTrainedModel`.
+        auto_class: Auto class or model class to load with; by default the architecture that the config names.
+        dtype: As in `from_pretrained`; `"auto"` keeps the checkpoint's.
+        kwargs: Passed to `from_pretrained`; `revision`, `token`, `cache_dir`, `local_files_only` also to the download.
+
+    Raises:
+        ValueError: If there is no such checkpoint, it is quantised or already compressed, has no MoE blocks, or a
+            shard is missing or broken.
+    """
+    if isinstance(model, PreTrainedModel):
+        return _from_memory(model)
+    directory = _local_directory(str(model), kwargs)
+    config = AutoConfig.from_pretrained(directory, **{k: v for k, v in kwargs.items() if k in _CONFIG_ARGUMENTS})
+    _refuse_quantised(config)
+    skeleton = _skeleton(config, auto_class, kwargs.get("trust_remote_code", False))
+    blocks = tuple(find_blocks(skeleton))
+    headers = read_headers(directory)
+    itemsize = headers.itemsize
+    size = headers.bytes
+    if dtype not in ("auto", None):
+        itemsize = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
+        size = int(headers.parameters * itemsize)
+    info = ModelInfo(tuple(found.info for found in blocks), headers.parameters, size, itemsize)
+    arguments = {"dtype": dtype, **{k: v for k, v in kwargs.items() if k not in _HUB_ARGUMENTS}}
+    return ModelSource(str(model), config, skeleton, blocks, info, headers, None, directory, arguments)
+
+
+def _from_memory(model: PreTrainedModel) -> ModelSource:
+    _refuse_quantised(model.config)
+    if getattr(model, "is_quantized", False):
+        raise ValueError("The model in memory is quantised. Load its unquantised weights to compress them.")
+    blocks = tuple(find_blocks(model))
+    parameters = list(model.parameters())
+    expert = next(iter(blocks[0].surgeon.experts(blocks[0].module(model)).down))
+    info = ModelInfo(
+        tuple(found.info for found in blocks),
+        sum(p.numel() for p in parameters),
+        sum(p.numel() * p.element_size() for p in parameters),
+        expert.element_size(),
+    )
+    return ModelSource(type(model).__name__, model.config, model, blocks, info, live=model)
+
+
+def _local_directory(name: str, kwargs: Mapping[str, Any]) -> Path:
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"{name} has no config.json. Give the folder of a checkpoint in transformers format.")
+        return Path(name)
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{name} is no folder. Give a Hub id such as 'org/model', or the folder of a checkpoint.")
+    arguments = {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS}
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.gguf", "*.onnx"], **arguments))
+    except Exception as error:
+        raise ValueError(
+            f"{name!r} is neither a local folder nor a Hub model that could be fetched ({type(error).__name__}). "
+            "Check the name, the network and your token."
+        ) from error
+
+
+def _refuse_quantised(config: PreTrainedConfig) -> None:
+    for owner in owning_configs(config):
+        quantization = getattr(owner, "quantization_config", None)
+        if quantization is None:
+            continue
+        record = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = record.get("quant_method")
+        if str(method) == "optimum_moe":
+            raise ValueError("This checkpoint was already compressed by optimum_moe. Start from the original one.")
+        raise ValueError(
+            f"This checkpoint is already quantised ({getattr(method, 'value', method)}). Load it dequantised "
+            "(quantization_config=...Config(dequantize=True)), and pass the model in memory or its saved copy."
+        )
+
+
+def _skeleton(config: PreTrainedConfig, auto_class: type | None, trust_remote_code: bool) -> PreTrainedModel:
+    names = getattr(config, "architectures", None) or []
+    cls: Any = auto_class or (getattr(transformers, names[0], None) if names else None) or AutoModelForCausalLM
+    with torch.device("meta"):
+        if hasattr(cls, "_from_config"):
+            return cls._from_config(config)
+        return cls.from_config(config, trust_remote_code=trust_remote_code)

@@ -1,0 +1,124 @@
+"""Writing a compressed checkpoint: beside its place first, then renamed, so that nothing half-written is left."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from optimum_moe.surgeons import FoundBlock, owning_configs
+
+
+def check_destination(directory: str | Path, overwrite: bool = False) -> Path:
+    """Make sure that a checkpoint can be written to `directory`, before any work is done.
+
+    Raises:
+        ValueError: If it holds something and `overwrite` is not set, or it cannot be written.
+    """
+    directory = Path(directory).expanduser().absolute()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file. Give a folder.")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise ValueError(f"{directory} is not empty. Choose another folder, or pass overwrite=True (--overwrite).")
+    parent = directory.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"No permission to write in {parent}. Choose another folder, or change its permissions.")
+    return directory
+
+
+def check_space(directory: Path, size: int) -> None:
+    """Raise a `ValueError` unless the disk of `directory` has `size` bytes left."""
+    parent = directory.parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise ValueError(
+            f"{parent} has {free:,} bytes left, the checkpoint takes {size:,}. Free some space, or choose another disk."
+        )
+
+
+@contextmanager
+def written_beside(directory: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `directory` when the block ends and vanishes when it fails."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = directory.parent / f".{directory.name}.writing-{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        yield beside
+        _take_place(beside, directory)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"The disk of {directory.parent} is full; nothing was left of the attempt. Free some space, or choose "
+                "another disk."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _take_place(beside: Path, directory: Path) -> None:
+    if not directory.exists():
+        beside.rename(directory)
+        return
+    old = directory.parent / f".{directory.name}.replaced-{os.getpid()}"
+    directory.rename(old)
+    try:
+        beside.rename(directory)
+    except OSError:
+        old.rename(directory)
+        raise
+    shutil.rmtree(old)
+
+
+def write_model(model: PreTrainedModel, directory: Path, blocks: Sequence[FoundBlock], max_shard_size: str) -> None:
+    """Weights and config, the config in every spelling that readers of this architecture know."""
+    try:
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own, with the cause in its text only.
+        if "No space left" in str(error) or f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
+    path = directory / "config.json"
+    fields = {found.surgeon.count_fields for found in blocks}
+    path.write_text(json.dumps(spell_out(json.loads(path.read_text()), fields), indent=2, sort_keys=True) + "\n")
+
+
+def spell_out(config: Mapping[str, Any], count_fields: set[tuple[str, ...]]) -> dict[str, Any]:
+    """Add the spellings that other versions and runtimes read: every name of the expert count, flat `rope_theta`.
+
+    transformers 5 writes one spelling; transformers 4 then assumes the class's default, with wrong shapes.
+    """
+    spelled = {
+        key: spell_out(value, count_fields) if isinstance(value, Mapping) and key.endswith("_config") else value
+        for key, value in config.items()
+    }
+    for names in count_fields:
+        present = [spelled[name] for name in names if isinstance(spelled.get(name), int)]
+        if present:
+            spelled |= dict.fromkeys(names, present[0])
+    rope = spelled.get("rope_parameters")
+    if isinstance(rope, Mapping) and isinstance(rope.get("rope_theta"), (int, float)):
+        spelled.setdefault("rope_theta", rope["rope_theta"])
+    return spelled
+
+
+def set_expert_count(model: PreTrainedModel, blocks: Sequence[FoundBlock], count: int) -> None:
+    """Tell the config of a plain model how many experts it has."""
+    fields = {name for found in blocks for name in found.surgeon.count_fields[:1]}
+    for config in owning_configs(model.config):
+        for name in fields:
+            if hasattr(config, name):
+                setattr(config, name, count)

@@ -1,0 +1,5 @@
+"""The block loop and its sources."""
+
+from optimum_moe.engine.memory import BlockSource, MemorySource, decide_and_cut
+
+__all__ = ["BlockSource", "MemorySource", "decide_and_cut"]

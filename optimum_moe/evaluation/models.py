@@ -1,0 +1,81 @@
+"""Loading the models under test, and running them alike: eval mode, no gradients, only the logits that are needed."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+ModelOrPath: TypeAlias = PreTrainedModel | str | os.PathLike[str]
+
+
+def load_models(models: Iterable[tuple[str, ModelOrPath]]) -> list[PreTrainedModel]:
+    """Models from (name for errors, model or path); a path or Hub id is loaded once, in its stored dtype.
+
+    Raises:
+        ValueError: an encoder-decoder model, or something that is neither a model nor a path.
+    """
+    loaded: list[PreTrainedModel] = []
+    by_path: dict[str, PreTrainedModel] = {}
+    for name, model in models:
+        if isinstance(model, str | os.PathLike):
+            path = os.fspath(model)
+            if path not in by_path:
+                by_path[path] = AutoModelForCausalLM.from_pretrained(path)
+            model = by_path[path]
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"{name} is a {type(model).__name__}. Pass a PreTrainedModel, or a path to one.")
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{name} ({type(model).__name__}) is an encoder-decoder model, which no choice of tasks=... supports: "
+                "held-out text gives its decoder no input of its own, and fed the text itself it only copies. Measure "
+                "it on pairs of input and target with a metric of your own, or pass a decoder-only model."
+            )
+        loaded.append(model)
+    return loaded
+
+
+def find_tokenizer(tokenizer: Any, candidates: Sequence[ModelOrPath | None]) -> Any:
+    """The tokenizer given, else the one saved with the first path among `candidates`, else None."""
+    if tokenizer is not None:
+        return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+    for candidate in candidates:
+        if isinstance(candidate, str | os.PathLike):
+            return AutoTokenizer.from_pretrained(os.fspath(candidate))
+    return None
+
+
+@contextmanager
+def measuring(models: Sequence[PreTrainedModel]) -> Iterator[None]:
+    """Eval mode and inference mode inside; every module's training flag is put back afterwards."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def logits_of(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, last: int = 0) -> Tensor:
+    """Logits of the last `last` positions, (B, last, V), in the model's dtype; of all positions for 0.
+
+    Models that can are asked for those positions only: the whole row's logits are the largest tensor of a forward.
+    """
+    extra: dict[str, Any] = {"logits_to_keep": last} if last and _keeps_logits(model) else {}
+    if attention_mask is not None:
+        extra["attention_mask"] = attention_mask.to(model.device)
+    logits: Tensor = model(input_ids=input_ids.to(model.device), use_cache=False, **extra).logits
+    return logits[:, -last:]
+
+
+def _keeps_logits(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters

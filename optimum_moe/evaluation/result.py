@@ -1,0 +1,123 @@
+"""What an evaluation gives back: scores with intervals, the units behind them, a table, and paired differences."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optimum_moe.calibration.sources import did_you_mean
+from optimum_moe.evaluation.scores import Score, UnitScores, paired_interval
+
+_DIGITS = {"perplexity": 3, "kl": 5}
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scores of one model.
+
+    Args:
+        scores: by name, in this order where computed: `perplexity`; `kl` (nats a token) and `top1_agreement` against
+            the reference; `choice_accuracy`; `generation_agreement` and `prefix_agreement` with the reference's
+            continuation; `loop_rate`.
+        units: by the same names, the scores of single windows, questions or prompts.
+        data: JSON-able record of the text, settings, and the overlap with calibration data where it was checked.
+    """
+
+    scores: dict[str, Score]
+    units: dict[str, UnitScores] = field(repr=False)
+    data: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, units: Mapping[str, UnitScores], data: Mapping[str, Any], seed: int) -> EvaluationResult:
+        """From units, with bootstrap intervals of the given seed."""
+        return cls({name: unit.summary(seed) for name, unit in units.items()}, dict(units), dict(data))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-able data."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict()` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EvaluationResult:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+        """
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(raw, dict) or set(raw) != {"scores", "units", "data"}:
+            raise ValueError(f"{path} is no saved EvaluationResult. Pass a file written by EvaluationResult.save.")
+        units = {
+            name: UnitScores(tuple(unit["total"]), tuple(unit["weight"]), unit["exponential"])
+            for name, unit in raw["units"].items()
+        }
+        return cls({name: Score(**score) for name, score in raw["scores"].items()}, units, raw["data"])
+
+
+def paired_difference(
+    result_a: EvaluationResult, result_b: EvaluationResult, score: str, seed: int = 0
+) -> tuple[float, float, float]:
+    """Difference a - b of one score, with a 95% interval from resampling the units that both models were scored on.
+
+    Much narrower than comparing the two intervals, since what makes a text hard is hard for both models.
+
+    Args:
+        result_a: one model's result.
+        result_b: another's, on the same text with the same settings.
+        score: name of the score.
+        seed: of the bootstrap, default 0.
+
+    Returns:
+        (difference, low, high).
+
+    Raises:
+        ValueError: a result lacks the score, or they were measured on different text.
+    """
+    for result in (result_a, result_b):
+        if score not in result.units:
+            names = list(result.units)
+            raise ValueError(f"No score {score!r}{did_you_mean(score, names) or '.'} The result has {names}.")
+    for key in ("hash", "seed", "sequence_length", "num_questions", "num_prompts", "new_tokens"):
+        if result_a.data.get(key) != result_b.data.get(key):
+            raise ValueError(
+                f"The results differ in {key} ({result_a.data.get(key)} and {result_b.data.get(key)}): their units do "
+                "not pair up. Evaluate both on the same text with the same settings."
+            )
+    return paired_interval(result_a.units[score], result_b.units[score], seed)
+
+
+def format_results(results: Mapping[str, EvaluationResult]) -> str:
+    """A plain text table: one row a model, one column a score with its 95% interval, n units in the header.
+
+    Raises:
+        ValueError: no result.
+    """
+    if not results:
+        raise ValueError("There is no result to print. Pass at least one.")
+    names = list(dict.fromkeys(name for result in results.values() for name in result.scores))
+    rows = [["model", *(_header(name, results) for name in names)]]
+    for model, result in results.items():
+        rows.append([model, *(_cell(name, result.scores.get(name)) for name in names)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _header(name: str, results: Mapping[str, EvaluationResult]) -> str:
+    counts = {result.scores[name].count for result in results.values() if name in result.scores}
+    return f"{name} (n={counts.pop()})" if len(counts) == 1 else name
+
+
+def _cell(name: str, score: Score | None) -> str:
+    if score is None:
+        return "-"
+    digits = _DIGITS.get(name, 4)
+    return f"{score.value:.{digits}f} [{score.low:.{digits}f}, {score.high:.{digits}f}]"

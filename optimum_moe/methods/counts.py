@@ -1,0 +1,150 @@
+"""How many experts remain: one of a number, a ratio or a target size, checked against the model."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from optimum_moe.blocks import BlockInfo, ModelInfo
+from optimum_moe.plan import Routing
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def choose_one(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise a `ValueError` with the nearest match unless `value` is one of `allowed`."""
+    allowed = sorted(allowed)
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{name}={value!r} is unknown; {hint}Choose one of {', '.join(map(repr, allowed))}.")
+
+
+def exactly_one(**alternatives: Any) -> None:
+    """Raise a `ValueError` unless exactly one of the alternatives is given."""
+    given = {name: value for name, value in alternatives.items() if value is not None}
+    if len(given) != 1:
+        shown = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none of them"
+        raise ValueError(f"Give exactly one of {', '.join(alternatives)}; got {shown}.")
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of a size such as `"16GB"`, `"900 MiB"` or a plain number."""
+    match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?B?)", str(size).strip().upper())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"target_size={size!r} is no size. Write a number of bytes, or one like '16GB' or '900MiB'.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def check_counts(num_experts: int | None, keep_ratio: float | None, target_size: str | int | None) -> None:
+    """The checks that need no model: exactly one alternative, in its range."""
+    exactly_one(num_experts=num_experts, keep_ratio=keep_ratio, target_size=target_size)
+    if num_experts is not None and num_experts < 1:
+        raise ValueError(f"num_experts={num_experts} keeps no expert. Use at least 1.")
+    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio={keep_ratio} must lie in (0, 1]: it is the share of experts that remain.")
+    if target_size is not None:
+        parse_size(target_size)
+
+
+def selected_blocks(
+    model: ModelInfo, layers: Sequence[int] | None, protect: Sequence[str] | None
+) -> tuple[BlockInfo, ...]:
+    """The blocks to cut: those of `layers` (positions among the MoE blocks) that match no `protect` pattern.
+
+    Raises:
+        ValueError: If a layer does not exist, a pattern matches nothing, or no block is left.
+    """
+    total = len(model.blocks)
+    wrong = [layer for layer in layers or () if not -total <= layer < total]
+    if wrong:
+        raise ValueError(f"layers={wrong} do not exist: the model has MoE blocks 0 to {total - 1}. Correct the list.")
+    wanted = set(range(total)) if layers is None else {layer % total for layer in layers}
+    for pattern in protect or ():
+        if not any(fnmatch.fnmatch(block.name, pattern) for block in model.blocks):
+            names = f"{model.blocks[0].name} ... {model.blocks[-1].name}"
+            raise ValueError(f"protect={pattern!r} matches no MoE block. The blocks are {names}.")
+    chosen = tuple(
+        block
+        for block in model.blocks
+        if block.index in wanted and not any(fnmatch.fnmatch(block.name, p) for p in protect or ())
+    )
+    if not chosen:
+        raise ValueError(f"layers={layers} and protect={protect} leave none of the {total} MoE blocks to cut.")
+    return chosen
+
+
+def resolve_counts(
+    model: ModelInfo,
+    chosen: Sequence[BlockInfo],
+    routing: Routing,
+    num_experts: int | None,
+    keep_ratio: float | None,
+    target_size: str | int | None,
+) -> dict[str, int]:
+    """Remaining experts of every block; blocks that are not chosen keep all.
+
+    `keep_ratio` rounds up, and to a multiple of the router groups where the router shrinks with the experts.
+
+    Raises:
+        ValueError: If the count is below what the router selects, above what is there, or cannot be divided.
+    """
+    counts = {block.name: block.num_experts for block in model.blocks}
+    for block in chosen:
+        if num_experts is not None:
+            counts[block.name] = num_experts
+        elif keep_ratio is not None:
+            step = block.router_groups if routing == "reduce" else 1
+            counts[block.name] = min(block.num_experts, math.ceil(keep_ratio * block.num_experts / step) * step)
+    if target_size is not None:
+        counts |= _fit(model, chosen, routing, parse_size(target_size))
+    for block in chosen:
+        check_count(block, counts[block.name], routing)
+    return counts
+
+
+def check_count(block: BlockInfo, count: int, routing: Routing) -> None:
+    """Raise a `ValueError` if `count` experts cannot remain of this block."""
+    if count > block.num_experts:
+        raise ValueError(
+            f"num_experts={count} is larger than the {block.num_experts} experts of {block.name}. "
+            f"Use at most {block.num_experts}."
+        )
+    if routing == "map":
+        return
+    if count < block.top_k:
+        raise ValueError(
+            f"num_experts={count} is smaller than num_experts_per_tok={block.top_k}: the router cannot pick "
+            f'{block.top_k} of {count}. Use at least {block.top_k}, or merge with routing="map".'
+        )
+    groups = block.router_groups
+    if count % groups or (groups > 1 and count // groups < 2):
+        raise ValueError(
+            f"num_experts={count} does not fit the {groups} router groups of {block.name}: each needs the same "
+            f"number of experts, at least 2. Use a multiple of {groups} from {2 * groups} up, or routing=\"map\"."
+        )
+
+
+def _fit(model: ModelInfo, chosen: Sequence[BlockInfo], routing: Routing, target: int) -> dict[str, int]:
+    """The largest equal share of experts with which the checkpoint fits into `target` bytes."""
+    most = max(block.num_experts for block in chosen)
+    smallest = model.bytes
+    for keep in range(most, 0, -1):
+        counts, saved = {}, 0.0
+        for block in chosen:
+            step = block.router_groups if routing == "reduce" else 1
+            count = max(step, math.ceil(keep * block.num_experts / most / step) * step)
+            counts[block.name] = count
+            each = block.expert_parameters + (block.router_parameters if routing == "reduce" else 0)
+            saved += (block.num_experts - count) * each * model.expert_itemsize
+        smallest = int(model.bytes - saved)
+        if smallest <= target:
+            return counts
+    raise ValueError(
+        f"target_size={target:,} bytes cannot be reached: one expert a block still leaves {smallest:,} of "
+        f"{model.bytes:,} bytes. Ask for at least that."
+    )

@@ -1,0 +1,127 @@
+"""Saliency criteria: how much an expert is worth; higher means keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.methods.base import BlockContext
+from optimum_moe.methods.counts import choose_one
+from optimum_moe.statistics import BlockStatistics
+
+NEEDS = ("statistics", "experts", "generator")
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """A registered criterion: `function` is called with the parts of the `BlockContext` named in `needs`."""
+
+    name: str
+    needs: frozenset[str]
+    function: Callable[..., torch.Tensor]
+
+    def __call__(self, context: BlockContext) -> torch.Tensor:
+        """(E,) float64 saliency of one block; an expert without tokens gets what the criterion's sums give: 0."""
+        values_E = self.function(**{need: getattr(context, need) for need in sorted(self.needs)}).double()
+        if values_E.shape != (context.info.num_experts,) or not values_E.isfinite().all():
+            raise ValueError(
+                f"saliency {self.name!r} must return {context.info.num_experts} finite values for "
+                f"{context.info.name}, got shape {tuple(values_E.shape)}. Correct the registered function."
+            )
+        return values_E
+
+
+_SALIENCIES: dict[str, Saliency] = {}
+
+
+def register_saliency(
+    name: str, needs: set[str] | frozenset[str] = frozenset({"statistics"})
+) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """Decorator that makes a criterion available as `ExpertPruning(saliency=name)`.
+
+    Args:
+        name: Its name.
+        needs: What the function takes as keyword arguments: `"statistics"` (a `BlockStatistics`), `"experts"` (an
+            `ExpertTensors`), `"generator"` (a seeded `torch.Generator`). Without `"statistics"` it is data-free.
+
+    Raises:
+        ValueError: If the name is taken or a need is unknown.
+    """
+    if name in _SALIENCIES:
+        raise ValueError(f"A saliency named {name!r} is already registered. Choose another name.")
+    for need in needs:
+        choose_one("needs", need, NEEDS)
+
+    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        _SALIENCIES[name] = Saliency(name, frozenset(needs), function)
+        return function
+
+    return register
+
+
+def get_saliency(name: str) -> Saliency:
+    """The criterion of that name; a `ValueError` with the nearest match if there is none."""
+    choose_one("saliency", name, _SALIENCIES)
+    return _SALIENCIES[name]
+
+
+def _mean(sum_E: torch.Tensor, statistics: BlockStatistics) -> torch.Tensor:
+    return sum_E / statistics.token_count_E.clamp(min=1)
+
+
+@register_saliency("frequency")
+def frequency(statistics: BlockStatistics) -> torch.Tensor:
+    """Share of the routed pairs."""
+    return statistics.frequency_E
+
+
+@register_saliency("gate_sum")
+def gate_sum(statistics: BlockStatistics) -> torch.Tensor:
+    """Sum of routing weights ("soft count")."""
+    return statistics.gate_sum_E
+
+
+@register_saliency("ean")
+def expert_activation_norm(statistics: BlockStatistics) -> torch.Tensor:
+    """Sum of output norms."""
+    return statistics.output_norm_sum_E
+
+
+@register_saliency("output_norm")
+def mean_activation_norm(statistics: BlockStatistics) -> torch.Tensor:
+    """Mean output norm over the expert's tokens."""
+    return _mean(statistics.output_norm_sum_E, statistics)
+
+
+@register_saliency("output_norm_squared")
+def mean_squared_activation_norm(statistics: BlockStatistics) -> torch.Tensor:
+    """Mean squared output norm over the expert's tokens."""
+    return _mean(statistics.output_sq_sum_E, statistics)
+
+
+@register_saliency("reap")
+def router_weighted_activation(statistics: BlockStatistics) -> torch.Tensor:
+    """Mean of g ||f(x)|| over the expert's tokens (REAP, arXiv:2510.13999)."""
+    return _mean(statistics.gated_norm_sum_E, statistics)
+
+
+@register_saliency("aimer", needs={"experts"})
+def absolute_mean_over_rms(experts: ExpertTensors) -> torch.Tensor:
+    """Minus mean|w| / rms(w) over all matrices of the expert; data-free."""
+    values = []
+    for e in range(experts.num_experts):
+        matrices = [m[e].float() for m in (experts.gate, experts.up, experts.down) if m is not None]
+        count = sum(m.numel() for m in matrices)
+        mean = sum(float(m.abs().sum(dtype=torch.float64)) for m in matrices) / count
+        rms = (sum(float(m.square().sum(dtype=torch.float64)) for m in matrices) / count) ** 0.5
+        values.append(-mean / rms if rms > 0 else 0.0)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@register_saliency("random", needs={"experts", "generator"})
+def random_saliency(experts: ExpertTensors, generator: torch.Generator) -> torch.Tensor:
+    """Uniform random numbers: the baseline."""
+    return torch.rand(experts.num_experts, generator=generator, dtype=torch.float64)

@@ -1,0 +1,105 @@
+"""Recipes: a method with its settings and calibration settings, as a preset name or a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optimum_moe.methods import METHODS, Method
+from optimum_moe.methods.counts import choose_one
+
+_COUNTS = ("num_experts", "keep_ratio", "target_size")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do, as it is written beside the weights.
+
+    Args:
+        method: The method.
+        calibration: Settings of `CalibrationConfig`, without the source where the user gives it.
+        seed: Seed of the run.
+    """
+
+    method: Method
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML document, only settings that differ from their defaults."""
+        settings = {
+            f.name: value
+            for f in dataclasses.fields(self.method)
+            if (value := getattr(self.method, f.name)) != f.default
+        }
+        record: dict[str, Any] = {"method": self.method.name, **settings}
+        if self.calibration:
+            record["calibration"] = dict(self.calibration)
+        if self.seed is not None:
+            record["seed"] = self.seed
+        return yaml.safe_dump(record, sort_keys=False)
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("optimum_moe") / "presets"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a preset or a YAML file.
+
+    Args:
+        name: Name of a preset (`"m-smoe"`), or path of a `.yaml` file.
+        overrides: Settings of the method that replace the recipe's; one way of saying how many experts remain
+            replaces the others.
+
+    Raises:
+        ValueError: If there is no such preset or file, or it has an unknown field.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"No recipe file {path}. Give an existing one, or a preset: {', '.join(preset_names())}.")
+        text = path.read_text()
+    else:
+        choose_one("recipe", str(name), preset_names())
+        text = (resources.files("optimum_moe") / "presets" / f"{name}.yaml").read_text()
+    record = yaml.safe_load(text)
+    if not isinstance(record, Mapping):
+        raise ValueError(f"Recipe {name} must be a mapping with a field 'method', got {type(record).__name__}.")
+    return parse_recipe(record, overrides)
+
+
+def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from the mapping that its YAML holds; see `load_recipe`."""
+    settings = dict(record)
+    calibration = settings.pop("calibration", None) or {}
+    seed = settings.pop("seed", None)
+    if "method" not in settings:
+        raise ValueError(f"A recipe needs a field 'method', one of {', '.join(sorted(METHODS))}.")
+    name = settings.pop("method")
+    choose_one("method", name, METHODS)
+    overrides = overrides or {}
+    if any(key in _COUNTS for key in overrides):
+        settings = {key: value for key, value in settings.items() if key not in _COUNTS}
+    settings |= overrides
+    known = [f.name for f in dataclasses.fields(METHODS[name])]
+    check_fields(settings, [*known, "calibration", "seed"])
+    return Recipe(METHODS[name](**settings), calibration, seed)
+
+
+def check_fields(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a `ValueError` with the nearest match for a field that is not known."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f". Known: {', '.join(sorted(known))}."
+            raise ValueError(f"Unknown field {name!r}{hint}")

@@ -1,0 +1,105 @@
+"""The model card that is written beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from optimum_moe.plan import CompressionPlan
+from optimum_moe.reporting.preview import Preview
+
+_TEMPLATE = """---
+{metadata}
+---
+
+# {title}
+
+`{base}`, compressed by [optimum_moe](https://pypi.org/project/optimum-moe): {sentence}
+
+## Use
+
+```python
+{loading}
+```
+
+## Size
+
+| | original | this model | ratio |
+|---|---|---|---|
+{rows}
+
+Experts of each MoE block: {experts}. FLOPs are 2 x multiply-adds of all weight matmuls for one token.
+
+## How it was made
+
+```yaml
+{recipe}
+```
+
+Calibration: {calibration}. `plan.json` and `plan.safetensors` say which experts went where.
+
+This card states sizes; it makes no claim about quality. Measure it on your task with `optimum-cli moe evaluate`.
+"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made from.
+
+    Args:
+        base: Name of the original model.
+        auto_class: Class to load with.
+        cost: Measured sizes, before and after.
+        plan: What was carried out.
+        recipe: The recipe as YAML.
+    """
+
+    base: str
+    auto_class: str
+    cost: Preview
+    plan: CompressionPlan
+    recipe: str
+
+
+def model_card(facts: CardFacts, name: str) -> str:
+    """Text of `README.md` for a checkpoint called `name`."""
+    before, after = facts.cost.before, facts.cost.after
+    merged = any(len(plan.members(g)) > 1 for plan in facts.plan.blocks.values() for g in range(plan.num_groups))
+    metadata = ModelCardData(
+        base_model=facts.base if "/" in facts.base and not facts.base.startswith((".", "/")) else None,
+        library_name="transformers",
+        tags=["optimum_moe", "mixture-of-experts", str(facts.plan.method.get("method", "compressed"))],
+    )
+    rows = [
+        ("parameters", before.parameters, after.parameters),
+        ("bytes", before.bytes, after.bytes),
+        ("FLOPs a token", before.flops_upper, after.flops_upper),
+    ]
+    load = [
+        f"from transformers import {facts.auto_class}",
+        "",
+        f'model = {facts.auto_class}.from_pretrained("{name}")',
+    ]
+    if not facts.cost.plain:
+        load.insert(0, "import optimum_moe  # teaches transformers the structure of this checkpoint")
+    return _TEMPLATE.format(
+        metadata=metadata.to_yaml(),
+        title=name,
+        base=facts.base,
+        sentence="experts were merged." if merged else "experts were removed.",
+        loading="\n".join(load),
+        rows="\n".join(f"| {label} | {old:,.0f} | {new:,.0f} | {new / old:.3f} |" for label, old, new in rows),
+        experts=", ".join(f"{old} -> {new}" for old, new in sorted(set(facts.cost.counts.values()))),
+        recipe=facts.recipe.strip(),
+        calibration=describe_calibration(facts.plan.calibration),
+    )
+
+
+def describe_calibration(record: Mapping[str, Any] | None) -> str:
+    """One line about the calibration data."""
+    if not record:
+        return "none (data-free)"
+    return f"{record.get('num_tokens', 0):,} tokens, sha256 {str(record.get('hash', ''))[:12]}"

@@ -1,0 +1,123 @@
+"""What a compression will give, from config and headers alone: parameters, bytes and FLOPs a token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_moe.blocks import ModelInfo
+from optimum_moe.plan import Routing
+from optimum_moe.surgeons import FoundBlock
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a model.
+
+    Args:
+        parameters: Numbers stored, tied ones once.
+        bytes: Bytes of the weights on disk.
+        flops_per_token: 2 x multiply-adds of all weight matmuls for one token (for an encoder-decoder one source
+            and one target token), lm_head included, attention scores excluded.
+        flops_upper: Where merged experts may coincide the FLOPs lie between `flops_per_token` and this; else equal.
+    """
+
+    parameters: int
+    bytes: int
+    flops_per_token: float
+    flops_upper: float
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Cost before and after, and the experts of each block; `str()` gives a table.
+
+    Args:
+        before: Cost of the original.
+        after: Cost after compression.
+        counts: `(experts, remaining)` by block; remaining is the average with an adaptive budget.
+        plain: Whether stock transformers can load the result without this package.
+    """
+
+    before: Cost
+    after: Cost
+    counts: Mapping[str, tuple[int, int]]
+    plain: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        before, after = self.before, self.after
+        flops = f"{after.flops_per_token:,.0f}"
+        if after.flops_upper != after.flops_per_token:
+            flops += f" to {after.flops_upper:,.0f}"
+        rows = [
+            ("", "before", "after", "ratio"),
+            ("parameters", f"{before.parameters:,}", f"{after.parameters:,}", _ratio(after.parameters, before.parameters)),
+            ("bytes", f"{before.bytes:,}", f"{after.bytes:,}", _ratio(after.bytes, before.bytes)),
+            ("FLOPs a token", f"{before.flops_per_token:,.0f}", flops, _ratio(after.flops_upper, before.flops_upper)),
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
+        kept = sorted({counts for counts in self.counts.values()})
+        summary = ", ".join(f"{old} -> {new}" for old, new in kept)
+        loads = "any transformers" if self.plain else "transformers with optimum_moe imported"
+        return "\n".join([*lines, f"experts of {len(self.counts)} MoE blocks: {summary}; loads in {loads}"])
+
+
+def _ratio(after: float, before: float) -> str:
+    return f"{after / before:.3f}"
+
+
+def flops_per_token(model: PreTrainedModel, blocks: list[FoundBlock], active: Mapping[str, float]) -> float:
+    """FLOPs of one token when `active[name]` routed experts run in block `name` (see `Cost`); works on meta."""
+    inside_experts = {id(p) for found in blocks for p in found.surgeon.expert_parameters(found.module(model))}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    dense = sum(
+        p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in inside_experts and id(p) not in embeddings
+    )
+    head = model.get_output_embeddings()
+    if head is not None and id(head.weight) in embeddings:
+        dense += head.weight.numel()
+    routed = sum(active[found.info.name] * found.info.expert_multiply_adds for found in blocks)
+    return 2.0 * (dense + routed)
+
+
+def preview(
+    skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo, counts: Mapping[str, int], routing: Routing
+) -> Preview:
+    """Costs of a model whose blocks keep `counts` experts."""
+    removed_parameters, removed_router = 0, 0
+    low, high, full = {}, {}, {}
+    for found in blocks:
+        block, count = found.info, counts[found.info.name]
+        gone = block.num_experts - count
+        removed_parameters += gone * block.expert_parameters
+        if routing == "reduce":
+            removed_router += gone * block.router_parameters
+        full[block.name] = float(block.top_k)
+        high[block.name] = float(min(block.top_k, count))
+        shared = routing == "map" and gone > 0
+        low[block.name] = 1.0 if shared else high[block.name]
+    dense_saving = 2.0 * removed_router
+    parameters = info.parameters - removed_parameters - removed_router
+    size = int(info.bytes - (removed_parameters + removed_router) * info.expert_itemsize)
+    before = flops_per_token(skeleton, blocks, full)
+    plain = routing == "reduce" and len({counts[found.info.name] for found in blocks}) == 1
+    return Preview(
+        before=Cost(info.parameters, info.bytes, before, before),
+        after=Cost(
+            parameters,
+            size,
+            flops_per_token(skeleton, blocks, low) - dense_saving,
+            flops_per_token(skeleton, blocks, high) - dense_saving,
+        ),
+        counts={found.info.name: (found.info.num_experts, counts[found.info.name]) for found in blocks},
+        plain=plain or all(counts[found.info.name] == found.info.num_experts for found in blocks),
+    )

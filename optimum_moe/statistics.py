@@ -1,0 +1,181 @@
+"""`Statistics`: what was observed on calibration data, reusable over ratios and methods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+FORMAT_VERSION = 1
+STATISTICS_FILE = "statistics.json"
+STATISTICS_TENSORS_FILE = "statistics.safetensors"
+
+Unseen = Literal["warn", "error", "keep", "prune"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reservoir:
+    """A seeded sample of S tokens of one block, in the order in which they were seen.
+
+    Args:
+        router_input_SH: (S, H) input of the router.
+        experts_input_SH: (S, H) input of the experts; the same tensor where the two are equal.
+        index_SK: (S, K) selected experts; an id >= E is no routed expert.
+        weights_SK: (S, K) routing weights.
+    """
+
+    router_input_SH: torch.Tensor
+    experts_input_SH: torch.Tensor
+    index_SK: torch.Tensor
+    weights_SK: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStatistics:
+    """Sums over the routed tokens of one block, float64 on the CPU; padding never counts.
+
+    Args:
+        num_tokens: Tokens that reached the block.
+        token_count_E: Tokens routed to each expert.
+        gate_sum_E: Sum of routing weights g.
+        output_norm_sum_E: Sum of ||f(x)||.
+        output_sq_sum_E: Sum of ||f(x)||^2.
+        gated_norm_sum_E: Sum of g ||f(x)||.
+        gated_sq_sum_E: Sum of (g ||f(x)||)^2.
+        input_sq_EH: Sum of squares of each input channel over the expert's tokens.
+        hidden_sq_EI: Sum of squares of each hidden neuron.
+        coactivation_EE: Tokens for which both experts were selected; the diagonal is the token count.
+        router_gram_EE: Sum over tokens of l l^T, l the router logits before any scoring.
+        router_sum_E: Sum of the logits.
+        reservoir: Sample of tokens.
+    """
+
+    num_tokens: int
+    token_count_E: torch.Tensor
+    gate_sum_E: torch.Tensor
+    output_norm_sum_E: torch.Tensor
+    output_sq_sum_E: torch.Tensor
+    gated_norm_sum_E: torch.Tensor
+    gated_sq_sum_E: torch.Tensor
+    input_sq_EH: torch.Tensor
+    hidden_sq_EI: torch.Tensor
+    coactivation_EE: torch.Tensor
+    router_gram_EE: torch.Tensor
+    router_sum_E: torch.Tensor
+    reservoir: Reservoir
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts (E)."""
+        return len(self.token_count_E)
+
+    @property
+    def frequency_E(self) -> torch.Tensor:
+        """(E,) share of the routed (token, expert) pairs; zeros if there were none."""
+        return self.token_count_E / self.token_count_E.sum().clamp(min=1)
+
+    @property
+    def unseen(self) -> tuple[int, ...]:
+        """Experts that no calibration token reached."""
+        return tuple((self.token_count_E == 0).nonzero()[:, 0].tolist())
+
+    def mean_distinct(self, labels_E: tuple[int, ...]) -> float:
+        """Mean number of distinct groups a token runs when experts map to `labels_E`, from the reservoir's tokens."""
+        padded = torch.tensor([*labels_E, -1])
+        groups_SK = padded[self.reservoir.index_SK.clamp(max=len(labels_E))].sort(dim=-1).values
+        new_SK = torch.ones_like(groups_SK, dtype=torch.bool)
+        new_SK[:, 1:] = groups_SK[:, 1:] != groups_SK[:, :-1]
+        return float((new_SK & (groups_SK >= 0)).sum(-1).double().mean())
+
+
+_SUMS = tuple(f.name for f in fields(BlockStatistics) if f.name not in ("num_tokens", "reservoir"))
+_RESERVOIR = tuple(f.name for f in fields(Reservoir))
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Statistics of all MoE blocks of one model on one set of calibration data.
+
+    Args:
+        blocks: By module path.
+        calibration: Record of the data: sources, token count, hash, seed.
+        source: Identity of the observed model; methods refuse statistics of another one.
+        unseen: What to do about experts without tokens.
+    """
+
+    blocks: Mapping[str, BlockStatistics]
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    unseen: Unseen = "warn"
+
+    def unseen_report(self) -> str | None:
+        """One sentence that names blocks and experts without tokens, None if every expert was reached."""
+        missing = {name: block.unseen for name, block in self.blocks.items() if block.unseen}
+        if not missing:
+            return None
+        total = sum(block.num_experts for block in self.blocks.values())
+        count = sum(len(experts) for experts in missing.values())
+        shown = [
+            f"{name}: {', '.join(map(str, experts[:5]))}{', ...' if len(experts) > 5 else ''}"
+            for name, experts in list(missing.items())[:4]
+        ]
+        more = "; ..." if len(missing) > 4 else ""
+        return (
+            f"Calibration gave no token to {count} of {total} experts ({'; '.join(shown)}{more}). "
+            'Add data, or set unseen="keep" or "prune".'
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `statistics.json` and `statistics.safetensors`; the folder is created."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for index, block in enumerate(self.blocks.values()):
+            tensors |= {f"{index}.{name}": getattr(block, name) for name in _SUMS}
+            # safetensors refuses shared storage, and the two inputs are one tensor in most architectures.
+            shared = block.reservoir.router_input_SH is block.reservoir.experts_input_SH
+            names = [name for name in _RESERVOIR if not (shared and name == "experts_input_SH")]
+            tensors |= {f"{index}.reservoir.{name}": getattr(block.reservoir, name).contiguous() for name in names}
+        record = {
+            "format_version": FORMAT_VERSION,
+            "calibration": dict(self.calibration),
+            "source": dict(self.source),
+            "unseen": self.unseen,
+            "blocks": [{"name": name, "num_tokens": block.num_tokens} for name, block in self.blocks.items()],
+        }
+        save_file(tensors, directory / STATISTICS_TENSORS_FILE)
+        (directory / STATISTICS_FILE).write_text(json.dumps(record, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Statistics:
+        """Read statistics back.
+
+        Raises:
+            ValueError: If the folder has none, or of another format version.
+        """
+        directory = Path(directory)
+        if not (directory / STATISTICS_FILE).is_file():
+            raise ValueError(f"No {STATISTICS_FILE} in {directory}. Save one with `Statistics.save_pretrained`.")
+        record = json.loads((directory / STATISTICS_FILE).read_text())
+        if record.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{directory} has statistics of format_version={record.get('format_version')}, this version of "
+                f"optimum_moe reads {FORMAT_VERSION}. Calibrate again."
+            )
+        tensors = load_file(directory / STATISTICS_TENSORS_FILE)
+        blocks = {}
+        for index, entry in enumerate(record["blocks"]):
+            sample = {name: tensors.get(f"{index}.reservoir.{name}") for name in _RESERVOIR}
+            if sample["experts_input_SH"] is None:
+                sample["experts_input_SH"] = sample["router_input_SH"]
+            blocks[entry["name"]] = BlockStatistics(
+                num_tokens=entry["num_tokens"],
+                reservoir=Reservoir(**sample),
+                **{name: tensors[f"{index}.{name}"] for name in _SUMS},
+            )
+        return cls(blocks, record["calibration"], record["source"], record["unseen"])

@@ -1,0 +1,25 @@
+"""Surgeons find, read and cut the MoE blocks of an architecture; they know no algorithm."""
+
+from optimum_moe.surgeons.architecture import ARCHITECTURES, Architecture
+from optimum_moe.surgeons.base import BlockWatcher, Surgeon
+from optimum_moe.surgeons.registry import (
+    FoundBlock,
+    find_blocks,
+    get_surgeon,
+    owning_configs,
+    register_surgeon,
+    registered_surgeons,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "BlockWatcher",
+    "FoundBlock",
+    "Surgeon",
+    "find_blocks",
+    "get_surgeon",
+    "owning_configs",
+    "register_surgeon",
+    "registered_surgeons",
+]

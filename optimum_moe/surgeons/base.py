@@ -1,0 +1,116 @@
+"""The surgeon: it knows how one kind of MoE block stores its experts and router, and nothing about algorithms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.algorithms.merging import merge_matrices
+from optimum_moe.blocks import BlockInfo
+from optimum_moe.plan import BlockPlan, Routing
+
+NEURON_AXIS = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0, "down_bias": None}
+"""Axis of an expert's matrix (or bias) along which its intermediate neurons lie."""
+
+
+class BlockWatcher(Protocol):
+    """What a surgeon reports to while a block runs on calibration data; all calls see the same T tokens."""
+
+    def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
+        """The router was called: its logits before any scoring, and its input."""
+
+    def begin(self, input_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        """The experts were called with the routing that the model really uses."""
+
+    def expert(
+        self,
+        expert: int,
+        token_P: torch.Tensor,
+        weight_P: torch.Tensor,
+        input_PH: torch.Tensor,
+        hidden_PI: torch.Tensor,
+        output_PH: torch.Tensor,
+    ) -> None:
+        """One expert ran on its P routed tokens."""
+
+
+class Surgeon(ABC):
+    """Finds, reads, observes, cuts and rebuilds the MoE blocks of one architecture.
+
+    A surgeon holds no state of a model; one instance serves all.
+    """
+
+    name: str
+    count_fields: tuple[str, ...]
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is an MoE block of this architecture."""
+
+    @abstractmethod
+    def info(self, block: nn.Module, name: str, index: int) -> BlockInfo:
+        """Sizes of a block; works on the meta device."""
+
+    @abstractmethod
+    def experts(self, block: nn.Module) -> ExpertTensors:
+        """The routed experts as views in the canonical layout, nothing copied."""
+
+    @abstractmethod
+    def expert_parameters(self, block: nn.Module) -> list[nn.Parameter]:
+        """All parameters of the routed experts."""
+
+    @abstractmethod
+    def router_rows(self, block: nn.Module) -> torch.Tensor:
+        """(E, H) rows of the router's last linear layer."""
+
+    @abstractmethod
+    def cut(self, block: nn.Module, plan: BlockPlan) -> None:
+        """Merge or remove experts in place as the plan says; the block runs afterwards."""
+
+    @abstractmethod
+    def rebuild(self, block: nn.Module, num_groups: int, routing: Routing) -> None:
+        """Give an uncompressed block the structure that `cut` leaves, with empty tensors (before weights are loaded)."""
+
+    @abstractmethod
+    def watch(self, block: nn.Module, watcher: BlockWatcher) -> AbstractContextManager[None]:
+        """Report every call of the block to `watcher`; the block computes what it would without."""
+
+
+def merge_group(source: ExpertTensors, target: ExpertTensors, plan: BlockPlan, group: int, slot: int) -> None:
+    """Write the merged expert of `group` into position `slot` of `target`, matrix by matrix present in both."""
+    members = plan.members(group)
+    weights = [float(plan.merge_weights_E[e]) for e in members]
+    order = [None if plan.permutations_EI is None else plan.permutations_EI[e] for e in members]
+    for field, axis in NEURON_AXIS.items():
+        matrices, out = getattr(source, field), getattr(target, field)
+        if matrices is not None and out is not None:
+            merge_matrices([matrices[e] for e in members], weights, order, axis, out[slot])
+
+
+def merged_router_rows(rows_EX: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+    """(G, ...) router rows (or biases) of the reduced router: the members' rows by `router_weights_E`."""
+    assert plan.router_weights_E is not None
+    merged = torch.empty((plan.num_groups, *rows_EX.shape[1:]), dtype=rows_EX.dtype, device=rows_EX.device)
+    for group in range(plan.num_groups):
+        members = plan.members(group)
+        weights = [float(plan.router_weights_E[e]) for e in members]
+        merge_matrices([rows_EX[e] for e in members], weights, [None] * len(members), None, merged[group])
+    return merged
+
+
+def replace_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put `tensor` in the place of a parameter or buffer, whichever `name` (dotted) is."""
+    *path, last = name.split(".")
+    owner: Any = module.get_submodule(".".join(path))
+    if last in owner._parameters:
+        old = owner._parameters[last]
+        owner._parameters[last] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    elif last in owner._buffers:
+        owner._buffers[last] = tensor
+    else:
+        raise AttributeError(f"{type(owner).__name__} has no parameter or buffer {last!r}")

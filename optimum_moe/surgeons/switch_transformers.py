@@ -1,0 +1,156 @@
+"""Switch Transformers: experts in a ModuleDict, a top-1 router with capacity that emits a one-hot mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.blocks import BlockInfo
+from optimum_moe.nn import SwappedModule, swapped_class
+from optimum_moe.plan import BlockPlan, Routing
+from optimum_moe.surgeons.base import BlockWatcher, Surgeon, merge_group, merged_router_rows, replace_tensor
+
+
+class MappedSwitchRouter(SwappedModule):
+    """Moves each token's mark in the one-hot mask from its expert to its group.
+
+    The mask keeps its N columns, of which G are used, because the block reshapes it by the router's count; capacity
+    is counted per original expert, as the model was trained.
+    """
+
+    expert_map: torch.Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(mask (B, S, N), probability (B, S, 1), logits (B, S, N))."""
+        mask, probability, logits = super().forward(*args, **kwargs)
+        mapped = torch.zeros_like(mask).index_add_(-1, self.expert_map, mask)
+        return mapped, probability, logits
+
+
+class SwitchTransformersSurgeon(Surgeon):
+    """The seed paper's model (M-SMoE, Li et al. 2024)."""
+
+    name = "switch_transformers"
+    count_fields = ("num_experts",)
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is a sparse feed-forward block of the encoder or decoder."""
+        return type(module).__name__ == "SwitchTransformersSparseMLP"
+
+    def info(self, block: nn.Module, name: str, index: int) -> BlockInfo:
+        """Sizes; each token goes to one expert."""
+        view = self.experts(block)
+        classifier: Any = block.router.classifier
+        return BlockInfo(
+            name=name,
+            index=index,
+            num_experts=view.num_experts,
+            top_k=1,
+            router_groups=1,
+            intermediate_size=view.intermediate_size,
+            hidden_size=view.hidden_size,
+            expert_parameters=view.up[0].numel() + view.down[0].numel(),
+            expert_multiply_adds=view.up[0].numel() + view.down[0].numel(),
+            router_parameters=classifier.in_features + (classifier.bias is not None),
+            stack="encoder" if name.split(".")[0] == "encoder" or ".encoder." in name else "decoder",
+        )
+
+    def experts(self, block: nn.Module) -> ExpertTensors:
+        """The weights of `wi` and `wo` of each expert."""
+        modules: list[Any] = list(block.experts.values())
+        return ExpertTensors(up=[m.wi.weight for m in modules], down=[m.wo.weight for m in modules])
+
+    def expert_parameters(self, block: nn.Module) -> list[nn.Parameter]:
+        """The weights of all expert modules."""
+        return list(block.experts.parameters())
+
+    def router_rows(self, block: nn.Module) -> torch.Tensor:
+        """Rows of the classifier."""
+        return block.router.classifier.weight
+
+    @torch.no_grad()
+    def cut(self, block: nn.Module, plan: BlockPlan) -> None:
+        """Write each merged expert beside the old ones, then put it in the place of its dominant expert."""
+        source = self.experts(block)
+        merged = []
+        for group, dominant in enumerate(plan.dominants_G):
+            up, down = torch.empty_like(source.up[dominant]), torch.empty_like(source.down[dominant])
+            merge_group(source, ExpertTensors(up=[up], down=[down]), plan, group, 0)
+            merged.append((up, down))
+        kept = [block.experts[f"expert_{dominant}"] for dominant in plan.dominants_G]
+        for module, (up, down) in zip(kept, merged, strict=True):
+            replace_tensor(module, "wi.weight", up)
+            replace_tensor(module, "wo.weight", down)
+        self._install(block, kept, plan.routing)
+        if plan.routing == "map":
+            block.router.expert_map.copy_(torch.tensor(plan.labels_E))
+            return
+        classifier: Any = block.router.classifier
+        for name in ("weight", "bias"):
+            if getattr(classifier, name) is not None:
+                replace_tensor(classifier, name, merged_router_rows(getattr(classifier, name), plan))
+
+    def rebuild(self, block: nn.Module, num_groups: int, routing: Routing) -> None:
+        """Keep the first G expert modules, whose tensors are empty anyway."""
+        self._install(block, list(block.experts.values())[:num_groups], routing)
+        if routing == "reduce":
+            classifier: Any = block.router.classifier
+            for name in ("weight", "bias"):
+                if getattr(classifier, name) is not None:
+                    old = getattr(classifier, name)
+                    replace_tensor(classifier, name, old.new_empty((num_groups, *old.shape[1:])))
+
+    def _install(self, block: nn.Module, kept: list[nn.Module], routing: Routing) -> None:
+        router: Any = block.router
+        block.experts.clear()
+        block.experts.update({f"expert_{slot}": module for slot, module in enumerate(kept)})
+        block.experts.num_experts = len(kept)
+        if routing == "reduce":
+            router.num_experts = router.classifier.out_features = len(kept)
+            return
+        weight = router.classifier.weight
+        router.register_buffer("expert_map", torch.zeros(len(weight), dtype=torch.int64, device=weight.device))
+        router.__class__ = swapped_class(MappedSwitchRouter, type(router))
+
+    @contextmanager
+    def watch(self, block: nn.Module, watcher: BlockWatcher) -> Iterator[None]:
+        """Hooks on the router, the experts and each expert; the block's own loop stays in charge."""
+        selected: dict[str, torch.Tensor] = {}
+
+        def before_experts(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            hidden_TH, mask_T1N, weights_T1 = args
+            # Tokens beyond an expert's capacity have no mark: the id N counts as no expert.
+            dropped_T = mask_T1N.sum((1, 2)) == 0
+            index_T1 = mask_T1N.argmax(-1).masked_fill(dropped_T.unsqueeze(-1), mask_T1N.shape[-1])
+            selected.update(index_T1=index_T1, weights_T1=weights_T1)
+            watcher.begin(hidden_TH, index_T1, weights_T1)
+
+        def after_expert(
+            expert: int, module: Any, args: tuple[torch.Tensor, ...], output_PH: torch.Tensor
+        ) -> None:
+            token_P = (selected["index_T1"][:, 0] == expert).nonzero()[:, 0]
+            weight_P = selected["weights_T1"][token_P, 0]
+            hidden_PI = module.act(module.wi(args[0]))
+            watcher.expert(expert, token_P, weight_P, args[0], hidden_PI, output_PH)
+
+        def after_router(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+            watcher.router(output[2].flatten(0, -2), args[0].flatten(0, -2))
+
+        with ExitStack() as stack:
+            handles = [
+                block.router.register_forward_hook(after_router),
+                block.experts.register_forward_pre_hook(before_experts),
+                *(
+                    module.register_forward_hook(partial(after_expert, expert))
+                    for expert, module in enumerate(block.experts.values())
+                ),
+            ]
+            for handle in handles:
+                stack.callback(handle.remove)
+            yield

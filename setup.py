@@ -1,0 +1,35 @@
+"""Install with `pip install -e .[dev]`; on a machine without a GPU install a CPU build of torch first."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="optimum-moe",
+    version="0.1.0",
+    description="Compress any Mixture-of-Experts model that transformers can load",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["optimum_moe", "optimum_moe.*"]), "optimum.commands.register"],
+    package_dir={"optimum.commands.register": "optimum_moe/cli/register"},
+    package_data={"optimum_moe": ["py.typed", "presets/*.yaml"]},
+    install_requires=[
+        "torch>=2.9",
+        "transformers>=5.23,<5.24",
+        "optimum>=2.3",
+        "peft>=0.21",
+        "accelerate>=1.15",
+        "safetensors>=0.8",
+        "scipy>=1.17",
+        "huggingface_hub",
+        "numpy",
+        "pyyaml",
+        "tqdm",
+    ],
+    extras_require={
+        "parquet": ["pyarrow"],
+        "dev": ["pytest>=9", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "pyarrow", "datasets"],
+    },
+)
