@@ -143,7 +143,8 @@ class CompressionPlan:
             if plan.permutations_EI is not None:
                 tensors[f"{index}.permutations_EI"] = plan.permutations_EI.to(torch.int32)
             if plan.router_weights_E is not None:
-                tensors[f"{index}.router_weights_E"] = plan.router_weights_E
+                # safetensors refuses shared storage, and pruning has one tensor for both weights.
+                tensors[f"{index}.router_weights_E"] = plan.router_weights_E.clone()
         record = {
             "format_version": FORMAT_VERSION,
             "method": dict(self.method),

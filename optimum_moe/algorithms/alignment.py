@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def _segments(widths: Sequence[int]) -> tuple[tuple[tuple[int, slice], ...], ...
     total = sum(widths)
     bounds = [0, *sorted({max(1, int(total * level)) for level in _LEVELS} - {total}), total]
     segments = []
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in pairwise(bounds):
         parts, offset = [], 0
         for piece, width in enumerate(widths):
             start, stop = max(low - offset, 0), min(high - offset, width)
@@ -75,7 +76,9 @@ def _describe(up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -
 
     pieces = (dense(up), dense(down.T)) if gate is None else (dense(gate), dense(up), dense(down.T))
     segments = _segments([piece.shape[1] for piece in pieces])
-    squared_SI = torch.stack([sum(_squares(pieces[p][:, cols]) for p, cols in segment) for segment in segments])
+    squared_SI = torch.stack(
+        [torch.stack([_squares(pieces[p][:, cols]) for p, cols in segment]).sum(0) for segment in segments]
+    )
     rest_SI = squared_SI.flip(0).cumsum(0).flip(0)
     after_SI = torch.cat([rest_SI[1:], torch.zeros_like(rest_SI[:1])])
     return _Neurons(pieces, segments, after_SI.sqrt(), rest_SI[0])
@@ -135,7 +138,7 @@ def _is_permutation(perm_I: torch.Tensor) -> bool:
 
 def _row_slices(size: int) -> list[slice]:
     bounds = [0, *range(min(_PROBE_ROWS, size), size, _CHUNK_ROWS), size]
-    return [slice(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [slice(low, high) for low, high in pairwise(bounds)]
 
 
 def _permutation(reference: _Neurons, member: _Neurons) -> torch.Tensor:
@@ -169,7 +172,9 @@ def _permutation(reference: _Neurons, member: _Neurons) -> torch.Tensor:
     for rows, done in partial:
         if done < last:
             _accumulate(cost, reference, member, rows, range(done + 1, last + 1))
-    return _assign(buffer.cpu(), cost.cpu() if first.device.type != "cpu" else cost)
+    if first.device.type != "cpu":
+        buffer, cost = torch.empty(size * size, dtype=torch.float64), cost.cpu()
+    return _assign(buffer, cost)
 
 
 def _assign(buffer: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:

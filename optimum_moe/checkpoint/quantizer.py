@@ -121,7 +121,10 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
                 f"{name} has {experts} experts by config.json, and {entry['num_experts']} by its quantization_config. "
                 "Restore the saved config.json."
             )
-        found[name].surgeon.rebuild(found[name].module(model), entry["num_groups"], entry["routing"])
+        block = found[name].module(model)
+        found[name].surgeon.rebuild(block, entry["num_groups"], entry["routing"])
+        # Some architectures initialise a block by the config's expert count; its tensors all come from the checkpoint.
+        block._is_hf_initialized = True
         changed.append(name)
     return changed
 

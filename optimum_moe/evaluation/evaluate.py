@@ -74,7 +74,8 @@ def evaluate_many(
             and the text column are used). A stream is read to its end.
         reference: the original model, or its path. Without it there are no agreement scores.
         tokenizer: tokenizer or a path to one; by default the one saved at the first path among models and reference.
-        calibration: what the models were calibrated on; with it, the text is checked to be disjoint from that.
+        calibration: what the models were calibrated on; with it, all of `text`, not only the part that is measured, is
+            checked to be disjoint from all of that.
         progress: show progress bars.
         settings: fields of `EvaluationSettings`.
 

@@ -44,7 +44,7 @@ class BlockContext:
         """(E,) values for ranking experts: `unseen="keep"` puts experts without tokens in front."""
         if self.statistics is None or self.unseen != "keep":
             return values_E
-        return values_E.masked_fill(self.statistics.token_count_E == 0, float("inf"))
+        return values_E.masked_fill(self.statistics.token_count_E == 0, 2 * float(values_E.abs().max()) + 1)
 
 
 @dataclass(frozen=True)

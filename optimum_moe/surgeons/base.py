@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.blocks import BlockInfo
 from optimum_moe.plan import BlockPlan, Routing
@@ -81,15 +82,23 @@ class Surgeon(ABC):
         """Report every call of the block to `watcher`; the block computes what it would without."""
 
 
-def merge_group(source: ExpertTensors, target: ExpertTensors, plan: BlockPlan, group: int, slot: int) -> None:
-    """Write the merged expert of `group` into position `slot` of `target`, matrix by matrix present in both."""
+def merge_group(
+    source: Mapping[str, PerExpert], target: Mapping[str, PerExpert], plan: BlockPlan, group: int, slot: int
+) -> None:
+    """Write the merged expert of `group` into position `slot` of `target`.
+
+    Args:
+        source: Fields of `ExpertTensors` with all experts.
+        target: The same fields with the tensors to fill.
+        plan: The block's plan.
+        group: The group to merge.
+        slot: Where it goes.
+    """
     members = plan.members(group)
     weights = [float(plan.merge_weights_E[e]) for e in members]
     order = [None if plan.permutations_EI is None else plan.permutations_EI[e] for e in members]
-    for field, axis in NEURON_AXIS.items():
-        matrices, out = getattr(source, field), getattr(target, field)
-        if matrices is not None and out is not None:
-            merge_matrices([matrices[e] for e in members], weights, order, axis, out[slot])
+    for name, matrices in source.items():
+        merge_matrices([matrices[e] for e in members], weights, order, NEURON_AXIS[name], target[name][slot])
 
 
 def merged_router_rows(rows_EX: torch.Tensor, plan: BlockPlan) -> torch.Tensor:

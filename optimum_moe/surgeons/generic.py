@@ -38,7 +38,7 @@ class GenericSurgeon(Surgeon):
         """Sizes from the modules, which transformers built from the config."""
         router, experts = self._router(block), self._experts(block)
         tensors = dict(experts.named_parameters(recurse=False))
-        view = canonical_view(experts, tensors)
+        view = canonical_view(experts)
         groups_field = self.architecture.router_groups
         return BlockInfo(
             name=name,
@@ -55,8 +55,7 @@ class GenericSurgeon(Surgeon):
 
     def experts(self, block: nn.Module) -> ExpertTensors:
         """Views of the 3D tensors, whatever their layout."""
-        experts = self._experts(block)
-        return canonical_view(experts, dict(experts.named_parameters(recurse=False)))
+        return canonical_view(self._experts(block))
 
     def expert_parameters(self, block: nn.Module) -> list[nn.Parameter]:
         """The 3D tensors and their biases."""
@@ -72,7 +71,7 @@ class GenericSurgeon(Surgeon):
         router, experts = self._router(block), self._experts(block)
         for name, old in list(experts.named_parameters(recurse=False)):
             new = torch.empty((plan.num_groups, *old.shape[1:]), dtype=old.dtype, device=old.device)
-            source, target = canonical_view(experts, {name: old}), canonical_view(experts, {name: new})
+            source, target = canonical_fields(experts, name, old), canonical_fields(experts, name, new)
             for group in range(plan.num_groups):
                 merge_group(source, target, plan, group, group)
             replace_tensor(experts, name, new)
@@ -142,22 +141,24 @@ def attribute(module: nn.Module, name: str) -> torch.Tensor:
     return getattr(module.get_submodule(".".join(path)), last)
 
 
-def canonical_view(experts: Any, tensors: dict[str, torch.Tensor]) -> ExpertTensors:
-    """See the named stock tensors (E first) as gate, up (E, I, H), down (E, H, I) and biases; nothing is copied."""
+def canonical_view(experts: Any) -> ExpertTensors:
+    """See an experts module's parameters as gate, up (E, I, H), down (E, H, I) and biases; nothing is copied."""
     fields: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        is_bias = name.endswith("_bias")
-        native = tensor if is_bias or not experts.is_transposed else tensor.transpose(1, 2)
-        suffix = "_bias" if is_bias else ""
-        if name.startswith("gate_up_proj"):
-            half = native.shape[1] // 2
-            gate, up = (
-                (native[:, :half], native[:, half:]) if experts.is_concatenated else (native[:, ::2], native[:, 1::2])
-            )
-            fields |= {f"gate{suffix}": gate, f"up{suffix}": up}
-        else:
-            fields[name.removesuffix("_bias").removesuffix("_proj") + suffix] = native
+    for name, tensor in experts.named_parameters(recurse=False):
+        fields |= canonical_fields(experts, name, tensor)
     return ExpertTensors(**fields)
+
+
+def canonical_fields(experts: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The fields of `ExpertTensors` that one stock tensor (experts first) holds, as views."""
+    suffix = "_bias" if name.endswith("_bias") else ""
+    native = tensor if suffix or not experts.is_transposed else tensor.transpose(1, 2)
+    if not name.startswith("gate_up_proj"):
+        return {name.removesuffix("_bias").removesuffix("_proj") + suffix: native}
+    half = native.shape[1] // 2
+    if experts.is_concatenated:
+        return {f"gate{suffix}": native[:, :half], f"up{suffix}": native[:, half:]}
+    return {f"gate{suffix}": native[:, ::2], f"up{suffix}": native[:, 1::2]}
 
 
 def _watched_forward(

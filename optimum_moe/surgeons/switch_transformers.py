@@ -81,7 +81,7 @@ class SwitchTransformersSurgeon(Surgeon):
         merged = []
         for group, dominant in enumerate(plan.dominants_G):
             up, down = torch.empty_like(source.up[dominant]), torch.empty_like(source.down[dominant])
-            merge_group(source, ExpertTensors(up=[up], down=[down]), plan, group, 0)
+            merge_group({"up": source.up, "down": source.down}, {"up": [up], "down": [down]}, plan, group, 0)
             merged.append((up, down))
         kept = [block.experts[f"expert_{dominant}"] for dominant in plan.dominants_G]
         for module, (up, down) in zip(kept, merged, strict=True):
