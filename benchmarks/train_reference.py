@@ -58,7 +58,7 @@ def reference_config() -> Qwen3MoeConfig:
         num_experts=32,
         num_experts_per_tok=4,
         norm_topk_prob=True,
-        router_aux_loss_coef=0.01,
+        router_aux_loss_coef=0.02,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -93,6 +93,19 @@ def learning_rate(step: int, arguments: argparse.Namespace) -> float:
         return arguments.learning_rate * (step + 1) / arguments.warmup
     progress = (step - arguments.warmup) / max(1, arguments.steps - arguments.warmup)
     return arguments.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def balancing_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
+    """Switch Transformers' balancing loss, block by block.
+
+    The loss that comes with the model pools all blocks, which lets single blocks leave experts unused.
+    """
+    losses = []
+    for logits_TE in router_logits:
+        probability_TE = logits_TE.float().softmax(-1)
+        selected_TE = torch.zeros_like(probability_TE).scatter_(1, probability_TE.topk(top_k).indices, 1.0)
+        losses.append(logits_TE.shape[1] / top_k * (selected_TE.mean(0) * probability_TE.mean(0)).sum())
+    return torch.stack(losses).mean()
 
 
 def save_state(path: Path, step: int, seconds: float, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -137,12 +150,15 @@ def train(stream_T: torch.Tensor, arguments: argparse.Namespace) -> tuple[Qwen3M
         ids = batch_at(stream_T, step, arguments)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, arguments)
-        out = model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
-        out.loss.backward()
+        out = model(input_ids=ids, output_router_logits=True, use_cache=False)
+        logits = out.logits[:, :-1].reshape(-1, VOCABULARY).float()
+        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1))
+        balance = balancing_loss(out.router_logits, model.config.num_experts_per_tok)
+        (loss + model.config.router_aux_loss_coef * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(out.loss.item() - model.config.router_aux_loss_coef * out.aux_loss.item())
+        losses.append(loss.item())
         seconds += time.perf_counter() - started
         progress.set_postfix(loss=f"{losses[-1]:.3f}")
         if (step + 1) % arguments.save_every == 0:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 # A chunk of rows of the result stays in the cache while all members are added to it.
-_CHUNK_NUMEL = 1 << 18
+_CHUNK_NUMEL = 1 << 17
 
 
 def merge_weights(frequency_E: torch.Tensor, labels_E: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -60,8 +60,8 @@ def merge_matrices(
     """Write the weighted sum of a group's aligned matrices (or biases) into `out`.
 
     Accumulates in float32 (float64 if `out` is float64) and casts once. One member with weight exactly 1.0 and no
-    permutation is copied bit for bit; members with weight 0 are not read. The scratch memory is a few rows. `out` may
-    be the storage of a member that is not permuted (the dominant expert), and of no other.
+    permutation is copied bit for bit; members with weight 0 are not read. The scratch memory is a few rows, and all
+    tensors are on one device. `out` may be the storage of a member that is not permuted (the dominant expert), and of no other.
 
     Args:
         matrices: one tensor for each member, all of the shape of `out`.
@@ -84,7 +84,7 @@ def merge_matrices(
     if not torch.tensor(weights, dtype=torch.float64).isfinite().all() or not any(weights):
         raise ValueError(f"weights={list(weights)} must be finite and not all 0. Take them from merge_weights.")
     members = [
-        (matrix, float(weight), None if neuron_axis is None else _proper(order))
+        (matrix.detach(), float(weight), None if neuron_axis is None else _proper(order, matrix.device))
         for matrix, weight, order in zip(matrices, weights, permutations, strict=True)
         if weight != 0
     ]
@@ -94,25 +94,30 @@ def merge_matrices(
     axis = 0 if neuron_axis is None else neuron_axis % out.ndim
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     step = max(1, _CHUNK_NUMEL * out.shape[0] // max(1, out.numel()))
+    total = torch.empty((step, *out.shape[1:]), dtype=dtype, device=out.device)
+    gathered: dict[torch.dtype, torch.Tensor] = {}
     for start in range(0, out.shape[0], step):
         rows = slice(start, min(out.shape[0], start + step))
-        total = torch.zeros(out[rows].shape, dtype=dtype, device=out.device)
+        part = total[: rows.stop - start].zero_()
         for matrix, weight, order in members:
-            total.add_(_rows(matrix, rows, order, axis).to(out.device, dtype), alpha=weight)
-        out[rows].copy_(total)
+            if order is not None:
+                scratch = gathered.setdefault(matrix.dtype, torch.empty_like(total, dtype=matrix.dtype))
+                matrix = _gather(matrix, rows, order, axis, scratch[: rows.stop - start])
+            else:
+                matrix = matrix[rows]
+            part.add_(matrix, alpha=weight)
+        out[rows].copy_(part)
 
 
-def _proper(order: torch.Tensor | None) -> torch.Tensor | None:
+def _proper(order: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """None in place of an identity permutation, which then costs no gather."""
     if order is None or torch.equal(order.cpu(), torch.arange(order.numel())):
         return None
-    return order
+    return order.to(device)
 
 
-def _rows(matrix: torch.Tensor, rows: slice, order: torch.Tensor | None, axis: int) -> torch.Tensor:
-    if order is None:
-        return matrix[rows]
-    order = order.to(matrix.device)
+def _gather(matrix: torch.Tensor, rows: slice, order: torch.Tensor, axis: int, scratch: torch.Tensor) -> torch.Tensor:
+    # Fresh memory for every chunk would cost more than the gather itself.
     if axis == 0:
-        return matrix.index_select(0, order[rows])
-    return matrix[rows].index_select(axis, order)
+        return torch.index_select(matrix, 0, order[rows], out=scratch)
+    return torch.index_select(matrix[rows], axis, order, out=scratch)

@@ -123,7 +123,8 @@ def test_certified_rows_are_completed_when_others_need_the_solver(solver_calls, 
     reference, member = random_expert(700, 256, generator), random_expert(700, 256, generator)
     # The first half are copies, so their chunks are certified before an unrelated one is met.
     mixed = tuple(
-        torch.cat([a.narrow(x, 0, 350), b.narrow(x, 350, 350)], x) for a, b, x in zip(reference, member, (0, 1, 0))
+        torch.cat([a.narrow(x, 0, 350), b.narrow(x, 350, 350)], x)
+        for a, b, x in zip(reference, member, (0, 1, 0), strict=True)
     )
     assert_optimal(reference, mixed, align(reference, mixed))
     assert product_share() == pytest.approx(1)
@@ -221,14 +222,14 @@ def test_alignment_makes_the_merge_lossless_with_biases():
 
 def test_errors_state_rule_and_values():
     up, down, gate = random_expert(8, 4, torch.Generator().manual_seed(9))
-    with pytest.raises(ValueError, match="has a gate projection or neither"):
+    with pytest.raises(ValueError, match="Either both experts have a gate"):
         alignment_permutation(up, down, up, down, reference_gate=gate)
     with pytest.raises(ValueError, match=r"\(8, 4\), \(7, 4\)"):
         alignment_permutation(up, down, up[:7], down[:, :7])
     bad = up.clone()
     bad[3, 2] = torch.nan
     pair = ExpertTensors([up, bad], [down, down])
-    with pytest.raises(ValueError, match="Expert 1 cannot be aligned to expert 0: .*NaN"):
+    with pytest.raises(ValueError, match=r"Expert 1 cannot be aligned to expert 0: .*NaN"):
         align_experts(pair, torch.tensor([0, 0]), (0,))
     with pytest.raises(ValueError, match=r"2 labels in -1..0, got \[0, 1\]"):
         align_experts(pair, torch.tensor([0, 1]), (0,))
