@@ -12,7 +12,7 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from optimum_moe.calibration import CalibrationConfig, build_batches, observe
-from optimum_moe.checkpoint.quantizer import MoEStructureConfig
+from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_config
 from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.writer import (
     check_destination,
@@ -334,4 +334,4 @@ def _mark_structure(model: PreTrainedModel, source: ModelSource, plan: Compressi
         count = next(iter(plan.blocks.values())).num_groups
         set_expert_count(model, source.blocks, count)
     elif plan.structure():
-        model.config.quantization_config = MoEStructureConfig(plan.structure())
+        mark_config(model.config, MoEStructureConfig(plan.structure()))

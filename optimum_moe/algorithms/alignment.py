@@ -31,7 +31,7 @@ from optimum_moe.algorithms.experts import ExpertTensors
 _LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 # The first chunk is a small probe: what it wastes where the certificate cannot hold is negligible.
 _PROBE_ROWS, _CHUNK_ROWS = 32, 256
-_SWEEP_ROWS = 128
+_SWEEP_ROWS = 32
 _TEMPERATURES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16)
 # Below this size the plain solver takes a few milliseconds and nothing is worth saving.
 _SMALL = 128
@@ -102,7 +102,8 @@ def _accumulate(cost: torch.Tensor, reference: _Neurons, member: _Neurons, rows:
 
 
 def _nearest(cost: torch.Tensor, member: _Neurons, rows: slice) -> torch.Tensor:
-    return _row_argmax(cost[rows] - member.squared_I / 2)
+    half_I = member.squared_I / 2
+    return torch.cat([_row_argmax(chunk - half_I) for chunk in cost[rows].split(_SWEEP_ROWS)])
 
 
 def _row_argmax(values: torch.Tensor) -> torch.Tensor:

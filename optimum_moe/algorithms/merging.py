@@ -61,7 +61,8 @@ def merge_matrices(
 
     Accumulates in float32 (float64 if `out` is float64) and casts once. One member with weight exactly 1.0 and no
     permutation is copied bit for bit; members with weight 0 are not read. The scratch memory is a few rows, and all
-    tensors are on one device. `out` may be the storage of a member that is not permuted (the dominant expert), and of no other.
+    tensors are on one device. `out` may be the storage of a member that is not permuted (the dominant expert), and of
+    no other.
 
     Args:
         matrices: one tensor for each member, all of the shape of `out`.
@@ -101,8 +102,9 @@ def merge_matrices(
         part = total[: rows.stop - start].zero_()
         for matrix, weight, order in members:
             if order is not None:
-                scratch = gathered.setdefault(matrix.dtype, torch.empty_like(total, dtype=matrix.dtype))
-                matrix = _gather(matrix, rows, order, axis, scratch[: rows.stop - start])
+                if matrix.dtype not in gathered:
+                    gathered[matrix.dtype] = torch.empty_like(total, dtype=matrix.dtype)
+                matrix = _gather(matrix, rows, order, axis, gathered[matrix.dtype][: rows.stop - start])
             else:
                 matrix = matrix[rows]
             part.add_(matrix, alpha=weight)
@@ -120,4 +122,5 @@ def _gather(matrix: torch.Tensor, rows: slice, order: torch.Tensor, axis: int, s
     # Fresh memory for every chunk would cost more than the gather itself.
     if axis == 0:
         return torch.index_select(matrix, 0, order[rows], out=scratch)
-    return torch.index_select(matrix[rows], axis, order, out=scratch)
+    # index_select along the last axis copies column by column.
+    return torch.gather(matrix[rows], axis, order.expand(scratch.shape), out=scratch)

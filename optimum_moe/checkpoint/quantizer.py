@@ -17,10 +17,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 METHOD = "optimum_moe"
 FORMAT_VERSION = 1
+SENTINEL = {"install_and_import_optimum_moe": True}
+"""Stands in `config.fusion_config`. transformers only warns of an unknown quantisation method and would go on to
+initialise missing experts at random; of an unknown fusion it raises, with this name in the message."""
+
 ENTRY_FIELDS = {"num_experts", "num_groups", "routing"}
 
 
@@ -74,6 +78,12 @@ class MoEStructureQuantizer(HfQuantizer):
 
     quantization_config: MoEStructureConfig
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The first sight of the config before the model is built: takes out the sentinel."""
+        if getattr(config, "fusion_config", None) == SENTINEL:
+            del config.fusion_config
+        return config
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         changed = rebuild_structure(model, self.quantization_config)
         _refuse_missing(model, changed)
@@ -85,6 +95,7 @@ class MoEStructureQuantizer(HfQuantizer):
         del model.hf_quantizer
         del model.quantization_method
         model.is_quantized = False
+        mark_config(model.config, self.quantization_config)
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 module.config._is_quantized = False
@@ -98,6 +109,12 @@ class MoEStructureQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """All parameters are ordinary ones."""
         return True
+
+
+def mark_config(config: PreTrainedConfig, structure: MoEStructureConfig) -> None:
+    """Make a live model's config say what `save_pretrained` has to write for the checkpoint to load again."""
+    config.quantization_config = structure
+    config.fusion_config = dict(SENTINEL)
 
 
 def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> list[str]:

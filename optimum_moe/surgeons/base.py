@@ -102,13 +102,15 @@ def merge_group(
 
 
 def merged_router_rows(rows_EX: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
-    """(G, ...) router rows (or biases) of the reduced router: the members' rows by `router_weights_E`."""
+    """(G, ...) rows of the reduced router, or (G,) biases: the members' rows by `router_weights_E`."""
     assert plan.router_weights_E is not None
     merged = torch.empty((plan.num_groups, *rows_EX.shape[1:]), dtype=rows_EX.dtype, device=rows_EX.device)
+    # A bias has one number for each expert, and merge_matrices wants an axis.
+    flat_EX, flat_GX = rows_EX.reshape(plan.num_experts, -1), merged.view(plan.num_groups, -1)
     for group in range(plan.num_groups):
         members = plan.members(group)
         weights = [float(plan.router_weights_E[e]) for e in members]
-        merge_matrices([rows_EX[e] for e in members], weights, [None] * len(members), None, merged[group])
+        merge_matrices([flat_EX[e] for e in members], weights, [None] * len(members), None, flat_GX[group])
     return merged
 
 

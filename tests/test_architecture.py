@@ -1,0 +1,96 @@
+"""The rules of the house that a machine can check: imports point down, files stay small, names are documented."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import optimum_moe
+
+PACKAGE = Path(optimum_moe.__file__).parent
+LAYERS = {
+    "algorithms": 0,
+    "blocks": 1,
+    "plan": 1,
+    "statistics": 1,
+    "nn": 1,
+    "methods": 2,
+    "surgeons": 2,
+    "arming": 3,
+    "calibration": 3,
+    "checkpoint": 3,
+    "recipes": 3,
+    "engine": 4,
+    "reporting": 4,
+    "compressor": 5,
+    "evaluation": 5,
+    "cli": 6,
+    "__init__": 7,
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+TABLES = {"architecture.py"}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imported_names(path: Path) -> set[str]:
+    """Everything that a file imports at any depth, but not what it imports for type checkers only."""
+    names = set()
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downward(path: Path) -> None:
+    own = module_of(path)
+    for name in imported_names(path):
+        if not name.startswith("optimum_moe."):
+            continue
+        other = name.split(".")[1]
+        assert LAYERS[other] <= LAYERS[own], f"{path.name} (layer {LAYERS[own]}) imports {name} ({LAYERS[other]})"
+        assert {own, other} != {"methods", "surgeons"}, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_lower_layers_do_not_import_transformers(path: Path) -> None:
+    if module_of(path) in ("algorithms", "plan", "blocks", "statistics", "nn", "methods", "arming"):
+        assert not {n for n in imported_names(path) if n.split(".")[0] in ("transformers", "optimum", "accelerate")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    if path.name in TABLES:
+        return
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 400
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 80, f"{path.name}:{node.name}"
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    assert set(optimum_moe.__all__) == set(optimum_moe._HOMES)
+    for name in optimum_moe.__all__:
+        assert (getattr(optimum_moe, name).__doc__ or "").strip(), name
+
+
+def test_every_file_is_listed_in_the_layers() -> None:
+    assert {module_of(path) for path in FILES} == set(LAYERS)

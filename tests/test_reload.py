@@ -1,0 +1,238 @@
+"""Saved and loaded again, every tensor and the logits are equal bit for bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from optimum_moe import CalibrationConfig, CompressionPlan, ExpertPruning, MoECompressor, MSMoE
+from tests.tiny_models import TARGETS, Target, build, by_name, inputs_for, logits_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
+
+METHODS = {
+    "map": MSMoE(num_experts=4),
+    "reduce": MSMoE(num_experts=4, routing="reduce"),
+    "adaptive": MSMoE(num_experts=4, budget="adaptive"),
+    "protected": MSMoE(num_experts=4, routing="reduce", layers=[0]),
+    "prune": ExpertPruning(num_experts=4, saliency="reap"),
+}
+
+
+def compress(target: Target, method: str, directory: Path, dtype: torch.dtype = torch.float32, **kwargs):
+    data = [inputs_for(target, rows=4, length=32, seed=seed) for seed in range(3)]
+    compressor = MoECompressor.from_pretrained(
+        build(target, dtype=dtype), METHODS[method], CalibrationConfig(data), progress=False
+    )
+    model = compressor.apply()
+    compressor.save_pretrained(directory, **kwargs)
+    return compressor, model
+
+
+def assert_same_tensors(loaded: torch.nn.Module, saved: torch.nn.Module) -> None:
+    ours, theirs = loaded.state_dict(), saved.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_reload_is_bit_equal(target: Target, method: str, tmp_path: Path) -> None:
+    compressor, model = compress(target, method, tmp_path / "out")
+    loaded = getattr(transformers, target.architecture).from_pretrained(tmp_path / "out")
+    assert_same_tensors(loaded, model)
+    assert torch.equal(logits_of(loaded, inputs_for(target)), logits_of(model, inputs_for(target)))
+    is_plain = "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert is_plain == compressor.plan.is_plain == (method in ("reduce", "prune"))
+    again = CompressionPlan.from_pretrained(tmp_path / "out")
+    assert {n: b.labels_E for n, b in again.blocks.items()} == {n: b.labels_E for n, b in compressor.plan.blocks.items()}
+
+
+@pytest.mark.parametrize("method", ["map", "reduce"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch_transformers"])
+def test_reload_in_bfloat16_and_shards(name: str, method: str, tmp_path: Path) -> None:
+    target = by_name(name)
+    _, model = compress(target, method, tmp_path / "out", dtype=torch.bfloat16, max_shard_size="100KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    loaded = getattr(transformers, target.architecture).from_pretrained(tmp_path / "out")
+    assert_same_tensors(loaded, model)
+
+
+def test_second_generation_of_saving_keeps_everything(tmp_path: Path) -> None:
+    target = by_name("qwen3_moe")
+    _, model = compress(target, "adaptive", tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert_same_tensors(again, model)
+    half = loaded.half()
+    assert next(half.parameters()).dtype == torch.float16
+
+
+def test_the_base_model_of_a_checkpoint_loads(tmp_path: Path) -> None:
+    target = by_name("olmoe")
+    _, model = compress(target, "map", tmp_path / "out")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    assert_same_tensors(base, model.model)
+
+
+def run_python(code: str, *arguments: str, isolated: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process; `isolated` leaves out whatever makes this package importable."""
+    if isolated:
+        site = sysconfig.get_paths()["purelib"]
+        code = f"import sys; sys.path.append({site!r})\n{code}"
+        flags = ["-I", "-S"]
+    else:
+        flags = []
+    return subprocess.run([sys.executable, *flags, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+
+
+LOAD_ALL = """
+import sys, torch, transformers
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+for folder in map(Path, sys.argv[1:]):
+    cls = getattr(transformers, (folder / "class.txt").read_text())
+    model = cls.from_pretrained(folder)
+    inputs = load_file(folder / "test_inputs.safetensors")
+    with torch.no_grad():
+        save_file({"logits": model(**inputs).logits}, folder / "test_logits.safetensors")
+"""
+
+
+def saved_for_subprocess(tmp_path: Path, methods: list[str]) -> list[tuple[Path, torch.Tensor]]:
+    saved = []
+    for target in TARGETS:
+        for method in methods:
+            folder = tmp_path / f"{target.name}-{method}"
+            _, model = compress(target, method, folder)
+            save_file(inputs_for(target), folder / "test_inputs.safetensors")
+            (folder / "class.txt").write_text(target.architecture)
+            saved.append((folder, logits_of(model, inputs_for(target))))
+    return saved
+
+
+def test_fresh_process_gives_the_same_logits(tmp_path: Path) -> None:
+    saved = saved_for_subprocess(tmp_path, ["map", "adaptive"])
+    done = run_python("import optimum_moe\n" + LOAD_ALL, *(str(folder) for folder, _ in saved))
+    assert done.returncode == 0, done.stderr
+    for folder, logits in saved:
+        assert torch.equal(load_file(folder / "test_logits.safetensors")["logits"], logits), folder.name
+
+
+def test_plain_checkpoints_load_without_this_package(tmp_path: Path) -> None:
+    saved = saved_for_subprocess(tmp_path, ["reduce", "prune"])
+    check = "import importlib.util\nassert importlib.util.find_spec('optimum_moe') is None\n"
+    done = run_python(check + LOAD_ALL, *(str(folder) for folder, _ in saved), isolated=True)
+    assert done.returncode == 0, done.stderr
+    for folder, logits in saved:
+        assert torch.equal(load_file(folder / "test_logits.safetensors")["logits"], logits), folder.name
+
+
+@pytest.mark.parametrize("method", ["map", "adaptive", "protected"])
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_structured_checkpoints_raise_without_this_package(target: Target, method: str, tmp_path: Path, stock) -> None:
+    """Stock transformers must not fill in random weights; `stock` forgets that our method was registered."""
+    compress(target, method, tmp_path / "out")
+    stock()
+    with pytest.raises(ValueError, match="install_and_import_optimum_moe"):
+        getattr(transformers, target.architecture).from_pretrained(tmp_path / "out")
+
+
+@pytest.fixture()
+def stock(monkeypatch):
+    from transformers.quantizers import auto
+
+    def forget() -> None:
+        monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "optimum_moe")
+        monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "optimum_moe")
+
+    return forget
+
+
+def drop_tensor(folder: Path, part: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if part in name)
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["expert_map", "experts"])
+def test_a_missing_tensor_of_a_compressed_block_is_an_error(part: str, tmp_path: Path) -> None:
+    target = by_name("gpt_oss")
+    compress(target, "map", tmp_path / "out")
+    drop_tensor(tmp_path / "out", part)
+    with pytest.raises(ValueError, match="lacks 1 tensors of compressed blocks"):
+        transformers.GptOssForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    block = next(iter(config["quantization_config"]["blocks"]))
+    config["quantization_config"]["blocks"][block].update(changes)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_groups": 0}, "num_groups=0"),
+        ({"num_groups": 9}, "num_groups=9"),
+        ({"num_experts": 16}, "8 experts by config.json, and 16"),
+        ({"routing": "mapp"}, "routing='mapp'"),
+        ({"ratio": 0.5}, "must have the fields"),
+    ],
+)
+def test_an_edited_structure_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
+    compress(by_name("mixtral"), "map", tmp_path / "out")
+    edit_config(tmp_path / "out", **changes)
+    with pytest.raises(ValueError, match=message):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_wrong_size_in_the_structure_does_not_load(tmp_path: Path) -> None:
+    compress(by_name("mixtral"), "map", tmp_path / "out")
+    edit_config(tmp_path / "out", num_groups=3)
+    with pytest.raises(RuntimeError, match="mismatched|size"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_config_has_every_spelling_of_the_expert_count(tmp_path: Path) -> None:
+    compress(by_name("qwen3_moe"), "reduce", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_experts"] == config["num_local_experts"] == 4
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+
+
+def test_importing_the_package_imports_the_standard_library_only() -> None:
+    code = """
+import sys
+before = set(sys.modules)
+import optimum_moe
+heavy = {"torch", "transformers", "numpy", "scipy", "safetensors", "optimum"} & set(sys.modules)
+assert not heavy, heavy
+import transformers.quantizers.auto as auto
+assert "optimum_moe" in auto.AUTO_QUANTIZER_MAPPING
+optimum_moe.arm()
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_arming_after_transformers_works_too() -> None:
+    code = """
+import transformers.quantizers.auto as auto
+import optimum_moe
+assert "optimum_moe" in auto.AUTO_QUANTIZER_MAPPING
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
