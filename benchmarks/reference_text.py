@@ -74,9 +74,7 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
     """(training, calibration, shipped held-out) documents; calibration is a part of the training text."""
     by_title = {document.title: document for document in documents}
     training = [document for document in documents if document.title not in HELD_OUT]
-    calibration = [
-        Document(title, _beginning(by_title[title].text, CALIBRATION_CHARACTERS)) for title in CALIBRATION
-    ]
+    calibration = [Document(title, _beginning(by_title[title].text, CALIBRATION_CHARACTERS)) for title in CALIBRATION]
     return training, calibration, [by_title[title] for title in HELD_OUT if title not in NOT_SHIPPED]
 
 
@@ -134,7 +132,7 @@ def _bible_documents(cache: Path) -> list[Document]:
         match = re.match(r"(\d?[A-Za-z]+)(\d+):(\d+) (.*)", line)
         if match is None:
             continue
-        name, chapter, number, verse = match.groups()
+        name, _, number, verse = match.groups()
         lines = books.setdefault(name, [])
         if number == "1":
             lines.append("")
@@ -147,7 +145,9 @@ def _austen_documents(cache: Path) -> list[Document]:
     data = _debian(cache, "r-cran-janeaustenr") / "usr/lib/R/site-library/janeaustenr/data"
     index = gzip.decompress((data / "Rdata.rdx").read_bytes())
     blobs = (data / "Rdata.rdb").read_bytes()
-    spans = [struct.unpack(">ii", match) for match in re.findall(rb"\x00\x00\x00\x0d\x00\x00\x00\x02(.{8})", index, re.S)]
+    spans = [
+        struct.unpack(">ii", match) for match in re.findall(rb"\x00\x00\x00\x0d\x00\x00\x00\x02(.{8})", index, re.S)
+    ]
     titles = index[index.index(b"names") + len(b"names") :]
     names = re.findall(rb"\x00\x04\x00\x09\x00\x00\x00.([a-z]{4,})", titles, re.S)
     documents = []

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from optimum_moe.calibration import CalibrationConfig, build_batches, observe
 from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_config
-from optimum_moe.checkpoint.source import ModelSource, open_source
+from optimum_moe.checkpoint.source import ModelSource, load_tokenizer, open_source
 from optimum_moe.checkpoint.writer import (
     check_destination,
     check_space,
@@ -21,7 +21,7 @@ from optimum_moe.checkpoint.writer import (
     write_model,
     written_beside,
 )
-from optimum_moe.engine import MemorySource, decide_and_cut
+from optimum_moe.engine import MemorySource, carry_out, decide_and_cut
 from optimum_moe.methods import Method
 from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import CompressionPlan
@@ -47,23 +47,35 @@ class MoECompressor:
         ```
     """
 
-    def __init__(self, source: ModelSource, recipe: Recipe, calibration: CalibrationConfig | None, seed: int) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        recipe: Recipe,
+        calibration: CalibrationConfig | None = None,
+        seed: int = 0,
+        tokenizer: Any = None,
+        output_dir: Path | None = None,
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> None:
         self.source = source
         self.recipe = recipe
         self.calibration = calibration
         self.seed = seed
-        self.progress = True
-        self.output_dir: Path | None = None
+        self.output_dir = output_dir
+        self.overwrite = overwrite
+        self.progress = progress
         self.model: PreTrainedModel | None = None
         self.plan: CompressionPlan | None = None
         self.statistics: Statistics | None = None
-        self._tokenizer: Any = None
+        self._tokenizer = tokenizer
+        self._before: Cost | None = None
 
     @classmethod
     def from_pretrained(
         cls,
         model: str | Path | PreTrainedModel,
-        method: Method | Sequence[Method] | str | Path,
+        method: Method | Sequence[Method] | Recipe | str | Path,
         calibration: Any = None,
         *,
         engine: str = "auto",
@@ -112,9 +124,7 @@ class MoECompressor:
             kwargs["device_map"] = device_map
         source = open_source(model, auto_class, dtype, **kwargs)
         recipe.method.counts(source.info)
-        self = cls(source, recipe, config, seed)
-        self.output_dir, self._overwrite, self.progress, self._tokenizer = destination, overwrite, progress, tokenizer
-        return self
+        return cls(source, recipe, config, seed, tokenizer, destination, overwrite, progress)
 
     @property
     def method(self) -> Method:
@@ -189,7 +199,7 @@ class MoECompressor:
         model.eval()
         if self.output_dir is None:
             return model
-        return self.save_pretrained(self.output_dir, overwrite=self._overwrite)
+        return self.save_pretrained(self.output_dir, overwrite=self.overwrite)
 
     def save_pretrained(
         self,
@@ -248,14 +258,19 @@ class MoECompressor:
         blocks, plan = list(self.source.blocks), self.plan
         counts = {name: block.num_groups for name, block in plan.blocks.items()}
         cost = preview(self.source.skeleton, blocks, self.source.info, counts, self.method.block_routing)
-        if self.source.live is not None:
+        if self._before is not None:
+            # A model in memory was cut itself: its skeleton no longer tells what it was.
             cost = replace(cost, before=self._before)
         parameters = sum(p.numel() for p in self.model.parameters())
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         active = {found.info.name: float(min(found.info.top_k, counts[found.info.name])) for found in blocks}
         if self.statistics is not None:
             for name, block in plan.blocks.items():
-                if block.routing == "map" and not block.is_identity and len(self.statistics.blocks[name].reservoir.index_SK):
+                if (
+                    block.routing == "map"
+                    and not block.is_identity
+                    and len(self.statistics.blocks[name].reservoir.index_SK)
+                ):
                     active[name] = self.statistics.blocks[name].mean_distinct(block.labels_E)
         flops = flops_per_token(self.model, blocks, active)
         return replace(cost, after=Cost(parameters, size, flops, flops), plain=plan.is_plain)
@@ -264,7 +279,9 @@ class MoECompressor:
     def tokenizer(self) -> Any:
         """Tokenizer or processor of the checkpoint; None if it has none."""
         if self._tokenizer is None and self.source.directory is not None:
-            self._tokenizer = load_tokenizer(self.source.directory, bool(self.source.load_arguments.get("trust_remote_code")))
+            self._tokenizer = load_tokenizer(
+                self.source.directory, bool(self.source.load_arguments.get("trust_remote_code"))
+            )
         return self._tokenizer
 
     def _loaded(self) -> PreTrainedModel:
@@ -278,26 +295,9 @@ class MoECompressor:
             raise ValueError("This model was already cut. Make a new MoECompressor from the original checkpoint.")
 
 
-def carry_out(source: MemorySource, plan: CompressionPlan) -> None:
-    """Cut the blocks of a source as a finished plan says."""
-    for found in source.blocks:
-        block_plan = plan.blocks[found.info.name]
-        if not block_plan.is_identity:
-            with source.opened(found) as block:
-                found.surgeon.cut(block, block_plan)
-
-
-def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
-    """The processor of a checkpoint folder, else its tokenizer, else None."""
-    names = {path.name for path in directory.iterdir()}
-    if names & {"processor_config.json", "preprocessor_config.json"}:
-        return AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    if any("token" in name or name in ("vocab.json", "spiece.model") for name in names):
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    return None
-
-
 def _coerce_method(method: Any) -> Recipe:
+    if isinstance(method, Recipe):
+        return method
     if isinstance(method, Method):
         return Recipe(method)
     if isinstance(method, Sequence) and not isinstance(method, str):
@@ -310,7 +310,8 @@ def _coerce_method(method: Any) -> Recipe:
     if isinstance(method, (str, Path)):
         return load_recipe(method)
     raise ValueError(
-        f"method must be a method such as MSMoE(num_experts=8), a preset name or a YAML path, got {type(method).__name__}."
+        f"method={type(method).__name__} is none. Pass a method such as MSMoE(num_experts=8), the name of a preset, "
+        "or the path of a YAML recipe."
     )
 
 
@@ -320,11 +321,9 @@ def _check_belongs(what: str, made_from: Any, source: ModelSource) -> None:
         there = made_from.get(key)
         if there is not None and here[key] is not None and there != here[key]:
             raise ValueError(
-                f"These {what} were made from {made_from.get('name')} ({made_from.get('architecture')}), whose {key} "
-                f"differs from that of {here['name']} ({here['architecture']}). Use the ones of this checkpoint."
-                if what == "statistics"
-                else f"This plan was made from {made_from.get('name')} ({made_from.get('architecture')}), whose {key} "
-                f"differs from that of {here['name']} ({here['architecture']}). Use the plan of this checkpoint."
+                f"The {what} passed to apply() belong to {made_from.get('name')} ({made_from.get('architecture')}), "
+                f"whose {key} differs from that of {here['name']} ({here['architecture']}). "
+                "Use those of this checkpoint."
             )
 
 

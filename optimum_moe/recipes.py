@@ -72,7 +72,10 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     else:
         choose_one("recipe", str(name), preset_names())
         text = (resources.files("optimum_moe") / "presets" / f"{name}.yaml").read_text()
-    record = yaml.safe_load(text)
+    try:
+        record = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Recipe {name} is no valid YAML: {error}. Correct it.") from error
     if not isinstance(record, Mapping):
         raise ValueError(f"Recipe {name} must be a mapping with a field 'method', got {type(record).__name__}.")
     return parse_recipe(record, overrides)
@@ -81,8 +84,6 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from the mapping that its YAML holds; see `load_recipe`."""
     settings = dict(record)
-    calibration = settings.pop("calibration", None) or {}
-    seed = settings.pop("seed", None)
     if "method" not in settings:
         raise ValueError(f"A recipe needs a field 'method', one of {', '.join(sorted(METHODS))}.")
     name = settings.pop("method")
@@ -93,6 +94,14 @@ def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None 
     settings |= overrides
     known = [f.name for f in dataclasses.fields(METHODS[name])]
     check_fields(settings, [*known, "calibration", "seed"])
+    calibration = settings.pop("calibration", None) or {}
+    seed = settings.pop("seed", None)
+    if not isinstance(calibration, Mapping):
+        raise ValueError(
+            f"The recipe's field 'calibration' must be a mapping, got {calibration!r}. Write the path as its 'source'."
+        )
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise ValueError(f"seed={seed!r} is out of range. Pass an integer of at least 0.")
     return Recipe(METHODS[name](**settings), calibration, seed)
 
 

@@ -134,7 +134,7 @@ class Statistics:
         """Write `statistics.json` and `statistics.safetensors`; the folder is created."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for index, block in enumerate(self.blocks.values()):
             tensors |= {f"{index}.{name}": getattr(block, name) for name in _SUMS}
             # safetensors refuses shared storage, and the two inputs are one tensor in most architectures.
@@ -170,9 +170,9 @@ class Statistics:
         tensors = load_file(directory / STATISTICS_TENSORS_FILE)
         blocks = {}
         for index, entry in enumerate(record["blocks"]):
-            sample = {name: tensors.get(f"{index}.reservoir.{name}") for name in _RESERVOIR}
-            if sample["experts_input_SH"] is None:
-                sample["experts_input_SH"] = sample["router_input_SH"]
+            prefix = f"{index}.reservoir."
+            sample = {name: tensors[prefix + name] for name in _RESERVOIR if prefix + name in tensors}
+            sample.setdefault("experts_input_SH", sample["router_input_SH"])
             blocks[entry["name"]] = BlockStatistics(
                 num_tokens=entry["num_tokens"],
                 reservoir=Reservoir(**sample),

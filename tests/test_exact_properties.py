@@ -76,7 +76,10 @@ def test_pruning_experts_that_never_win_changes_nothing(target: Target) -> None:
     silence(model, silent, inputs)
     expected = logits_of(model, inputs)
     compressor = MoECompressor.from_pretrained(
-        model, ExpertPruning(num_experts=8 - len(silent), saliency="frequency"), CalibrationConfig([inputs]), progress=False
+        model,
+        ExpertPruning(num_experts=8 - len(silent), saliency="frequency"),
+        CalibrationConfig([inputs]),
+        progress=False,
     )
     statistics = compressor.calibrate()
     for block in statistics.blocks.values():

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-# A chunk of rows of the result stays in the cache while all members are added to it.
-_CHUNK_NUMEL = 1 << 17
+# A chunk of rows of the result stays in the cache while all members are added to it. Below 2^15 elements torch does not
+# fork into threads: on a busy machine the barriers of many small parallel steps cost far more than the steps.
+_CHUNK_NUMEL = (1 << 15) - 1
 
 
 def merge_weights(frequency_E: torch.Tensor, labels_E: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -122,5 +123,4 @@ def _gather(matrix: torch.Tensor, rows: slice, order: torch.Tensor, axis: int, s
     # Fresh memory for every chunk would cost more than the gather itself.
     if axis == 0:
         return torch.index_select(matrix, 0, order[rows], out=scratch)
-    # index_select along the last axis copies column by column.
-    return torch.gather(matrix[rows], axis, order.expand(scratch.shape), out=scratch)
+    return torch.index_select(matrix[rows], axis, order, out=scratch)

@@ -137,7 +137,9 @@ class _Sample:
         keep_old, keep_new = kept[kept < before], kept[kept >= before] - before
         self._keys_S = keys[kept]
         self._columns = [
-            None if new is None or was is None else torch.cat([was[keep_old], new.detach()[keep_new.to(new.device)].cpu()])
+            None
+            if new is None or was is None
+            else torch.cat([was[keep_old], new.detach()[keep_new.to(new.device)].cpu()])
             for was, new in zip(old, columns, strict=True)
         ]
 

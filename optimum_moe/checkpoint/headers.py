@@ -61,24 +61,35 @@ def read_headers(directory: str | Path) -> Headers:
     """
     directory = Path(directory)
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    files = _shards(directory)
+    files, promised = _shards(directory)
     for file in files:
         for name, entry in _read_header(file).items():
             first, last = entry["data_offsets"]
             tensors[name] = (entry["dtype"], tuple(entry["shape"]), last - first)
+    lacking = sorted(promised - set(tensors))
+    if lacking:
+        raise ValueError(
+            f"{directory / INDEX_FILE} promises {len(lacking)} tensors that no shard has ({', '.join(lacking[:3])}). "
+            "They would be random. Copy or download the checkpoint again."
+        )
     return Headers(tensors, files)
 
 
-def _shards(directory: Path) -> tuple[Path, ...]:
+def _shards(directory: Path) -> tuple[tuple[Path, ...], set[str]]:
+    """The shards, and the tensors that an index says they have."""
     index = directory / INDEX_FILE
     if index.is_file():
-        files = tuple(directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values())))
+        try:
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is no readable index of shards. Copy or download it again.") from error
+        files = tuple(directory / name for name in sorted(set(weight_map.values())))
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(f"{index} names shards that are not there: {', '.join(missing)}. Copy or download them.")
-        return files
+        return files, set(weight_map)
     if (directory / SINGLE_FILE).is_file():
-        return (directory / SINGLE_FILE,)
+        return (directory / SINGLE_FILE,), set()
     others = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt"))
     found = f" It has {', '.join(others[:3])}, which would have to be unpickled." if others else ""
     raise ValueError(
@@ -94,10 +105,13 @@ def _read_header(file: Path) -> dict[str, Any]:
             if length > size:
                 raise ValueError("header length")
             header = json.loads(stream.read(length))
-    except (struct.error, ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no readable safetensors file ({size:,} bytes). Copy or download it again.") from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{file} is no readable safetensors file ({size:,} bytes). Copy or download it again."
+        ) from error
+    expected = 8 + length + end
     if size != expected:
         raise ValueError(
             f"{file} is truncated or corrupt: its header describes {expected:,} bytes, it has {size:,}. "

@@ -42,7 +42,7 @@ class MoEStructureConfig(QuantizationConfigMixin):
     def __init__(
         self, blocks: Mapping[str, Mapping[str, Any]], format_version: int = FORMAT_VERSION, **unknown: Any
     ) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.blocks = {name: dict(entry) for name, entry in blocks.items()}
         unknown.pop("quant_method", None)
@@ -52,7 +52,9 @@ class MoEStructureConfig(QuantizationConfigMixin):
                 f"{FORMAT_VERSION}. Install the version that wrote it."
             )
         if unknown:
-            raise ValueError(f"quantization_config has unknown fields {sorted(unknown)}. Restore the saved config.json.")
+            raise ValueError(
+                f"quantization_config has unknown fields {sorted(unknown)}. Restore the saved config.json."
+            )
         for name, entry in self.blocks.items():
             _check_entry(name, entry)
 
@@ -89,7 +91,7 @@ class MoEStructureQuantizer(HfQuantizer):
         _refuse_missing(model, changed)
         return model
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> PreTrainedModel:
         # Nothing is quantised: with these marks Trainer, .half() and save_pretrained(state_dict=...) would refuse.
         del model._adjust_missing_and_unexpected_keys
         del model.hf_quantizer
@@ -97,8 +99,9 @@ class MoEStructureQuantizer(HfQuantizer):
         model.is_quantized = False
         mark_config(model.config, self.quantization_config)
         for module in model.modules():
-            if hasattr(getattr(module, "config", None), "_is_quantized"):
-                module.config._is_quantized = False
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "_is_quantized"):
+                config._is_quantized = False
         return model
 
     def is_serializable(self) -> bool:
@@ -138,7 +141,7 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
                 f"{name} has {experts} experts by config.json, and {entry['num_experts']} by its quantization_config. "
                 "Restore the saved config.json."
             )
-        block = found[name].module(model)
+        block: Any = found[name].module(model)
         found[name].surgeon.rebuild(block, entry["num_groups"], entry["routing"])
         # Some architectures initialise a block by the config's expert count; its tensors all come from the checkpoint.
         block._is_hf_initialized = True
@@ -157,7 +160,7 @@ def _name_in(model: PreTrainedModel, saved_name: str, found: Mapping[str, Any]) 
     )
 
 
-def _refuse_missing(model: PreTrainedModel, changed: list[str]) -> None:
+def _refuse_missing(model: Any, changed: list[str]) -> None:
     """Make the load fail where transformers would initialise missing tensors of a changed block at random."""
     adjust = model._adjust_missing_and_unexpected_keys
 

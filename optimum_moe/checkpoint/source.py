@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from optimum_moe.blocks import ModelInfo
 from optimum_moe.checkpoint.headers import Headers, read_headers
@@ -62,7 +70,10 @@ class ModelSource:
 
 
 def open_source(
-    model: str | Path | PreTrainedModel, auto_class: type | None = None, dtype: str | torch.dtype = "auto", **kwargs: Any
+    model: str | Path | PreTrainedModel,
+    auto_class: type | None = None,
+    dtype: str | torch.dtype = "auto",
+    **kwargs: Any,
 ) -> ModelSource:
     """Read config and headers of a checkpoint, or look at a model in memory; no weight is read.
 
@@ -87,11 +98,30 @@ def open_source(
     itemsize = headers.itemsize
     size = headers.bytes
     if dtype not in ("auto", None):
-        itemsize = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
+        itemsize = _dtype(dtype).itemsize
         size = int(headers.parameters * itemsize)
     info = ModelInfo(tuple(found.info for found in blocks), headers.parameters, size, itemsize)
     arguments = {"dtype": dtype, **{k: v for k, v in kwargs.items() if k not in _HUB_ARGUMENTS}}
     return ModelSource(str(model), config, skeleton, blocks, info, headers, None, directory, arguments)
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The processor of a checkpoint folder, else its tokenizer, else None."""
+    names = {path.name for path in directory.iterdir()}
+    if names & {"processor_config.json", "preprocessor_config.json"}:
+        return AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if any("token" in name or name in ("vocab.json", "spiece.model") for name in names):
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    return None
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        near = difflib.get_close_matches(str(dtype), ("bfloat16", "float16", "float32", "float64"), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"dtype={dtype!r} is unknown; {hint}Use \"auto\" or the name of a torch dtype.")
+    return found
 
 
 def _from_memory(model: PreTrainedModel) -> ModelSource:

@@ -22,14 +22,22 @@ def check_destination(directory: str | Path, overwrite: bool = False) -> Path:
     Raises:
         ValueError: If it holds something and `overwrite` is not set, or it cannot be written.
     """
-    directory = Path(directory).expanduser().absolute()
+    # A link stays, and the checkpoint goes where it points.
+    directory = Path(directory).expanduser().resolve()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file. Give a folder.")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise ValueError(f"{directory} is not empty. Choose another folder, or pass overwrite=True (--overwrite).")
+    for place, what in ((Path.cwd(), "the working directory"), (Path.home(), "the home directory")):
+        if place == directory or directory in place.parents:
+            raise ValueError(f"{directory} holds {what}, and would be replaced as a whole. Give a folder inside it.")
+    if directory.is_mount():
+        raise ValueError(f"{directory} is a mount point, which cannot be replaced. Give a folder inside it.")
     parent = directory.parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise ValueError(f"{parent} is a file, so {directory} cannot be made. Choose another folder.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"No permission to write in {parent}. Choose another folder, or change its permissions.")
     return directory
@@ -57,8 +65,8 @@ def written_beside(directory: Path) -> Iterator[Path]:
         beside.mkdir()
         yield beside
         _take_place(beside, directory)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if _disk_is_full(error):
             raise ValueError(
                 f"The disk of {directory.parent} is full; nothing was left of the attempt. Free some space, or choose "
                 "another disk."
@@ -68,29 +76,32 @@ def written_beside(directory: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _disk_is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors and tokenizers report it as an error of their own, with the cause in its text only.
+    return "No space left" in str(error) or f"os error {errno.ENOSPC}" in str(error)
+
+
 def _take_place(beside: Path, directory: Path) -> None:
-    if not directory.exists():
-        beside.rename(directory)
-        return
     old = directory.parent / f".{directory.name}.replaced-{os.getpid()}"
-    directory.rename(old)
     try:
+        if directory.exists():
+            directory.rename(old)
         beside.rename(directory)
-    except OSError:
-        old.rename(directory)
+    except BaseException:
+        # Also on Ctrl-C between the two.
+        if old.exists() and not directory.exists():
+            old.rename(directory)
         raise
-    shutil.rmtree(old)
+    finally:
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_model(model: PreTrainedModel, directory: Path, blocks: Sequence[FoundBlock], max_shard_size: str) -> None:
     """Weights and config, the config in every spelling that readers of this architecture know."""
-    try:
-        model.save_pretrained(directory, max_shard_size=max_shard_size)
-    except Exception as error:
-        # safetensors reports a full disk as an error of its own, with the cause in its text only.
-        if "No space left" in str(error) or f"os error {errno.ENOSPC}" in str(error):
-            raise OSError(errno.ENOSPC, str(error)) from error
-        raise
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
     path = directory / "config.json"
     fields = {found.surgeon.count_fields for found in blocks}
     path.write_text(json.dumps(spell_out(json.loads(path.read_text()), fields), indent=2, sort_keys=True) + "\n")

@@ -1,10 +1,22 @@
 """`optimum-cli moe`."""
 
-from optimum.commands import BaseOptimumCLICommand, CommandInfo
+from __future__ import annotations
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from optimum_moe.cli.compress import CompressCommand
+from optimum_moe.cli.evaluate import EvaluateCommand
+from optimum_moe.cli.inspect import InspectCommand
+from optimum_moe.cli.preview import PreviewCommand
 
 
 class MoECommand(BaseOptimumCLICommand):
-    """The command group."""
+    """The command group; alone it prints its help."""
 
     COMMAND = CommandInfo(name="moe", help="Compress Mixture-of-Experts models.")
-    SUBCOMMANDS = ()
+    SUBCOMMANDS = (
+        CommandInfo("inspect", "Show the MoE blocks of a checkpoint, or what is supported.", InspectCommand),
+        CommandInfo("preview", "Show what a recipe would give, without reading a weight.", PreviewCommand),
+        CommandInfo("compress", "Compress a checkpoint.", CompressCommand),
+        CommandInfo("evaluate", "Measure models on held-out text.", EvaluateCommand),
+    )

@@ -1,5 +1,5 @@
 """The block loop and its sources."""
 
-from optimum_moe.engine.memory import BlockSource, MemorySource, decide_and_cut
+from optimum_moe.engine.memory import BlockSource, MemorySource, carry_out, decide_and_cut
 
-__all__ = ["BlockSource", "MemorySource", "decide_and_cut"]
+__all__ = ["BlockSource", "MemorySource", "carry_out", "decide_and_cut"]

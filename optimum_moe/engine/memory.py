@@ -77,3 +77,12 @@ def decide_and_cut(
                 found.surgeon.cut(block, plans[name])
     calibration = None if statistics is None else statistics.calibration
     return CompressionPlan(plans, method.settings(), identity, calibration, seed)
+
+
+def carry_out(source: BlockSource, plan: CompressionPlan) -> None:
+    """Cut the blocks of a source as a finished plan says."""
+    for found in source.blocks:
+        block_plan = plan.blocks[found.info.name]
+        if not block_plan.is_identity:
+            with source.opened(found) as block:
+                found.surgeon.cut(block, block_plan)

@@ -34,7 +34,7 @@ def exactly_one(**alternatives: Any) -> None:
 
 def parse_size(size: str | int) -> int:
     """Bytes of a size such as `"16GB"`, `"900 MiB"` or a plain number."""
-    match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?B?)", str(size).strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMG]?I?B?)", str(size).strip().upper())
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"target_size={size!r} is no size. Write a number of bytes, or one like '16GB' or '900MiB'.")
     return int(float(match[1]) * _UNITS[match[2]])
@@ -43,6 +43,10 @@ def parse_size(size: str | int) -> int:
 def check_counts(num_experts: int | None, keep_ratio: float | None, target_size: str | int | None) -> None:
     """The checks that need no model: exactly one alternative, in its range."""
     exactly_one(num_experts=num_experts, keep_ratio=keep_ratio, target_size=target_size)
+    if num_experts is not None and (isinstance(num_experts, bool) or not isinstance(num_experts, int)):
+        raise ValueError(f"num_experts={num_experts!r} must be an integer. For a share of the experts use keep_ratio.")
+    if keep_ratio is not None and (isinstance(keep_ratio, bool) or not isinstance(keep_ratio, int | float)):
+        raise ValueError(f"keep_ratio={keep_ratio!r} must be a number in (0, 1]: it is the share of experts that remain.")
     if num_experts is not None and num_experts < 1:
         raise ValueError(f"num_experts={num_experts} keeps no expert. Use at least 1.")
     if keep_ratio is not None and not 0 < keep_ratio <= 1:
@@ -60,6 +64,8 @@ def selected_blocks(
         ValueError: If a layer does not exist, a pattern matches nothing, or no block is left.
     """
     total = len(model.blocks)
+    if isinstance(layers, int | str) or isinstance(protect, str):
+        raise ValueError(f"layers={layers!r} and protect={protect!r} must be lists, such as [0, 1] and ['*.layers.0.*'].")
     wrong = [layer for layer in layers or () if not -total <= layer < total]
     if wrong:
         raise ValueError(f"layers={wrong} do not exist: the model has MoE blocks 0 to {total - 1}. Correct the list.")
@@ -125,7 +131,7 @@ def check_count(block: BlockInfo, count: int, routing: Routing) -> None:
     if count % groups or (groups > 1 and count // groups < 2):
         raise ValueError(
             f"num_experts={count} does not fit the {groups} router groups of {block.name}: each needs the same "
-            f"number of experts, at least 2. Use a multiple of {groups} from {2 * groups} up, or routing=\"map\"."
+            f'number of experts, at least 2. Use a multiple of {groups} from {2 * groups} up, or routing="map".'
         )
 
 
@@ -137,7 +143,7 @@ def _fit(model: ModelInfo, chosen: Sequence[BlockInfo], routing: Routing, target
         counts, saved = {}, 0.0
         for block in chosen:
             step = block.router_groups if routing == "reduce" else 1
-            count = max(step, math.ceil(keep * block.num_experts / most / step) * step)
+            count = max(_fewest(block, routing), math.ceil(keep * block.num_experts / most / step) * step)
             counts[block.name] = count
             each = block.expert_parameters + (block.router_parameters if routing == "reduce" else 0)
             saved += (block.num_experts - count) * each * model.expert_itemsize
@@ -145,6 +151,15 @@ def _fit(model: ModelInfo, chosen: Sequence[BlockInfo], routing: Routing, target
         if smallest <= target:
             return counts
     raise ValueError(
-        f"target_size={target:,} bytes cannot be reached: one expert a block still leaves {smallest:,} of "
-        f"{model.bytes:,} bytes. Ask for at least that."
+        f"target_size={target:,} bytes cannot be reached: the fewest experts that the routers can work with "
+        f"still leave {smallest:,} of {model.bytes:,} bytes. Ask for at least that."
     )
+
+
+def _fewest(block: BlockInfo, routing: Routing) -> int:
+    """The smallest count that `check_count` allows."""
+    if routing == "map":
+        return 1
+    step = block.router_groups
+    least = max(block.top_k, 2 * step if step > 1 else 1)
+    return min(block.num_experts, math.ceil(least / step) * step)

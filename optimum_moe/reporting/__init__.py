@@ -1,0 +1,1 @@
+"""What a compression costs and gives, for people to read."""

@@ -59,13 +59,21 @@ class Preview:
             flops += f" to {after.flops_upper:,.0f}"
         rows = [
             ("", "before", "after", "ratio"),
-            ("parameters", f"{before.parameters:,}", f"{after.parameters:,}", _ratio(after.parameters, before.parameters)),
+            (
+                "parameters",
+                f"{before.parameters:,}",
+                f"{after.parameters:,}",
+                _ratio(after.parameters, before.parameters),
+            ),
             ("bytes", f"{before.bytes:,}", f"{after.bytes:,}", _ratio(after.bytes, before.bytes)),
             ("FLOPs a token", f"{before.flops_per_token:,.0f}", flops, _ratio(after.flops_upper, before.flops_upper)),
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
-        kept = sorted({counts for counts in self.counts.values()})
+        lines = [
+            "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True)))
+            for r in rows
+        ]
+        kept = sorted(set(self.counts.values()))
         summary = ", ".join(f"{old} -> {new}" for old, new in kept)
         loads = "any transformers" if self.plain else "transformers with optimum_moe imported"
         return "\n".join([*lines, f"experts of {len(self.counts)} MoE blocks: {summary}; loads in {loads}"])
@@ -80,7 +88,9 @@ def flops_per_token(model: PreTrainedModel, blocks: list[FoundBlock], active: Ma
     inside_experts = {id(p) for found in blocks for p in found.surgeon.expert_parameters(found.module(model))}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     dense = sum(
-        p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in inside_experts and id(p) not in embeddings
+        p.numel()
+        for p in model.parameters()
+        if p.dim() >= 2 and id(p) not in inside_experts and id(p) not in embeddings
     )
     head = model.get_output_embeddings()
     if head is not None and id(head.weight) in embeddings:

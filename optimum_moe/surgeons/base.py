@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.blocks import BlockInfo
 from optimum_moe.plan import BlockPlan, Routing
+
+Block: TypeAlias = Any
+"""An MoE block: a module whose attributes are its architecture's own."""
 
 NEURON_AXIS = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0, "down_bias": None}
 """Axis of an expert's matrix (or bias) along which its intermediate neurons lie."""
@@ -54,31 +57,31 @@ class Surgeon(ABC):
         """Whether `module` is an MoE block of this architecture."""
 
     @abstractmethod
-    def info(self, block: nn.Module, name: str, index: int) -> BlockInfo:
+    def info(self, block: Block, name: str, index: int) -> BlockInfo:
         """Sizes of a block; works on the meta device."""
 
     @abstractmethod
-    def experts(self, block: nn.Module) -> ExpertTensors:
+    def experts(self, block: Block) -> ExpertTensors:
         """The routed experts as views in the canonical layout, nothing copied."""
 
     @abstractmethod
-    def expert_parameters(self, block: nn.Module) -> list[nn.Parameter]:
+    def expert_parameters(self, block: Block) -> list[nn.Parameter]:
         """All parameters of the routed experts."""
 
     @abstractmethod
-    def router_rows(self, block: nn.Module) -> torch.Tensor:
+    def router_rows(self, block: Block) -> torch.Tensor:
         """(E, H) rows of the router's last linear layer."""
 
     @abstractmethod
-    def cut(self, block: nn.Module, plan: BlockPlan) -> None:
+    def cut(self, block: Block, plan: BlockPlan) -> None:
         """Merge or remove experts in place as the plan says; the block runs afterwards."""
 
     @abstractmethod
-    def rebuild(self, block: nn.Module, num_groups: int, routing: Routing) -> None:
-        """Give an uncompressed block the structure that `cut` leaves, with empty tensors (before weights are loaded)."""
+    def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:
+        """Give an uncompressed block the structure that `cut` leaves, with empty tensors."""
 
     @abstractmethod
-    def watch(self, block: nn.Module, watcher: BlockWatcher) -> AbstractContextManager[None]:
+    def watch(self, block: Block, watcher: BlockWatcher) -> AbstractContextManager[None]:
         """Report every call of the block to `watcher`; the block computes what it would without."""
 
 

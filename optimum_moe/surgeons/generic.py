@@ -16,7 +16,7 @@ from optimum_moe.nn import MappedRouter, MergedExpertLayer, swapped_class
 from optimum_moe.nn.merged_experts import eager_experts_forward
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.surgeons.architecture import Architecture
-from optimum_moe.surgeons.base import BlockWatcher, Surgeon, merge_group, merged_router_rows, replace_tensor
+from optimum_moe.surgeons.base import Block, BlockWatcher, Surgeon, merge_group, merged_router_rows, replace_tensor
 
 WATCHED = "optimum_moe_watched"
 """Name of the experts implementation that runs routed pairs once, for the model and for the statistics alike."""
@@ -34,7 +34,7 @@ class GenericSurgeon(Surgeon):
         """Whether the class of `module` is the row's."""
         return type(module).__name__ == self.architecture.block
 
-    def info(self, block: nn.Module, name: str, index: int) -> BlockInfo:
+    def info(self, block: Block, name: str, index: int) -> BlockInfo:
         """Sizes from the modules, which transformers built from the config."""
         router, experts = self._router(block), self._experts(block)
         tensors = dict(experts.named_parameters(recurse=False))
@@ -53,20 +53,20 @@ class GenericSurgeon(Surgeon):
             router_parameters=sum(attribute(router, t)[0].numel() for t in self.architecture.router_tensors),
         )
 
-    def experts(self, block: nn.Module) -> ExpertTensors:
+    def experts(self, block: Block) -> ExpertTensors:
         """Views of the 3D tensors, whatever their layout."""
         return canonical_view(self._experts(block))
 
-    def expert_parameters(self, block: nn.Module) -> list[nn.Parameter]:
+    def expert_parameters(self, block: Block) -> list[nn.Parameter]:
         """The 3D tensors and their biases."""
         return list(self._experts(block).parameters())
 
-    def router_rows(self, block: nn.Module) -> torch.Tensor:
+    def router_rows(self, block: Block) -> torch.Tensor:
         """The first tensor that the row names."""
         return attribute(self._router(block), self.architecture.router_tensors[0])
 
     @torch.no_grad()
-    def cut(self, block: nn.Module, plan: BlockPlan) -> None:
+    def cut(self, block: Block, plan: BlockPlan) -> None:
         """Replace tensor by tensor, so that at most one old and one new tensor of a block exist together."""
         router, experts = self._router(block), self._experts(block)
         for name, old in list(experts.named_parameters(recurse=False)):
@@ -82,7 +82,7 @@ class GenericSurgeon(Surgeon):
         if plan.routing == "map":
             router.expert_map.copy_(torch.tensor(plan.labels_E))
 
-    def rebuild(self, block: nn.Module, num_groups: int, routing: Routing) -> None:
+    def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:
         """Empty tensors of the right size where the stock ones were."""
         router, experts = self._router(block), self._experts(block)
         for name, old in list(experts.named_parameters(recurse=False)):
@@ -93,7 +93,7 @@ class GenericSurgeon(Surgeon):
                 replace_tensor(router, name, old.new_empty((num_groups, *old.shape[1:])))
         self._finish(block, num_groups, routing)
 
-    def _finish(self, block: nn.Module, num_groups: int, routing: Routing) -> None:
+    def _finish(self, block: Block, num_groups: int, routing: Routing) -> None:
         """Counts and classes, once the tensors have their new sizes."""
         router, experts = self._router(block), self._experts(block)
         if routing == "reduce":
@@ -109,7 +109,7 @@ class GenericSurgeon(Surgeon):
         router.__class__ = swapped_class(MappedRouter, type(router))
 
     @contextmanager
-    def watch(self, block: nn.Module, watcher: BlockWatcher) -> Iterator[None]:
+    def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:
         """Run the experts through the watched implementation; works below the hooks of accelerate."""
         router, experts = self._router(block), self._experts(block)
         config = experts.config
@@ -128,10 +128,10 @@ class GenericSurgeon(Surgeon):
             del experts._optimum_moe_watcher
             config._experts_implementation = previous
 
-    def _router(self, block: nn.Module) -> Any:
+    def _router(self, block: Block) -> Any:
         return getattr(block, self.architecture.router)
 
-    def _experts(self, block: nn.Module) -> Any:
+    def _experts(self, block: Block) -> Any:
         return getattr(block, self.architecture.experts)
 
 

@@ -14,7 +14,7 @@ from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.blocks import BlockInfo
 from optimum_moe.nn import SwappedModule, swapped_class
 from optimum_moe.plan import BlockPlan, Routing
-from optimum_moe.surgeons.base import BlockWatcher, Surgeon, merge_group, merged_router_rows, replace_tensor
+from optimum_moe.surgeons.base import Block, BlockWatcher, Surgeon, merge_group, merged_router_rows, replace_tensor
 
 
 class MappedSwitchRouter(SwappedModule):
@@ -43,10 +43,10 @@ class SwitchTransformersSurgeon(Surgeon):
         """Whether `module` is a sparse feed-forward block of the encoder or decoder."""
         return type(module).__name__ == "SwitchTransformersSparseMLP"
 
-    def info(self, block: nn.Module, name: str, index: int) -> BlockInfo:
+    def info(self, block: Block, name: str, index: int) -> BlockInfo:
         """Sizes; each token goes to one expert."""
         view = self.experts(block)
-        classifier: Any = block.router.classifier
+        classifier = block.router.classifier
         return BlockInfo(
             name=name,
             index=index,
@@ -61,21 +61,21 @@ class SwitchTransformersSurgeon(Surgeon):
             stack="encoder" if name.split(".")[0] == "encoder" or ".encoder." in name else "decoder",
         )
 
-    def experts(self, block: nn.Module) -> ExpertTensors:
+    def experts(self, block: Block) -> ExpertTensors:
         """The weights of `wi` and `wo` of each expert."""
-        modules: list[Any] = list(block.experts.values())
+        modules = list(block.experts.values())
         return ExpertTensors(up=[m.wi.weight for m in modules], down=[m.wo.weight for m in modules])
 
-    def expert_parameters(self, block: nn.Module) -> list[nn.Parameter]:
+    def expert_parameters(self, block: Block) -> list[nn.Parameter]:
         """The weights of all expert modules."""
         return list(block.experts.parameters())
 
-    def router_rows(self, block: nn.Module) -> torch.Tensor:
+    def router_rows(self, block: Block) -> torch.Tensor:
         """Rows of the classifier."""
         return block.router.classifier.weight
 
     @torch.no_grad()
-    def cut(self, block: nn.Module, plan: BlockPlan) -> None:
+    def cut(self, block: Block, plan: BlockPlan) -> None:
         """Write each merged expert beside the old ones, then put it in the place of its dominant expert."""
         source = self.experts(block)
         merged = []
@@ -91,23 +91,23 @@ class SwitchTransformersSurgeon(Surgeon):
         if plan.routing == "map":
             block.router.expert_map.copy_(torch.tensor(plan.labels_E))
             return
-        classifier: Any = block.router.classifier
+        classifier = block.router.classifier
         for name in ("weight", "bias"):
             if getattr(classifier, name) is not None:
                 replace_tensor(classifier, name, merged_router_rows(getattr(classifier, name), plan))
 
-    def rebuild(self, block: nn.Module, num_groups: int, routing: Routing) -> None:
+    def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:
         """Keep the first G expert modules, whose tensors are empty anyway."""
         self._install(block, list(block.experts.values())[:num_groups], routing)
         if routing == "reduce":
-            classifier: Any = block.router.classifier
+            classifier = block.router.classifier
             for name in ("weight", "bias"):
                 if getattr(classifier, name) is not None:
                     old = getattr(classifier, name)
                     replace_tensor(classifier, name, old.new_empty((num_groups, *old.shape[1:])))
 
-    def _install(self, block: nn.Module, kept: list[nn.Module], routing: Routing) -> None:
-        router: Any = block.router
+    def _install(self, block: Block, kept: list[nn.Module], routing: Routing) -> None:
+        router = block.router
         block.experts.clear()
         block.experts.update({f"expert_{slot}": module for slot, module in enumerate(kept)})
         block.experts.num_experts = len(kept)
@@ -119,7 +119,7 @@ class SwitchTransformersSurgeon(Surgeon):
         router.__class__ = swapped_class(MappedSwitchRouter, type(router))
 
     @contextmanager
-    def watch(self, block: nn.Module, watcher: BlockWatcher) -> Iterator[None]:
+    def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:
         """Hooks on the router, the experts and each expert; the block's own loop stays in charge."""
         selected: dict[str, torch.Tensor] = {}
 
@@ -131,9 +131,7 @@ class SwitchTransformersSurgeon(Surgeon):
             selected.update(index_T1=index_T1, weights_T1=weights_T1)
             watcher.begin(hidden_TH, index_T1, weights_T1)
 
-        def after_expert(
-            expert: int, module: Any, args: tuple[torch.Tensor, ...], output_PH: torch.Tensor
-        ) -> None:
+        def after_expert(expert: int, module: Any, args: tuple[torch.Tensor, ...], output_PH: torch.Tensor) -> None:
             token_P = (selected["index_T1"][:, 0] == expert).nonzero()[:, 0]
             weight_P = selected["weights_T1"][token_P, 0]
             hidden_PI = module.act(module.wi(args[0]))

@@ -1,0 +1,114 @@
+"""`optimum-cli moe compress`: from a checkpoint to a smaller one."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from optimum_moe.cli.common import (
+    MoESubcommand,
+    add_checkpoint_arguments,
+    add_recipe_arguments,
+    checkpoint_arguments,
+    recipe_of,
+    text_source,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from optimum_moe.compressor import MoECompressor
+    from optimum_moe.recipes import Recipe
+
+
+class CompressCommand(MoESubcommand):
+    """Observe, decide, cut and write; prints the sizes before it starts and as measured at the end."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """See `MoESubcommand`."""
+        parser.allow_abbrev = False
+        add_recipe_arguments(parser)
+        add_checkpoint_arguments(parser)
+        parser.add_argument("--output", required=True, help="Folder that the checkpoint is written to.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace what is in --output.")
+        parser.add_argument(
+            "--calibration",
+            action="append",
+            metavar="PATH[:WEIGHT]",
+            help="Text to observe the model on: .txt, .jsonl or .parquet; repeat it for a mixture by weight.",
+        )
+        parser.add_argument("--max-tokens", type=int, help="At most so many calibration tokens.")
+        parser.add_argument("--sequence-length", type=int, help="Tokens of a calibration row.")
+        parser.add_argument("--statistics", metavar="FOLDER", help="Reuse statistics that --save-statistics wrote.")
+        parser.add_argument("--save-statistics", metavar="FOLDER", help="Keep the statistics for other runs.")
+        parser.add_argument("--seed", type=int, help="Of the calibration sample and everything random; default 0.")
+        parser.add_argument("--device-map", help='Where the weights go, such as "auto" or "cuda:0"; default the CPU.')
+        parser.add_argument("--quiet", action="store_true", help="Print nothing but the folder that was written.")
+
+    def execute(self) -> None:
+        """See `MoESubcommand`."""
+        args = self.args
+        self._check_statistics_arguments()
+        recipe = self._recipe()
+        from transformers.utils import logging
+
+        from optimum_moe.checkpoint.writer import check_destination, written_beside
+        from optimum_moe.compressor import MoECompressor
+        from optimum_moe.statistics import Statistics
+
+        if args.quiet:
+            logging.disable_progress_bar()
+        kept = None if args.save_statistics is None else check_destination(args.save_statistics)
+        statistics = None if args.statistics is None else Statistics.from_pretrained(args.statistics)
+        compressor = MoECompressor.from_pretrained(
+            args.model,
+            recipe,
+            text_source(args.calibration),
+            output_dir=args.output,
+            overwrite=args.overwrite,
+            seed=args.seed,
+            device_map=args.device_map,
+            progress=not args.quiet,
+            **checkpoint_arguments(args),
+        )
+        needed = compressor.method.needs_statistics or kept is not None
+        if needed and statistics is None and compressor.calibration is None:
+            raise ValueError(
+                f"{compressor.method.name} needs calibration data. Give --calibration corpus.txt, or --statistics."
+            )
+        if not args.quiet:
+            print(f"Preview\n{compressor.preview()}\n", flush=True)
+        if kept is not None:
+            observed = compressor.calibrate()
+            with written_beside(kept) as beside:
+                observed.save_pretrained(beside)
+        path = compressor.apply(statistics)
+        print(path if args.quiet else f"\nMeasured\n{compressor.measured()}\n\n{_how_to_load(compressor, path)}")
+
+    def _check_statistics_arguments(self) -> None:
+        args = self.args
+        observing = ("calibration", "max_tokens", "sequence_length", "save_statistics")
+        given = [f"--{name.replace('_', '-')}" for name in observing if getattr(args, name) is not None]
+        if args.statistics is not None and given:
+            raise ValueError(f"--statistics takes the place of observing the model. Drop it, or {', '.join(given)}.")
+
+    def _recipe(self) -> Recipe:
+        recipe = recipe_of(self.args)
+        given = {name: getattr(self.args, name) for name in ("max_tokens", "sequence_length")}
+        settings = {name: value for name, value in given.items() if value is not None}
+        return replace(recipe, calibration={**recipe.calibration, **settings})
+
+
+def _how_to_load(compressor: MoECompressor, path: Path) -> str:
+    cls = type(compressor.model).__name__
+    lines = [
+        f"Saved to {path}. Load it with",
+        "",
+        f"    from transformers import {cls}",
+        f'    model = {cls}.from_pretrained("{path}")',
+    ]
+    if not compressor.measured().plain:
+        lines.insert(2, "    import optimum_moe")
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""`optimum-cli moe evaluate`: measure models on held-out text."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimum_moe.cli.common import MoESubcommand, text_source
+
+if TYPE_CHECKING:
+    from optimum_moe.evaluation import EvaluationResult
+
+_SETTINGS = ("max_tokens", "sequence_length", "batch_size", "num_questions", "num_prompts", "new_tokens", "seed", "tasks")
+
+
+class EvaluateCommand(MoESubcommand):
+    """Print a table of scores with their intervals, one row a model."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """See `MoESubcommand`."""
+        parser.allow_abbrev = False
+        parser.add_argument(
+            "--model",
+            required=True,
+            action="append",
+            metavar="[NAME=]PATH",
+            help="Model to measure, with a name for the table; repeat it to measure several side by side.",
+        )
+        parser.add_argument(
+            "--text", required=True, action="append", metavar="PATH[:WEIGHT]", help="Held-out text, as --calibration."
+        )
+        parser.add_argument(
+            "--reference", help="The original model, for agreement with it; give it as --model too for a row of its own."
+        )
+        parser.add_argument(
+            "--calibration",
+            action="append",
+            metavar="PATH[:WEIGHT]",
+            help="What the models were calibrated on (.txt, .jsonl or .parquet); checked to have none of --text.",
+        )
+        parser.add_argument("--tasks", nargs="+", help="Some of: perplexity agreement choice generation. Default all.")
+        parser.add_argument("--max-tokens", type=int, help="At most so many tokens of text; default 65536.")
+        parser.add_argument("--sequence-length", type=int, help="Tokens of a window; default 256.")
+        parser.add_argument("--batch-size", type=int, help="Windows of a forward pass; default 8.")
+        parser.add_argument("--num-questions", type=int, help="Multiple-choice questions; default 200.")
+        parser.add_argument("--num-prompts", type=int, help="Prompts to continue; default 32.")
+        parser.add_argument("--new-tokens", type=int, help="Tokens of a continuation; default 32.")
+        parser.add_argument("--seed", type=int, help="Of everything drawn at random; default 0.")
+        parser.add_argument(
+            "--output",
+            metavar="FILE",
+            help="Also write the scores as JSON, for EvaluationResult.load; several models give FILE.NAME.json each.",
+        )
+        parser.add_argument("--quiet", action="store_true", help="Show no progress.")
+
+    def execute(self) -> None:
+        """See `MoESubcommand`."""
+        args = self.args
+        models = named_models(args.model)
+        files = {} if args.output is None else _output_files(Path(args.output), list(models))
+        given = {name: getattr(args, name) for name in _SETTINGS}
+        from transformers.utils import logging
+
+        from optimum_moe.evaluation import evaluate_many, format_results
+
+        if args.quiet:
+            logging.disable_progress_bar()
+        results = evaluate_many(
+            models,
+            text_source(args.text),
+            args.reference,
+            calibration=text_source(args.calibration),
+            progress=not args.quiet,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        print(format_results(results))
+        for name, file in files.items():
+            _save(results[name], file)
+
+
+def named_models(values: list[str]) -> dict[str, str]:
+    """Paths or Hub ids by name; one without a name gets its last part.
+
+    Raises:
+        ValueError: If two have the same name.
+    """
+    models: dict[str, str] = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        if not separator or Path(value).exists():
+            name, path = Path(value).name or value, value
+        if not name or not path:
+            raise ValueError(f"--model {value!r} lacks a {'path' if name else 'name'}. Write --model name=path.")
+        if name in models:
+            raise ValueError(f"Two models are named {name!r}: {models[name]} and {path}. Write --model name=path.")
+        models[name] = path
+    return models
+
+
+def _output_files(output: Path, names: list[str]) -> dict[str, Path]:
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder. Give a file, such as {output / 'result.json'}.")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"There is no folder {output.absolute().parent}. Make it, or choose another file.")
+    if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
+        raise ValueError(f"No permission to write in {output.absolute().parent}. Choose another folder.")
+    if len(names) == 1:
+        return {names[0]: output}
+    return {name: output.with_name(f"{output.stem}.{name.replace('/', '_')}{output.suffix}") for name in names}
+
+
+def _save(result: EvaluationResult, file: Path) -> None:
+    beside = file.with_name(f".{file.name}.writing-{os.getpid()}")
+    try:
+        result.save(beside)
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)

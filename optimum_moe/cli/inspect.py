@@ -1,0 +1,112 @@
+"""`optimum-cli moe inspect`: what a checkpoint holds, or what is supported."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+from typing import Any
+
+from optimum_moe.cli.common import MoESubcommand, add_checkpoint_arguments, checkpoint_arguments, table
+
+
+class InspectCommand(MoESubcommand):
+    """Show the MoE blocks of a checkpoint, from config and headers; without one, everything that is supported."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """See `MoESubcommand`."""
+        parser.allow_abbrev = False
+        parser.add_argument("model", nargs="?", help="Hub id, or folder of a checkpoint. Without it: as --list.")
+        parser.add_argument("--list", action="store_true", help="List architectures, presets, methods and saliencies.")
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
+        add_checkpoint_arguments(parser)
+
+    def execute(self) -> None:
+        """See `MoESubcommand`."""
+        listing = self.args.list or self.args.model is None
+        record = supported() if listing else inspected(self.args.model, **checkpoint_arguments(self.args))
+        if self.args.json:
+            print(json.dumps(record, indent=1))
+        else:
+            print(_show_supported(record) if listing else _show_inspected(record))
+
+
+def inspected(model: str, **arguments: Any) -> dict[str, Any]:
+    """JSON-able facts of a checkpoint.
+
+    Raises:
+        ValueError: See `optimum_moe.checkpoint.source.open_source`.
+    """
+    from optimum_moe.checkpoint.source import open_source
+    from optimum_moe.reporting.preview import flops_per_token
+
+    source = open_source(model, **arguments)
+    active = {found.info.name: float(found.info.top_k) for found in source.blocks}
+    blocks = [
+        {
+            "name": info.name,
+            "num_experts": info.num_experts,
+            "top_k": info.top_k,
+            "router_groups": info.router_groups,
+            "hidden_size": info.hidden_size,
+            "intermediate_size": info.intermediate_size,
+            "expert_parameters": info.num_experts * info.expert_parameters,
+        }
+        for info in source.info.blocks
+    ]
+    return {
+        "model": model,
+        "architecture": type(source.skeleton).__name__,
+        "surgeon": source.blocks[0].surgeon.name,
+        "parameters": source.info.parameters,
+        "bytes": source.info.bytes,
+        "flops_per_token": flops_per_token(source.skeleton, list(source.blocks), active),
+        "blocks": blocks,
+    }
+
+
+def supported() -> dict[str, Any]:
+    """JSON-able listing of architectures, presets, methods and saliencies, each with a short description."""
+    from optimum_moe.methods import METHODS
+    from optimum_moe.methods.saliency import _SALIENCIES
+    from optimum_moe.recipes import load_recipe, preset_names
+    from optimum_moe.surgeons import registered_surgeons
+
+    recipes = {name: load_recipe(name) for name in preset_names()}
+    return {
+        "architectures": {
+            name: {"surgeon": type(surgeon).__name__, "expert_count": list(surgeon.count_fields)}
+            for name, surgeon in sorted(registered_surgeons().items())
+        },
+        "presets": {name: ", ".join(recipe.to_yaml().strip().splitlines()) for name, recipe in recipes.items()},
+        "methods": {name: _first_line(cls) for name, cls in METHODS.items()},
+        "saliencies": {name: _first_line(saliency.function) for name, saliency in sorted(_SALIENCIES.items())},
+    }
+
+
+def _first_line(described: Any) -> str:
+    return (described.__doc__ or "").strip().split("\n")[0]
+
+
+def _show_inspected(record: dict[str, Any]) -> str:
+    headers = ("MoE block", "experts", "top-k", "router groups", "hidden", "intermediate", "expert parameters")
+    return "\n".join(
+        [
+            f"{record['model']}: {record['architecture']} (surgeon {record['surgeon']})",
+            "",
+            table([headers, *(tuple(block.values()) for block in record["blocks"])]),
+            "",
+            f"{record['parameters']:,} parameters, {record['bytes']:,} bytes, "
+            f"{record['flops_per_token']:,.0f} FLOPs a token",
+        ]
+    )
+
+
+def _show_supported(record: dict[str, Any]) -> str:
+    architectures = [
+        (name, entry["surgeon"], ", ".join(entry["expert_count"])) for name, entry in record["architectures"].items()
+    ]
+    parts = [table([("architecture", "surgeon", "experts in the config"), *architectures])]
+    for title, key in (("preset", "presets"), ("method", "methods"), ("saliency", "saliencies")):
+        parts.append(table([(title, "what it does"), *record[key].items()]))
+    return "\n\n".join(parts)

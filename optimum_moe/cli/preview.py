@@ -1,0 +1,34 @@
+"""`optimum-cli moe preview`: what a recipe would give, from config and headers."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+
+from optimum_moe.cli.common import (
+    MoESubcommand,
+    add_checkpoint_arguments,
+    add_recipe_arguments,
+    checkpoint_arguments,
+    recipe_of,
+)
+
+
+class PreviewCommand(MoESubcommand):
+    """Print parameters, bytes and FLOPs a token before and after; no weight is read."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """See `MoESubcommand`."""
+        parser.allow_abbrev = False
+        add_recipe_arguments(parser)
+        add_checkpoint_arguments(parser)
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+    def execute(self) -> None:
+        """See `MoESubcommand`."""
+        from optimum_moe.compressor import MoECompressor
+
+        recipe = recipe_of(self.args)
+        preview = MoECompressor.from_pretrained(self.args.model, recipe, **checkpoint_arguments(self.args)).preview()
+        print(json.dumps(preview.to_dict(), indent=1) if self.args.json else preview)
