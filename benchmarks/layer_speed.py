@@ -17,7 +17,7 @@ time(merged). D = k means that nothing repeats, D < k that k - D of a token's sl
 routing gives the D printed as `random`). `batched_mm` computes repeats, so there the overhead grows with k / D.
 It is left out where its gathered weights would not fit into --gather-gib.
 
-The three blocks are timed in turns, in a rotating order; the figures are medians of times and medians of the ratios
+The three blocks are timed in turns, in a random order; the figures are medians of times and medians of the ratios
 within one turn, for these machines are noisy. The last column is the same ratio for stock against itself, a second
 block with the same weights: what it differs from 0 is noise.
 
@@ -27,6 +27,7 @@ block with the same weights: what it differs from 0 is noise.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from dataclasses import dataclass
@@ -142,15 +143,15 @@ def build_blocks(layer: Layer, dtype: torch.dtype, distinct: int) -> dict[str, A
 
 @torch.no_grad()
 def measure(case: Case, implementation: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every block in every round; the order rotates, so that no block always follows the same one."""
+    """Seconds of every block in every round, in random order: what ran before decides what the caches hold."""
     names = list(case.blocks)
     for block in case.blocks.values():
         block.experts.config._experts_implementation = implementation
         block(case.input_1TH)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+    for _ in range(rounds):
+        random.shuffle(names)
+        for name in names:
             block = case.blocks[name]
             start = time.perf_counter()
             block(case.input_1TH)
@@ -214,6 +215,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    random.seed(0)
     print(f"{args.threads} threads, {args.dtype}, torch {torch.__version__}, transformers {transformers.__version__}")
     for name in args.layers:
         sizes = ("num_experts", "top_k", "num_groups", "hidden", "intermediate")

@@ -70,6 +70,7 @@ class MoECompressor:
         self.statistics: Statistics | None = None
         self._tokenizer = tokenizer
         self._before: Cost | None = None
+        self._partly_cut = False
 
     @classmethod
     def from_pretrained(
@@ -123,6 +124,8 @@ class MoECompressor:
         if device_map is not None:
             kwargs["device_map"] = device_map
         source = open_source(model, auto_class, dtype, **kwargs)
+        if destination is not None:
+            _refuse_original(destination, source)
         recipe.method.counts(source.info)
         return cls(source, recipe, config, seed, tokenizer, destination, overwrite, progress)
 
@@ -185,16 +188,7 @@ class MoECompressor:
         if self.output_dir is not None:
             check_space(self.output_dir, self.preview().after.bytes)
         model = self._loaded()
-        engine_source = MemorySource(model, self.source.blocks)
-        if plan is None:
-            used = self.statistics if self.method.needs_statistics else None
-            identity = self.source.identity()
-            plan = decide_and_cut(
-                engine_source, self.source.info, self.method, used, self.seed, identity, self.progress
-            )
-        else:
-            carry_out(engine_source, plan)
-        self.plan = plan
+        self.plan = plan = self._cut(MemorySource(model, self.source.blocks), plan)
         _mark_structure(model, self.source, plan)
         model.eval()
         if self.output_dir is None:
@@ -231,6 +225,7 @@ class MoECompressor:
         if self.model is None or self.plan is None:
             raise ValueError("Nothing to save yet. Call apply() first.")
         directory = check_destination(directory, overwrite)
+        _refuse_original(directory, self.source)
         check_space(directory, sum(p.numel() * p.element_size() for p in self.model.parameters()))
         with written_beside(directory) as beside:
             write_model(self.model, beside, self.source.blocks, max_shard_size)
@@ -290,7 +285,22 @@ class MoECompressor:
             self.model = self.source.load()
         return self.model
 
+    def _cut(self, blocks: MemorySource, plan: CompressionPlan | None) -> CompressionPlan:
+        try:
+            if plan is not None:
+                carry_out(blocks, plan)
+                return plan
+            used = self.statistics if self.method.needs_statistics else None
+            identity = self.source.identity()
+            return decide_and_cut(blocks, self.source.info, self.method, used, self.seed, identity, self.progress)
+        except BaseException:
+            # Some blocks may be cut by now: a checkpoint is read again next time, a model in memory is lost.
+            self._partly_cut, self.model = self.source.live is not None, None
+            raise
+
     def _refuse_second_cut(self) -> None:
+        if self._partly_cut:
+            raise ValueError("An earlier apply() stopped in the middle and left the model partly cut. Load it again.")
         if self.plan is not None:
             raise ValueError("This model was already cut. Make a new MoECompressor from the original checkpoint.")
 
@@ -315,9 +325,15 @@ def _coerce_method(method: Any) -> Recipe:
     )
 
 
+def _refuse_original(directory: Path, source: ModelSource) -> None:
+    original = None if source.directory is None else source.directory.resolve()
+    if original is not None and (original == directory or directory in original.parents):
+        raise ValueError(f"{directory} holds the original checkpoint, which would be replaced. Choose another folder.")
+
+
 def _check_belongs(what: str, made_from: Any, source: ModelSource) -> None:
     here = source.identity()
-    for key in ("num_experts", "fingerprint"):
+    for key in ("architecture", "num_experts", "fingerprint"):
         there = made_from.get(key)
         if there is not None and here[key] is not None and there != here[key]:
             raise ValueError(

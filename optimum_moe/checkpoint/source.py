@@ -120,7 +120,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         near = difflib.get_close_matches(str(dtype), ("bfloat16", "float16", "float32", "float64"), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"dtype={dtype!r} is unknown; {hint}Use \"auto\" or the name of a torch dtype.")
+        raise ValueError(f"dtype={dtype!r} is unknown; {hint}Use 'auto' or the name of a torch dtype.")
     return found
 
 

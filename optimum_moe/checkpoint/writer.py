@@ -28,7 +28,7 @@ def check_destination(directory: str | Path, overwrite: bool = False) -> Path:
         raise ValueError(f"{directory} is a file. Give a folder.")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise ValueError(f"{directory} is not empty. Choose another folder, or pass overwrite=True (--overwrite).")
-    for place, what in ((Path.cwd(), "the working directory"), (Path.home(), "the home directory")):
+    for place, what in ((Path.cwd(), "the working directory"), (Path(os.path.expanduser("~")), "the home directory")):
         if place == directory or directory in place.parents:
             raise ValueError(f"{directory} holds {what}, and would be replaced as a whole. Give a folder inside it.")
     if directory.is_mount():

@@ -55,7 +55,7 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
     """How to find and read a checkpoint, beside its name."""
     parser.add_argument("--revision", help="Branch, tag or commit of a Hub model.")
     parser.add_argument("--trust-remote-code", action="store_true", help="Run the modeling code of the checkpoint.")
-    parser.add_argument("--dtype", default="auto", help='Of the weights, such as "bfloat16"; default the checkpoint\'s.')
+    parser.add_argument("--dtype", default="auto", help='Of the weights, such as "bfloat16"; default as stored.')
 
 
 def add_recipe_arguments(parser: ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="Any other setting of the recipe's method, the value in YAML; may be repeated. Example: --set layers=[0,1]",
+        help="Another setting of the method, the value in YAML; may be repeated. Example: --set layers=[0,1]",
     )
 
 
@@ -97,7 +97,9 @@ def recipe_of(args: Namespace) -> Recipe:
     from optimum_moe.recipes import load_recipe
 
     overrides = {
-        name: value for name in ("num_experts", "keep_ratio", "target_size") if (value := getattr(args, name)) is not None
+        name: value
+        for name in ("num_experts", "keep_ratio", "target_size")
+        if (value := getattr(args, name)) is not None
     }
     for setting in args.set:
         field, separator, text = setting.partition("=")

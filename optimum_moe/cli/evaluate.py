@@ -12,7 +12,16 @@ from optimum_moe.cli.common import MoESubcommand, text_source
 if TYPE_CHECKING:
     from optimum_moe.evaluation import EvaluationResult
 
-_SETTINGS = ("max_tokens", "sequence_length", "batch_size", "num_questions", "num_prompts", "new_tokens", "seed", "tasks")
+_SETTINGS = (
+    "max_tokens",
+    "sequence_length",
+    "batch_size",
+    "num_questions",
+    "num_prompts",
+    "new_tokens",
+    "seed",
+    "tasks",
+)
 
 
 class EvaluateCommand(MoESubcommand):
@@ -33,7 +42,8 @@ class EvaluateCommand(MoESubcommand):
             "--text", required=True, action="append", metavar="PATH[:WEIGHT]", help="Held-out text, as --calibration."
         )
         parser.add_argument(
-            "--reference", help="The original model, for agreement with it; give it as --model too for a row of its own."
+            "--reference",
+            help="The original model, for agreement with it; give it as --model too for a row of its own.",
         )
         parser.add_argument(
             "--calibration",

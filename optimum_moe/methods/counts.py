@@ -46,7 +46,7 @@ def check_counts(num_experts: int | None, keep_ratio: float | None, target_size:
     if num_experts is not None and (isinstance(num_experts, bool) or not isinstance(num_experts, int)):
         raise ValueError(f"num_experts={num_experts!r} must be an integer. For a share of the experts use keep_ratio.")
     if keep_ratio is not None and (isinstance(keep_ratio, bool) or not isinstance(keep_ratio, int | float)):
-        raise ValueError(f"keep_ratio={keep_ratio!r} must be a number in (0, 1]: it is the share of experts that remain.")
+        raise ValueError(f"keep_ratio={keep_ratio!r} must be a number in (0, 1], the share of experts that remain.")
     if num_experts is not None and num_experts < 1:
         raise ValueError(f"num_experts={num_experts} keeps no expert. Use at least 1.")
     if keep_ratio is not None and not 0 < keep_ratio <= 1:
@@ -65,7 +65,7 @@ def selected_blocks(
     """
     total = len(model.blocks)
     if isinstance(layers, int | str) or isinstance(protect, str):
-        raise ValueError(f"layers={layers!r} and protect={protect!r} must be lists, such as [0, 1] and ['*.layers.0.*'].")
+        raise ValueError(f"layers={layers!r} and protect={protect!r} must be lists: [0, 1], ['*.layers.0.*'].")
     wrong = [layer for layer in layers or () if not -total <= layer < total]
     if wrong:
         raise ValueError(f"layers={wrong} do not exist: the model has MoE blocks 0 to {total - 1}. Correct the list.")

@@ -1,0 +1,326 @@
+"""`optimum-cli moe` through optimum's own entry point, on tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from optimum.commands import optimum_cli
+from transformers import AutoModelForCausalLM
+
+import optimum_moe.compressor
+from optimum_moe import Statistics
+from optimum_moe.cli.common import table, text_source
+from optimum_moe.cli.evaluate import named_models
+from optimum_moe.cli.moe import MoECommand
+from optimum_moe.evaluation import EvaluationResult
+from tests.tiny_checkpoints import save_checkpoint, write_text
+
+Run = Callable[..., tuple[int, str, str]]
+
+RECIPE = {"--model", "--recipe", "--num-experts", "--keep-ratio", "--target-size", "--set"}
+CHECKPOINT = {"--revision", "--trust-remote-code", "--dtype"}
+# A change here is a change of what users have in their scripts.
+OPTIONS = {
+    "inspect": {"--list", "--json", *CHECKPOINT},
+    "preview": {"--json", *RECIPE, *CHECKPOINT},
+    "compress": {
+        "--output",
+        "--overwrite",
+        "--calibration",
+        "--max-tokens",
+        "--sequence-length",
+        "--statistics",
+        "--save-statistics",
+        "--seed",
+        "--device-map",
+        "--quiet",
+        *RECIPE,
+        *CHECKPOINT,
+    },
+    "evaluate": {
+        "--model",
+        "--text",
+        "--reference",
+        "--calibration",
+        "--tasks",
+        "--max-tokens",
+        "--sequence-length",
+        "--batch-size",
+        "--num-questions",
+        "--num-prompts",
+        "--new-tokens",
+        "--seed",
+        "--output",
+        "--quiet",
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "corpus.jsonl")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", "moe", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            optimum_cli.main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        return status, *capsys.readouterr()
+
+    return run_command
+
+
+@pytest.fixture
+def compress(run: Run, checkpoint: Path, corpus: Path) -> Run:
+    def run_compress(*arguments: object) -> tuple[int, str, str]:
+        short = ("--max-tokens", 1024, "--sequence-length", 64, "--calibration", corpus)
+        return run("compress", "--model", checkpoint, *short, *arguments)
+
+    return run_compress
+
+
+def test_commands_and_options_are_frozen():
+    group = MoECommand(optimum_cli.RootOptimumCLICommand("test").subparsers)
+    found = {
+        command.COMMAND.name: {name for action in command.parser._actions for name in action.option_strings}
+        for command in group.registered_subcommands
+    }
+    assert found == {name: {"-h", "--help", *options} for name, options in OPTIONS.items()}
+
+
+def test_registering_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; from optimum.commands.register import register_moe; "
+        "from optimum.commands.optimum_cli import RootOptimumCLICommand; "
+        "[c(RootOptimumCLICommand('x').subparsers) for c in register_moe.REGISTER_COMMANDS]; "
+        "sys.exit(', '.join({'torch', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_help_of_the_installed_command(run: Run):
+    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "moe", "--help"]
+    assert "compress" in subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert run()[0] == 0
+    for name in OPTIONS:
+        status, out, _ = run(name, "--help")
+        assert status == 0
+        assert "--" in out
+
+
+def test_inspect_a_checkpoint(run: Run, checkpoint: Path):
+    status, out, _ = run("inspect", checkpoint, "--json")
+    record = json.loads(out)
+    assert status == 0
+    assert record["architecture"] == "Qwen3MoeForCausalLM"
+    assert record["surgeon"] == "qwen3_moe"
+    assert [block["name"] for block in record["blocks"]] == [f"model.layers.{i}.mlp" for i in range(3)]
+    assert record["blocks"][0]["num_experts"] == 8
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    experts = sum(p.numel() for p in model.model.layers[0].mlp.experts.parameters())
+    assert record["blocks"][0]["expert_parameters"] == experts
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    status, out, _ = run("inspect", checkpoint)
+    assert status == 0
+    assert f"{record['parameters']:,} parameters" in out
+    assert "model.layers.2.mlp" in out
+
+
+def test_inspect_lists_what_is_supported(run: Run):
+    for arguments in ((), ("--list",)):
+        status, out, _ = run("inspect", *arguments)
+        assert status == 0
+        for name in ("qwen3_moe", "switch_transformers", "m-smoe-adaptive", "expert-pruning", "reap", "frequency"):
+            assert name in out
+    record = json.loads(run("inspect", "--json")[1])
+    assert set(record) == {"architectures", "presets", "methods", "saliencies"}
+    assert all(record["methods"].values())
+
+
+def test_preview_overrides_the_recipe(run: Run, checkpoint: Path, tmp_path: Path):
+    def preview(*arguments: object) -> dict:
+        status, out, err = run("preview", "--model", checkpoint, "--json", *arguments)
+        assert status == 0, err
+        return json.loads(out)
+
+    blocks = [f"model.layers.{i}.mlp" for i in range(3)]
+    assert preview("--recipe", "m-smoe")["counts"] == dict.fromkeys(blocks, [8, 4])
+    assert preview("--recipe", "m-smoe", "--num-experts", 3)["counts"] == dict.fromkeys(blocks, [8, 3])
+    partly = preview("--recipe", "m-smoe", "--keep-ratio", 0.25, "--set", "layers=[1]")
+    assert [partly["counts"][name][1] for name in blocks] == [8, 2, 8]
+    full = preview("--recipe", "reap", "--set", "num_experts=8")
+    assert full["before"] == full["after"]
+    target = full["before"]["bytes"] * 3 // 4
+    assert preview("--recipe", "reap", "--target-size", target)["after"]["bytes"] <= target
+    (tmp_path / "mine.yaml").write_text("method: expert-pruning\nnum_experts: 2\nsaliency: frequency\n")
+    assert preview("--recipe", tmp_path / "mine.yaml")["counts"][blocks[0]] == [8, 2]
+    assert "parameters" in run("preview", "--model", checkpoint, "--recipe", "m-smoe")[1]
+
+
+def test_compress_writes_what_it_says(compress: Run, tmp_path: Path):
+    out = tmp_path / "out"
+    status, printed, err = compress("--recipe", "m-smoe", "--num-experts", 3, "--output", out, "--seed", 7)
+    assert status == 0, err
+    assert printed.index("Preview") < printed.index("Measured") < printed.index("import optimum_moe")
+    assert "8 -> 3" in printed
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.model.layers[0].mlp.experts.down_proj.shape[0] == 3
+    recipe = (out / "recipe.yaml").read_text()
+    assert "num_experts: 3" in recipe
+    assert "keep_ratio" not in recipe
+    assert "max_tokens: 1024" in recipe
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["seed"] == 7
+    assert plan["calibration"]["num_tokens"] == 1024
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_compress_again_from_saved_statistics(compress: Run, run: Run, checkpoint: Path, tmp_path: Path):
+    kept, first, second = tmp_path / "statistics", tmp_path / "first", tmp_path / "second"
+    status, printed, _ = compress("--recipe", "reap", "--output", first, "--save-statistics", kept, "--quiet")
+    assert (status, printed.strip()) == (0, str(first))
+    assert Statistics.from_pretrained(kept).calibration["num_tokens"] == 1024
+    common = ("compress", "--model", checkpoint, "--recipe", "reap", "--quiet", "--statistics", kept)
+    assert run(*common, "--output", second)[0] == 0
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    status, _, err = run(*common, "--output", tmp_path / "third", "--max-tokens", 512)
+    assert status == 2
+    assert "--statistics takes the place" in err
+    assert "--max-tokens" in err
+
+
+def test_compress_a_mixture_in_another_dtype(run: Run, checkpoint: Path, corpus: Path, tmp_path: Path):
+    other = write_text(tmp_path / "other.jsonl", seed=1)
+    out = tmp_path / "out"
+    limits = ("--max-tokens", 1024, "--sequence-length", 32, "--dtype", "bfloat16", "--quiet")
+    texts = ("--calibration", f"{corpus}:3", "--calibration", f"{other}:1")
+    status, _, err = run("compress", "--model", checkpoint, "--recipe", "reap", *texts, *limits, "--output", out)
+    assert status == 0, err
+    sources = json.loads((out / "plan.json").read_text())["calibration"]["sources"]
+    assert [source["tokens"] for source in sources] == [768, 256]
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_data_free_compression_needs_no_text(run: Run, checkpoint: Path, tmp_path: Path):
+    arguments = ("--recipe", "reap", "--set", "saliency=aimer", "--output", tmp_path / "out", "--quiet")
+    status, _, err = run("compress", "--model", checkpoint, *arguments)
+    assert status == 0, err
+
+
+def test_evaluate_prints_and_saves(run: Run, checkpoint: Path, corpus: Path, tmp_path: Path):
+    held_out = write_text(tmp_path / "held_out.jsonl", seed=2)
+    limits = ("--max-tokens", 512, "--sequence-length", 64, "--tasks", "perplexity", "agreement", "--quiet")
+    common = ("evaluate", "--text", held_out, "--reference", checkpoint, *limits)
+    output = tmp_path / "result.json"
+    status, out, err = run(*common, "--model", checkpoint, "--calibration", corpus, "--output", output)
+    assert status == 0, err
+    assert "perplexity" in out
+    result = EvaluationResult.load(output)
+    assert result.scores["kl"].value == pytest.approx(0, abs=1e-6)
+    assert result.data["calibration_overlap"] == 0
+    status, out, _ = run(*common, "--model", f"a={checkpoint}", "--model", f"b={checkpoint}", "--output", output)
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["model", "a", "b"]
+    assert EvaluationResult.load(tmp_path / "result.b.json").scores == result.scores
+    status, _, err = run(*common, "--model", checkpoint, "--calibration", held_out)
+    assert status == 2
+    assert "held out" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "m-smo"), "did you mean 'm-smoe'"),
+        (("--recipe", "none.yaml"), "No recipe file none.yaml"),
+        (("--recipe", "m-smoe", "--num-experts", 4, "--keep-ratio", 0.5), "Give exactly one of"),
+        (("--recipe", "m-smoe", "--num-experts", 9), "larger than the 8 experts"),
+        (("--recipe", "m-smoe", "--num-experts", 3, "--set", "num_experts=4"), "given twice"),
+        (("--recipe", "m-smoe", "--set", "similarty=router_weights"), "did you mean 'similarity'"),
+        (("--recipe", "m-smoe", "--set", "align"), "has no value"),
+        (("--recipe", "m-smoe", "--set", "protect=*.0.*"), "no YAML value"),
+        (("--recipe", "m-smoe", "--set", "layers=1"), "must be lists"),
+        (("--recipe", "m-smoe", "--dtype", "bfloat61"), "did you mean 'bfloat16'"),
+    ],
+)
+def test_user_errors_have_no_traceback_and_exit_with_2(run: Run, checkpoint: Path, arguments: tuple, message: str):
+    status, out, err = run("preview", "--model", checkpoint, *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_destination_is_checked_first(run: Run, compress: Run, tmp_path: Path):
+    (tmp_path / "file.txt").write_text("mine")
+    arguments = ("--model", "no/such/model", "--recipe", "reap", "--output", tmp_path)
+    status, _, err = run("compress", *arguments)
+    assert status == 2
+    assert "is not empty" in err
+    status, _, err = compress("--recipe", "reap", "--output", tmp_path / "out", "--save-statistics", tmp_path)
+    assert status == 2
+    assert "is not empty" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_missing_data_and_wrong_arguments(run: Run, checkpoint: Path, tmp_path: Path):
+    common = ("compress", "--model", checkpoint, "--recipe", "m-smoe")
+    status, _, err = run(*common, "--output", tmp_path / "out")
+    assert status == 2
+    assert "Give --calibration" in err
+    assert run(*common)[0] == 2
+    assert run("preview", "--mod", checkpoint, "--recipe", "m-smoe")[0] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_exits_with_130(compress: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(optimum_moe.compressor, "write_model", lambda *_: signal.raise_signal(signal.SIGINT))
+    status, _, err = compress("--recipe", "reap", "--output", tmp_path / "new" / "out", "--quiet")
+    assert status == 130
+    assert err.splitlines()[-1] == "interrupted"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_system_errors_exit_with_1(compress: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(optimum_moe.compressor, "write_model", fail)
+    status, _, err = compress("--recipe", "reap", "--output", tmp_path / "out", "--quiet")
+    assert status == 1
+    assert "error: [Errno 5] Input/output error" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_of_arguments(tmp_path: Path):
+    odd = tmp_path / "name:2"
+    odd.touch()
+    assert text_source(None) is None
+    assert text_source(["a.txt"]) == "a.txt"
+    assert text_source(["a.txt:2"]) == [("a.txt", 2.0)]
+    assert text_source(["a.txt", "b:x.txt:0.5"]) == [("a.txt", 1.0), ("b:x.txt", 0.5)]
+    assert text_source([str(odd)]) == str(odd)
+    assert named_models(["org/a", "b=out/c"]) == {"a": "org/a", "b": "out/c"}
+    with pytest.raises(ValueError, match="Two models are named 'a'"):
+        named_models(["a", "x/a"])
+    with pytest.raises(ValueError, match="lacks a path"):
+        named_models(["a="])
+    assert table([("name", "count"), ("a", 1000)]) == "name  count\na     1,000"
