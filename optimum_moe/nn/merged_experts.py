@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,10 @@ class MergedExpertLayer(SwappedModule):
 
     The stock parameters keep their names and hold G rows instead of N. Slots with routing weight 0, which the
     routing map emits for repeats, are turned into the local sentinel `num_experts`, so that a merged expert runs
-    once a token; `batched_mm` still computes them, with weight 0.
+    once a token; `batched_mm` still computes them, with weight 0, on accelerators and in compiled graphs.
     """
 
     num_experts: int
-    eager_takes_sentinel: bool = True
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -36,9 +35,34 @@ class MergedExpertLayer(SwappedModule):
             (T, H) in the dtype of `hidden_states`.
         """
         index_TK = top_k_index.masked_fill(top_k_weights == 0, self.num_experts)
-        if not self.eager_takes_sentinel and self.config._experts_implementation == "eager":
+        implementation = self.config._experts_implementation
+        # Not every stock loop takes the sentinel.
+        if implementation in (None, "eager"):
             return eager_experts_forward(self, hidden_states, index_TK, top_k_weights)
+        if hidden_states.device.type == "cpu" and not _is_traced():
+            # Shapes may depend on data here for free. The stock grouped forward would instead carry the slots of
+            # repeats through every elementwise step and mask them three times, and on a CPU `grouped_mm` is itself a
+            # loop over experts; the stock batched forward would copy an expert's weights for each of them.
+            if implementation == "grouped_mm":
+                return eager_experts_forward(self, hidden_states, index_TK, top_k_weights)
+            if implementation == "batched_mm":
+                return self._run_pairs(super().forward, hidden_states, index_TK, top_k_weights)
         return super().forward(hidden_states, index_TK, top_k_weights)
+
+    def _run_pairs(
+        self,
+        run: Callable[..., torch.Tensor],
+        hidden_TH: torch.Tensor,
+        index_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """Give `run` one row for each (token, expert) pair that is not a sentinel, as a token with one slot."""
+        token_P, slot_P = (index_TK < self.num_experts).nonzero(as_tuple=True)
+        if len(token_P) == index_TK.numel():
+            return run(hidden_TH, index_TK, weights_TK)
+        pair_P = token_P, slot_P
+        output_PH = run(hidden_TH.index_select(0, token_P), index_TK[pair_P][:, None], weights_TK[pair_P][:, None])
+        return _accumulator(hidden_TH).index_add(0, token_P, _wide(output_PH)).to(hidden_TH.dtype)
 
 
 def eager_experts_forward(
@@ -50,7 +74,8 @@ def eager_experts_forward(
 ) -> torch.Tensor:
     """Loop over the experts that are hit, for every layout that `use_experts_implementation` describes.
 
-    Unlike some stock loops it accepts sentinel ids (>= `num_experts`) everywhere.
+    Unlike some stock loops it accepts sentinel ids (>= `num_experts`) everywhere; it sums a token's experts in
+    float32 and moves to the host once.
 
     Args:
         experts: An experts module with the flags `has_gate, has_bias, is_transposed`.
@@ -62,41 +87,71 @@ def eager_experts_forward(
     Returns:
         (T, H) in the dtype of `hidden_TH`.
     """
-    output_TH = torch.zeros_like(hidden_TH)
     slots = index_TK.reshape(-1)
     order = torch.argsort(slots, stable=True)
-    counts = torch.bincount(slots.clamp(max=experts.num_experts), minlength=experts.num_experts + 1).tolist()
-    start = 0
-    for expert, count in enumerate(counts[: experts.num_experts]):
-        if count == 0:
+    counts = torch.bincount(slots.clamp(max=experts.num_experts), minlength=experts.num_experts).tolist()
+    counts = counts[: experts.num_experts]
+    order = order[: sum(counts)]
+    tokens = order // index_TK.shape[-1]
+    weights = weights_TK.reshape(-1).index_select(0, order).unsqueeze(-1)
+    # index_select copies whole rows, several times faster on a CPU than indexing.
+    rows = zip(tokens.split(counts), weights.split(counts), hidden_TH.index_select(0, tokens).split(counts), strict=True)
+    tensors = expert_tensors(experts)
+    output_TH = _accumulator(hidden_TH)
+    for expert, (token_P, weight_P1, input_PH) in enumerate(rows):
+        if counts[expert] == 0:
             continue
-        slot_P = order[start : start + count]
-        start += count
-        token_P = slot_P // index_TK.shape[-1]
-        weight_P = weights_TK.reshape(-1)[slot_P]
-        input_PH = hidden_TH[token_P]
-        hidden_PI, output_PH = run_expert(experts, expert, input_PH)
+        hidden_PI, output_PH = run_expert(experts, tensors, expert, input_PH)
         if watch is not None:
-            watch(expert, token_P, weight_P, input_PH, hidden_PI, output_PH)
-        output_TH.index_add_(0, token_P, (output_PH * weight_P.unsqueeze(-1)).to(output_TH.dtype))
-    return output_TH
+            watch(expert, token_P, weight_P1[:, 0], input_PH, hidden_PI, output_PH)
+        output_TH.index_add_(0, token_P, _wide(output_PH * weight_P1))
+    return output_TH.to(hidden_TH.dtype)
 
 
-def run_expert(experts: Any, expert: int, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def expert_tensors(experts: Any) -> dict[str, Sequence[torch.Tensor]]:
+    """The stacked tensors of an experts module by name, to be indexed by expert.
+
+    The module's attributes are read once: a parametrised one (an adapter) is computed anew at each access.
+    """
+    names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
+    names += [f"{name}_bias" for name in names] if experts.has_bias else []
+    stacked = {name: getattr(experts, name) for name in names}
+    # The gradient of `unbind` is one stack, that of G selections G full-sized tensors.
+    learning = torch.is_grad_enabled()
+    return {name: t.unbind(0) if learning and t.requires_grad else t for name, t in stacked.items()}
+
+
+def run_expert(
+    experts: Any, tensors: dict[str, Sequence[torch.Tensor]], expert: int, input_PH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One expert on its tokens: (hidden neurons (P, I), output (P, H)), through the module's own gate function."""
     name = "gate_up_proj" if experts.has_gate else "up_proj"
-    projected = _project(experts, name, expert, input_PH)
+    projected = _project(experts, tensors, name, expert, input_PH)
     hidden_PI = experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)
-    output_PH = _project(experts, "down_proj", expert, hidden_PI)
+    output_PH = _project(experts, tensors, "down_proj", expert, hidden_PI)
     if getattr(experts, "has_post_expert_norm", False):
         output_PH = experts.post_expert_norm(output_PH)
     return hidden_PI, output_PH
 
 
-def _project(experts: Any, name: str, expert: int, input_PX: torch.Tensor) -> torch.Tensor:
-    weight = getattr(experts, name)[expert]
-    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+def _project(
+    experts: Any, tensors: dict[str, Sequence[torch.Tensor]], name: str, expert: int, input_PX: torch.Tensor
+) -> torch.Tensor:
+    weight = tensors[name][expert]
+    bias = tensors[f"{name}_bias"][expert] if experts.has_bias else None
     if experts.is_transposed:
         output = input_PX @ weight
         return output if bias is None else output + bias
     return nn.functional.linear(input_PX, weight, bias)
+
+
+def _accumulator(hidden_TH: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(hidden_TH, dtype=torch.promote_types(hidden_TH.dtype, torch.float32))
+
+
+def _wide(output_PH: torch.Tensor) -> torch.Tensor:
+    return output_PH.to(torch.promote_types(output_PH.dtype, torch.float32))
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
