@@ -27,6 +27,7 @@ from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.grouping import dominant_experts, join_dominants
 from optimum_moe.algorithms.merging import merge_matrices, merge_weights
 from optimum_moe.algorithms.similarity import gram_similarity
+from optimum_moe.calibration.recorder import BlockRecorder
 
 TOKENS, BATCH, NOISE = 8192, 1024, 0.1
 NEURON_AXIS = {"up": 0, "down": 1, "gate": 0}
@@ -109,16 +110,16 @@ def build_logits(layer: Layer, generator: torch.Generator) -> torch.Tensor:
     return logits_TE
 
 
-def measure_statistics(logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Router-logit Gram and token counts, batch by batch."""
-    num_experts = logits_TE.shape[1]
-    gram_EE = torch.zeros(num_experts, num_experts, dtype=torch.float64)
-    count_E = torch.zeros(num_experts, dtype=torch.int64)
+def measure_statistics(layer: Layer, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the recorder does for M-SMoE, batch by batch: Gram matrix, counts, reservoir (the forward pass not timed)."""
+    recorder = BlockRecorder(layer.num_experts, layer.intermediate, layer.hidden)
+    hidden_TH = torch.zeros(BATCH, layer.hidden)
     for batch_TE in logits_TE.split(BATCH):
-        wide_TE = batch_TE.double()
-        gram_EE.addmm_(wide_TE.T, wide_TE)
-        count_E += torch.bincount(batch_TE.argmax(dim=1), minlength=num_experts)
-    return gram_EE, count_E
+        recorder.expect(None)
+        recorder.router(batch_TE, hidden_TH)
+        recorder.begin(hidden_TH, batch_TE.argmax(dim=1, keepdim=True), torch.ones(BATCH, 1))
+    statistics = recorder.statistics()
+    return statistics.router_gram_EE, statistics.coactivation_EE.diagonal()
 
 
 def group(similarity_EE: torch.Tensor, count_E: torch.Tensor, num_groups: int) -> tuple[tuple[int, ...], torch.Tensor]:
@@ -205,7 +206,7 @@ def run_case(name: str, kind: str, threads: int) -> dict[str, Any]:
     layer_bytes = sum(matrices.numel() * matrices.element_size() for matrices in weights.values())
 
     ours = Measure(base)
-    gram_EE, count_E = ours.stage("statistics", lambda: measure_statistics(logits_TE))
+    gram_EE, count_E = ours.stage("statistics", lambda: measure_statistics(layer, logits_TE))
     similarity_EE = ours.stage("similarity", lambda: gram_similarity(gram_EE))
     dominants_G, labels_E = ours.stage("grouping", lambda: group(similarity_EE, count_E, layer.num_groups))
     perm_EI = ours.stage("alignment", lambda: align_experts(ExpertTensors(**weights), labels_E, dominants_G, threads))

@@ -16,6 +16,7 @@ Two facts follow, which save most of the work without giving up the optimum:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -142,13 +143,10 @@ def _row_slices(size: int) -> list[slice]:
     return [slice(low, high) for low, high in pairwise(bounds)]
 
 
-def _permutation(reference: _Neurons, member: _Neurons) -> torch.Tensor:
+def _permutation(reference: _Neurons, member: _Neurons, solvers: threading.Semaphore) -> torch.Tensor:
     size, last = reference.size, len(reference.segments) - 1
     first = reference.pieces[0]
-    # The solver's float64 matrix will take the place of the float32 product: the buffer is large enough for both.
-    buffer = torch.empty(size * size, dtype=torch.float64, device=first.device)
-    cost = buffer if first.dtype == torch.float64 else buffer.view(torch.float32)[size * size :]
-    cost = cost.view(size, size)
+    memory, cost = _cost_memory(size, first)
     perm_I = torch.empty(size, dtype=torch.int64, device=first.device)
     partial: list[tuple[slice, int]] = []
     level = 0 if size > _SMALL else last
@@ -173,23 +171,38 @@ def _permutation(reference: _Neurons, member: _Neurons) -> torch.Tensor:
     for rows, done in partial:
         if done < last:
             _accumulate(cost, reference, member, rows, range(done + 1, last + 1))
-    if first.device.type != "cpu":
-        buffer, cost = torch.empty(size * size, dtype=torch.float64), cost.cpu()
-    return _assign(buffer, cost)
+    duals = _entropic_duals(cost) if size > _SMALL else (cost.amax(1), torch.zeros_like(cost[0]))
+    if memory is None:
+        memory = cost.cpu().numpy().ravel().copy()
+    # Nothing may refer to the product any more: its memory is about to grow and perhaps move.
+    del cost
+    with solvers:
+        return _assign(memory, size, duals[0].double().cpu().numpy(), duals[1].double().cpu().numpy())
 
 
-def _assign(buffer: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
-    """Optimal assignment by scipy on costs reduced by almost optimal duals, built in the cost's own memory."""
-    size = cost.shape[0]
-    rows_I, columns_I = _entropic_duals(cost) if size > _SMALL else (cost.amax(1), torch.zeros_like(cost[0]))
-    row_dual_I, column_dual_I = rows_I.double()[:, None], columns_I.double()
-    reduced = buffer.view(size, size)
-    for start in range(0, size, _SWEEP_ROWS):
+def _cost_memory(size: int, like: torch.Tensor) -> tuple[np.ndarray | None, torch.Tensor]:
+    """An (I, I) matrix, on the CPU together with the NumPy array that owns its memory."""
+    if like.device.type != "cpu":
+        return None, like.new_empty(size, size)
+    memory = np.empty(size * size, dtype=np.float64 if like.dtype == torch.float64 else np.float32)
+    return memory, torch.from_numpy(memory).view(size, size)
+
+
+def _assign(memory: np.ndarray, size: int, row_dual_I: np.ndarray, column_dual_I: np.ndarray) -> torch.Tensor:
+    """Optimal assignment by scipy on costs reduced by almost optimal duals, widened in the cost's own memory."""
+    narrow_type = memory.dtype
+    if narrow_type == np.float32:
+        # The system extends a block of this size by its page table; a second matrix is never held.
+        memory.resize(2 * size * size, refcheck=False)
+    narrow = memory[: size * size].reshape(size, size)
+    reduced = memory.view(np.float64).reshape(size, size)
+    for start in reversed(range(0, size, _SWEEP_ROWS)):
         rows = slice(start, min(size, start + _SWEEP_ROWS))
-        # Rows of the wider matrix never reach the part of the narrower one that is still to be read.
-        chunk = cost[rows].double()
-        reduced[rows] = (row_dual_I[rows] - chunk).add_(column_dual_I)
-    return torch.from_numpy(linear_sum_assignment(reduced.numpy())[1].astype(np.int64, copy=False))
+        # Backwards, wide rows only cover narrow ones that were read before.
+        chunk = narrow[rows].astype(np.float64)
+        np.subtract(row_dual_I[rows, None], chunk, out=chunk)
+        np.add(chunk, column_dual_I, out=reduced[rows])
+    return torch.from_numpy(linear_sum_assignment(reduced)[1].astype(np.int64, copy=False))
 
 
 def _entropic_duals(cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,6 +232,8 @@ def alignment_permutation(
     member_down: torch.Tensor,
     reference_gate: torch.Tensor | None = None,
     member_gate: torch.Tensor | None = None,
+    *,
+    solvers: threading.Semaphore | None = None,
 ) -> torch.Tensor:
     """Order of a member's neurons that matches the reference best (M-SMoE, arXiv 2310.01334).
 
@@ -232,6 +247,7 @@ def alignment_permutation(
         member_down: see above.
         reference_gate: gate projection of gated experts, of both experts or of neither.
         member_gate: see above.
+        solvers: held while the assignment is solved in float64, which takes twice the memory of what comes before.
 
     Returns:
         (I,) int64 permutation on the CPU.
@@ -248,9 +264,8 @@ def alignment_permutation(
     ]
     if len({shape for pair in shapes for shape in pair}) > 1:
         raise ValueError(f"Experts of one shape can be aligned, got (gate, up, down^T) pairs {shapes}.")
-    return _permutation(
-        _describe(reference_up, reference_down, reference_gate), _describe(member_up, member_down, member_gate)
-    )
+    reference = _describe(reference_up, reference_down, reference_gate)
+    return _permutation(reference, _describe(member_up, member_down, member_gate), solvers or threading.Semaphore())
 
 
 def align_experts(
@@ -269,7 +284,7 @@ def align_experts(
         labels_E: (E,) group of each expert, -1 for a pruned one.
         dominants_G: dominant expert of each group.
         num_threads: experts aligned at the same time, each on one thread; default `torch.get_num_threads()`. Each
-            holds one (I, I) float64 matrix.
+            holds one (I, I) float32 matrix, half of them a float64 one.
         progress: called in the calling thread with 1 for every expert aligned (fits `tqdm.update`).
 
     Returns:
@@ -297,12 +312,15 @@ def align_experts(
                 experts.down[expert],
                 None if experts.gate is None else experts.gate[dominant],
                 None if experts.gate is None else experts.gate[expert],
+                solvers=solvers,
             )
         except ValueError as error:
             raise ValueError(f"Expert {expert} cannot be aligned to expert {dominant}: {error}") from error
 
     threads = torch.get_num_threads()
     workers = max(1, min(num_threads or threads, len(pairs)))
+    # Half of the workers solve while the others multiply, which takes about as long and half the memory.
+    solvers = threading.Semaphore(max(1, workers // 2))
     # Parallel over experts: the assignment is serial, and so would leave the other threads idle.
     torch.set_num_threads(1)
     try:

@@ -76,18 +76,12 @@ class SwitchTransformersSurgeon(Surgeon):
 
     @torch.no_grad()
     def cut(self, block: Block, plan: BlockPlan) -> None:
-        """Write each merged expert beside the old ones, then put it in the place of its dominant expert."""
-        source = self.experts(block)
-        merged = []
+        """Write each merged expert over its dominant expert, whose neurons stay in place."""
+        view = self.experts(block)
+        matrices = {"up": view.up, "down": view.down}
         for group, dominant in enumerate(plan.dominants_G):
-            up, down = torch.empty_like(source.up[dominant]), torch.empty_like(source.down[dominant])
-            merge_group({"up": source.up, "down": source.down}, {"up": [up], "down": [down]}, plan, group, 0)
-            merged.append((up, down))
-        kept = [block.experts[f"expert_{dominant}"] for dominant in plan.dominants_G]
-        for module, (up, down) in zip(kept, merged, strict=True):
-            replace_tensor(module, "wi.weight", up)
-            replace_tensor(module, "wo.weight", down)
-        self._install(block, kept, plan.routing)
+            merge_group(matrices, matrices, plan, group, slot=dominant)
+        self._install(block, [block.experts[f"expert_{d}"] for d in plan.dominants_G], plan.routing)
         if plan.routing == "map":
             block.router.expert_map.copy_(torch.tensor(plan.labels_E))
             return

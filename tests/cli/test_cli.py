@@ -162,8 +162,8 @@ def test_preview_overrides_the_recipe(run: Run, checkpoint: Path, tmp_path: Path
         return json.loads(out)
 
     blocks = [f"model.layers.{i}.mlp" for i in range(3)]
-    assert preview("--recipe", "m-smoe")["counts"] == dict.fromkeys(blocks, [8, 4])
-    assert preview("--recipe", "m-smoe", "--num-experts", 3)["counts"] == dict.fromkeys(blocks, [8, 3])
+    assert preview("--recipe", "m-smoe")["counts"] == {name: [8, 4] for name in blocks}
+    assert preview("--recipe", "m-smoe", "--num-experts", 3)["counts"] == {name: [8, 3] for name in blocks}
     partly = preview("--recipe", "m-smoe", "--keep-ratio", 0.25, "--set", "layers=[1]")
     assert [partly["counts"][name][1] for name in blocks] == [8, 2, 8]
     full = preview("--recipe", "reap", "--set", "num_experts=8")
@@ -220,7 +220,7 @@ def test_compress_a_mixture_in_another_dtype(run: Run, checkpoint: Path, corpus:
 
 
 def test_data_free_compression_needs_no_text(run: Run, checkpoint: Path, tmp_path: Path):
-    arguments = ("--recipe", "reap", "--set", "saliency=aimer", "--output", tmp_path / "out", "--quiet")
+    arguments = ("--recipe", "reap", "--set", "saliency=random", "--output", tmp_path / "out", "--quiet")
     status, _, err = run("compress", "--model", checkpoint, *arguments)
     assert status == 0, err
 

@@ -1,0 +1,269 @@
+"""Runs that fail or are interrupted: nothing half-written is left, and the model is what it was."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
+from optimum_moe import compressor as compressor_module
+from optimum_moe.checkpoint import writer
+from optimum_moe.surgeons import find_blocks
+from tests.tiny_checkpoints import save_checkpoint
+from tests.tiny_models import build, inputs_for, logits_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
+
+WAYS_TO_FAIL: dict[str, tuple[Callable[[], Any], type[BaseException], str]] = {}
+
+
+def failing(expected: type[BaseException], message: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+    def add(function: Callable[[], Any]) -> Callable[[], Any]:
+        WAYS_TO_FAIL[function.__name__] = (function, expected, message)
+        return function
+
+    return add
+
+
+@failing(KeyboardInterrupt, "")
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@failing(ValueError, "is full; nothing was left of the attempt. Free some space")
+def full_disk() -> None:
+    raise OSError(28, "No space left on device")
+
+
+@failing(ValueError, "is full; nothing was left of the attempt. Free some space")
+def full_disk_by_safetensors() -> None:
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+@failing(PermissionError, "denied")
+def no_permission() -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("failures") / "qwen3_moe")
+
+
+def pruning(original: Any, **settings: Any) -> MoECompressor:
+    method = ExpertPruning(num_experts=4, saliency="random")
+    return MoECompressor.from_pretrained(original, method, progress=False, **settings)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Iterator[Path]:
+    """An earlier checkpoint at the destination, which the test must leave as it is."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "notes").mkdir()
+    (out / "notes" / "mine.txt").write_text("mine")
+    before = contents(tmp_path)
+    yield out
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("step", ["model", "tokenizer", "plan", "card", "place"])
+@pytest.mark.parametrize("way", WAYS_TO_FAIL)
+def test_failed_write_leaves_the_destination_as_it_was(
+    original: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch, step: str, way: str
+) -> None:
+    fail, expected, message = WAYS_TO_FAIL[way]
+    real_write, real_place = compressor_module.write_model, Path.rename
+    renamed = []
+
+    def write_then_fail(*arguments: Any) -> None:
+        real_write(*arguments)
+        fail()
+
+    def rename_once_then_fail(self: Path, target: Path) -> Any:
+        renamed.append(target)
+        return real_place(self, target) if len(renamed) != 2 else fail()
+
+    compressor = pruning(original, output_dir=earlier, overwrite=True)
+    if step == "model":
+        monkeypatch.setattr(compressor_module, "write_model", write_then_fail)
+    elif step == "tokenizer":
+        monkeypatch.setattr(type(compressor.tokenizer), "save_pretrained", lambda *_, **__: fail())
+    elif step == "plan":
+        monkeypatch.setattr(compressor_module.CompressionPlan, "save_pretrained", lambda *_: fail())
+    elif step == "card":
+        monkeypatch.setattr(compressor_module, "model_card", lambda *_: fail())
+    else:
+        monkeypatch.setattr(Path, "rename", rename_once_then_fail)
+    with pytest.raises(expected, match=message):
+        compressor.apply()
+
+
+def test_overwriting_replaces_everything(original: Path, tmp_path: Path) -> None:
+    real, link = tmp_path / "disk" / "out", tmp_path / "link"
+    real.mkdir(parents=True)
+    (real / "old.txt").touch()
+    link.symlink_to(real)
+    assert pruning(original, output_dir=link, overwrite=True).apply() == real
+    assert not (real / "old.txt").exists()
+    assert link.is_symlink()
+    assert [path.name for path in real.parent.iterdir()] == ["out"]
+    assert AutoModelForCausalLM.from_pretrained(link).config.num_experts == 4
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if mount is None or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root and the permission to mount")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_too_small(original: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor = pruning(original, output_dir=small_disk / "out")
+    with pytest.raises(ValueError, match=r"disk has [\d,]+ bytes left, the checkpoint takes [\d,]+. Free some space"):
+        compressor.apply()
+    assert compressor.model is None
+    monkeypatch.setattr(compressor_module, "check_space", lambda *_: None)
+    with pytest.raises(ValueError, match=r"The disk of .* is full; nothing was left of the attempt"):
+        compressor.apply()
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_write_permission(original: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="No permission to write in"):
+        pruning(original, output_dir=tmp_path / "out")
+
+
+def test_a_failed_save_can_be_repeated(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor = pruning(original)
+    compressor.apply()
+    with monkeypatch.context() as patch:
+        patch.setattr(compressor_module, "write_model", lambda *_: full_disk())
+        with pytest.raises(ValueError, match="is full"):
+            compressor.save_pretrained(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    compressor.save_pretrained(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def state_of(model: PreTrainedModel) -> list[Any]:
+    """Everything that calibration touches."""
+    modules = list(model.modules())
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in modules]
+    return [
+        [m.training for m in modules],
+        hooks,
+        [sorted(vars(m)) for m in modules],
+        model.config._experts_implementation,
+    ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "switch_transformers"])
+@pytest.mark.parametrize("failure", ["mask", "interrupt", "unseen"])
+def test_failed_calibration_restores_the_model(
+    name: str, failure: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = build(name), inputs_for(name)
+    good = logits_of(model, inputs)
+    config = CalibrationConfig([inputs])
+    hook = None
+    if failure == "mask":
+        observer = importlib.import_module("optimum_moe.calibration.observe")
+        monkeypatch.setattr(observer, "_mask", lambda *_: torch.ones(2, 15))
+        expected, message = ValueError, "saw 32 tokens where the attention mask has 30[.] Give inputs whose"
+    elif failure == "interrupt":
+        hook = model.lm_head.register_forward_pre_hook(lambda *_: interrupt())
+        expected, message = KeyboardInterrupt, ""
+    else:
+        config = CalibrationConfig([{key: ids[:1, :1] for key, ids in inputs.items()}], unseen="error")
+        expected, message = ValueError, "Calibration gave no token to"
+    model.train(training)
+    before = state_of(model)
+    compressor = MoECompressor.from_pretrained(model, MSMoE(num_experts=4), config, progress=False)
+    with pytest.raises(expected, match=message):
+        compressor.calibrate()
+    assert state_of(model) == before
+    assert compressor.statistics is None
+    if hook is not None:
+        hook.remove()
+    assert torch.equal(logits_of(model.eval(), inputs), good)
+
+
+def test_unseen_error_names_block_and_experts() -> None:
+    model = build("qwen3_moe")
+    config = CalibrationConfig([{"input_ids": torch.tensor([[5]])}], unseen="error")
+    compressor = MoECompressor.from_pretrained(model, MSMoE(num_experts=4), config, progress=False)
+    with pytest.raises(ValueError, match=r"no token to 18 of 24 experts \(.*Add data, or set unseen=") as error:
+        compressor.calibrate()
+    for found in find_blocks(model):
+        assert re.search(rf"{re.escape(found.info.name)}: \d, \d", str(error.value))
+    warning = CalibrationConfig(config.source)
+    with pytest.warns(UserWarning, match="no token to 18 of 24 experts"):
+        MoECompressor.from_pretrained(model, MSMoE(num_experts=4), warning, progress=False).calibrate()
+
+
+def fail_at_second_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts = []
+    real = ExpertPruning.decide
+
+    def decide(self: ExpertPruning, context: Any, count: int) -> Any:
+        cuts.append(context.info.name)
+        if len(cuts) == 2:
+            interrupt()
+        return real(self, context, count)
+
+    monkeypatch.setattr(ExpertPruning, "decide", decide)
+
+
+def test_interrupted_cut_of_a_checkpoint_can_be_repeated(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = pruning(original).apply()
+    compressor = pruning(original)
+    with monkeypatch.context() as patch:
+        fail_at_second_block(patch)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.apply()
+    again = compressor.apply().state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.state_dict().items())
+    with pytest.raises(ValueError, match=r"already cut\. .*from the original"):
+        compressor.apply()
+
+
+def test_interrupted_cut_of_a_model_in_memory_is_refused_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor = pruning(build("qwen3_moe"))
+    fail_at_second_block(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        compressor.apply()
+    for call in (compressor.apply, compressor.calibrate):
+        with pytest.raises(ValueError, match=r"partly cut|needs calibration data"):
+            call()
+
+
+def test_space_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bytes left, the checkpoint takes 1,000,000,000,000,000,000"):
+        writer.check_space(tmp_path / "a" / "b", 10**18)
