@@ -111,7 +111,7 @@ def build_logits(layer: Layer, generator: torch.Generator) -> torch.Tensor:
 
 
 def measure_statistics(layer: Layer, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the recorder does for M-SMoE, batch by batch: Gram matrix, counts, reservoir (the forward pass not timed)."""
+    """What the recorder does for M-SMoE: Gram matrix, counts and reservoir; the forward pass is not timed."""
     recorder = BlockRecorder(layer.num_experts, layer.intermediate, layer.hidden)
     hidden_TH = torch.zeros(BATCH, layer.hidden)
     for batch_TE in logits_TE.split(BATCH):

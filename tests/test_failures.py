@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
@@ -26,10 +27,10 @@ from tests.tiny_models import build, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
 
-WAYS_TO_FAIL: dict[str, tuple[Callable[[], Any], type[BaseException], str]] = {}
+WAYS_TO_FAIL: dict[str, tuple[Callable[[], Any], type[BaseException], str | None]] = {}
 
 
-def failing(expected: type[BaseException], message: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+def failing(expected: type[BaseException], message: str | None) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     def add(function: Callable[[], Any]) -> Callable[[], Any]:
         WAYS_TO_FAIL[function.__name__] = (function, expected, message)
         return function
@@ -37,7 +38,7 @@ def failing(expected: type[BaseException], message: str) -> Callable[[Callable[[
     return add
 
 
-@failing(KeyboardInterrupt, "")
+@failing(KeyboardInterrupt, None)
 def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
@@ -199,7 +200,7 @@ def test_failed_calibration_restores_the_model(
         expected, message = ValueError, "saw 32 tokens where the attention mask has 30[.] Give inputs whose"
     elif failure == "interrupt":
         hook = model.lm_head.register_forward_pre_hook(lambda *_: interrupt())
-        expected, message = KeyboardInterrupt, ""
+        expected, message = KeyboardInterrupt, None
     else:
         config = CalibrationConfig([{key: ids[:1, :1] for key, ids in inputs.items()}], unseen="error")
         expected, message = ValueError, "Calibration gave no token to"
@@ -262,6 +263,16 @@ def test_interrupted_cut_of_a_model_in_memory_is_refused_afterwards(monkeypatch:
     for call in (compressor.apply, compressor.calibrate):
         with pytest.raises(ValueError, match=r"partly cut|needs calibration data"):
             call()
+
+
+def test_experts_that_the_checkpoint_lacks_are_never_random(original: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(original, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not ("layers.1." in name and "down_proj" in name)}
+    assert 0 < len(kept) < len(tensors)
+    save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of MoE blocks \(model.layers.1.mlp.experts.down_proj\)"):
+        pruning(broken).apply()
 
 
 def test_space_is_checked(tmp_path: Path) -> None:

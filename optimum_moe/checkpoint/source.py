@@ -53,11 +53,23 @@ class ModelSource:
     load_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> PreTrainedModel:
-        """The model with its weights."""
+        """The model with its weights.
+
+        Raises:
+            ValueError: If the checkpoint lacks tensors of an MoE block.
+        """
         if self.live is not None:
             return self.live
-        auto = type(self.skeleton)
-        return auto.from_pretrained(self.directory, **self.load_arguments)
+        auto: Any = type(self.skeleton)
+        model, report = auto.from_pretrained(self.directory, output_loading_info=True, **self.load_arguments)
+        prefixes = tuple(f"{found.info.name}." for found in self.blocks)
+        missing = sorted(key for key in report["missing_keys"] if key.startswith(prefixes))
+        if missing:
+            raise ValueError(
+                f"{self.name} lacks {len(missing)} tensors of MoE blocks ({', '.join(missing[:3])}). They would be "
+                "random. Copy or download the checkpoint again."
+            )
+        return model
 
     def identity(self) -> dict[str, Any]:
         """What statistics and plans remember of the model they were made from."""

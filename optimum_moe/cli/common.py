@@ -6,8 +6,10 @@ Standard library only besides optimum's base class, so that `optimum-cli --help`
 from __future__ import annotations
 
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +39,25 @@ class MoESubcommand(BaseOptimumCLICommand):
     def run(self) -> None:
         """Execute; exit with 2 on an error of the user's, 1 on one of the system's, 130 on Ctrl-C."""
         try:
-            self.execute()
+            with _plain_warnings():
+                self.execute()
         except ValueError as error:
             _exit(f"error: {error}", USER_ERROR)
         except OSError as error:
             _exit(f"error: {error}", SYSTEM_ERROR)
         except KeyboardInterrupt:
             _exit("interrupted", INTERRUPTED)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings without the line of code that gave them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _exit(message: str, status: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -18,12 +17,16 @@ class SwappedModule(nn.Module):
         return _blank_instance, (type(self).__mro__[1], self.original_class), self.__dict__
 
 
-@cache
 def swapped_class(mixin: type[SwappedModule], original: type[nn.Module]) -> type[nn.Module]:
     """The class that behaves like `original` with `mixin` in front; the same object for the same pair."""
-    # A hub kernel chosen by its layer name would replace forward() and with it the mixin.
-    namespace = {"original_class": original, "kernel_layer_name": None, "__module__": mixin.__module__}
-    return type(f"{mixin.__name__}{original.__name__}", (mixin, original), namespace)
+    if (mixin, original) not in _CLASSES:
+        # A hub kernel chosen by its layer name would replace forward() and with it the mixin.
+        namespace = {"original_class": original, "kernel_layer_name": None, "__module__": mixin.__module__}
+        _CLASSES[mixin, original] = type(f"{mixin.__name__}{original.__name__}", (mixin, original), namespace)
+    return _CLASSES[mixin, original]
+
+
+_CLASSES: dict[tuple[type[SwappedModule], type[nn.Module]], type[nn.Module]] = {}
 
 
 def _blank_instance(mixin: type[SwappedModule], original: type[nn.Module]) -> nn.Module:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.moe import _grouped_linear
 
 from optimum_moe.nn.class_swap import SwappedModule
 
@@ -20,6 +21,7 @@ class MergedExpertLayer(SwappedModule):
     """
 
     num_experts: int
+    config: Any
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -39,12 +41,11 @@ class MergedExpertLayer(SwappedModule):
         # Not every stock loop takes the sentinel.
         if implementation in (None, "eager"):
             return eager_experts_forward(self, hidden_states, index_TK, top_k_weights)
-        if hidden_states.device.type == "cpu" and not _is_traced():
-            # Shapes may depend on data here for free. The stock grouped forward would instead carry the slots of
-            # repeats through every elementwise step and mask them three times, and on a CPU `grouped_mm` is itself a
-            # loop over experts; the stock batched forward would copy an expert's weights for each of them.
+        # On a CPU shapes may depend on data for free, so that repeats need no rows. Elsewhere that would wait for the
+        # device, and the stock forwards carry the rows of repeats along.
+        if hidden_states.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             if implementation == "grouped_mm":
-                return eager_experts_forward(self, hidden_states, index_TK, top_k_weights)
+                return grouped_experts_forward(self, hidden_states, index_TK, top_k_weights)
             if implementation == "batched_mm":
                 return self._run_pairs(super().forward, hidden_states, index_TK, top_k_weights)
         return super().forward(hidden_states, index_TK, top_k_weights)
@@ -58,7 +59,7 @@ class MergedExpertLayer(SwappedModule):
     ) -> torch.Tensor:
         """Give `run` one row for each (token, expert) pair that is not a sentinel, as a token with one slot."""
         token_P, slot_P = (index_TK < self.num_experts).nonzero(as_tuple=True)
-        if len(token_P) == index_TK.numel():
+        if len(token_P) in (0, index_TK.numel()):
             return run(hidden_TH, index_TK, weights_TK)
         pair_P = token_P, slot_P
         output_PH = run(hidden_TH.index_select(0, token_P), index_TK[pair_P][:, None], weights_TK[pair_P][:, None])
@@ -87,25 +88,68 @@ def eager_experts_forward(
     Returns:
         (T, H) in the dtype of `hidden_TH`.
     """
-    slots = index_TK.reshape(-1)
-    order = torch.argsort(slots, stable=True)
-    counts = torch.bincount(slots.clamp(max=experts.num_experts), minlength=experts.num_experts).tolist()
-    counts = counts[: experts.num_experts]
-    order = order[: sum(counts)]
-    tokens = order // index_TK.shape[-1]
-    weights = weights_TK.reshape(-1).index_select(0, order).unsqueeze(-1)
+    order_S, ends_G, _ = _sort_pairs(index_TK, experts.num_experts)
+    ends = ends_G.tolist()
+    counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    token_S = order_S // index_TK.shape[-1]
+    weight_S1 = weights_TK.reshape(-1).index_select(0, order_S).unsqueeze(-1)
     # index_select copies whole rows, several times faster on a CPU than indexing.
-    rows = zip(tokens.split(counts), weights.split(counts), hidden_TH.index_select(0, tokens).split(counts), strict=True)
+    input_SH = hidden_TH.index_select(0, token_S)
+    rows = zip(token_S.split(counts), weight_S1.split(counts), input_SH.split(counts), strict=True)
     tensors = expert_tensors(experts)
     output_TH = _accumulator(hidden_TH)
     for expert, (token_P, weight_P1, input_PH) in enumerate(rows):
-        if counts[expert] == 0:
+        # A process of expert parallelism that gets no token still has to take part in the backward collectives.
+        if counts[expert] == 0 and (expert > 0 or len(order_S) > 0):
             continue
         hidden_PI, output_PH = run_expert(experts, tensors, expert, input_PH)
         if watch is not None:
             watch(expert, token_P, weight_P1[:, 0], input_PH, hidden_PI, output_PH)
         output_TH.index_add_(0, token_P, _wide(output_PH * weight_P1))
     return output_TH.to(hidden_TH.dtype)
+
+
+def grouped_experts_forward(
+    experts: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """The stock grouped matmuls on the pairs that are routed, without rows for sentinel ids.
+
+    The stock forward keeps one row for each slot through every elementwise step and masks them three times.
+
+    Args:
+        experts: An experts module with the flags `has_gate, has_bias, is_transposed`.
+        hidden_TH: (T, H).
+        index_TK: (T, K) expert ids, sentinels (>= `num_experts`) included.
+        weights_TK: (T, K) routing weights.
+
+    Returns:
+        (T, H) in the dtype of `hidden_TH`.
+    """
+    order_P, ends_G, expert_P = _sort_pairs(index_TK, experts.num_experts)
+    if len(order_P) == 0:  # grouped_mm has no gradient without rows
+        return eager_experts_forward(experts, hidden_TH, index_TK, weights_TK)
+    token_P = order_P // index_TK.shape[-1]
+
+    def project(name: str, input_PX: torch.Tensor) -> torch.Tensor:
+        bias = getattr(experts, f"{name}_bias")[expert_P] if experts.has_bias else None
+        return _grouped_linear(input_PX, getattr(experts, name), ends_G, bias, experts.is_transposed)
+
+    projected = project("gate_up_proj" if experts.has_gate else "up_proj", hidden_TH.index_select(0, token_P))
+    hidden_PI = experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)
+    output_PH = project("down_proj", hidden_PI)
+    if getattr(experts, "has_post_expert_norm", False):
+        output_PH = experts.post_expert_norm(output_PH)
+    weight_P1 = weights_TK.reshape(-1).index_select(0, order_P).unsqueeze(-1)
+    return _accumulator(hidden_TH).index_add_(0, token_P, _wide(output_PH * weight_P1)).to(hidden_TH.dtype)
+
+
+def _sort_pairs(index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Slots that are no sentinels, by expert: (P,) slot numbers, (G,) int32 end of each expert's, (P,) experts."""
+    expert_S, order_S = torch.sort(index_TK.reshape(-1), stable=True)
+    every_G = torch.arange(num_experts, device=index_TK.device, dtype=expert_S.dtype)
+    ends_G = torch.searchsorted(expert_S, every_G, right=True, out_int32=True)
+    pairs = int(ends_G[-1])
+    return order_S[:pairs], ends_G, expert_S[:pairs]
 
 
 def expert_tensors(experts: Any) -> dict[str, Sequence[torch.Tensor]]:
@@ -151,7 +195,3 @@ def _accumulator(hidden_TH: torch.Tensor) -> torch.Tensor:
 
 def _wide(output_PH: torch.Tensor) -> torch.Tensor:
     return output_PH.to(torch.promote_types(output_PH.dtype, torch.float32))
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()

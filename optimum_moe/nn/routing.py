@@ -29,10 +29,23 @@ def map_routing(
         (T, K) groups in the dtype of `index_TK`, (T, K) weights in the dtype of `weights_TK`.
     """
     groups_TK = expert_map_N[index_TK]
-    first_TK = (groups_TK.unsqueeze(-1) == groups_TK.unsqueeze(-2)).int().argmax(-1)
+    if index_TK.shape[-1] == 1:
+        return groups_TK.to(index_TK.dtype), weights_TK
+    if index_TK.shape[-1] == 2:
+        return groups_TK.to(index_TK.dtype), _sum_pair(groups_TK, weights_TK)
+    # Of equal values `max` returns the first.
+    first_TK = (groups_TK.unsqueeze(-1) == groups_TK.unsqueeze(-2)).max(-1).indices
     # bfloat16 would round the sum of several slots once per addition.
-    summed_TK = torch.zeros_like(weights_TK, dtype=torch.float32).scatter_add(-1, first_TK, weights_TK.float())
+    wide_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
+    summed_TK = torch.zeros_like(wide_TK).scatter_add_(-1, first_TK, wide_TK)
     return groups_TK.to(index_TK.dtype), summed_TK.to(weights_TK.dtype)
+
+
+def _sum_pair(groups_T2: torch.Tensor, weights_T2: torch.Tensor) -> torch.Tensor:
+    """The sums for top-2 in fewer steps; one addition rounds once in every dtype."""
+    repeats_T1 = groups_T2[..., 1:] == groups_T2[..., :1]
+    moved_T1 = weights_T2[..., 1:] * repeats_T1
+    return weights_T2 + torch.cat((moved_T1, -moved_T1), -1)
 
 
 class MappedRouter(SwappedModule):

@@ -47,8 +47,10 @@ def test_sums_equal_direct_computation(target: Target) -> None:
         logits, weights, index, hidden = routing_of(model, found, inputs)
         experts = getattr(found.module(model), found.surgeon.architecture.experts)
         assert block.num_tokens == len(hidden)
-        torch.testing.assert_close(block.router_gram_EE, logits.double().T @ logits.double())
-        torch.testing.assert_close(block.router_sum_E, logits.double().sum(0))
+        # The observed forward sums a token's experts in another order than the stock one: float32 rounding apart.
+        rounding = {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(block.router_gram_EE, logits.double().T @ logits.double(), **rounding)
+        torch.testing.assert_close(block.router_sum_E, logits.double().sum(0), **rounding)
         for expert in range(found.info.num_experts):
             token, slot = (index == expert).nonzero(as_tuple=True)
             gate = weights[token, slot].double()

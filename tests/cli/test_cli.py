@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -324,3 +325,14 @@ def test_values_of_arguments(tmp_path: Path):
     with pytest.raises(ValueError, match="lacks a path"):
         named_models(["a="])
     assert table([("name", "count"), ("a", 1000)]) == "name  count\na     1,000"
+
+
+def test_warnings_are_plain_in_the_commands_only(run: Run, monkeypatch: pytest.MonkeyPatch):
+    shown = []
+    monkeypatch.setattr(
+        "optimum_moe.cli.inspect.supported",
+        lambda: shown.append(warnings.formatwarning("Add data.", UserWarning, "file.py", 1)) or {},
+    )
+    assert run("inspect", "--json")[0] == 0
+    assert shown == ["warning: Add data.\n"]
+    assert "file.py:1" in warnings.formatwarning("Add data.", UserWarning, "file.py", 1)
