@@ -7,18 +7,16 @@ weights, permutations, router weights).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 
-FORMAT_VERSION = 1
-PLAN_FILE = "plan.json"
-PLAN_TENSORS_FILE = "plan.safetensors"
+from optimum_moe.records import read_record, write_record
+
+PLAN_NAME = "plan"
 
 Routing = Literal["map", "reduce"]
 
@@ -128,7 +126,6 @@ class CompressionPlan:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `plan.json` and `plan.safetensors` into an existing folder."""
-        directory = Path(directory)
         tensors, blocks = {}, []
         for index, plan in enumerate(self.blocks.values()):
             blocks.append(
@@ -146,33 +143,22 @@ class CompressionPlan:
                 # safetensors refuses shared storage, and pruning has one tensor for both weights.
                 tensors[f"{index}.router_weights_E"] = plan.router_weights_E.clone()
         record = {
-            "format_version": FORMAT_VERSION,
             "method": dict(self.method),
             "source": dict(self.source),
             "calibration": self.calibration,
             "seed": self.seed,
             "blocks": blocks,
         }
-        (directory / PLAN_FILE).write_text(json.dumps(record, indent=1) + "\n")
-        save_file(tensors, directory / PLAN_TENSORS_FILE)
+        write_record(Path(directory), PLAN_NAME, record, tensors)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> CompressionPlan:
         """Read a plan back.
 
         Raises:
-            ValueError: If the folder has no plan, or one of another format version.
+            ValueError: If the folder has no plan, or a broken one, or one of another format version.
         """
-        directory = Path(directory)
-        if not (directory / PLAN_FILE).is_file():
-            raise ValueError(f"No {PLAN_FILE} in {directory}. Give the folder of a checkpoint saved by optimum_moe.")
-        record = json.loads((directory / PLAN_FILE).read_text())
-        if record.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{directory / PLAN_FILE} has format_version={record.get('format_version')}, this version of "
-                f"optimum_moe reads {FORMAT_VERSION}. Install the version that wrote it, or compress again."
-            )
-        tensors = load_file(directory / PLAN_TENSORS_FILE)
+        record, tensors = read_record(Path(directory), PLAN_NAME)
         blocks = {}
         for index, block in enumerate(record["blocks"]):
             permutations = tensors.get(f"{index}.permutations_EI")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 
-FORMAT_VERSION = 1
-STATISTICS_FILE = "statistics.json"
-STATISTICS_TENSORS_FILE = "statistics.safetensors"
+from optimum_moe.records import read_record, write_record
+
+STATISTICS_NAME = "statistics"
 
 Unseen = Literal["warn", "error", "keep", "prune"]
 
@@ -142,32 +140,21 @@ class Statistics:
             names = [name for name in _RESERVOIR if not (shared and name == "experts_input_SH")]
             tensors |= {f"{index}.reservoir.{name}": getattr(block.reservoir, name).contiguous() for name in names}
         record = {
-            "format_version": FORMAT_VERSION,
             "calibration": dict(self.calibration),
             "source": dict(self.source),
             "unseen": self.unseen,
             "blocks": [{"name": name, "num_tokens": block.num_tokens} for name, block in self.blocks.items()],
         }
-        save_file(tensors, directory / STATISTICS_TENSORS_FILE)
-        (directory / STATISTICS_FILE).write_text(json.dumps(record, indent=1) + "\n")
+        write_record(directory, STATISTICS_NAME, record, tensors)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Statistics:
         """Read statistics back.
 
         Raises:
-            ValueError: If the folder has none, or of another format version.
+            ValueError: If the folder has none, or broken ones, or of another format version.
         """
-        directory = Path(directory)
-        if not (directory / STATISTICS_FILE).is_file():
-            raise ValueError(f"No {STATISTICS_FILE} in {directory}. Save one with `Statistics.save_pretrained`.")
-        record = json.loads((directory / STATISTICS_FILE).read_text())
-        if record.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{directory} has statistics of format_version={record.get('format_version')}, this version of "
-                f"optimum_moe reads {FORMAT_VERSION}. Calibrate again."
-            )
-        tensors = load_file(directory / STATISTICS_TENSORS_FILE)
+        record, tensors = read_record(Path(directory), STATISTICS_NAME)
         blocks = {}
         for index, entry in enumerate(record["blocks"]):
             prefix = f"{index}.reservoir."

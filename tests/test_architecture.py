@@ -14,6 +14,7 @@ LAYERS = {
     "algorithms": 0,
     "blocks": 1,
     "plan": 1,
+    "records": 1,
     "statistics": 1,
     "nn": 1,
     "methods": 2,
@@ -71,7 +72,7 @@ def test_imports_point_downward(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_lower_layers_do_not_import_transformers(path: Path) -> None:
-    if module_of(path) in ("algorithms", "plan", "blocks", "statistics", "nn", "methods", "arming"):
+    if module_of(path) in ("algorithms", "plan", "blocks", "records", "statistics", "nn", "methods", "arming"):
         assert not {n for n in imported_names(path) if n.split(".")[0] in ("transformers", "optimum", "accelerate")}
 
 

@@ -370,7 +370,7 @@ def test_statistics_and_plans_of_another_model(original: Path, tmp_path: Path) -
             compressor.apply(statistics=Statistics({}, source=other))
         with pytest.raises(ValueError, match=f"plan .*belong to other .*whose {next(iter(changed))} differs"):
             compressor.apply(plan=CompressionPlan({}, source=other))
-    with pytest.raises(ValueError, match=r"No statistics.json in .*Save one with"):
+    with pytest.raises(ValueError, match=r"No statistics.json in .*Give a folder"):
         Statistics.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"No plan.json in .*Give the folder of a checkpoint saved by optimum_moe"):
         CompressionPlan.from_pretrained(tmp_path)

@@ -68,7 +68,7 @@ def inspected(model: str, **arguments: Any) -> dict[str, Any]:
 def supported() -> dict[str, Any]:
     """JSON-able listing of architectures, presets, methods and saliencies, each with a short description."""
     from optimum_moe.methods import METHODS
-    from optimum_moe.methods.saliency import _SALIENCIES
+    from optimum_moe.methods.saliency import get_saliency, saliency_names
     from optimum_moe.recipes import load_recipe, preset_names
     from optimum_moe.surgeons import registered_surgeons
 
@@ -80,7 +80,7 @@ def supported() -> dict[str, Any]:
         },
         "presets": {name: ", ".join(recipe.to_yaml().strip().splitlines()) for name, recipe in recipes.items()},
         "methods": {name: _first_line(cls) for name, cls in METHODS.items()},
-        "saliencies": {name: _first_line(saliency.function) for name, saliency in sorted(_SALIENCIES.items())},
+        "saliencies": {name: _first_line(get_saliency(name).function) for name in saliency_names()},
     }
 
 

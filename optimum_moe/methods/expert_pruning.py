@@ -67,6 +67,8 @@ class ExpertPruning(Method):
         if count == info.num_experts:
             return keep_all(info.name, count)
         saliency_E = context.rank(get_saliency(self.saliency)(context))
+        # Criteria may be negative, frequencies may not; only the order counts.
+        saliency_E = saliency_E - saliency_E.min()
         kept = tuple(sorted(dominant_experts(saliency_E, count, info.router_groups)))
         labels = [-1] * info.num_experts
         for slot, expert in enumerate(kept):

@@ -62,6 +62,11 @@ def register_saliency(
     return register
 
 
+def saliency_names() -> list[str]:
+    """Names of all registered criteria."""
+    return sorted(_SALIENCIES)
+
+
 def get_saliency(name: str) -> Saliency:
     """The criterion of that name; a `ValueError` with the nearest match if there is none."""
     choose_one("saliency", name, _SALIENCIES)

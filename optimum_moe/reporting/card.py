@@ -17,7 +17,7 @@ _TEMPLATE = """---
 
 # {title}
 
-`{base}`, compressed by [optimum_moe](https://pypi.org/project/optimum-moe): {sentence}
+`{base}`, compressed by optimum_moe: {sentence}
 
 ## Use
 

@@ -221,7 +221,7 @@ def test_compress_a_mixture_in_another_dtype(run: Run, checkpoint: Path, corpus:
 
 
 def test_data_free_compression_needs_no_text(run: Run, checkpoint: Path, tmp_path: Path):
-    arguments = ("--recipe", "reap", "--set", "saliency=random", "--output", tmp_path / "out", "--quiet")
+    arguments = ("--recipe", "reap", "--set", "saliency=aimer", "--output", tmp_path / "out", "--quiet")
     status, _, err = run("compress", "--model", checkpoint, *arguments)
     assert status == 0, err
 

@@ -1,0 +1,44 @@
+"""Frozen data on disk: a JSON file with the structure beside a safetensors file with the tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+FORMAT_VERSION = 1
+
+
+def write_record(directory: Path, name: str, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write `{name}.json` and `{name}.safetensors` into an existing folder."""
+    save_file(dict(tensors), directory / f"{name}.safetensors")
+    versioned = {"format_version": FORMAT_VERSION, **record}
+    (directory / f"{name}.json").write_text(json.dumps(versioned, indent=1) + "\n")
+
+
+def read_record(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read what `write_record` wrote.
+
+    Raises:
+        ValueError: If a file is missing or broken, or was written in another format version.
+    """
+    path = directory / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"No {path.name} in {directory}. Give a folder that optimum_moe wrote one to.")
+    try:
+        record = json.loads(path.read_text())
+        version = record["format_version"]
+        tensors = load_file(directory / f"{name}.safetensors")
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise ValueError(f"The {name} in {directory} is broken ({error}). Copy it again, or make it anew.") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version={version}, this version of optimum_moe reads {FORMAT_VERSION}. "
+            "Install the version that wrote it, or make it anew."
+        )
+    return record, tensors
