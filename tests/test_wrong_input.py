@@ -372,7 +372,7 @@ def test_statistics_and_plans_of_another_model(original: Path, tmp_path: Path) -
             compressor.apply(plan=CompressionPlan({}, source=other))
     with pytest.raises(ValueError, match=r"No statistics.json in .*Give a folder"):
         Statistics.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"No plan.json in .*Give the folder of a checkpoint saved by optimum_moe"):
+    with pytest.raises(ValueError, match=r"No plan.json in .*Give a folder"):
         CompressionPlan.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"Nothing to save yet. Call apply\(\) first"):
         compressor.save_pretrained(tmp_path / "out")

@@ -18,7 +18,16 @@ class SwappedModule(nn.Module):
 
 
 def swapped_class(mixin: type[SwappedModule], original: type[nn.Module]) -> type[nn.Module]:
-    """The class that behaves like `original` with `mixin` in front; the same object for the same pair."""
+    """The class that behaves like `original` with `mixin` in front; the same object for the same pair.
+
+    Raises:
+        ValueError: If `original` has the mixin already.
+    """
+    if issubclass(original, mixin):
+        raise ValueError(
+            f"{original.__name__} has {mixin.__name__} in front already: a block is cut once. "
+            "Start from the original checkpoint."
+        )
     if (mixin, original) not in _CLASSES:
         # A hub kernel chosen by its layer name would replace forward() and with it the mixin.
         namespace = {"original_class": original, "kernel_layer_name": None, "__module__": mixin.__module__}

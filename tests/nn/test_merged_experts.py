@@ -57,7 +57,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     """Within `tolerance` of the largest value."""
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype
-    difference, scale = float((actual - expected).abs().max()), float(expected.abs().max())
+    difference, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
     assert scale > 0
     assert difference <= tolerance * scale, f"{difference:.1e} of {scale:.1e}"
 
@@ -225,7 +225,7 @@ def test_auxiliary_loss_is_the_original_routers(build_mapped, family):
 
 
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_traced_in_one_graph_with_gradients(build_mapped, family, implementation):
     # Also the path of accelerators: the stock forwards with sentinel ids.
     block = Block(build_mapped, family, implementation)
