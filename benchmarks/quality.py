@@ -25,7 +25,6 @@ from reference import CALIBRATION, HELD_OUT, MODEL, NUM_EXPERTS, ROOT, VARIANTS,
 from optimum_moe import CalibrationConfig, MoECompressor
 from optimum_moe.evaluation import EvaluationResult, evaluate_many, paired_difference
 
-SHARES = (75, 50, 25)
 CACHE = ROOT / ".cache" / "quality"
 COLUMNS = ("perplexity", "kl", "top1_agreement", "choice_accuracy", "generation_agreement", "loop_rate")
 ORIGINAL = "original"
@@ -34,7 +33,7 @@ ORIGINAL = "original"
 def key_of(arguments: argparse.Namespace) -> str:
     """Distinguishes results of another model, text or amount of evaluation."""
     digest = hashlib.sha256()
-    for path in (MODEL / "model.safetensors", CALIBRATION, HELD_OUT):
+    for path in (arguments.model / "model.safetensors", CALIBRATION, HELD_OUT):
         digest.update(path.read_bytes())
     digest.update(f"{arguments.max_tokens} {arguments.calibration_tokens} {arguments.questions}".encode())
     return digest.hexdigest()[:12]
@@ -50,17 +49,17 @@ def run_seed(seed: int, share: int, arguments: argparse.Namespace) -> dict[str, 
     calibration = CalibrationConfig(
         str(CALIBRATION), sequence_length=256, max_tokens=arguments.calibration_tokens, seed=seed
     )
-    models, statistics = {ORIGINAL: transformers.AutoModelForCausalLM.from_pretrained(MODEL)}, None
+    models, statistics = {ORIGINAL: transformers.AutoModelForCausalLM.from_pretrained(arguments.model)}, None
     for name, variant in VARIANTS.items():
         method = variant(NUM_EXPERTS * share // 100)
-        compressor = MoECompressor.from_pretrained(MODEL, method, calibration, seed=seed, progress=False)
+        compressor = MoECompressor.from_pretrained(arguments.model, method, calibration, seed=seed, progress=False)
         statistics = statistics or compressor.calibrate()
         models[name] = compressor.apply(statistics=statistics)
     results = evaluate_many(
         models,
         str(HELD_OUT),
         reference=models[ORIGINAL],
-        tokenizer=transformers.AutoTokenizer.from_pretrained(MODEL),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(arguments.model),
         calibration=str(CALIBRATION),
         max_tokens=arguments.max_tokens,
         num_questions=arguments.questions,
@@ -108,6 +107,8 @@ def differences(by_seed: list[dict[str, EvaluationResult]], share: int) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--shares", type=int, nargs="+", default=[75, 50, 25], help="per cent of the experts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-tokens", type=int, default=32768)
     parser.add_argument("--calibration-tokens", type=int, default=32768)
@@ -121,7 +122,7 @@ def main() -> None:
     lines = [source_line(), ""]
     header = "| experts | variant | perplexity | KL | top-1 | choice | generation | loops |"
     rows, paired, original = [], [], None
-    for share in SHARES:
+    for share in arguments.shares:
         by_seed = [run_seed(seed, share, arguments) for seed in arguments.seeds]
         original = original or by_seed[0][ORIGINAL]
         rows += table(by_seed, share)

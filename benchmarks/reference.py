@@ -10,6 +10,7 @@ from optimum_moe import ExpertPruning, MSMoE
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "data" / "reference"
 MODEL = REFERENCE / "model"
+"""The bundled model; `quality.py --model` takes another one that `train_reference.py` made."""
 CALIBRATION = REFERENCE / "calibration.jsonl"
 HELD_OUT = REFERENCE / "held_out.jsonl"
 NUM_EXPERTS = 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -10,15 +11,29 @@ from transformers import PreTrainedModel
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock, find_blocks
 from optimum_moe.surgeons.base import NEURON_AXIS, replace_tensor
-from optimum_moe.surgeons.generic import GenericSurgeon, attribute
+from optimum_moe.surgeons.generic import GenericSurgeon
 
 
-def router_tensors(found: FoundBlock, block: torch.nn.Module) -> list[torch.Tensor]:
-    """Every tensor of the router with an expert axis (first)."""
-    if isinstance(found.surgeon, GenericSurgeon):
-        row = found.surgeon.architecture
-        return [attribute(getattr(block, row.router), name) for name in row.router_tensors]
-    return [block.router.classifier.weight]
+def router_of(found: FoundBlock, block: Any) -> Any:
+    """The module whose output are the logits, or the router around it."""
+    if not isinstance(found.surgeon, GenericSurgeon):
+        return block.router
+    row = found.surgeon.architecture
+    return getattr(block, row.router).get_submodule(row.logits or "")
+
+
+def router_tensors(found: FoundBlock, block: Any) -> list[torch.Tensor]:
+    """Every tensor of the router with an expert axis, as views (experts first) of what belongs to the E experts."""
+    if not isinstance(found.surgeon, GenericSurgeon):
+        return [block.router.classifier.weight]
+    tensors = found.surgeon.router_tensors(block)
+    return [tensor.movedim(row.axis, 0)[: found.info.num_experts] for row, tensor in tensors]
+
+
+def id_tables(found: FoundBlock, block: Any) -> list[torch.Tensor]:
+    """Tensors of the router whose values are expert ids."""
+    generic = isinstance(found.surgeon, GenericSurgeon)
+    return [tensor for _, tensor in found.surgeon.router_tensors(block, holds_ids=True)] if generic else []
 
 
 @torch.no_grad()
@@ -46,13 +61,15 @@ def permute_experts(model: PreTrainedModel, order_E: list[int]) -> None:
         block = found.module(model)
         if isinstance(found.surgeon, GenericSurgeon):
             experts = getattr(block, found.surgeon.architecture.experts)
-            for name, tensor in list(experts.named_parameters()):
+            for name, tensor in list(experts.named_parameters(recurse=False)):
                 replace_tensor(experts, name, tensor[order_E].clone())
         else:
             modules = list(block.experts.values())
             block.experts.update({f"expert_{i}": modules[e] for i, e in enumerate(order_E)})
         for tensor in router_tensors(found, block):
             tensor.copy_(tensor[order_E].clone())
+        for table in id_tables(found, block):
+            table.copy_(torch.tensor(order_E).argsort()[table])
 
 
 @torch.no_grad()
@@ -61,9 +78,7 @@ def silence(model: PreTrainedModel, experts: list[int], inputs: dict[str, torch.
     for found in find_blocks(model):
         block = found.module(model)
         seen: list[torch.Tensor] = []
-        generic = isinstance(found.surgeon, GenericSurgeon)
-        router = getattr(block, found.surgeon.architecture.router) if generic else block.router
-        handle = router.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        handle = router_of(found, block).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
         model(**inputs)
         handle.remove()
         hidden_TH = seen[0].reshape(-1, seen[0].shape[-1]).double()
