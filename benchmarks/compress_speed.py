@@ -132,11 +132,15 @@ def members_of(labels_E: torch.Tensor, label: int) -> list[int]:
 
 
 def merge(
-    weights: dict[str, torch.Tensor], count_E: torch.Tensor, labels_E: torch.Tensor, perm_EI: torch.Tensor, groups: int
-) -> dict[str, torch.Tensor]:
-    share_E = merge_weights(count_E, labels_E, groups).tolist()
-    merged = {name: torch.empty(groups, *matrices.shape[1:]) for name, matrices in weights.items()}
-    for label in range(groups):
+    weights: dict[str, torch.Tensor],
+    count_E: torch.Tensor,
+    labels_E: torch.Tensor,
+    perm_EI: torch.Tensor,
+    dominants_G: tuple[int, ...],
+) -> None:
+    """Write each merged expert over its dominant expert, as the surgeon of Switch Transformers does."""
+    share_E = merge_weights(count_E, labels_E, len(dominants_G)).tolist()
+    for label, dominant in enumerate(dominants_G):
         members = members_of(labels_E, label)
         for name, matrices in weights.items():
             merge_matrices(
@@ -144,9 +148,8 @@ def merge(
                 [share_E[e] for e in members],
                 [perm_EI[e] for e in members],
                 NEURON_AXIS[name],
-                merged[name][label],
+                matrices[dominant],
             )
-    return merged
 
 
 def plain_align(
@@ -210,8 +213,16 @@ def run_case(name: str, kind: str, threads: int) -> dict[str, Any]:
     similarity_EE = ours.stage("similarity", lambda: gram_similarity(gram_EE))
     dominants_G, labels_E = ours.stage("grouping", lambda: group(similarity_EE, count_E, layer.num_groups))
     perm_EI = ours.stage("alignment", lambda: align_experts(ExpertTensors(**weights), labels_E, dominants_G, threads))
-    merged = ours.stage("merge", lambda: merge(weights, count_E, labels_E, perm_EI, layer.num_groups))
     value = objective(weights, labels_E, dominants_G, perm_EI)
+    # The plain implementation needs the dominant experts as they were; the copy is not part of our memory.
+    dominants = list(dominants_G)
+    kept = {name: matrices[dominants] for name, matrices in weights.items()}
+    ours.base += sum(matrices.numel() * matrices.element_size() for matrices in kept.values())
+    ours.stage("merge", lambda: merge(weights, count_E, labels_E, perm_EI, dominants_G))
+    merged = {name: matrices[dominants] for name, matrices in weights.items()}
+    for name, matrices in weights.items():
+        matrices[dominants] = kept[name]
+    del kept
 
     plain = Measure(resident() - layer_bytes)
     plain_EI, aligned = plain.stage("alignment", lambda: plain_align(weights, labels_E, dominants_G))

@@ -84,6 +84,7 @@ class Target:
     fields: dict[str, Any] = field(default_factory=dict)
     family: bool = False
     refuses_pruning: str = ""
+    inputs: str = "input_ids"
 
     @property
     def is_encoder_decoder(self) -> bool:

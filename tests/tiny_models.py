@@ -12,19 +12,20 @@ from transformers import PreTrainedModel
 
 from tests.architectures_table import DEFAULTS, FAMILIES, OTHERS, Target
 
-__all__ = ["FAMILIES", "OTHERS", "TARGETS", "Target", "build", "by_name", "every_target", "inputs_for", "logits_of"]
+__all__ = ["OTHERS", "TARGETS", "Target", "build", "by_name", "every_target", "inputs_for", "logits_of"]
 
-TARGETS = (*FAMILIES, *OTHERS)
+TARGETS = FAMILIES
+"""What the tests build by default."""
 
 
 def every_target() -> list[Any]:
     """All targets as parameters of a test; those of no family belong to the full matrix."""
     full = [pytest.param(target, id=target.name, marks=pytest.mark.full) for target in OTHERS]
-    return [pytest.param(target, id=target.name) for target in FAMILIES] + full
+    return [pytest.param(target, id=target.name) for target in TARGETS] + full
 
 
 def by_name(name: str) -> Target:
-    return next(target for target in TARGETS if target.name == name)
+    return next(target for target in (*TARGETS, *OTHERS) if target.name == name)
 
 
 def with_defaults(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +67,8 @@ def inputs_for(target: Target | str, rows: int = 2, length: int = 16, seed: int 
     if isinstance(target, str):
         target = by_name(target)
     generator = torch.Generator().manual_seed(seed)
+    if target.inputs == "inputs_embeds":
+        return {"inputs_embeds": torch.randn(rows, length, 64, generator=generator)}
     inputs = {"input_ids": torch.randint(3, 99, (rows, length), generator=generator)}
     if target.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.randint(3, 99, (rows, length), generator=generator)

@@ -95,21 +95,28 @@ def merge_matrices(
         return
     axis = 0 if neuron_axis is None else neuron_axis % out.ndim
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    # A member that is not permuted may be `out` itself, so these are read before anything is written.
+    members.sort(key=lambda member: member[2] is not None)
     step = max(1, _CHUNK_NUMEL * out.shape[0] // max(1, out.numel()))
     total = torch.empty((step, *out.shape[1:]), dtype=dtype, device=out.device)
     gathered: dict[torch.dtype, torch.Tensor] = {}
+    in_place = out.dtype == dtype and sum(order is None for _, _, order in members) == 1
     for start in range(0, out.shape[0], step):
         rows = slice(start, min(out.shape[0], start + step))
-        part = total[: rows.stop - start].zero_()
-        for matrix, weight, order in members:
+        part = out[rows] if in_place else total[: rows.stop - start]
+        for position, (matrix, weight, order) in enumerate(members):
             if order is not None:
                 if matrix.dtype not in gathered:
                     gathered[matrix.dtype] = torch.empty_like(total, dtype=matrix.dtype)
                 matrix = _gather(matrix, rows, order, axis, gathered[matrix.dtype][: rows.stop - start])
             else:
                 matrix = matrix[rows]
-            part.add_(matrix, alpha=weight)
-        out[rows].copy_(part)
+            if position == 0:
+                torch.mul(matrix.to(dtype), weight, out=part)
+            else:
+                part.add_(matrix, alpha=weight)
+        if not in_place:
+            out[rows].copy_(part)
 
 
 def _proper(order: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

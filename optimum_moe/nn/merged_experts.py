@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.moe import _grouped_linear
 
 from optimum_moe.nn.class_swap import SwappedModule
 
@@ -103,7 +102,7 @@ def eager_experts_forward(
         if counts[expert] == 0 and (expert > 0 or len(order_S) > 0):
             continue
         hidden_PI, output_PH = run_expert(experts, tensors, expert, input_PH)
-        if watch is not None:
+        if watch is not None and counts[expert]:
             watch(expert, token_P, weight_P1[:, 0], input_PH, hidden_PI, output_PH)
         output_TH.index_add_(0, token_P, _wide(output_PH * weight_P1))
     return output_TH.to(hidden_TH.dtype)
@@ -112,7 +111,7 @@ def eager_experts_forward(
 def grouped_experts_forward(
     experts: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """The stock grouped matmuls on the pairs that are routed, without rows for sentinel ids.
+    """Grouped matmuls on the pairs that are routed, without rows for sentinel ids.
 
     The stock forward keeps one row for each slot through every elementwise step and masks them three times.
 
@@ -126,13 +125,18 @@ def grouped_experts_forward(
         (T, H) in the dtype of `hidden_TH`.
     """
     order_P, ends_G, expert_P = _sort_pairs(index_TK, experts.num_experts)
-    if len(order_P) == 0:  # grouped_mm has no gradient without rows
+    # grouped_mm is new in torch 2.10, where it wants aligned weights (mapped files are not), and without rows it has no
+    # gradient.
+    aligned = all(parameter.data_ptr() % 16 == 0 for parameter in experts.parameters(recurse=False))
+    if len(order_P) == 0 or not aligned or not hasattr(nn.functional, "grouped_mm"):
         return eager_experts_forward(experts, hidden_TH, index_TK, weights_TK)
     token_P = order_P // index_TK.shape[-1]
 
     def project(name: str, input_PX: torch.Tensor) -> torch.Tensor:
-        bias = getattr(experts, f"{name}_bias")[expert_P] if experts.has_bias else None
-        return _grouped_linear(input_PX, getattr(experts, name), ends_G, bias, experts.is_transposed)
+        weight = getattr(experts, name)
+        weight_GXY = weight if experts.is_transposed else weight.transpose(-2, -1)
+        output_PY = nn.functional.grouped_mm(input_PX.to(weight.dtype), weight_GXY, offs=ends_G)
+        return output_PY + getattr(experts, f"{name}_bias")[expert_P] if experts.has_bias else output_PY
 
     projected = project("gate_up_proj" if experts.has_gate else "up_proj", hidden_TH.index_select(0, token_P))
     hidden_PI = experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)
