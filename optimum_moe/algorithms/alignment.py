@@ -34,6 +34,8 @@ _LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _PROBE_ROWS, _CHUNK_ROWS = 32, 256
 _SWEEP_ROWS = 32
 _TEMPERATURES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16)
+# The matrix product packs its operands: the larger the product, the larger the copies, one for each thread.
+_TILE_ROWS, _TILE_COLUMNS = 256, 1024
 # Below this size the plain solver takes a few milliseconds and nothing is worth saving.
 _SMALL = 128
 
@@ -91,15 +93,21 @@ def _squares(piece: torch.Tensor) -> torch.Tensor:
 
 def _accumulate(cost: torch.Tensor, reference: _Neurons, member: _Neurons, rows: slice, segments: range) -> None:
     """Add the product over some feature segments to rows of the cost; segment 0 overwrites what was there."""
-    target, first = cost[rows], segments.start == 0
     spans: dict[int, slice] = {}
     for segment in segments:
         for piece, columns in reference.segments[segment]:
             spans[piece] = slice(spans[piece].start if piece in spans else columns.start, columns.stop)
-    for piece, columns in spans.items():
-        left, right = reference.pieces[piece][rows, columns], member.pieces[piece][:, columns]
-        torch.addmm(target, left, right.T, beta=0 if first else 1, out=target)
-        first = False
+    for tile_rows in _steps(rows, _TILE_ROWS):
+        for tile_columns in _steps(slice(0, member.size), _TILE_COLUMNS):
+            tile, beta = cost[tile_rows, tile_columns], int(segments.start > 0)
+            for piece, columns in spans.items():
+                left, right = reference.pieces[piece][tile_rows, columns], member.pieces[piece][tile_columns, columns]
+                torch.addmm(tile, left, right.T, beta=beta, out=tile)
+                beta = 1
+
+
+def _steps(span: slice, step: int) -> list[slice]:
+    return [slice(start, min(start + step, span.stop)) for start in range(span.start, span.stop, step)]
 
 
 def _nearest(cost: torch.Tensor, member: _Neurons, rows: slice) -> torch.Tensor:
