@@ -376,3 +376,27 @@ def test_statistics_and_plans_of_another_model(original: Path, tmp_path: Path) -
         CompressionPlan.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"Nothing to save yet. Call apply\(\) first"):
         compressor.save_pretrained(tmp_path / "out")
+
+
+def test_a_hub_model_is_previewed_without_its_weights(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two calls to the Hub are answered from a folder; everything behind them is real."""
+    from huggingface_hub import get_local_safetensors_metadata
+
+    asked = {}
+
+    def snapshot(name: str, ignore_patterns: list[str], **arguments: object) -> str:
+        asked.update(name=name, ignored=ignore_patterns, **arguments)
+        return str(original)
+
+    monkeypatch.setattr("optimum_moe.checkpoint.source.snapshot_download", snapshot)
+    monkeypatch.setattr(
+        "optimum_moe.checkpoint.source.get_safetensors_metadata",
+        lambda name, **arguments: get_local_safetensors_metadata(original),
+    )
+    source = MoECompressor.from_pretrained("org/model", MSMoE(num_experts=4), revision="v1", progress=False).source
+    assert asked["name"] == "org/model"
+    assert asked["revision"] == "v1"
+    assert "*.safetensors" in asked["ignored"]
+    assert source.info == opened(original).source.info
+    assert source.location == "org/model"
+    assert source.load_arguments["revision"] == "v1"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import SafetensorsRepoMetadata
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
@@ -73,6 +75,16 @@ def read_headers(directory: str | Path) -> Headers:
             "They would be random. Copy or download the checkpoint again."
         )
     return Headers(tensors, files)
+
+
+def headers_from_metadata(metadata: SafetensorsRepoMetadata) -> Headers:
+    """The headers of a Hub repository, as `huggingface_hub` fetches them."""
+    tensors = {
+        name: (tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0])
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+    return Headers(tensors, tuple(Path(name) for name in metadata.files_metadata))
 
 
 def _shards(directory: Path) -> tuple[tuple[Path, ...], set[str]]:

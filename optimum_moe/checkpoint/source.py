@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_safetensors_metadata, snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from optimum_moe.blocks import ModelInfo
-from optimum_moe.checkpoint.headers import Headers, read_headers
+from optimum_moe.checkpoint.headers import Headers, headers_from_metadata, read_headers
 from optimum_moe.surgeons import FoundBlock, find_blocks, owning_configs
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
 _CONFIG_ARGUMENTS = (*_HUB_ARGUMENTS, "trust_remote_code")
 
 
@@ -40,6 +41,9 @@ class ModelSource:
         info: Sizes.
         headers: Of the checkpoint; None for a model in memory.
         live: The model in memory that was given.
+        directory: Local folder with the config and the tokenizer.
+        location: What `from_pretrained` loads the weights from: that folder, or the Hub id.
+        load_arguments: Keyword arguments for it.
     """
 
     name: str
@@ -50,6 +54,7 @@ class ModelSource:
     headers: Headers | None = None
     live: PreTrainedModel | None = None
     directory: Path | None = None
+    location: str | Path | None = None
     load_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> PreTrainedModel:
@@ -61,7 +66,7 @@ class ModelSource:
         if self.live is not None:
             return self.live
         auto: Any = type(self.skeleton)
-        model, report = auto.from_pretrained(self.directory, output_loading_info=True, **self.load_arguments)
+        model, report = auto.from_pretrained(self.location, output_loading_info=True, **self.load_arguments)
         prefixes = tuple(f"{found.info.name}." for found in self.blocks)
         missing = sorted(key for key in report["missing_keys"] if key.startswith(prefixes))
         if missing:
@@ -101,20 +106,21 @@ def open_source(
     """
     if isinstance(model, PreTrainedModel):
         return _from_memory(model)
-    directory = _local_directory(str(model), kwargs)
+    directory, headers = _config_and_headers(str(model), kwargs)
     config = AutoConfig.from_pretrained(directory, **{k: v for k, v in kwargs.items() if k in _CONFIG_ARGUMENTS})
     _refuse_quantised(config)
     skeleton = _skeleton(config, auto_class, kwargs.get("trust_remote_code", False))
     blocks = tuple(find_blocks(skeleton))
-    headers = read_headers(directory)
     itemsize = headers.itemsize
     size = headers.bytes
     if dtype not in ("auto", None):
         itemsize = _dtype(dtype).itemsize
         size = int(headers.parameters * itemsize)
     info = ModelInfo(tuple(found.info for found in blocks), headers.parameters, size, itemsize)
-    arguments = {"dtype": dtype, **{k: v for k, v in kwargs.items() if k not in _HUB_ARGUMENTS}}
-    return ModelSource(str(model), config, skeleton, blocks, info, headers, None, directory, arguments)
+    on_hub = not Path(str(model)).is_dir()
+    arguments = {"dtype": dtype, **{k: v for k, v in kwargs.items() if on_hub or k not in _HUB_ARGUMENTS}}
+    location = str(model) if on_hub else directory
+    return ModelSource(str(model), config, skeleton, blocks, info, headers, None, directory, location, arguments)
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
@@ -152,16 +158,24 @@ def _from_memory(model: PreTrainedModel) -> ModelSource:
     return ModelSource(type(model).__name__, model.config, model, blocks, info, live=model)
 
 
-def _local_directory(name: str, kwargs: Mapping[str, Any]) -> Path:
+def _config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Headers]:
+    """A local folder with everything but the weights, and the headers of the weights."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ValueError(f"{name} has no config.json. Give the folder of a checkpoint in transformers format.")
-        return Path(name)
+        return Path(name), read_headers(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name} is no folder. Give a Hub id such as 'org/model', or the folder of a checkpoint.")
     arguments = {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS}
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.gguf", "*.onnx"], **arguments))
+        directory = Path(snapshot_download(name, ignore_patterns=_WEIGHTS, **arguments))
+        if kwargs.get("local_files_only"):
+            return directory, read_headers(directory)
+        # The headers are fetched by themselves: a preview must not download a checkpoint.
+        remote = {k: v for k, v in arguments.items() if k in ("revision", "token")}
+        return directory, headers_from_metadata(get_safetensors_metadata(name, **remote))
+    except ValueError:
+        raise
     except Exception as error:
         raise ValueError(
             f"{name!r} is neither a local folder nor a Hub model that could be fetched ({type(error).__name__}). "
