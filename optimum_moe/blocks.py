@@ -21,6 +21,7 @@ class BlockInfo:
         expert_parameters: Parameters of one routed expert.
         expert_multiply_adds: Multiply-adds of one routed expert on one token.
         router_parameters: Parameters that the router holds for one expert.
+        router_groups_used: Router groups that one token may choose experts from.
         stack: Which input's padding mask belongs to the tokens of this block.
     """
 
@@ -34,6 +35,7 @@ class BlockInfo:
     expert_parameters: int
     expert_multiply_adds: int
     router_parameters: int
+    router_groups_used: int = 1
     stack: Literal["encoder", "decoder"] = "decoder"
 
 

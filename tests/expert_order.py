@@ -81,6 +81,8 @@ def silence(model: PreTrainedModel, experts: list[int], inputs: dict[str, torch.
         handle = router_of(found, block).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
         model(**inputs)
         handle.remove()
+        if not seen:  # a pool of experts for tokens of another modality
+            continue
         hidden_TH = seen[0].reshape(-1, seen[0].shape[-1]).double()
         assert len(hidden_TH) <= hidden_TH.shape[1], "more tokens than channels: no exact solution"
         direction_H = torch.linalg.pinv(hidden_TH) @ torch.ones(len(hidden_TH), dtype=torch.float64)

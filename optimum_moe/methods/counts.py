@@ -133,6 +133,13 @@ def check_count(block: BlockInfo, count: int, routing: Routing) -> None:
             f"num_experts={count} does not fit the {groups} router groups of {block.name}: each needs the same "
             f'number of experts, at least 2. Use a multiple of {groups} from {2 * groups} up, or routing="map".'
         )
+    reachable = count // groups * min(block.router_groups_used, groups)
+    if reachable < block.top_k:
+        raise ValueError(
+            f"num_experts={count} leaves a token {reachable} experts to choose num_experts_per_tok={block.top_k} from: "
+            f"it may use {block.router_groups_used} of the {groups} router groups of {block.name}. "
+            'Keep more experts, or merge with routing="map".'
+        )
 
 
 def _fit(model: ModelInfo, chosen: Sequence[BlockInfo], routing: Routing, target: int) -> dict[str, int]:
@@ -161,5 +168,5 @@ def _fewest(block: BlockInfo, routing: Routing) -> int:
     if routing == "map":
         return 1
     step = block.router_groups
-    least = max(block.top_k, 2 * step if step > 1 else 1)
-    return min(block.num_experts, math.ceil(least / step) * step)
+    each = math.ceil(block.top_k / min(block.router_groups_used, step))
+    return min(block.num_experts, step * max(each, 2 if step > 1 else 1))

@@ -45,6 +45,8 @@ class Architecture:
             linear layer first; a path where the axis is the first one.
         top_k: Attribute of the router (dotted) with the number of selected experts.
         router_groups: Attribute of the router with the number of router groups, None where there are none.
+        router_groups_used: Attribute of the router with the number of router groups that one token may use; all where
+            the router has no such attribute.
         router_counts: Attributes of the router (dotted) that count its experts, trailing ones included or not.
         block_counts: Attributes of the block itself that do.
         logits: Path from the router to the layer whose output are the logits before any scoring; None where the
@@ -60,6 +62,7 @@ class Architecture:
     router_tensors: tuple[str | RouterTensor, ...] = ("weight",)
     top_k: str = "top_k"
     router_groups: str | None = None
+    router_groups_used: str = "topk_group"
     router_counts: tuple[str, ...] = ("num_experts",)
     block_counts: tuple[str, ...] = ()
     logits: str | None = None

@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.blocks import BlockInfo
-from optimum_moe.nn import MappedRouter, MergedExpertLayer, swapped_class
+from optimum_moe.nn import MappedRouter, MergedExpertLayer, SwappedModule, swapped_class
 from optimum_moe.nn.merged_experts import eager_experts_forward
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.surgeons.architecture import Architecture, RouterTensor
@@ -42,14 +42,16 @@ class GenericSurgeon(Surgeon):
         router, experts = self._router(block), self._experts(block)
         tensors = dict(experts.named_parameters(recurse=False))
         view = canonical_view(experts)
+        # Some configs say None for no groups.
         groups_field = self.architecture.router_groups
+        groups = 1 if groups_field is None else getattr(router, groups_field) or 1
         return BlockInfo(
             name=name,
             index=index,
             num_experts=experts.num_experts,
             top_k=attrgetter(self.architecture.top_k)(router),
-            # Some configs say None for no groups.
-            router_groups=1 if groups_field is None else getattr(router, groups_field) or 1,
+            router_groups=groups,
+            router_groups_used=getattr(router, self.architecture.router_groups_used, None) or groups,
             intermediate_size=view.intermediate_size,
             hidden_size=view.hidden_size,
             expert_parameters=sum(tensor[0].numel() for tensor in tensors.values()),
@@ -151,6 +153,9 @@ class GenericSurgeon(Surgeon):
         experts.__class__ = swapped_class(MergedExpertLayer, type(experts))
         router.register_buffer("expert_map", torch.zeros(num_experts, dtype=torch.int64, device=device))
         router.__class__ = swapped_class(MappedRouter, type(router))
+        if getattr(type(block), "kernel_layer_name", None) is not None:
+            # A hub kernel for the whole block would call neither of the two.
+            block.__class__ = swapped_class(SwappedModule, type(block))
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:
