@@ -19,10 +19,10 @@ demo: $(READY)  ## compress the bundled reference model, reload it, print one ta
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY) lint  ## lint, types and the tests of the model families
-	$(BIN)/python -m pytest -q -m "not full"
+	$(BIN)/python -m pytest -q -n 2 -m "not full"
 
 test-all: $(READY) lint  ## every architecture and every way of saving and loading
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -102,10 +102,22 @@ def family(name: str, architecture: str, config: str, fields: dict[str, Any] | N
 def with_groups(target: Target, **fields: Any) -> Target:
     """The same architecture with its experts in two router groups, of which a token uses one."""
     grouped = target.fields | {"n_group": 2, "topk_group": 1} | fields
-    return replace(target, name=f"{target.name}-groups", fields=grouped)
+    return replace(target, name=f"{target.name}-groups", fields=grouped, family=False)
 
 
 _MLA = {"num_key_value_heads": 4}
+_FOUR_LAYERS = {"num_hidden_layers": 4}
+
+
+def _layers(*types: str) -> dict[str, Any]:
+    """Four layers, of the two types in turn."""
+    return {"num_hidden_layers": 4, "layer_types": [*types, *types]}
+
+
+def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
+    """Rotary embeddings with sections for time, height and width."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [*sections], **more}}
+
 
 FAMILIES = (
     family("mixtral", "MixtralForCausalLM", "MixtralConfig"),
@@ -136,6 +148,199 @@ FAMILIES = (
             "decoder_start_token_id": 0,
         },
     ),
+    family("aria", "AriaTextForCausalLM", "AriaTextConfig"),
+    family(
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "num_hidden_layers": 4},
+    ),
+    family(
+        "gemma4",
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        {"enable_moe_block": True, "vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8},
+    ),
+    family(
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": _mrope(2, 3, 3),
+            "vision_config": {"depth": 1, "num_heads": 4, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+        },
+    ),
 )
 
-OTHERS: tuple[Target, ...] = ()
+_WITHOUT_GROUPS = (
+    Target("qwen2_moe", "Qwen2MoeForCausalLM", "Qwen2MoeConfig"),
+    Target("qwen3_next", "Qwen3NextForCausalLM", "Qwen3NextConfig", _FOUR_LAYERS),
+    Target("qwen3_5_moe", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", _FOUR_LAYERS),
+    Target("qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerTextModel", "Qwen3OmniMoeTextConfig"),
+    Target(
+        "qwen3_omni_moe_talker",
+        "Qwen3OmniMoeTalkerModel",
+        "Qwen3OmniMoeTalkerTextConfig",
+        {"shared_expert_intermediate_size": 40} | _mrope(2, 3, 3),
+        inputs="inputs_embeds",
+    ),
+    Target(
+        "qwen4_exp",
+        "Qwen4ExpForCausalLM",
+        "Qwen4ExpTextConfig",
+        _layers("linear_attention", "indexed_attention")
+        | {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+            "hc_lowrank": 8,
+        },
+    ),
+    Target("deepseek_v2", "DeepseekV2ForCausalLM", "DeepseekV2Config", _MLA),
+    Target("deepseek_v32", "DeepseekV32ForCausalLM", "DeepseekV32Config", _MLA),
+    Target("deepseek_v4", "DeepseekV4ForCausalLM", "DeepseekV4Config", {"mlp_layer_types": ["moe", "moe", "moe"]}),
+    Target(
+        "deepseek_v4-hash",
+        "DeepseekV4ForCausalLM",
+        "DeepseekV4Config",
+        {"mlp_layer_types": ["hash_moe", "hash_moe", "moe"]},
+        refuses_pruning="experts are chosen by a table of token ids",
+    ),
+    Target(
+        "deepseek_ocr2",
+        "DeepseekOcr2TextModel",
+        "DeepseekOcr2TextConfig",
+        _MLA | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    ),
+    Target("unlimited_ocr", "UnlimitedOcrTextModel", "UnlimitedOcrTextConfig", _MLA),
+    Target("glm4_moe", "Glm4MoeForCausalLM", "Glm4MoeConfig"),
+    Target("glm4_moe_lite", "Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig", _MLA),
+    Target("glm4v_moe", "Glm4vMoeTextModel", "Glm4vMoeTextConfig", _mrope(2, 3, 3, partial_rotary_factor=1.0)),
+    Target(
+        "glm5_next",
+        "Glm5NextTextModel",
+        "Glm5NextTextConfig",
+        _MLA
+        | {
+            "num_hidden_layers": 4,
+            "index_topk": 16,
+            "qk_rope_head_dim": 0,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+            "linear_num_heads": 4,
+            "linear_head_dim": 16,
+        },
+    ),
+    Target("glm_moe_dsa", "GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", _MLA),
+    Target("granitemoe", "GraniteMoeForCausalLM", "GraniteMoeConfig"),
+    Target("granitemoe_swa", "GraniteMoeSWAForCausalLM", "GraniteMoeSWAConfig"),
+    Target(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeHybridConfig",
+        _layers("linear_attention", "full_attention"),
+    ),
+    Target("granitemoeshared", "GraniteMoeSharedForCausalLM", "GraniteMoeSharedConfig"),
+    Target("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", "HunYuanMoEV1Config"),
+    Target("hy_v3", "HYV3ForCausalLM", "HYV3Config"),
+    Target("hy_v4", "HYV4ForCausalLM", "HYV4Config"),
+    Target("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "Ernie4_5_MoeConfig"),
+    Target(
+        "ernie4_5_vl_moe",
+        "Ernie4_5_VLMoeTextModel",
+        "Ernie4_5_VLMoeTextConfig",
+        {"moe_intermediate_size": [24, 16]} | _mrope(3, 3, 2),
+    ),
+    Target("phimoe", "PhimoeForCausalLM", "PhimoeConfig"),
+    Target(
+        "jamba",
+        "JambaForCausalLM",
+        "JambaConfig",
+        {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    ),
+    Target("minimax", "MiniMaxForCausalLM", "MiniMaxConfig"),
+    Target("minimax_m2", "MiniMaxM2ForCausalLM", "MiniMaxM2Config"),
+    Target("minimax_m3_vl", "MiniMaxM3VLForCausalLM", "MiniMaxM3VLTextConfig"),
+    Target("dots1", "Dots1ForCausalLM", "Dots1Config"),
+    Target(
+        "dots3_note",
+        "Dots3NoteForCausalLM",
+        "Dots3NoteTextConfig",
+        _MLA
+        | _layers("indexed_attention", "sliding_attention")
+        | {"qk_head_dim": 16, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    ),
+    Target("lfm2_moe", "Lfm2MoeForCausalLM", "Lfm2MoeConfig", _layers("conv", "full_attention")),
+    Target(
+        "lfm2_moe-unbiased",
+        "Lfm2MoeForCausalLM",
+        "Lfm2MoeConfig",
+        _layers("conv", "full_attention") | {"use_expert_bias": False},
+    ),
+    Target("afmoe", "AfmoeForCausalLM", "AfmoeConfig"),
+    Target("axk1", "AXK1ForCausalLM", "AXK1Config", _MLA),
+    Target("axk2", "AXK2ForCausalLM", "AXK2Config", _MLA),
+    Target(
+        "bailing_hybrid",
+        "BailingHybridForCausalLM",
+        "BailingHybridConfig",
+        _MLA | {"num_hidden_layers": 4, "layer_group_size": 2},
+    ),
+    Target("beam", "BeamForCausalLM", "BeamConfig", {"mlp_layer_types": ["dense", "sparse", "sparse"]}),
+    Target("cohere2_moe", "Cohere2MoeForCausalLM", "Cohere2MoeConfig"),
+    Target("exaone_moe", "ExaoneMoeForCausalLM", "ExaoneMoeConfig"),
+    Target("flex_olmo", "FlexOlmoForCausalLM", "FlexOlmoConfig"),
+    Target("flint", "FlintForCausalLM", "FlintConfig", {"mlp_only_layers": [0]}),
+    Target("inkling", "InklingForCausalLM", "InklingTextConfig"),
+    Target("inkling2", "Inkling2ForCausalLM", "Inkling2TextConfig"),
+    Target(
+        "kimi_linear",
+        "KimiLinearForCausalLM",
+        "KimiLinearConfig",
+        _MLA | _layers("linear_attention", "full_attention") | {"linear_num_heads": 4, "linear_head_dim": 16},
+    ),
+    Target("kolibri1", "Kolibri1ForCausalLM", "Kolibri1Config"),
+    Target("laguna", "LagunaForCausalLM", "LagunaConfig"),
+    Target("mellum", "MellumForCausalLM", "MellumConfig"),
+    Target("mimo_v2_flash", "MiMoV2FlashForCausalLM", "MiMoV2FlashConfig"),
+    Target("mistral4", "Mistral4ForCausalLM", "Mistral4Config", _MLA),
+    Target("mistral_large4", "MistralLarge4TextModel", "MistralLarge4TextConfig", _MLA),
+    Target("muse_spark", "MuseSparkTextModel", "MuseSparkTextConfig", {"moe_hidden_size": 32}),
+    Target("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification", "OpenAIPrivacyFilterConfig"),
+    Target("solar_open", "SolarOpenForCausalLM", "SolarOpenConfig"),
+    Target("zaya", "ZayaForCausalLM", "ZayaConfig", {"num_experts_per_tok": 1, "router_hidden_size": 32}),
+)
+
+_GROUP_LIMITED = {"topk_method": "group_limited_greedy"}
+
+_GROUPED: dict[str, dict[str, Any]] = {
+    "nemotron_h": {},
+    "deepseek_v2": _GROUP_LIMITED,
+    "deepseek_v32": {},
+    "deepseek_ocr2": _GROUP_LIMITED,
+    "unlimited_ocr": _GROUP_LIMITED,
+    "glm4_moe": {},
+    "glm4_moe_lite": {},
+    "glm4v_moe": {},
+    "glm5_next": {},
+    "glm_moe_dsa": {},
+    "hy_v4": {},
+    "dots1": {},
+    "dots3_note": {},
+    "axk1": {},
+    "axk2": {},
+    "bailing_hybrid": {},
+    "beam": {},
+    "exaone_moe": {},
+    "kimi_linear": {},
+    "mimo_v2_flash": {},
+    "mistral4": {},
+    "mistral_large4": {},
+    "solar_open": {},
+}
+
+OTHERS = (
+    *_WITHOUT_GROUPS,
+    *(with_groups(t, **_GROUPED[t.name]) for t in (*FAMILIES, *_WITHOUT_GROUPS) if t.name in _GROUPED),
+)

@@ -43,6 +43,12 @@ def assert_same_tensors(loaded: torch.nn.Module, saved: torch.nn.Module) -> None
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+def move_out_of_the_file(model: torch.nn.Module) -> None:
+    """Copy the parameters: at the addresses that they have in the mapped file some kernels round in another way."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("target", every_target())
 def test_reload_is_bit_equal(target: Target, method: str, tmp_path: Path) -> None:
@@ -51,6 +57,7 @@ def test_reload_is_bit_equal(target: Target, method: str, tmp_path: Path) -> Non
     compressor, model = compress(target, method, tmp_path / "out")
     loaded = getattr(transformers, target.architecture).from_pretrained(tmp_path / "out")
     assert_same_tensors(loaded, model)
+    move_out_of_the_file(loaded)
     assert torch.equal(logits_of(loaded, inputs_for(target)), logits_of(model, inputs_for(target)))
     is_plain = "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert is_plain == compressor.plan.is_plain == (method in ("reduce", "prune"))
@@ -106,6 +113,8 @@ from safetensors.torch import load_file, save_file
 for folder in map(Path, sys.argv[1:]):
     cls = getattr(transformers, (folder / "class.txt").read_text())
     model = cls.from_pretrained(folder)
+    for parameter in model.parameters():  # see move_out_of_the_file
+        parameter.data = parameter.data.clone()
     inputs = load_file(folder / "test_inputs.safetensors")
     with torch.no_grad():
         output = model(**inputs)

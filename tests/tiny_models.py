@@ -53,8 +53,14 @@ def build(target: Target | str, seed: int = 0, dtype: torch.dtype = torch.float3
             if parameter.dim() >= 2:
                 parameter.normal_(0, 0.08)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith(("correction_bias", "router.bias", "_proj_bias", "expert_bias", "balancing_biases")):
+            if name.endswith(("correction_bias", "router.bias", "_proj_bias", "expert_bias")):
                 tensor.normal_(0, 0.1)
+            elif "router_mlp" in name and tensor.dim() == 2:
+                # Through three small layers all tokens would look the same.
+                tensor.normal_(0, 0.5)
+            elif name.endswith("balancing_biases"):
+                # Loading resets the last one, that of the class that skips the experts, to its initial value.
+                tensor[:-1].normal_(0, 0.1)
             elif name.endswith("per_expert_scale"):
                 tensor.normal_(1, 0.1)
             elif name.endswith("tid2eid"):

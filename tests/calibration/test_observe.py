@@ -26,7 +26,9 @@ def routing_of(model, found, inputs) -> tuple[torch.Tensor, ...]:
     block = found.module(model)
     row = found.surgeon.architecture
     handles = [
-        getattr(block, row.router).register_forward_hook(lambda m, a, out: seen.update(logits=out[0])),
+        getattr(block, row.router)
+        .get_submodule(row.logits or "")
+        .register_forward_hook(lambda m, a, out: seen.update(logits=out if row.logits else out[0])),
         getattr(block, row.experts).register_forward_pre_hook(
             lambda m, args: seen.update(hidden=args[0], index=args[1], weights=args[2])
         ),
