@@ -123,3 +123,16 @@ def test_the_order_of_experts_does_not_matter(target: Target, method) -> None:
         )
         results.append(logits_of(compressor.apply(statistics), inputs_for(target)))
     assert_rounding(results[1], results[0])
+
+
+@pytest.mark.parametrize("routing", ["map", "reduce"])
+def test_every_experts_implementation_computes_the_same(target: Target, routing) -> None:
+    if target.name == "switch_transformers":
+        pytest.skip("its experts are modules, with no choice of an implementation")
+    model = compressor_for(build(target), MSMoE(num_experts=4, routing=routing), target).apply()
+    results = {}
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        results[implementation] = logits_of(model, inputs_for(target))
+    assert_rounding(results["grouped_mm"], results["eager"])
+    assert_rounding(results["batched_mm"], results["eager"])
