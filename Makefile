@@ -11,7 +11,7 @@ $(READY): setup.py
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $(READY)
 
-.PHONY: help demo test test-all lint bench
+.PHONY: help demo test test-all lint docs bench
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -28,6 +28,10 @@ lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/architectures.py --check
+
+docs: $(READY)  ## the table of architectures in the README
+	$(BIN)/python benchmarks/architectures.py
 
 bench: $(READY)  ## the tables of the README
 	$(BIN)/python benchmarks/quality.py

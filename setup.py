@@ -12,8 +12,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["optimum_moe", "optimum_moe.*"]), "optimum.commands.register"],
-    package_dir={"optimum.commands.register": "optimum_moe/cli/register"},
+    packages=[
+        *find_packages(include=["optimum_moe", "optimum_moe.*"], exclude=["optimum_moe.autoload"]),
+        "optimum_moe_autoload",
+        "optimum.commands.register",
+    ],
+    package_dir={
+        "optimum_moe_autoload": "optimum_moe/autoload",
+        "optimum.commands.register": "optimum_moe/cli/register",
+    },
+    entry_points={"torch.backends": ["optimum_moe = optimum_moe_autoload:autoload"]},
     package_data={"optimum_moe": ["py.typed", "presets/*.yaml"]},
     install_requires=[
         "torch>=2.9",

@@ -44,13 +44,14 @@ def run_seed(seed: int, share: int, arguments: argparse.Namespace) -> dict[str, 
     folder = CACHE / key_of(arguments) / f"seed{seed}-{share}"
     names = [ORIGINAL, *VARIANTS]
     files = {name: folder / f"{name.replace(' ', '_')}.json" for name in names}
-    if all(file.is_file() for file in files.values()):
+    missing = {name: VARIANTS[name] for name in VARIANTS if not files[name].is_file()}
+    if not missing and files[ORIGINAL].is_file():
         return {name: EvaluationResult.load(file) for name, file in files.items()}
     calibration = CalibrationConfig(
         str(CALIBRATION), sequence_length=256, max_tokens=arguments.calibration_tokens, seed=seed
     )
     models, statistics = {ORIGINAL: transformers.AutoModelForCausalLM.from_pretrained(arguments.model)}, None
-    for name, variant in VARIANTS.items():
+    for name, variant in missing.items():
         method = variant(NUM_EXPERTS * share // 100)
         compressor = MoECompressor.from_pretrained(arguments.model, method, calibration, seed=seed, progress=False)
         statistics = statistics or compressor.calibrate()
@@ -69,7 +70,7 @@ def run_seed(seed: int, share: int, arguments: argparse.Namespace) -> dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     for name, result in results.items():
         result.save(files[name])
-    return results
+    return {name: results.get(name) or EvaluationResult.load(file) for name, file in files.items()}
 
 
 def cell(values: list[float], digits: int, factor: str = "") -> str:

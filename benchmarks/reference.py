@@ -20,6 +20,7 @@ Variant = Callable[[int], MSMoE | ExpertPruning]
 VARIANTS: dict[str, Variant] = {
     "M-SMoE": lambda k: MSMoE(num_experts=k),
     "M-SMoE, plain checkpoint": lambda k: MSMoE(num_experts=k, routing="reduce"),
+    "plain, dominant rows": lambda k: MSMoE(num_experts=k, routing="reduce", router_rows="dominant"),
     "M-SMoE, adaptive budget": lambda k: MSMoE(num_experts=k, budget="adaptive"),
     "no alignment": lambda k: MSMoE(num_experts=k, align=False),
     "random groups": lambda k: MSMoE(num_experts=k, grouping="random"),

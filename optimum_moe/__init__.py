@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from optimum_moe.plan import CompressionPlan
     from optimum_moe.statistics import Statistics
     from optimum_moe.surgeons import register_surgeon
+    from optimum_moe.verification import verify
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOMES = {
     "evaluate": "optimum_moe.evaluation",
     "register_saliency": "optimum_moe.methods",
     "register_surgeon": "optimum_moe.surgeons",
+    "verify": "optimum_moe.verification",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "evaluate",
     "register_saliency",
     "register_surgeon",
+    "verify",
 ]
 
 

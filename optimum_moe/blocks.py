@@ -23,6 +23,7 @@ class BlockInfo:
         router_parameters: Parameters that the router holds for one expert.
         router_groups_used: Router groups that one token may choose experts from.
         stack: Which input's padding mask belongs to the tokens of this block.
+        fixed_router: Why the block cannot choose from fewer ids than it does; empty where it can.
     """
 
     name: str
@@ -37,6 +38,7 @@ class BlockInfo:
     router_parameters: int
     router_groups_used: int = 1
     stack: Literal["encoder", "decoder"] = "decoder"
+    fixed_router: str = ""
 
 
 @dataclass(frozen=True)

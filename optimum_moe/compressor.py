@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,26 +11,31 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_moe.calibration import CalibrationConfig, build_batches, observe
-from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_config
+from optimum_moe.calibration.data import CalibrationBatches
+from optimum_moe.checkpoint.belonging import check_belongs, mark_structure, refuse_original
+from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp
 from optimum_moe.checkpoint.source import ModelSource, load_tokenizer, open_source
+from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.writer import (
     check_destination,
     check_space,
-    set_expert_count,
+    describe_model,
     write_model,
     written_beside,
 )
-from optimum_moe.engine import MemorySource, carry_out, decide_and_cut
+from optimum_moe.engine import BlockSource, MemorySource, check_together
+from optimum_moe.engine.job import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
+from optimum_moe.engine.layerwise import Keep, as_it_is
+from optimum_moe.engine.run import Run
 from optimum_moe.methods import Method
 from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import CompressionPlan
-from optimum_moe.recipes import Recipe, check_fields, load_recipe
-from optimum_moe.reporting.card import CardFacts, model_card
-from optimum_moe.reporting.preview import Cost, Preview, flops_per_token, preview
+from optimum_moe.recipes import Recipe, check_fields, coerce_recipe
+from optimum_moe.reporting.card import CardFacts
+from optimum_moe.reporting.description import measured_cost, write_description
+from optimum_moe.reporting.preview import Cost, Preview, preview
 from optimum_moe.statistics import Statistics
 
-RECIPE_FILE = "recipe.yaml"
-REPORT_FILE = "compression_report.json"
 _CALIBRATION_SETTINGS = [f for f in CalibrationConfig.__dataclass_fields__ if f != "source"]
 
 
@@ -57,8 +61,14 @@ class MoECompressor:
         output_dir: Path | None = None,
         overwrite: bool = False,
         progress: bool = True,
+        mtp: MTPLayers | None = None,
+        streaming: StreamingSettings | None = None,
+        error_propagation: bool = False,
     ) -> None:
         self.source = source
+        self.streaming = streaming
+        self.error_propagation = error_propagation
+        self.mtp = mtp or MTPLayers(source, "error")
         self.recipe = recipe
         self.calibration = calibration
         self.seed = seed
@@ -70,6 +80,7 @@ class MoECompressor:
         self.statistics: Statistics | None = None
         self._tokenizer = tokenizer
         self._before: Cost | None = None
+        self._measured: Preview | None = None
         self._partly_cut = False
 
     @classmethod
@@ -86,6 +97,10 @@ class MoECompressor:
         tokenizer: Any = None,
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
+        dequantize: bool = False,
+        mtp: MTPOption = "error",
+        error_propagation: bool = False,
+        max_memory: Any = None,
         overwrite: bool = False,
         progress: bool = True,
         **kwargs: Any,
@@ -97,22 +112,30 @@ class MoECompressor:
             method: A method such as `MSMoE(num_experts=8)`, a preset name, or the path of a YAML recipe.
             calibration: A `CalibrationConfig`, path of a .txt/.jsonl/.parquet file, list of strings or chats,
                 `datasets.Dataset`, or iterable of model inputs; None for data-free methods.
-            engine: `"auto"` or `"memory"`.
+            engine: `"memory"`, or `"streaming"` for checkpoints larger than memory: layer by layer, interruptible, to
+                `output_dir`; `"auto"` (default) streams with `output_dir` what is larger than the free memory.
             output_dir: Folder that `apply()` writes the checkpoint to; it then returns the path.
             seed: Seed of the calibration sample and of everything random; default the recipe's, else 0.
             auto_class: Auto class or model class; by default the architecture that the config names.
             tokenizer: Tokenizer or processor; by default the checkpoint's.
             dtype: Of the weights; `"auto"` (default) keeps the checkpoint's.
             device_map: As in `from_pretrained`.
-            overwrite: Allow `output_dir` to be replaced.
+            dequantize: Compress the bf16 values of an FP8 or MXFP4 checkpoint; the result is not quantised.
+            mtp: What becomes of multi-token-prediction layers, which transformers does not load: `"copy"`, `"cut"`
+                (their experts like those of the last MoE block) or `"drop"`; `"error"` (default) refuses a checkpoint
+                that has some.
+            error_propagation: Observe each layer behind those that are cut already.
+            max_memory: Bytes or a size such as `"20GB"` that tensors may take with streaming; else as in
+                `from_pretrained`.
+            overwrite: Allow `output_dir` to be replaced; a streaming run starts anew.
             progress: Show progress bars.
             kwargs: Everything else goes to `from_pretrained` of the model class.
 
         Raises:
             ValueError: If the model, the method's settings, the calibration data or the output folder do not fit.
         """
-        choose_one("engine", engine, ("auto", "memory"))
-        recipe = _coerce_method(method)
+        choose_one("engine", engine, ("auto", "memory", "streaming"))
+        recipe = coerce_recipe(method)
         seed = next((s for s in (seed, recipe.seed) if s is not None), 0)
         check_fields(recipe.calibration, [*_CALIBRATION_SETTINGS, "source"])
         data = calibration if calibration is not None else recipe.calibration.get("source")
@@ -123,11 +146,22 @@ class MoECompressor:
         destination = None if output_dir is None else check_destination(output_dir, overwrite)
         if device_map is not None:
             kwargs["device_map"] = device_map
-        source = open_source(model, auto_class, dtype, **kwargs)
+        source = open_source(model, auto_class, dtype, dequantize, **kwargs)
+        streaming = choose_streaming(engine, source, destination, device_map, max_memory)
+        if max_memory is not None and streaming is None:
+            source = replace(source, load_arguments={**source.load_arguments, "max_memory": max_memory})
+        if error_propagation and not recipe.method.needs_statistics:
+            raise ValueError(f"error_propagation=True is for observed layers, and {recipe.method.name} needs no data.")
+        layers = find_mtp(source, mtp)
         if destination is not None:
-            _refuse_original(destination, source)
-        recipe.method.counts(source.info)
-        return cls(source, recipe, config, seed, tokenizer, destination, overwrite, progress)
+            refuse_original(destination, source)
+        counts = recipe.method.counts(source.info)
+        check_together(source.blocks, counts)
+        if getattr(recipe.method, "budget", "uniform") == "uniform":
+            # An adaptive budget gives its average here, and its real counts with the plan.
+            layers.check_counts(counts, recipe.method.block_routing)
+        run = progress, layers, streaming, error_propagation
+        return cls(source, recipe, config, seed, tokenizer, destination, overwrite, *run)
 
     @property
     def method(self) -> Method:
@@ -137,9 +171,12 @@ class MoECompressor:
     def preview(self) -> Preview:
         """Parameters, bytes and FLOPs a token before and after, from config and headers."""
         counts = self.method.counts(self.source.info)
-        return preview(
-            self.source.skeleton, list(self.source.blocks), self.source.info, counts, self.method.block_routing
-        )
+        blocks = list(self.source.blocks)
+        cost = preview(self.source.skeleton, blocks, self.source.info, counts, self.method.block_routing)
+        gone = self.mtp.removed(counts, self.method.block_routing)
+        size = int(gone * self.source.info.expert_itemsize)
+        after = replace(cost.after, parameters=cost.after.parameters - gone, bytes=cost.after.bytes - size)
+        return replace(cost, after=after)
 
     def calibrate(self) -> Statistics:
         """Observe the model on the calibration data; the result serves other methods and ratios too.
@@ -147,22 +184,30 @@ class MoECompressor:
         Raises:
             ValueError: If there are no calibration data, or they do not fit the model.
         """
+        self._refuse_second_cut()
+        batches = self._batches()
+        assert self.calibration is not None
+        if self.streaming is not None:
+            with StreamingJob(self.source, None, {}, self.streaming) as job:
+                self.statistics = self._run(job.source, batches, job.keep).observe()
+            return self.statistics
+        self.statistics = observe(
+            self._loaded(), self.source.blocks, batches, self.calibration, self.source.identity(), self.progress
+        )
+        return self.statistics
+
+    def _batches(self) -> CalibrationBatches:
         if self.calibration is None:
             raise ValueError(
                 f"{self.method.name} needs calibration data. Pass calibration='corpus.txt', or another source."
             )
-        self._refuse_second_cut()
         model_config = self.source.config
-        batches = build_batches(
+        return build_batches(
             self.calibration,
             self.tokenizer,
             is_encoder_decoder=bool(getattr(model_config, "is_encoder_decoder", False)),
             decoder_start_token_id=getattr(model_config, "decoder_start_token_id", None),
         )
-        self.statistics = observe(
-            self._loaded(), self.source.blocks, batches, self.calibration, self.source.identity(), self.progress
-        )
-        return self.statistics
 
     def apply(self, statistics: Statistics | None = None, plan: CompressionPlan | None = None) -> Any:
         """Decide and cut.
@@ -179,17 +224,23 @@ class MoECompressor:
         """
         self._refuse_second_cut()
         if plan is not None:
-            _check_belongs("plan", plan.source, self.source)
+            check_belongs("plan", plan.source, self.source)
+            self._check_mtp(plan)
         elif statistics is not None:
-            _check_belongs("statistics", statistics.source, self.source)
+            check_belongs("statistics", statistics.source, self.source)
             self.statistics = statistics
-        elif self.method.needs_statistics and self.statistics is None:
+        observing = plan is None and self.method.needs_statistics and (self.statistics is None)
+        if self.error_propagation and not observing:
+            raise ValueError("error_propagation=True observes while it cuts. Leave out statistics= and plan=.")
+        if self.streaming is not None:
+            return self._stream(observing, plan)
+        if observing and not self.error_propagation:
             self.calibrate()
         if self.output_dir is not None:
             check_space(self.output_dir, self.preview().after.bytes)
         model = self._loaded()
         self.plan = plan = self._cut(MemorySource(model, self.source.blocks), plan)
-        _mark_structure(model, self.source, plan)
+        self._mark(model, plan)
         model.eval()
         if self.output_dir is None:
             return model
@@ -224,20 +275,14 @@ class MoECompressor:
         """
         if self.model is None or self.plan is None:
             raise ValueError("Nothing to save yet. Call apply() first.")
+        if self.streaming is not None:
+            raise ValueError(f"apply() wrote the checkpoint to {self.output_dir} already. Copy that folder.")
         directory = check_destination(directory, overwrite)
-        _refuse_original(directory, self.source)
+        refuse_original(directory, self.source)
         check_space(directory, sum(p.numel() * p.element_size() for p in self.model.parameters()))
         with written_beside(directory) as beside:
             write_model(self.model, beside, self.source.blocks, max_shard_size)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(beside)
-            self.plan.save_pretrained(beside)
-            recipe = self.recipe.to_yaml()
-            (beside / RECIPE_FILE).write_text(recipe)
-            cost = self.measured()
-            (beside / REPORT_FILE).write_text(json.dumps(cost.to_dict(), indent=1) + "\n")
-            facts = CardFacts(self.source.name, type(self.model).__name__, cost, self.plan, recipe)
-            (beside / "README.md").write_text(model_card(facts, directory.name))
+            self._describe(beside, directory.name)
         if push_to_hub:
             from huggingface_hub import HfApi
 
@@ -246,8 +291,58 @@ class MoECompressor:
             api.upload_folder(repo_id=url.repo_id, folder_path=directory)
         return directory
 
+    def _describe(self, beside: Path, name: str) -> None:
+        """Write what stands beside the weights in a checkpoint called `name`."""
+        assert self.plan is not None
+        assert self.model is not None
+        if self.streaming is not None:
+            describe_model(self.model, beside, self.source.blocks)
+        self.mtp.write(beside, self.model, self.plan)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(beside)
+        recipe, cls = self.recipe.to_yaml(), type(self.model).__name__
+        write_description(beside, name, CardFacts(self.source.name, cls, self.measured(), self.plan, recipe))
+
+    def _stream(self, observing: bool, plan: CompressionPlan | None) -> Path:
+        """`apply()` layer by layer, to the destination."""
+        assert self.streaming is not None
+        assert self.output_dir is not None
+        batches = self._batches() if observing else None
+        used = self.statistics if self.method.needs_statistics else None
+        made_from = {
+            "recipe": {**self.recipe.method.settings(), "mtp": self.mtp.option},
+            "seed": self.seed,
+            "dtype": str(self.source.load_arguments.get("dtype")),
+            "error propagation": self.error_propagation,
+            **calibration_identity(batches, self.calibration if observing else None, used, plan),
+        }
+        try:
+            with StreamingJob(self.source, self.output_dir, made_from, self.streaming, self.overwrite) as job:
+                job.check_space(self.preview().after.bytes)
+                run = self._run(job.source, batches, job.keep)
+                self.plan, self.statistics = run.carry_out(plan) if plan is not None else run.decide(used)
+                self.model = job.finished_model()
+                self._mark(self.model, self.plan)
+                self._measured = self.measured()
+                job.complete(self._describe)
+        except BaseException:
+            # What is finished lies in the working folder: the next call goes on there.
+            self.plan, self.model, self._measured = None, None, None
+            raise
+        finally:
+            # What was observed in this run lay there too.
+            self.statistics = used
+        return self.output_dir
+
+    def _run(self, source: BlockSource, batches: CalibrationBatches | None, keep: Keep = as_it_is) -> Run:
+        how = self.error_propagation, self.progress, self.streaming is not None, keep
+        facts = self.source.info, self.method, self.seed, self.source.identity()
+        return Run(source, *facts, batches, self.calibration, *how)
+
     def measured(self) -> Preview:
         """Like `preview()`, after `apply()`: actual counts, and FLOPs with repeats as they were observed."""
+        if self._measured is not None:
+            return self._measured
         assert self.plan is not None
         assert self.model is not None
         blocks, plan = list(self.source.blocks), self.plan
@@ -256,97 +351,50 @@ class MoECompressor:
         if self._before is not None:
             # A model in memory was cut itself: its skeleton no longer tells what it was.
             cost = replace(cost, before=self._before)
-        parameters = sum(p.numel() for p in self.model.parameters())
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        active = {found.info.name: float(min(found.info.top_k, counts[found.info.name])) for found in blocks}
-        if self.statistics is not None:
-            for name, block in plan.blocks.items():
-                if (
-                    block.routing == "map"
-                    and not block.is_identity
-                    and len(self.statistics.blocks[name].reservoir.index_SK)
-                ):
-                    active[name] = self.statistics.blocks[name].mean_distinct(block.labels_E)
-        flops = flops_per_token(self.model, blocks, active)
-        return replace(cost, after=Cost(parameters, size, flops, flops), plain=plan.is_plain)
+        kept = self.mtp.parameters(counts, "reduce" if plan.is_plain else self.method.block_routing)
+        beside = kept, int(kept * self.source.info.expert_itemsize)
+        after = measured_cost(self.model, blocks, plan, self.statistics, *beside)
+        return replace(cost, after=after, plain=plan.is_plain)
 
     @property
     def tokenizer(self) -> Any:
         """Tokenizer or processor of the checkpoint; None if it has none."""
         if self._tokenizer is None and self.source.directory is not None:
-            self._tokenizer = load_tokenizer(
-                self.source.directory, bool(self.source.load_arguments.get("trust_remote_code"))
-            )
+            trusted = bool(self.source.load_arguments.get("trust_remote_code"))
+            self._tokenizer = load_tokenizer(self.source.directory, trusted)
         return self._tokenizer
 
     def _loaded(self) -> PreTrainedModel:
         if self.model is None:
             self._before = self.preview().before
-            self.model = self.source.load()
+            self.model = align(self.source.load())
         return self.model
 
     def _cut(self, blocks: MemorySource, plan: CompressionPlan | None) -> CompressionPlan:
         try:
+            run = self._run(blocks, self._batches() if self.error_propagation else None)
             if plan is not None:
-                carry_out(blocks, plan)
-                return plan
+                return run.carry_out(plan)[0]
             used = self.statistics if self.method.needs_statistics else None
-            identity = self.source.identity()
-            return decide_and_cut(blocks, self.source.info, self.method, used, self.seed, identity, self.progress)
+            plan, observed = run.decide(used)
+            self.statistics = observed or self.statistics
+            return plan
         except BaseException:
             # Some blocks may be cut by now: a checkpoint is read again next time, a model in memory is lost.
             self._partly_cut, self.model = self.source.live is not None, None
             raise
+
+    def _mark(self, model: PreTrainedModel, plan: CompressionPlan) -> None:
+        self._check_mtp(plan)
+        mark_structure(model, self.source, plan)
+        self.mtp.update_config(model.config)
+
+    def _check_mtp(self, plan: CompressionPlan) -> None:
+        counts = {name: block.num_groups for name, block in plan.blocks.items()}
+        self.mtp.check_counts(counts, "reduce" if plan.is_plain else "map")
 
     def _refuse_second_cut(self) -> None:
         if self._partly_cut:
             raise ValueError("An earlier apply() stopped in the middle and left the model partly cut. Load it again.")
         if self.plan is not None:
             raise ValueError("This model was already cut. Make a new MoECompressor from the original checkpoint.")
-
-
-def _coerce_method(method: Any) -> Recipe:
-    if isinstance(method, Recipe):
-        return method
-    if isinstance(method, Method):
-        return Recipe(method)
-    if isinstance(method, Sequence) and not isinstance(method, str):
-        if len(method) != 1 or not isinstance(method[0], Method):
-            raise ValueError(
-                f"A list of methods may hold one method that merges or prunes experts, got {len(method)} entries. "
-                "Pass exactly one."
-            )
-        return Recipe(method[0])
-    if isinstance(method, (str, Path)):
-        return load_recipe(method)
-    raise ValueError(
-        f"method={type(method).__name__} is none. Pass a method such as MSMoE(num_experts=8), the name of a preset, "
-        "or the path of a YAML recipe."
-    )
-
-
-def _refuse_original(directory: Path, source: ModelSource) -> None:
-    original = None if source.directory is None else source.directory.resolve()
-    if original is not None and (original == directory or directory in original.parents):
-        raise ValueError(f"{directory} holds the original checkpoint, which would be replaced. Choose another folder.")
-
-
-def _check_belongs(what: str, made_from: Any, source: ModelSource) -> None:
-    here = source.identity()
-    for key in ("architecture", "num_experts", "fingerprint"):
-        there = made_from.get(key)
-        if there is not None and here[key] is not None and there != here[key]:
-            raise ValueError(
-                f"The {what} passed to apply() belong to {made_from.get('name')} ({made_from.get('architecture')}), "
-                f"whose {key} differs from that of {here['name']} ({here['architecture']}). "
-                "Use those of this checkpoint."
-            )
-
-
-def _mark_structure(model: PreTrainedModel, source: ModelSource, plan: CompressionPlan) -> None:
-    """Make config and model agree, so that `model.save_pretrained` writes what loads again."""
-    if plan.is_plain:
-        count = next(iter(plan.blocks.values())).num_groups
-        set_expert_count(model, source.blocks, count)
-    elif plan.structure():
-        mark_config(model.config, MoEStructureConfig(plan.structure()))

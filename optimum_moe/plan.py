@@ -7,18 +7,22 @@ weights, permutations, router weights).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from optimum_moe.algorithms.router_fit import RouterFit
 from optimum_moe.records import read_record, write_record
 
 PLAN_NAME = "plan"
 
 Routing = Literal["map", "reduce"]
+
+_FITTED = tuple(f.name for f in fields(RouterFit))
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,7 @@ class BlockPlan:
         permutations_EI: (E, I) int64; expert e enters the merge with its neurons in the order `permutations_EI[e]`.
             None leaves every expert as it is.
         router_weights_E: (E,) float64, weight of each expert's router row in its group's row; `"reduce"` only.
+        router_fit: Router entries that were fitted, in place of the weighted ones; `"reduce"` only.
     """
 
     name: str
@@ -46,8 +51,11 @@ class BlockPlan:
     merge_weights_E: torch.Tensor
     permutations_EI: torch.Tensor | None = None
     router_weights_E: torch.Tensor | None = None
+    router_fit: RouterFit | None = None
 
     def __post_init__(self) -> None:
+        if self.routing not in ("map", "reduce"):
+            raise ValueError(f"Plan for {self.name}: routing must be 'map' or 'reduce', got {self.routing!r}.")
         groups = [label for label in self.labels_E if label >= 0]
         if sorted(set(groups)) != list(range(self.num_groups)):
             raise ValueError(
@@ -58,6 +66,32 @@ class BlockPlan:
             raise ValueError(f"Plan for {self.name}: a dominant expert must be a member of its own group.")
         if list(self.dominants_G) != sorted(self.dominants_G):
             raise ValueError(f"Plan for {self.name}: groups must be numbered by ascending dominant expert.")
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        experts, weights_E = self.num_experts, self.merge_weights_E
+        if weights_E.shape != (experts,) or not bool(((weights_E >= 0) & weights_E.isfinite()).all()):
+            raise ValueError(f"Plan for {self.name}: merge_weights_E must hold {experts} numbers from 0.")
+        slots_E = torch.tensor(self.labels_E).where(torch.tensor(self.labels_E) >= 0, self.num_groups)
+        sums_G = torch.zeros(self.num_groups + 1, dtype=torch.float64).index_add_(0, slots_E, weights_E.double())
+        wanted_G = torch.ones_like(sums_G).index_fill_(0, torch.tensor([self.num_groups]), 0.0)
+        if not torch.allclose(sums_G, wanted_G, rtol=0, atol=1e-6):
+            raise ValueError(
+                f"Plan for {self.name}: merge_weights_E must sum to 1 in every group and be 0 for pruned experts, "
+                f"got {[round(total, 4) for total in sums_G.tolist()]}."
+            )
+        order_EI = self.permutations_EI
+        if order_EI is not None:
+            every_EI = torch.arange(order_EI.shape[-1]).expand(experts, -1)
+            if order_EI.shape != every_EI.shape or not torch.equal(order_EI.long().sort(-1).values, every_EI):
+                raise ValueError(
+                    f"Plan for {self.name}: each of the {experts} rows of permutations_EI must be a permutation, got a "
+                    f"tensor of shape {tuple(order_EI.shape)}."
+                )
+        if self.routing == "reduce" and self.router_weights_E is None and not self.is_identity:
+            raise ValueError(f'Plan for {self.name}: routing="reduce" needs router_weights_E.')
+        if self.router_weights_E is not None and self.router_weights_E.shape != (experts,):
+            raise ValueError(f"Plan for {self.name}: router_weights_E must hold {experts} numbers.")
 
     @property
     def num_experts(self) -> int:
@@ -78,6 +112,23 @@ class BlockPlan:
         """The experts of a group, its dominant expert first."""
         dominant = self.dominants_G[group]
         return [dominant] + [e for e, label in enumerate(self.labels_E) if label == group and e != dominant]
+
+
+def is_expressible(counts: Mapping[str, int], unchanged: Collection[str], towers: Mapping[str, str | None]) -> bool:
+    """Whether configs can say how many experts each block has.
+
+    Args:
+        counts: Experts that remain, by block.
+        unchanged: Blocks that keep all of theirs.
+        towers: Path of the config that counts the experts of each block, None for none; `{}` for one and the same.
+    """
+    by_tower: dict[str | None, set[int]] = {}
+    for name, count in counts.items():
+        tower = towers.get(name, "")
+        if tower is None and name not in unchanged:
+            return False
+        by_tower.setdefault(tower, set()).add(count)
+    return all(len(found) == 1 for tower, found in by_tower.items() if tower is not None)
 
 
 def keep_all(name: str, num_experts: int, routing: Routing = "reduce") -> BlockPlan:
@@ -106,15 +157,12 @@ class CompressionPlan:
     seed: int = 0
 
     @property
-    def is_uniform(self) -> bool:
-        """True if every block keeps the same number of experts."""
-        return len({plan.num_groups for plan in self.blocks.values()}) == 1
-
-    @property
     def is_plain(self) -> bool:
-        """True if stock transformers classes can hold the result: one count for all blocks, no map."""
+        """True if stock transformers classes can hold the result: no map, one count for all blocks of a config."""
         mapped = any(plan.routing == "map" and not plan.is_identity for plan in self.blocks.values())
-        return self.is_uniform and not mapped
+        counts = {name: plan.num_groups for name, plan in self.blocks.items()}
+        unchanged = {name for name, plan in self.blocks.items() if plan.is_identity}
+        return not mapped and is_expressible(counts, unchanged, self.source.get("towers", {}))
 
     def structure(self) -> dict[str, dict[str, Any]]:
         """Sizes and routing of every changed block: what rebuilds the model without its weights."""
@@ -142,6 +190,9 @@ class CompressionPlan:
             if plan.router_weights_E is not None:
                 # safetensors refuses shared storage, and pruning has one tensor for both weights.
                 tensors[f"{index}.router_weights_E"] = plan.router_weights_E.clone()
+            if plan.router_fit is not None:
+                fitted = {name: getattr(plan.router_fit, name) for name in _FITTED}
+                tensors |= {f"{index}.fitted.{name}": t for name, t in fitted.items() if t is not None}
         record = {
             "method": dict(self.method),
             "source": dict(self.source),
@@ -159,16 +210,28 @@ class CompressionPlan:
             ValueError: If the folder has no plan, or a broken one, or one of another format version.
         """
         record, tensors = read_record(Path(directory), PLAN_NAME)
-        blocks = {}
-        for index, block in enumerate(record["blocks"]):
-            permutations = tensors.get(f"{index}.permutations_EI")
-            blocks[block["name"]] = BlockPlan(
-                name=block["name"],
-                labels_E=tuple(block["labels"]),
-                dominants_G=tuple(block["dominants"]),
-                routing=block["routing"],
-                merge_weights_E=tensors[f"{index}.merge_weights_E"],
-                permutations_EI=None if permutations is None else permutations.long(),
-                router_weights_E=tensors.get(f"{index}.router_weights_E"),
-            )
-        return cls(blocks, record["method"], record["source"], record["calibration"], record["seed"])
+        try:
+            blocks = {block["name"]: _read_block(block, index, tensors) for index, block in enumerate(record["blocks"])}
+            return cls(blocks, record["method"], record["source"], record["calibration"], record["seed"])
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"The plan in {directory} is broken ({error}). Copy it again, or make it anew.") from error
+
+
+def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torch.Tensor]) -> BlockPlan:
+    permutations = tensors.get(f"{index}.permutations_EI")
+    return BlockPlan(
+        name=block["name"],
+        labels_E=tuple(operator.index(label) for label in block["labels"]),
+        dominants_G=tuple(operator.index(expert) for expert in block["dominants"]),
+        routing=block["routing"],
+        merge_weights_E=tensors[f"{index}.merge_weights_E"],
+        permutations_EI=None if permutations is None else permutations.long(),
+        router_weights_E=tensors.get(f"{index}.router_weights_E"),
+        router_fit=_router_fit(index, tensors),
+    )
+
+
+def _router_fit(index: int, tensors: Mapping[str, torch.Tensor]) -> RouterFit | None:
+    prefix = f"{index}.fitted."
+    fitted = {name: tensors[prefix + name] for name in _FITTED if prefix + name in tensors}
+    return RouterFit(**fitted) if fitted else None

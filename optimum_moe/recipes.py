@@ -112,3 +112,28 @@ def check_fields(given: Iterable[str], known: Sequence[str]) -> None:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f". Known: {', '.join(sorted(known))}."
             raise ValueError(f"Unknown field {name!r}{hint}")
+
+
+def coerce_recipe(method: Any) -> Recipe:
+    """A recipe from a method, a list of one, the name of a preset or a path.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if isinstance(method, Recipe):
+        return method
+    if isinstance(method, Method):
+        return Recipe(method)
+    if isinstance(method, Sequence) and not isinstance(method, str):
+        if len(method) != 1 or not isinstance(method[0], Method):
+            raise ValueError(
+                f"A list of methods may hold one method that merges or prunes experts, got {len(method)} entries. "
+                "Pass exactly one."
+            )
+        return Recipe(method[0])
+    if isinstance(method, (str, Path)):
+        return load_recipe(method)
+    raise ValueError(
+        f"method={type(method).__name__} is none. Pass a method such as MSMoE(num_experts=8), the name of a preset, "
+        "or the path of a YAML recipe."
+    )

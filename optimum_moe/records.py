@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,21 +19,36 @@ def write_record(directory: Path, name: str, record: Mapping[str, Any], tensors:
     """Write `{name}.json` and `{name}.safetensors` into an existing folder."""
     save_file(dict(tensors), directory / f"{name}.safetensors")
     versioned = {"format_version": FORMAT_VERSION, **record}
+    versioned["digest"] = digest(versioned, tensors)
     (directory / f"{name}.json").write_text(json.dumps(versioned, indent=1) + "\n")
+
+
+def digest(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of everything that a record says."""
+    found = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def read_digest(directory: Path, name: str) -> str:
+    """What `digest` gave when the record was written."""
+    return str(json.loads((directory / f"{name}.json").read_text())["digest"])
 
 
 def read_record(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read what `write_record` wrote.
 
     Raises:
-        ValueError: If a file is missing or broken, or was written in another format version.
+        ValueError: If a file is missing or broken, was changed by hand, or written in another format version.
     """
     path = directory / f"{name}.json"
     if not path.is_file():
         raise ValueError(f"No {path.name} in {directory}. Give a folder that optimum_moe wrote one to.")
     try:
         record = json.loads(path.read_text())
-        version = record["format_version"]
+        version, written = record["format_version"], record.pop("digest")
         tensors = load_file(directory / f"{name}.safetensors")
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise ValueError(f"The {name} in {directory} is broken ({error}). Copy it again, or make it anew.") from error
@@ -40,5 +56,10 @@ def read_record(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, t
         raise ValueError(
             f"{path} has format_version={version}, this version of optimum_moe reads {FORMAT_VERSION}. "
             "Install the version that wrote it, or make it anew."
+        )
+    if written != digest(record, tensors):
+        raise ValueError(
+            f"The {name} in {directory} is not what was written there: a file was changed or replaced. Restore "
+            f"{path.name} and {name}.safetensors."
         )
     return record, tensors

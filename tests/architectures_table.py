@@ -76,7 +76,11 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Target:
-    """One model to build: architecture class and config fields; a family runs in the default tests."""
+    """One model to build: architecture class and config fields; a family runs in the default tests.
+
+    `refuses_pruning`, `fixed_router` and `fixed_neurons` say why experts cannot be removed, the router cannot shrink
+    and neurons cannot be permuted; `implementations` whether transformers has several for these experts.
+    """
 
     name: str
     architecture: str
@@ -84,7 +88,14 @@ class Target:
     fields: dict[str, Any] = field(default_factory=dict)
     family: bool = False
     refuses_pruning: str = ""
+    fixed_router: str = ""
+    fixed_neurons: str = ""
+    implementations: bool = True
     inputs: str = "input_ids"
+
+    def refuses(self, method: str) -> str:
+        """Why a method of that name cannot be used, empty where it can."""
+        return self.fixed_router if method in ("reduce", "protected") else self.refuses_pruning * (method == "prune")
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -95,8 +106,8 @@ class Target:
         return self.fields.get("n_group", 1)
 
 
-def family(name: str, architecture: str, config: str, fields: dict[str, Any] | None = None) -> Target:
-    return Target(name, architecture, config, fields or {}, family=True)
+def family(name: str, architecture: str, config: str, fields: dict[str, Any] | None = None, **more: Any) -> Target:
+    return Target(name, architecture, config, fields or {}, family=True, **more)
 
 
 def with_groups(target: Target, **fields: Any) -> Target:
@@ -107,6 +118,17 @@ def with_groups(target: Target, **fields: Any) -> Target:
 
 _MLA = {"num_key_value_heads": 4}
 _FOUR_LAYERS = {"num_hidden_layers": 4}
+
+
+_LONGCAT = _MLA | {
+    "num_layers": 2,
+    "head_dim": 8,
+    "ffn_hidden_size": 48,
+    "expert_ffn_hidden_size": 24,
+    "zero_expert_num": 4,
+    "moe_topk": 3,
+}
+_LLAMA4 = {"num_hidden_layers": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 48}
 
 
 def _layers(*types: str) -> dict[str, Any]:
@@ -147,6 +169,7 @@ FAMILIES = (
             "expert_capacity": 64,
             "decoder_start_token_id": 0,
         },
+        implementations=False,
     ),
     family("aria", "AriaTextForCausalLM", "AriaTextConfig"),
     family(
@@ -170,6 +193,29 @@ FAMILIES = (
             "vision_config": {"depth": 1, "num_heads": 4, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
         },
     ),
+    family("longcat_flash", "LongcatFlashForCausalLM", "LongcatFlashConfig", _LONGCAT, implementations=False),
+    family(
+        "dbrx",
+        "DbrxForCausalLM",
+        "DbrxConfig",
+        {
+            "n_layers": 3,
+            "n_heads": 4,
+            "max_seq_len": 512,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2},
+        },
+        implementations=False,
+    ),
+    family("llama4", "Llama4ForCausalLM", "Llama4TextConfig", _LLAMA4, implementations=False),
+    family(
+        "llama4-top1",
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        _LLAMA4 | {"num_experts_per_tok": 1},
+        implementations=False,
+    ),
+    family("jetmoe", "JetMoeForCausalLM", "JetMoeConfig", {"kv_channels": 16}, implementations=False),
 )
 
 _WITHOUT_GROUPS = (
@@ -309,6 +355,25 @@ _WITHOUT_GROUPS = (
     Target("muse_spark", "MuseSparkTextModel", "MuseSparkTextConfig", {"moe_hidden_size": 32}),
     Target("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification", "OpenAIPrivacyFilterConfig"),
     Target("solar_open", "SolarOpenForCausalLM", "SolarOpenConfig"),
+    Target("diffusion_gemma", "DiffusionGemmaEncoderTextModel", "DiffusionGemmaTextConfig"),
+    Target(
+        "step3p7",
+        "Step3p7TextModel",
+        "Step3p7TextConfig",
+        {"mlp_layer_types": ["dense", "sparse", "sparse"], "swiglu_limits": [0.0, 0.1, 0.0]},
+        implementations=False,
+    ),
+    Target(
+        "vitpose_backbone",
+        "VitPoseBackbone",
+        "VitPoseBackboneConfig",
+        {"part_features": 16, "image_size": [32, 32], "patch_size": [8, 8], "mlp_ratio": 1},
+        refuses_pruning="the index of a data set selects the expert",
+        fixed_router="the index of a data set selects the expert",
+        fixed_neurons="its experts share one hidden layer",
+        implementations=False,
+        inputs="pixel_values",
+    ),
     Target("zaya", "ZayaForCausalLM", "ZayaConfig", {"num_experts_per_tok": 1, "router_hidden_size": 32}),
 )
 
@@ -344,3 +409,31 @@ OTHERS = (
     *_WITHOUT_GROUPS,
     *(with_groups(t, **_GROUPED[t.name]) for t in (*FAMILIES, *_WITHOUT_GROUPS) if t.name in _GROUPED),
 )
+
+REFUSED_TARGETS = {
+    "nllb_moe": Target(
+        "nllb_moe",
+        "NllbMoeForConditionalGeneration",
+        "NllbMoeConfig",
+        {
+            "encoder_layers": 4,
+            "decoder_layers": 4,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "expert_capacity": 64,
+            "encoder_sparse_step": 2,
+            "decoder_sparse_step": 2,
+            "decoder_start_token_id": 2,
+        },
+    ),
+    "doge": Target("doge", "DogeForCausalLM", "DogeConfig", {"is_moe": True, "num_experts": 16}),
+    "diffusion_gemma-decoder": Target(
+        "diffusion_gemma-decoder",
+        "DiffusionGemmaDecoderModel",
+        "DiffusionGemmaConfig",
+        {"text_config": {}},
+    ),
+}
+"""Models with blocks that are refused."""

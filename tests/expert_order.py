@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,30 +11,13 @@ from transformers import PreTrainedModel
 
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock, find_blocks
-from optimum_moe.surgeons.base import NEURON_AXIS, replace_tensor
-from optimum_moe.surgeons.generic import GenericSurgeon
-
-
-def router_of(found: FoundBlock, block: Any) -> Any:
-    """The module whose output are the logits, or the router around it."""
-    if not isinstance(found.surgeon, GenericSurgeon):
-        return block.router
-    row = found.surgeon.architecture
-    return getattr(block, row.router).get_submodule(row.logits or "")
+from optimum_moe.surgeons.base import NEURON_AXIS
 
 
 def router_tensors(found: FoundBlock, block: Any) -> list[torch.Tensor]:
     """Every tensor of the router with an expert axis, as views (experts first) of what belongs to the E experts."""
-    if not isinstance(found.surgeon, GenericSurgeon):
-        return [block.router.classifier.weight]
     tensors = found.surgeon.router_tensors(block)
     return [tensor.movedim(row.axis, 0)[: found.info.num_experts] for row, tensor in tensors]
-
-
-def id_tables(found: FoundBlock, block: Any) -> list[torch.Tensor]:
-    """Tensors of the router whose values are expert ids."""
-    generic = isinstance(found.surgeon, GenericSurgeon)
-    return [tensor for _, tensor in found.surgeon.router_tensors(block, holds_ids=True)] if generic else []
 
 
 @torch.no_grad()
@@ -47,6 +31,8 @@ def make_copies(model: PreTrainedModel, labels_E: list[int], seed: int = 0) -> N
             if expert == first:
                 continue
             order = torch.randperm(found.info.intermediate_size, generator=generator)
+            if experts.fixed_neurons:
+                order = order.sort().values
             for name, axis in NEURON_AXIS.items():
                 matrices = getattr(experts, name)
                 if matrices is not None:
@@ -59,31 +45,63 @@ def permute_experts(model: PreTrainedModel, order_E: list[int]) -> None:
     """Put expert `order_E[i]` in place i, with every tensor that has an expert axis."""
     for found in find_blocks(model):
         block = found.module(model)
-        if isinstance(found.surgeon, GenericSurgeon):
-            experts = getattr(block, found.surgeon.architecture.experts)
-            for name, tensor in list(experts.named_parameters(recurse=False)):
-                replace_tensor(experts, name, tensor[order_E].clone())
-        else:
-            modules = list(block.experts.values())
-            block.experts.update({f"expert_{i}": modules[e] for i, e in enumerate(order_E)})
+        experts = found.surgeon.experts(block)
+        for matrices in (getattr(experts, name) for name in NEURON_AXIS):
+            if matrices is not None:
+                ordered = [matrices[expert].clone() for expert in order_E]
+                for place, matrix in enumerate(ordered):
+                    matrices[place].copy_(matrix)
         for tensor in router_tensors(found, block):
             tensor.copy_(tensor[order_E].clone())
-        for table in id_tables(found, block):
+        for _, table in found.surgeon.router_tensors(block, holds_ids=True):
             table.copy_(torch.tensor(order_E).argsort()[table])
+
+
+def reordered(inputs: dict[str, torch.Tensor], order_E: list[int]) -> dict[str, torch.Tensor]:
+    """Inputs that choose the experts themselves, for a model whose experts stand in that order."""
+    if "dataset_index" not in inputs:
+        return inputs
+    return inputs | {"dataset_index": torch.tensor(order_E).argsort()[inputs["dataset_index"]]}
+
+
+class RouterInputs:
+    """A watcher that keeps what the router of a block sees, and the order in which blocks run."""
+
+    def __init__(self, found: FoundBlock, running_order: list[FoundBlock]) -> None:
+        self.found, self.running_order = found, running_order
+        self.input_TH = torch.empty(0)
+
+    def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
+        self.input_TH = input_TH
+        self.running_order.append(self.found)
+
+    def begin(self, *routing: torch.Tensor) -> None:
+        """Not needed."""
+
+    def expert(self, *routed: Any) -> None:
+        """Not needed."""
+
+
+@torch.no_grad()
+def running_order(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[FoundBlock]:
+    """The blocks as they run, which is not the order of modules everywhere; a pool of experts for tokens of another
+    modality does not run."""
+    order: list[FoundBlock] = []
+    with ExitStack() as stack:
+        for found in find_blocks(model):
+            stack.enter_context(found.surgeon.watch(found.module(model), RouterInputs(found, order)))
+        model(**inputs)
+    return order
 
 
 @torch.no_grad()
 def silence(model: PreTrainedModel, experts: list[int], inputs: dict[str, torch.Tensor]) -> None:
     """Give experts a router logit of -60 on every token of `inputs`, block by block in running order."""
-    for found in find_blocks(model):
-        block = found.module(model)
-        seen: list[torch.Tensor] = []
-        handle = router_of(found, block).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
-        model(**inputs)
-        handle.remove()
-        if not seen:  # a pool of experts for tokens of another modality
-            continue
-        hidden_TH = seen[0].reshape(-1, seen[0].shape[-1]).double()
+    for found in running_order(model, inputs):
+        block, seen = found.module(model), RouterInputs(found, [])
+        with found.surgeon.watch(block, seen):
+            model(**inputs)
+        hidden_TH = seen.input_TH.double()
         assert len(hidden_TH) <= hidden_TH.shape[1], "more tokens than channels: no exact solution"
         direction_H = torch.linalg.pinv(hidden_TH) @ torch.ones(len(hidden_TH), dtype=torch.float64)
         weight, *others = router_tensors(found, block)

@@ -20,6 +20,7 @@ LAYERS = {
     "methods": 2,
     "surgeons": 2,
     "arming": 3,
+    "autoload": 3,
     "calibration": 3,
     "checkpoint": 3,
     "recipes": 3,
@@ -27,6 +28,7 @@ LAYERS = {
     "reporting": 4,
     "compressor": 5,
     "evaluation": 5,
+    "verification": 5,
     "cli": 6,
     "__init__": 7,
 }

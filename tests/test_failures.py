@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
 from optimum_moe import compressor as compressor_module
 from optimum_moe.checkpoint import writer
+from optimum_moe.reporting import description
 from optimum_moe.surgeons import find_blocks
 from tests.tiny_checkpoints import save_checkpoint
 from tests.tiny_models import build, inputs_for, logits_of
@@ -111,7 +112,7 @@ def test_failed_write_leaves_the_destination_as_it_was(
     elif step == "plan":
         monkeypatch.setattr(compressor_module.CompressionPlan, "save_pretrained", lambda *_: fail())
     elif step == "card":
-        monkeypatch.setattr(compressor_module, "model_card", lambda *_: fail())
+        monkeypatch.setattr(description, "model_card", lambda *_: fail())
     else:
         monkeypatch.setattr(Path, "rename", rename_once_then_fail)
     with pytest.raises(expected, match=message):
@@ -196,7 +197,7 @@ def test_failed_calibration_restores_the_model(
     hook = None
     if failure == "mask":
         observer = importlib.import_module("optimum_moe.calibration.observe")
-        monkeypatch.setattr(observer, "_mask", lambda *_: torch.ones(2, 15))
+        monkeypatch.setattr(observer, "padding_mask", lambda *_: torch.ones(30, dtype=torch.bool))
         expected, message = ValueError, "saw 32 tokens where the attention mask has 30[.] Give inputs whose"
     elif failure == "interrupt":
         hook = model.lm_head.register_forward_pre_hook(lambda *_: interrupt())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -52,8 +53,8 @@ def move_out_of_the_file(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("target", every_target())
 def test_reload_is_bit_equal(target: Target, method: str, tmp_path: Path) -> None:
-    if target.refuses_pruning and method == "prune":
-        pytest.skip(target.refuses_pruning)
+    if target.refuses(method):
+        pytest.skip(target.refuses(method))
     compressor, model = compress(target, method, tmp_path / "out")
     loaded = getattr(transformers, target.architecture).from_pretrained(tmp_path / "out")
     assert_same_tensors(loaded, model)
@@ -103,7 +104,15 @@ def run_python(code: str, *arguments: str, isolated: bool = False) -> subprocess
         flags = ["-I", "-S"]
     else:
         flags = []
-    return subprocess.run([sys.executable, *flags, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    # The package that the entry point of torch names cannot be imported where it is left out.
+    environment = os.environ | ({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if isolated else {})
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
 
 
 LOAD_ALL = """
@@ -132,7 +141,7 @@ def saved_for_subprocess(
     saved = []
     for target in targets:
         for method in methods:
-            if method == "prune" and target.refuses_pruning:
+            if target.refuses(method):
                 continue
             folder = tmp_path / f"{target.name}-{method}"
             _, model = compress(target, method, folder)
@@ -165,9 +174,13 @@ def test_plain_checkpoints_load_without_this_package(targets: tuple[Target, ...]
 @pytest.mark.parametrize("target", every_target())
 def test_structured_checkpoints_raise_without_this_package(target: Target, method: str, tmp_path: Path, stock) -> None:
     """Stock transformers must not fill in random weights; `stock` forgets that our method was registered."""
+    if target.refuses(method):
+        pytest.skip(target.refuses(method))
     compress(target, method, tmp_path / "out")
     stock()
-    with pytest.raises(ValueError, match="install_and_import_optimum_moe"):
+    with pytest.raises(
+        ValueError, match="Unknown fusion type: a compressed checkpoint: pip install optimum-moe, or pass trust"
+    ):
         getattr(transformers, target.architecture).from_pretrained(tmp_path / "out")
 
 
@@ -226,7 +239,9 @@ def test_an_edited_structure_is_refused(changes: dict, message: str, tmp_path: P
 def test_a_wrong_size_in_the_structure_does_not_load(tmp_path: Path) -> None:
     compress(by_name("mixtral"), "map", tmp_path / "out")
     edit_config(tmp_path / "out", num_groups=3)
-    with pytest.raises(RuntimeError, match=r"mismatched|size"):
+    with pytest.raises(
+        ValueError, match=r"of compressed blocks \(.*\) are not what config.json says of their number or"
+    ):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
@@ -254,7 +269,10 @@ optimum_moe.arm()
 
 def test_arming_after_transformers_works_too() -> None:
     code = """
+import os
+os.environ["OPTIMUM_MOE_AUTOLOAD"] = "0"
 import transformers.quantizers.auto as auto
+assert "optimum_moe" not in auto.AUTO_QUANTIZER_MAPPING
 import optimum_moe
 assert "optimum_moe" in auto.AUTO_QUANTIZER_MAPPING
 """

@@ -65,24 +65,33 @@ def build(target: Target | str, seed: int = 0, dtype: torch.dtype = torch.float3
                 tensor.normal_(1, 0.1)
             elif name.endswith("tid2eid"):
                 tensor.copy_(torch.rand(len(tensor), 8).argsort(-1)[:, : tensor.shape[1]])
-    return model.to(dtype).eval()
+    # `to` would drop the imaginary part of complex buffers.
+    return (model if dtype == torch.float32 else model.to(dtype)).eval()
 
 
 def inputs_for(target: Target | str, rows: int = 2, length: int = 16, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Random token ids (without the padding id), and decoder ids where there is a decoder."""
+    """Random token ids (without the padding id), with decoder ids where there is a decoder; or images."""
     if isinstance(target, str):
         target = by_name(target)
     generator = torch.Generator().manual_seed(seed)
     if target.inputs == "inputs_embeds":
         return {"inputs_embeds": torch.randn(rows, length, 64, generator=generator)}
+    if target.inputs == "pixel_values":
+        pixels = torch.randn(rows, 3, 32, 32, generator=generator)
+        return {"pixel_values": pixels, "dataset_index": torch.randint(0, 8, (rows,), generator=generator)}
     inputs = {"input_ids": torch.randint(3, 99, (rows, length), generator=generator)}
     if target.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.randint(3, 99, (rows, length), generator=generator)
+    if target.name == "ernie4_5_vl_moe":
+        # Tokens of images run through experts of their own.
+        inputs["moe_mm_token_type_ids"] = inputs["input_ids"] % 2
     return inputs
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits, or the last hidden state of a model without a head."""
+    """Logits, or the last hidden state of a model without a head, or the last feature map of a backbone."""
     output = model(**inputs)
+    if "feature_maps" in output:
+        return output.feature_maps[-1]
     return output.logits if "logits" in output else output.last_hidden_state

@@ -296,7 +296,7 @@ def align_experts(
         progress: called in the calling thread with 1 for every expert aligned (fits `tqdm.update`).
 
     Returns:
-        (E, I) int64 permutations on the CPU, the identity for dominant and pruned experts.
+        (E, I) int64 permutations on the CPU, the identity for dominant and pruned experts and for fixed neurons.
 
     Raises:
         ValueError: if labels, dominants and experts do not fit each other, or a weight is NaN or infinite.
@@ -306,7 +306,9 @@ def align_experts(
     permutations_EI = torch.arange(size).repeat(experts.num_experts, 1)
     # Members of a group stand together, so that few references are alive at a time.
     pairs = sorted(
-        (label, expert) for expert, label in enumerate(labels) if label >= 0 and dominants_G[label] != expert
+        (label, expert)
+        for expert, label in enumerate(labels)
+        if label >= 0 and dominants_G[label] != expert and not experts.fixed_neurons
     )
 
     def align(pair: tuple[int, int]) -> torch.Tensor:

@@ -27,6 +27,9 @@ class ExpertTensors:
         gate_bias: `gate_bias[e]` of shape (I,), or None.
         up_bias: `up_bias[e]` of shape (I,), or None.
         down_bias: `down_bias[e]` of shape (H,), or None.
+        fixed_neurons: Whether the order of the neurons is given from outside the experts (query channels that meet
+            the keys of all experts, a hidden layer that all share), so that they cannot be permuted. `down` may then
+            have fewer rows than H.
 
     Raises:
         ValueError: if a field has another number of experts than `up`, or expert 0 another shape than the above.
@@ -38,18 +41,20 @@ class ExpertTensors:
     gate_bias: PerExpert | None = None
     up_bias: PerExpert | None = None
     down_bias: PerExpert | None = None
+    fixed_neurons: bool = False
 
     def __post_init__(self) -> None:
         """Check the layout once, so that no later step has to guess an axis."""
         if len(self.up) == 0 or self.up[0].ndim != 2:
             raise ValueError("up must hold at least one (I, H) matrix. Pass the experts' up projection per expert.")
         inner, hidden = self.up[0].shape
+        written = len(self.down[0]) if self.fixed_neurons and len(self.down) else hidden
         expected: dict[str, tuple[PerExpert | None, tuple[int, ...]]] = {
-            "down": (self.down, (hidden, inner)),
+            "down": (self.down, (written, inner)),
             "gate": (self.gate, (inner, hidden)),
             "gate_bias": (self.gate_bias, (inner,)),
             "up_bias": (self.up_bias, (inner,)),
-            "down_bias": (self.down_bias, (hidden,)),
+            "down_bias": (self.down_bias, (written,)),
         }
         for name, (values, shape) in expected.items():
             if values is None:

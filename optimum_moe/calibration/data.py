@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from optimum_moe.calibration.media import MediaSource, check_processor, model_inputs
 from optimum_moe.calibration.sampling import (
     Affixes,
     Draw,
@@ -37,6 +38,7 @@ UnseenPolicy: TypeAlias = Literal["warn", "error", "keep", "prune"]
 
 # Parts that a long document is cut into, in characters for each token of a row: about four rows of English text.
 _CHARS_PER_ROW_TOKEN = 16
+_TEXT_SETTINGS = ("seed", "max_tokens", "sequence_length", "batch_size", "packing")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class CalibrationConfig:
             a list of strings, or of chats (lists of {"role", "content"} messages, rendered with the tokenizer's chat
             template), or of rows with a text or messages column; a stream of those keeps its order;
             a `datasets.Dataset`;
+            examples with images, audio or video, which the model's processor turns into inputs one by one and whole
+            (`sequence_length`, `batch_size` and `packing` do not apply): chats with such content, or rows of {"text":
+            with the processor's placeholders, "images", "audio" or "videos": objects or paths}; paths in a .jsonl
+            start from its folder;
             an iterable of model-input dicts, passed on untouched and whole: only `num_samples` limits them;
             a mixture of text sources, {source: weight} or [(source, weight), ...]: token counts follow the weights,
             and the mixture ends where its first source does.
@@ -132,7 +138,7 @@ class CalibrationBatches(Sequence[Batch]):
         batches: dicts with input_ids (B, S) and attention_mask (B, S), int64, on the CPU; for encoder-decoder models
             also decoder_input_ids (B, S) and decoder_attention_mask (B, S). Ready inputs are what they were.
         num_tokens: real tokens of the input_ids, padding excluded; 0 for inputs that have no tokens (images).
-        hash: sha256 (hex) over the token ids of every row, padding excluded.
+        hash: sha256 (hex) over the token ids of every row, padding excluded, and over pixels and audio features.
         description: JSON-able record of the data: sources, counts, hash, seed, lengths.
     """
 
@@ -178,6 +184,8 @@ def build_batches(
     sources = read_sources(config.source, config.text_column)
     if isinstance(sources, ReadyInputs):
         return _ready_batches(sources, config)
+    if isinstance(sources, MediaSource):
+        return _media_batches(sources, config, tokenizer)
     tokenizer = _text_tokenizer(tokenizer)
     if is_encoder_decoder and decoder_start_token_id is None:
         raise ValueError("An encoder-decoder model needs decoder_start_token_id. Pass config.decoder_start_token_id.")
@@ -193,7 +201,7 @@ def build_batches(
             batch["decoder_input_ids"] = shifted
             batch["decoder_attention_mask"] = batch["attention_mask"].clone()
         batches.append(batch)
-    return _finish(batches, config, [_describe(draw) for draw in draws])
+    return _finish(batches, config, [_describe(draw) for draw in draws], _TEXT_SETTINGS)
 
 
 def draw_documents(config: CalibrationConfig, tokenizer: Any) -> list[TokenIds]:
@@ -205,8 +213,8 @@ def draw_documents(config: CalibrationConfig, tokenizer: Any) -> list[TokenIds]:
         ValueError: as for `build_batches`, and for ready inputs, which have no documents.
     """
     sources = read_sources(config.source, config.text_column)
-    if isinstance(sources, ReadyInputs):
-        raise ValueError("Model inputs have no documents. Pass text.")
+    if not isinstance(sources, list):
+        raise ValueError("Model inputs, images, audio and video have no documents. Pass text.")
     tokenizer = _text_tokenizer(tokenizer)
     draws = [Draw(source) for source in sources]
     return mix(draws, lambda draw: _tokens(draw, config, tokenizer), config.num_samples, config.max_tokens)
@@ -312,24 +320,43 @@ def _ready_batches(ready: ReadyInputs, config: CalibrationConfig) -> Calibration
     return _finish(batches, config, [{"name": ready.name, "batches": len(batches)}])
 
 
-def _finish(batches: Sequence[Batch], config: CalibrationConfig, sources: list[dict[str, Any]]) -> CalibrationBatches:
+def _media_batches(source: MediaSource, config: CalibrationConfig, processor: Any) -> CalibrationBatches:
+    """One example a batch: whole, without padding, as its processor makes it."""
+    check_processor(source, processor)
+    batches: list[Any] = []
+    tokens = 0
+    for example in islice(source.drawn(config.seed), config.num_samples):
+        batch = model_inputs(example, processor)
+        tokens += _count_tokens(batch)
+        if config.max_tokens is not None and tokens > config.max_tokens:
+            if not batches:
+                raise ValueError(
+                    f"max_tokens={config.max_tokens} is less than the {tokens} of {example.where}. Raise it."
+                )
+            break
+        batches.append(batch)
+    if not batches:
+        raise ValueError(f"{source.name} holds no examples. Add data.")
+    described = {"name": source.name, "examples": source.num_examples, "batches": len(batches)}
+    return _finish(batches, config, [described], ("seed", "max_tokens"))
+
+
+def _finish(
+    batches: Sequence[Batch], config: CalibrationConfig, sources: list[dict[str, Any]], used: Sequence[str] = ()
+) -> CalibrationBatches:
+    """The batches with their description, in which settings that were not `used` are None."""
     digest, num_tokens = hashlib.sha256(), 0
     for batch in batches:
         num_tokens += _count_tokens(batch)
         for piece in _identity(batch):
             digest.update(piece)
-    is_text = "rows" in sources[0]
     description = {
         "sources": sources,
         "num_tokens": num_tokens,
         "num_batches": len(batches),
         "hash": digest.hexdigest(),
         "num_samples": config.num_samples,
-        "seed": config.seed if is_text else None,
-        "max_tokens": config.max_tokens if is_text else None,
-        "sequence_length": config.sequence_length if is_text else None,
-        "batch_size": config.batch_size if is_text else None,
-        "packing": config.packing if is_text else None,
+        **{name: getattr(config, name) if name in used else None for name in _TEXT_SETTINGS},
     }
     return CalibrationBatches(tuple(batches), num_tokens, digest.hexdigest(), description)
 
@@ -344,16 +371,21 @@ def _count_tokens(batch: Mapping[str, Tensor]) -> int:
     return 0 if embeds is None else embeds.shape[0] * embeds.shape[1]
 
 
+def _bytes_of(name: str, tensor: Tensor) -> bytes:
+    return name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def _identity(batch: Mapping[str, Tensor]) -> Iterable[bytes]:
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if ids is None:
         for name in sorted(batch):
             if isinstance(batch[name], Tensor):
-                yield (
-                    name.encode()
-                    + batch[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                )
+                yield _bytes_of(name, batch[name])
         return
     for row in range(len(ids)):
         real = ids[row] if mask is None or mask.ndim != 2 else ids[row][mask[row] != 0]
         yield len(real).to_bytes(8, "little") + real.to("cpu", torch.int64).numpy().tobytes()
+    # Pixels and audio features stand behind the same placeholder ids.
+    for name in sorted(batch):
+        if isinstance(batch[name], Tensor) and batch[name].is_floating_point():
+            yield _bytes_of(name, batch[name])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
+from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.statistics import Statistics
 from optimum_moe.surgeons import FoundBlock
@@ -54,19 +57,22 @@ def observe(
     }
     was_training = model.training
     model.eval()
-    extra = _cheap_forward_arguments(model)
+    part = running_part(model)
+    extra = _cheap_forward_arguments(part)
+    in_text = text_blocks(model, blocks)
     with ExitStack() as stack, torch.no_grad():
         for found in blocks:
             stack.enter_context(found.surgeon.watch(found.module(model), recorders[found.info.name]))
         stack.callback(model.train, was_training)
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
-            inputs = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            inputs = {name: _placed(value, model) for name, value in batch.items()}
             for found in blocks:
-                recorders[found.info.name].expect(_mask(inputs, found.info.stack))
-            model(**inputs, **extra)
+                mask_T = padding_mask(inputs, found.info, found.info.name in in_text)
+                recorders[found.info.name].expect(mask_T)
+            part(**inputs, **extra)
     statistics = Statistics(
         {name: recorder.statistics() for name, recorder in recorders.items()},
-        batches.description,
+        {**batches.description, "tokens_by_block": _reached(recorders)},
         source or {},
         config.unseen,
     )
@@ -79,13 +85,38 @@ def observe(
     return statistics
 
 
-def _mask(inputs: Mapping[str, Any], stack: str) -> torch.Tensor | None:
-    if stack == "decoder" and "decoder_input_ids" in inputs:
-        return inputs.get("decoder_attention_mask")
-    return inputs.get("attention_mask")
+def _reached(recorders: Mapping[str, BlockRecorder]) -> dict[str, int]:
+    """Tokens that each kind of block saw, layer numbers as "*"; the fewest where layers differ."""
+    reached: dict[str, int] = {}
+    for name, recorder in recorders.items():
+        pattern = re.sub(r"\b\d+\b", "*", name)
+        reached[pattern] = min(reached.get(pattern, recorder.num_tokens), recorder.num_tokens)
+    return reached
 
 
-def _cheap_forward_arguments(model: PreTrainedModel) -> dict[str, Any]:
+def running_part(model: PreTrainedModel) -> Any:
+    """What runs in a forward pass: the model, or the thinker of an omni model, whose talker runs in generation only.
+
+    Raises:
+        ValueError: If the model can only generate.
+    """
+    if type(model).forward is not nn.Module.forward:
+        return model
+    if not hasattr(model, "thinker"):
+        raise ValueError(
+            f"{type(model).__name__} has no forward pass, so it cannot be calibrated. Compress its language model."
+        )
+    return model.thinker
+
+
+def _placed(value: Any, model: PreTrainedModel) -> Any:
+    """Tensors on the model's device, floating ones (pixels, audio features) in its dtype."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+
+def _cheap_forward_arguments(model: nn.Module) -> dict[str, Any]:
     """Arguments that spare what calibration does not need: the cache and the logits of all but one position."""
     accepted = inspect.signature(model.forward).parameters
     wanted = {"use_cache": False, "logits_to_keep": 1}

@@ -38,9 +38,9 @@ class BlockRecorder:
         self.coactivation_EE, self.router_gram_EE, self.router_sum_E = zeros(e, e), zeros(e, e), zeros(e)
         self._sample = _Sample(reservoir_tokens, seed)
 
-    def expect(self, mask_BS: torch.Tensor | None) -> None:
-        """Announce the padding mask of the next forward pass (1 = a token that counts), None for no padding."""
-        self._mask_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+    def expect(self, mask_T: torch.Tensor | None) -> None:
+        """Announce the next forward pass: True for each of the block's tokens that counts, None for all of them."""
+        self._mask_T = mask_T
 
     def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
         """Accumulate the Gram matrix of the logits."""

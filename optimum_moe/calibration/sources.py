@@ -11,11 +11,21 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+
+from optimum_moe.calibration.media import (
+    MEDIA_COLUMNS,
+    ExampleColumn,
+    MediaExample,
+    MediaSource,
+    has_media,
+    read_example,
+)
 
 Chat: TypeAlias = list[Mapping[str, Any]]
 """One conversation: messages of {"role": ..., "content": ...}."""
@@ -82,7 +92,7 @@ def did_you_mean(word: object, options: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | ReadyInputs:
+def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | ReadyInputs | MediaSource:
     """Read any supported source, see `CalibrationConfig.source`.
 
     Args:
@@ -90,7 +100,8 @@ def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | R
         text_column: column of text in .jsonl, .parquet and datasets; a "messages" column is read as chats without it.
 
     Returns:
-        The text sources with their weights (one with weight 1.0 unless it is a mixture), or the ready inputs.
+        The text sources with their weights (one with weight 1.0 unless it is a mixture), or the ready inputs, or
+        examples with images, audio or video.
 
     Raises:
         ValueError: nothing in the source, an unknown type of file or object, a missing column, an invalid weight.
@@ -98,14 +109,15 @@ def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | R
     pairs = _mixture(source)
     if pairs is None:
         read = _read_one(source, text_column)
-        return read if isinstance(read, ReadyInputs) else [read]
+        return [read] if isinstance(read, TextSource) else read
     sources = []
     for part, weight in pairs:
         if isinstance(weight, bool) or not 0 < weight < float("inf"):
             raise ValueError(f"The weight of {part!r} in a mixture is {weight}: it must be positive and finite.")
         read = _read_one(part, text_column)
-        if isinstance(read, ReadyInputs):
-            raise ValueError("A mixture holds text sources, this one holds model inputs. Mix the inputs yourself.")
+        if not isinstance(read, TextSource):
+            kind = "model inputs" if isinstance(read, ReadyInputs) else "images, audio or video"
+            raise ValueError(f"A mixture holds text sources, this one holds {kind}. Mix them yourself.")
         sources.append(TextSource(read.name, read.documents, float(weight)))
     return sources
 
@@ -120,12 +132,22 @@ def to_document(value: Any, where: str) -> Document:
         return ""
     if isinstance(value, str):
         return value
+    _refuse_media(value, where)
     if isinstance(value, list | tuple) and value and all(isinstance(m, Mapping) and "role" in m for m in value):
         return [dict(message) for message in value]
     raise ValueError(
         f"Text or a chat is expected, {where} is {_shorten(value)}. Pass strings, or lists of "
         '{"role": ..., "content": ...} messages.'
     )
+
+
+def _refuse_media(item: Any, where: str) -> None:
+    """Rows are read as text where the first one has no media: later media would be left out."""
+    if has_media(item):
+        raise ValueError(
+            f"{where} has images, audio or video, and the first row has none. Put a row that has some first, or pass "
+            "the rows as a list."
+        )
 
 
 def _shorten(value: Any) -> str:
@@ -154,7 +176,7 @@ def _is_pair(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and _is_number(item[1])
 
 
-def _read_one(source: Any, text_column: str) -> TextSource | ReadyInputs:
+def _read_one(source: Any, text_column: str) -> TextSource | ReadyInputs | MediaSource:
     if isinstance(source, str | os.PathLike):
         return _read_file(Path(source), text_column)
     if isinstance(source, bytes) or not isinstance(source, Iterable):
@@ -167,7 +189,7 @@ def _read_one(source: Any, text_column: str) -> TextSource | ReadyInputs:
     return _read_iterable(source, text_column)
 
 
-def _read_file(path: Path, text_column: str) -> TextSource:
+def _read_file(path: Path, text_column: str) -> TextSource | MediaSource:
     if path.suffix.lower() not in FILE_TYPES:
         raise ValueError(
             f"Unknown file type {path.suffix!r} of {str(path)[:80]!r}"
@@ -185,11 +207,16 @@ def _read_file(path: Path, text_column: str) -> TextSource:
     if path.suffix.lower() == ".txt":
         blocks: list[Document] = [block.strip("\n") for block in re.split(r"\n[^\S\n]*\n", text) if block.strip()]
         return TextSource(path.name, blocks)
-    return TextSource(path.name, _parse_jsonl(text, path.name, text_column))
+    rows = _parse_jsonl(text, path.name)
+    if any(has_media(row) for row, _ in rows):
+        return MediaSource(path.name, [read_example(row, text_column, where, path.parent) for row, where in rows])
+    documents = [to_document(row[_pick_column(list(row), text_column, where)], where) for row, where in rows]
+    return TextSource(path.name, documents)
 
 
-def _parse_jsonl(text: str, name: str, text_column: str) -> list[Document]:
-    documents = []
+def _parse_jsonl(text: str, name: str) -> list[tuple[dict[str, Any], str]]:
+    """The rows, each with how errors name it."""
+    rows = []
     # str.splitlines would also cut at U+2028, which JSON strings may hold unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -201,8 +228,8 @@ def _parse_jsonl(text: str, name: str, text_column: str) -> list[Document]:
             raise ValueError(f"Every line of a .jsonl file is one JSON object, {where} is not: {error}.") from error
         if not isinstance(row, dict):
             raise ValueError(f"Every line of a .jsonl file is one JSON object, {where} is {_shorten(row)}.")
-        documents.append(to_document(row[_pick_column(list(row), text_column, where)], where))
-    return documents
+        rows.append((row, where))
+    return rows
 
 
 def _pick_column(columns: Iterable[str], text_column: str, where: str) -> str:
@@ -216,7 +243,7 @@ def _pick_column(columns: Iterable[str], text_column: str, where: str) -> str:
     )
 
 
-def _read_parquet(path: Path, text_column: str) -> TextSource:
+def _read_parquet(path: Path, text_column: str) -> TextSource | MediaSource:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -225,24 +252,55 @@ def _read_parquet(path: Path, text_column: str) -> TextSource:
             "file to .jsonl."
         ) from error
     with parquet.ParquetFile(path) as file:
-        column = _pick_column(file.schema_arrow.names, text_column, path.name)
-        values = file.read(columns=[column]).column(column)
+        names = file.schema_arrow.names
+        column = _pick_column(names, text_column, path.name)
+        media = [name for name in names if name in MEDIA_COLUMNS]
+        table = file.read(columns=[column, *media])
+    values = table.column(column)
+    if media or (len(values) and has_media(values[0].as_py())):
+
+        def read(index: int) -> MediaExample:
+            row = table.slice(index, 1).to_pylist()[0]
+            return read_example(row, text_column, f"row {index} of {path.name}", path.parent)
+
+        return MediaSource(path.name, ExampleColumn(len(values), read))
     return TextSource(path.name, DocumentColumn(len(values), lambda index: values[index].as_py(), path.name))
 
 
-def _read_dataset(dataset: Any, text_column: str) -> TextSource:
+def _read_dataset(dataset: Any, text_column: str) -> TextSource | MediaSource:
     label = getattr(getattr(dataset, "info", None), "dataset_name", None) or type(dataset).__name__
     split = getattr(dataset, "split", None)
     name = f"{label}[{split}]" if split else str(label)
     if not hasattr(dataset, "__len__"):
-        return TextSource(name, _records(iter(dataset), text_column, name))
+        return _stream(iter(dataset), text_column, name)
     column = _pick_column(dataset.column_names, text_column, name)
-    # Reading a row reads all its columns, and others may hold images.
-    texts = dataset.select_columns([column])
+    media = [name for name in dataset.column_names if name in MEDIA_COLUMNS]
+    # Reading a row reads all its columns.
+    texts = dataset.select_columns([column, *media])
+    if media or (len(texts) and has_media(texts[0][column])):
+        read = partial(_read_row, texts, text_column, name)
+        return MediaSource(name, ExampleColumn(len(texts), read))
     return TextSource(name, DocumentColumn(len(texts), lambda index: texts[index][column], name))
 
 
-def _read_iterable(source: Iterable[Any], text_column: str) -> TextSource | ReadyInputs:
+def _read_row(rows: Any, text_column: str, name: str, index: int) -> MediaExample:
+    return read_example(rows[index], text_column, f"row {index} of {name}")
+
+
+def _stream(rows: Iterator[Any], text_column: str, name: str) -> TextSource | MediaSource:
+    """Rows of a dataset without a length; the first one says whether they have media."""
+    first = next(rows, None)
+    rows = rows if first is None else chain([first], rows)
+    if has_media(first):
+        return MediaSource(name, _examples(rows, text_column, name))
+    return TextSource(name, _records(rows, text_column, name))
+
+
+def _examples(rows: Iterable[Any], text_column: str, name: str) -> Iterator[MediaExample]:
+    return (read_example(row, text_column, f"row {index} of {name}") for index, row in enumerate(rows))
+
+
+def _read_iterable(source: Iterable[Any], text_column: str) -> TextSource | ReadyInputs | MediaSource:
     is_list = isinstance(source, list | tuple)
     items = iter(source)
     first = next(items, None)
@@ -252,13 +310,16 @@ def _read_iterable(source: Iterable[Any], text_column: str) -> TextSource | Read
         raise ValueError(
             "A list of messages is one chat; pass a list of chats: [[{'role': ..., 'content': ...}, ...]]."
         )
-    if _is_model_input(first):
+    if _is_model_input(first, text_column):
         # A list or a DataLoader can be read again, an iterator has already lost its first item.
         inputs = source if items is not source else chain([first], items)
         return ReadyInputs(f"{type(source).__name__} of model inputs", inputs)
     stream = chain([first], items)
     kind = "rows" if isinstance(first, Mapping) else "texts" if isinstance(first, str) else "chats"
     name = f"list of {len(source)} {kind}" if isinstance(source, list | tuple) else f"stream of {kind}"
+    if any(has_media(item) for item in (source if isinstance(source, list | tuple) else [first])):
+        examples = _examples(stream, text_column, name)
+        return MediaSource(name, list(examples) if is_list else examples)
     if kind == "rows":
         documents = _records(stream, text_column, name)
     else:
@@ -266,8 +327,8 @@ def _read_iterable(source: Iterable[Any], text_column: str) -> TextSource | Read
     return TextSource(name, list(documents) if is_list else documents)
 
 
-def _is_model_input(item: Any) -> bool:
-    if not isinstance(item, Mapping):
+def _is_model_input(item: Any, text_column: str) -> bool:
+    if not isinstance(item, Mapping) or text_column in item or MESSAGES_COLUMN in item:
         return False
     return "input_ids" in item or any(isinstance(value, torch.Tensor) for value in item.values())
 
@@ -277,4 +338,5 @@ def _records(rows: Iterator[Any], text_column: str, name: str) -> Iterator[Docum
         where = f"row {index} of {name}"
         if not isinstance(row, Mapping):
             raise ValueError(f"Every row is a dict, {where} is {_shorten(row)}.")
+        _refuse_media(row, where)
         yield to_document(row[_pick_column(list(row), text_column, where)], where)

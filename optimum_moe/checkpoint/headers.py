@@ -7,7 +7,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ class Headers:
     Args:
         tensors: `(dtype, shape, bytes)` of each tensor.
         files: The shards.
+        homes: The shard of each tensor.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
     files: tuple[Path, ...]
+    homes: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -63,18 +65,20 @@ def read_headers(directory: str | Path) -> Headers:
     """
     directory = Path(directory)
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    homes: dict[str, Path] = {}
     files, promised = _shards(directory)
     for file in files:
-        for name, entry in _read_header(file).items():
+        for name, entry in read_header(file).items():
             first, last = entry["data_offsets"]
             tensors[name] = (entry["dtype"], tuple(entry["shape"]), last - first)
+            homes[name] = file
     lacking = sorted(promised - set(tensors))
     if lacking:
         raise ValueError(
             f"{directory / INDEX_FILE} promises {len(lacking)} tensors that no shard has ({', '.join(lacking[:3])}). "
             "They would be random. Copy or download the checkpoint again."
         )
-    return Headers(tensors, files)
+    return Headers(tensors, files, homes)
 
 
 def headers_from_metadata(metadata: SafetensorsRepoMetadata) -> Headers:
@@ -84,7 +88,8 @@ def headers_from_metadata(metadata: SafetensorsRepoMetadata) -> Headers:
         for file in metadata.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
-    return Headers(tensors, tuple(Path(name) for name in metadata.files_metadata))
+    homes = {name: Path(file) for name, file in metadata.weight_map.items()}
+    return Headers(tensors, tuple(Path(name) for name in metadata.files_metadata), homes)
 
 
 def _shards(directory: Path) -> tuple[tuple[Path, ...], set[str]]:
@@ -109,7 +114,12 @@ def _shards(directory: Path) -> tuple[tuple[Path, ...], set[str]]:
     )
 
 
-def _read_header(file: Path) -> dict[str, Any]:
+def read_header(file: Path) -> dict[str, Any]:
+    """The entries of one shard.
+
+    Raises:
+        ValueError: If it is corrupt or truncated.
+    """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:

@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
     register_quantization_config,
     register_quantizer,
 )
@@ -21,7 +25,11 @@ if TYPE_CHECKING:
 
 METHOD = "optimum_moe"
 FORMAT_VERSION = 1
-SENTINEL = {"install_and_import_optimum_moe": True}
+SUPPORTED_TRANSFORMERS = ((5, 23), (5, 24))
+"""First supported version, and first unsupported one after it; setup.py says the same."""
+CARRIED_MODULE = "modeling_optimum_moe"
+"""The module of code that `checkpoint.carried_code` puts beside the weights."""
+SENTINEL = {"a compressed checkpoint: pip install optimum-moe, or pass trust_remote_code=True": True}
 """Stands in `config.fusion_config`. transformers only warns of an unknown quantisation method and would go on to
 initialise missing experts at random; of an unknown fusion it raises, with this name in the message."""
 
@@ -34,17 +42,23 @@ class MoEStructureConfig(QuantizationConfigMixin):
     Args:
         blocks: By module path: `num_experts` (before), `num_groups` (after), `routing` (`"map"` or `"reduce"`).
         format_version: Version of this schema.
+        quantization: Quantisation config of the values, where another method quantised them.
+        quantise_on_load: Whether the stored values are still those before `quantization`.
 
     Raises:
         ValueError: If the version or a field is not known, or a size is impossible.
     """
 
     def __init__(
-        self, blocks: Mapping[str, Mapping[str, Any]], format_version: int = FORMAT_VERSION, **unknown: Any
+        self,
+        blocks: Mapping[str, Mapping[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quantization: Mapping[str, Any] | None = None,
+        quantise_on_load: bool = False,
+        **unknown: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
-        self.blocks = {name: dict(entry) for name, entry in blocks.items()}
         unknown.pop("quant_method", None)
         if format_version != FORMAT_VERSION:
             raise ValueError(
@@ -55,8 +69,19 @@ class MoEStructureConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"quantization_config has unknown fields {sorted(unknown)}. Restore the saved config.json."
             )
+        if not isinstance(blocks, Mapping) or not all(isinstance(entry, Mapping) for entry in blocks.values()):
+            raise ValueError(
+                "quantization_config must name its blocks with their sizes. Restore the saved config.json."
+            )
+        self.blocks = {name: dict(entry) for name, entry in blocks.items()}
+        self.quantization = None if quantization is None else dict(quantization)
+        self.quantise_on_load = quantise_on_load
         for name, entry in self.blocks.items():
             _check_entry(name, entry)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds; fields of an inner quantisation only where there is one."""
+        return {key: value for key, value in super().to_dict().items() if value not in (None, False)}
 
 
 def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
@@ -75,29 +100,69 @@ def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
         )
 
 
-class MoEStructureQuantizer(HfQuantizer):
-    """Gives the empty model the structure of the checkpoint; no value is quantised."""
+class StructureMixin:
+    """Gives the empty model the structure of the checkpoint, in front of whatever a quantiser does to its values."""
 
-    quantization_config: MoEStructureConfig
+    structure: MoEStructureConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Before anything is built.
+
+        Raises:
+            ValueError: If this version of transformers is not supported.
+        """
+        first, after = SUPPORTED_TRANSFORMERS
+        if not first <= _release(transformers.__version__) < after:
+            raise ValueError(
+                f"optimum_moe rebuilds this checkpoint with transformers >={first[0]}.{first[1]},"
+                f"<{after[0]}.{after[1]}; transformers {transformers.__version__} is installed. Install one of those, "
+                "or an optimum_moe made for yours."
+            )
+        super().validate_environment(*args, **kwargs)  # type: ignore[misc]
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The first sight of the config before the model is built: takes out the sentinel."""
+        """The first sight of the config before the model is built: takes out what is for machines without us."""
         if getattr(config, "fusion_config", None) == SENTINEL:
             del config.fusion_config
-        return config
+        # `save_pretrained` of the loaded model writes the config, but not the code that a checkpoint carries.
+        if CARRIED_MODULE in str(getattr(config, "auto_map", None)):
+            del config.auto_map
+        return super().update_attn_implementation(config)  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        changed = rebuild_structure(model, self.quantization_config)
-        _refuse_missing(model, changed)
+        _check_expert_parallel(self.structure, getattr(model.config, "distributed_config", None))
+        blocks = rebuild_structure(model, self.structure)
+        _refuse_misfits(model, blocks)
+        super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> PreTrainedModel:
-        # Nothing is quantised: with these marks Trainer, .half() and save_pretrained(state_dict=...) would refuse.
+        super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
         del model._adjust_missing_and_unexpected_keys
+        self.structure.quantise_on_load = False
+        mark_config(model.config, self.structure)
+        return model
+
+
+class MoEStructureQuantizer(StructureMixin, HfQuantizer):
+    """What transformers calls for our checkpoints; no value is quantised unless the config holds a quantisation."""
+
+    def __new__(cls, quantization_config: MoEStructureConfig, **kwargs: Any) -> Any:
+        """A quantiser of the inner method's class where there is one, and then none of this class."""
+        if quantization_config.quantization is not None:
+            return _with_inner_quantizer(quantization_config)
+        return super().__new__(cls)
+
+    def __init__(self, quantization_config: MoEStructureConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.structure = quantization_config
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> PreTrainedModel:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        # Nothing is quantised: with these marks Trainer, .half() and save_pretrained(state_dict=...) would refuse.
         del model.hf_quantizer
         del model.quantization_method
         model.is_quantized = False
-        mark_config(model.config, self.quantization_config)
         for module in model.modules():
             config: Any = getattr(module, "config", None)
             if hasattr(config, "_is_quantized"):
@@ -114,17 +179,72 @@ class MoEStructureQuantizer(HfQuantizer):
         return True
 
 
+def _with_inner_quantizer(structure: MoEStructureConfig) -> HfQuantizer:
+    inner = AutoQuantizationConfig.from_dict(dict(structure.quantization or {}))
+    stock = type(AutoHfQuantizer.from_config(inner))
+    quantizer = type(f"Structure{stock.__name__}", (StructureMixin, stock), {})(
+        inner, pre_quantized=not structure.quantise_on_load
+    )
+    quantizer.structure = structure
+    return quantizer
+
+
+def _check_expert_parallel(config: MoEStructureConfig, distributed: Any) -> None:
+    processes = getattr(distributed, "ep_size", None) or 1
+    odd = {name: entry["num_groups"] for name, entry in config.blocks.items() if entry["num_groups"] % processes}
+    if odd:
+        name, groups = next(iter(odd.items()))
+        raise ValueError(
+            f"Expert parallelism gives each of its ep_size={processes} processes equally many experts; {name} has "
+            f"{groups}, as {len(odd)} of {len(config.blocks)} compressed blocks do not divide. Choose an ep_size that "
+            "divides them all, tensor parallelism (ep_size=1), or compress to a multiple of ep_size."
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def mark_config(config: PreTrainedConfig, structure: MoEStructureConfig) -> None:
     """Make a live model's config say what `save_pretrained` has to write for the checkpoint to load again."""
     config.quantization_config = structure
     config.fusion_config = dict(SENTINEL)
 
 
+def quantise_on_load(config: PreTrainedConfig, quantization: QuantizationConfigMixin) -> PreTrainedConfig:
+    """Have a compressed checkpoint quantised while it is loaded; the config of transformers has one slot for both.
+
+    Args:
+        config: `AutoConfig.from_pretrained(checkpoint)`, to be passed to `from_pretrained` as `config=`.
+        quantization: For example a `TorchAoConfig`.
+
+    Raises:
+        ValueError: If the config is none of a structured checkpoint, or is quantised already.
+    """
+    ours = getattr(config, "quantization_config", None)
+    if not isinstance(ours, dict) or ours.get("quant_method") != METHOD or "quantization" in ours:
+        raise ValueError(
+            f"quantise_on_load takes the config of a compressed checkpoint that needs optimum_moe and is not "
+            f"quantised, got quantization_config={ours!r:.100}. Pass quantization_config= to from_pretrained instead."
+        )
+    ours |= {"quantization": quantization.to_dict(), "quantise_on_load": True}
+    return config
+
+
+def quantised_tensors(model: PreTrainedModel) -> dict[str, str]:
+    """The parameters that are really held quantised, by name: the class of the tensor that stands for them."""
+    return {
+        name: type(parameter.data).__name__
+        for name, parameter in model.named_parameters()
+        if type(parameter.data) is not torch.Tensor
+    }
+
+
 def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> list[str]:
     """Change every block of an uncompressed model as the config says; tensors stay empty.
 
     Returns:
-        Module paths of the changed blocks in `model`, which may hold the saved model as its base or the reverse.
+        Module paths of all MoE blocks in `model`, which may hold the saved model as its base or the reverse.
 
     Raises:
         ValueError: If a block is missing or has another number of experts.
@@ -132,7 +252,6 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
     from optimum_moe.surgeons import find_blocks
 
     found = {block.info.name: block for block in find_blocks(model)}
-    changed = []
     for saved_name, entry in config.blocks.items():
         name = _name_in(model, saved_name, found)
         experts = found[name].info.num_experts
@@ -145,8 +264,7 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
         found[name].surgeon.rebuild(block, entry["num_groups"], entry["routing"])
         # Some architectures initialise a block by the config's expert count; its tensors all come from the checkpoint.
         block._is_hf_initialized = True
-        changed.append(name)
-    return changed
+    return list(found)
 
 
 def _name_in(model: PreTrainedModel, saved_name: str, found: Mapping[str, Any]) -> str:
@@ -160,13 +278,23 @@ def _name_in(model: PreTrainedModel, saved_name: str, found: Mapping[str, Any]) 
     )
 
 
-def _refuse_missing(model: Any, changed: list[str]) -> None:
-    """Make the load fail where transformers would initialise missing tensors of a changed block at random."""
+def _refuse_misfits(model: Any, blocks: list[str]) -> None:
+    """Make the load fail where transformers would initialise missing tensors of an MoE block at random."""
     adjust = model._adjust_missing_and_unexpected_keys
 
     def adjust_and_check(loading_info: Any) -> None:
         adjust(loading_info)
-        missing = sorted(key for key in loading_info.missing_keys if key.startswith(tuple(f"{n}." for n in changed)))
+        prefixes = tuple(f"{name}." for name in blocks)
+        suspects = {key for key, *_ in loading_info.mismatched_keys} | set(loading_info.unexpected_keys)
+        misfits = sorted(key for key in suspects if key.startswith(prefixes))
+        if misfits:
+            # transformers raises of these too, later and with less to say.
+            loading_info.mismatched_keys.clear()
+            raise ValueError(
+                f"{len(misfits)} tensors of compressed blocks ({', '.join(misfits[:3])}, ...) are not what config.json "
+                "says of their number or size. Restore the saved config.json, or compress again."
+            )
+        missing = sorted(key for key in loading_info.missing_keys if key.startswith(prefixes))
         if missing:
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} tensors of compressed blocks ({', '.join(missing[:3])}, ...). "

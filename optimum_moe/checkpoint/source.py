@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
@@ -22,11 +21,30 @@ from transformers import (
 
 from optimum_moe.blocks import ModelInfo
 from optimum_moe.checkpoint.headers import Headers, headers_from_metadata, read_headers
-from optimum_moe.surgeons import FoundBlock, find_blocks, owning_configs
+from optimum_moe.checkpoint.quantised import (
+    accepted_quantisation,
+    load_dequantised,
+    plain_config,
+    quantizer_of,
+    unpacked,
+)
+from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader
+from optimum_moe.surgeons import FoundBlock, find_blocks, tower_of
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 _WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
 _CONFIG_ARGUMENTS = (*_HUB_ARGUMENTS, "trust_remote_code")
+_AUTO_CLASSES = (
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForTokenClassification",
+    "AutoModelForPoseEstimation",
+    "AutoModel",
+)
+"""Where a config.json names no architecture: whole models before their parts."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,7 @@ class ModelSource:
         directory: Local folder with the config and the tokenizer.
         location: What `from_pretrained` loads the weights from: that folder, or the Hub id.
         load_arguments: Keyword arguments for it.
+        quantisation: How the checkpoint is quantised, where it is dequantised while it is loaded.
     """
 
     name: str
@@ -56,6 +75,7 @@ class ModelSource:
     directory: Path | None = None
     location: str | Path | None = None
     load_arguments: Mapping[str, Any] = field(default_factory=dict)
+    quantisation: Mapping[str, Any] | None = None
 
     def load(self) -> PreTrainedModel:
         """The model with its weights.
@@ -66,7 +86,14 @@ class ModelSource:
         if self.live is not None:
             return self.live
         auto: Any = type(self.skeleton)
-        model, report = auto.from_pretrained(self.location, output_loading_info=True, **self.load_arguments)
+        assert self.location is not None
+        assert self.headers is not None
+        if self.quantisation is not None:
+            model, report = load_dequantised(
+                auto, self.location, self.config, self.quantisation, self.headers, self.load_arguments
+            )
+        else:
+            model, report = auto.from_pretrained(self.location, output_loading_info=True, **self.load_arguments)
         prefixes = tuple(f"{found.info.name}." for found in self.blocks)
         missing = sorted(key for key in report["missing_keys"] if key.startswith(prefixes))
         if missing:
@@ -76,12 +103,30 @@ class ModelSource:
             )
         return model
 
+    def reader(self) -> CheckpointReader:
+        """What reads parts of the checkpoint, in the dtypes of the skeleton."""
+        assert self.headers is not None
+        quantizer = None if self.quantisation is None else quantizer_of(self.quantisation)
+        return CheckpointReader(self.skeleton, self.headers.tensors, quantizer)
+
+    def shards(self) -> ShardReader:
+        """What reads single tensors as they are stored; a context manager."""
+        assert self.headers is not None
+        return ShardReader(self.headers.homes, self._local)
+
+    def _local(self, file: Path) -> Path:
+        if file.is_file():
+            return file
+        arguments = {k: v for k, v in self.load_arguments.items() if k in _HUB_ARGUMENTS}
+        return Path(hf_hub_download(str(self.location), file.name, **arguments))
+
     def identity(self) -> dict[str, Any]:
         """What statistics and plans remember of the model they were made from."""
         return {
             "name": self.name,
             "architecture": type(self.skeleton).__name__,
             "num_experts": {found.info.name: found.info.num_experts for found in self.blocks},
+            "towers": {found.info.name: tower_of(self.skeleton, found) for found in self.blocks},
             "fingerprint": None if self.headers is None else self.headers.fingerprint,
         }
 
@@ -90,6 +135,7 @@ def open_source(
     model: str | Path | PreTrainedModel,
     auto_class: type | None = None,
     dtype: str | torch.dtype = "auto",
+    dequantize: bool = False,
     **kwargs: Any,
 ) -> ModelSource:
     """Read config and headers of a checkpoint, or look at a model in memory; no weight is read.
@@ -98,29 +144,39 @@ def open_source(
         model: Hub id, local path, or a `PreTrainedModel`.
         auto_class: Auto class or model class to load with; by default the architecture that the config names.
         dtype: As in `from_pretrained`; `"auto"` keeps the checkpoint's.
+        dequantize: Read an FP8 or MXFP4 checkpoint as its bf16 values.
         kwargs: Passed to `from_pretrained`; `revision`, `token`, `cache_dir`, `local_files_only` also to the download.
 
     Raises:
-        ValueError: If there is no such checkpoint, it is quantised or already compressed, has no MoE blocks, or a
-            shard is missing or broken.
+        ValueError: If there is no such checkpoint, it is already compressed, quantised without `dequantize` or not
+            quantised with it, has no MoE blocks, or a shard is missing or broken.
     """
     if isinstance(model, PreTrainedModel):
+        if dequantize:
+            raise ValueError("dequantize=True is for a checkpoint, and this model is in memory. Give its path instead.")
         return _from_memory(model)
     directory, headers = _config_and_headers(str(model), kwargs)
     config = AutoConfig.from_pretrained(directory, **{k: v for k, v in kwargs.items() if k in _CONFIG_ARGUMENTS})
-    _refuse_quantised(config)
+    quantisation = accepted_quantisation(config, dequantize)
+    if quantisation is not None:
+        config = plain_config(config)
     skeleton = _skeleton(config, auto_class, kwargs.get("trust_remote_code", False))
     blocks = tuple(find_blocks(skeleton))
-    itemsize = headers.itemsize
-    size = headers.bytes
+    itemsize, plain = headers.itemsize, headers
     if dtype not in ("auto", None):
         itemsize = _dtype(dtype).itemsize
-        size = int(headers.parameters * itemsize)
-    info = ModelInfo(tuple(found.info for found in blocks), headers.parameters, size, itemsize)
+    elif quantisation is not None:
+        itemsize = _dtype(config.dtype).itemsize
+    if quantisation is not None:
+        plain = unpacked(headers, int(itemsize))
+    size = headers.bytes if plain is headers and dtype in ("auto", None) else int(plain.parameters * itemsize)
+    info = ModelInfo(tuple(found.info for found in blocks), plain.parameters, size, itemsize)
     on_hub = not Path(str(model)).is_dir()
     arguments = {"dtype": dtype, **{k: v for k, v in kwargs.items() if on_hub or k not in _HUB_ARGUMENTS}}
     location = str(model) if on_hub else directory
-    return ModelSource(str(model), config, skeleton, blocks, info, headers, None, directory, location, arguments)
+    return ModelSource(
+        str(model), config, skeleton, blocks, info, headers, None, directory, location, arguments, quantisation
+    )
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
@@ -143,7 +199,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _from_memory(model: PreTrainedModel) -> ModelSource:
-    _refuse_quantised(model.config)
+    accepted_quantisation(model.config, dequantize=False)
     if getattr(model, "is_quantized", False):
         raise ValueError("The model in memory is quantised. Load its unquantised weights to compress them.")
     blocks = tuple(find_blocks(model))
@@ -183,24 +239,29 @@ def _config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Hea
         ) from error
 
 
-def _refuse_quantised(config: PreTrainedConfig) -> None:
-    for owner in owning_configs(config):
-        quantization = getattr(owner, "quantization_config", None)
-        if quantization is None:
-            continue
-        record = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        method = record.get("quant_method")
-        if str(method) == "optimum_moe":
-            raise ValueError("This checkpoint was already compressed by optimum_moe. Start from the original one.")
-        raise ValueError(
-            f"This checkpoint is already quantised ({getattr(method, 'value', method)}). Load it dequantised "
-            "(quantization_config=...Config(dequantize=True)), and pass the model in memory or its saved copy."
-        )
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The class that the config names, else the first Auto class that knows the config.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    names = getattr(config, "architectures", None) or []
+    named = getattr(transformers, names[0], None) if names else None
+    if named is not None:
+        return named
+    carried = getattr(config, "auto_map", None) or {}
+    for name in _AUTO_CLASSES:
+        auto: Any = getattr(transformers, name)
+        if name in carried or type(config) in auto._model_mapping:
+            return auto
+    raise ValueError(
+        f"config.json names the architectures {names}, and no Auto class of transformers knows model_type="
+        f"{config.model_type!r}. Pass auto_class=, the class to load with."
+    )
 
 
 def _skeleton(config: PreTrainedConfig, auto_class: type | None, trust_remote_code: bool) -> PreTrainedModel:
-    names = getattr(config, "architectures", None) or []
-    cls: Any = auto_class or (getattr(transformers, names[0], None) if names else None) or AutoModelForCausalLM
+    cls: Any = auto_class or _model_class(config)
     with torch.device("meta"):
         if hasattr(cls, "_from_config"):
             return cls._from_config(config)

@@ -9,11 +9,16 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from optimum_moe.surgeons import FoundBlock, owning_configs
+from optimum_moe.checkpoint.carried_code import carry_code
+from optimum_moe.surgeons import FoundBlock, config_at, tower_of
+
+PARTS = "checkpoint"
 
 
 def check_destination(directory: str | Path, overwrite: bool = False) -> Path:
@@ -26,6 +31,9 @@ def check_destination(directory: str | Path, overwrite: bool = False) -> Path:
     directory = Path(directory).expanduser().resolve()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file. Give a folder.")
+    if directory.is_dir() and working_folder(directory).is_dir() and not (working_folder(directory) / PARTS).is_dir():
+        # A streaming run was killed after its last step.
+        shutil.rmtree(working_folder(directory), ignore_errors=True)
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise ValueError(f"{directory} is not empty. Choose another folder, or pass overwrite=True (--overwrite).")
     for place, what in ((Path.cwd(), "the working directory"), (Path(os.path.expanduser("~")), "the home directory")):
@@ -41,6 +49,11 @@ def check_destination(directory: str | Path, overwrite: bool = False) -> Path:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"No permission to write in {parent}. Choose another folder, or change its permissions.")
     return directory
+
+
+def working_folder(directory: Path) -> Path:
+    """Where a streaming run to `directory` keeps what is finished; its shards are in `PARTS` there until the end."""
+    return directory.parent / f".{directory.name}.streaming"
 
 
 def check_space(directory: Path, size: int) -> None:
@@ -64,9 +77,9 @@ def written_beside(directory: Path) -> Iterator[Path]:
     try:
         beside.mkdir()
         yield beside
-        _take_place(beside, directory)
+        take_place(beside, directory)
     except Exception as error:
-        if _disk_is_full(error):
+        if disk_is_full(error):
             raise ValueError(
                 f"The disk of {directory.parent} is full; nothing was left of the attempt. Free some space, or choose "
                 "another disk."
@@ -76,14 +89,16 @@ def written_beside(directory: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _disk_is_full(error: Exception) -> bool:
+def disk_is_full(error: Exception) -> bool:
+    """Whether an error says that there is no space left."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     # safetensors and tokenizers report it as an error of their own, with the cause in its text only.
     return "No space left" in str(error) or f"os error {errno.ENOSPC}" in str(error)
 
 
-def _take_place(beside: Path, directory: Path) -> None:
+def take_place(beside: Path, directory: Path) -> None:
+    """Rename a folder to `directory`, which it replaces."""
     old = directory.parent / f".{directory.name}.replaced-{os.getpid()}"
     try:
         if directory.exists():
@@ -100,8 +115,37 @@ def _take_place(beside: Path, directory: Path) -> None:
 
 
 def write_model(model: PreTrainedModel, directory: Path, blocks: Sequence[FoundBlock], max_shard_size: str) -> None:
-    """Weights and config, the config in every spelling that readers of this architecture know."""
+    """Weights, config in every spelling that readers of this architecture know, and the code that it needs."""
     model.save_pretrained(directory, max_shard_size=max_shard_size)
+    _spell_out_config(directory, blocks)
+    carry_code(directory, model.config)
+
+
+def describe_model(model: PreTrainedModel, directory: Path, blocks: Sequence[FoundBlock]) -> None:
+    """`write_model` without the weights, for a model whose shards are written already."""
+    with TemporaryDirectory(dir=directory) as beside, without_bars():
+        model.save_pretrained(beside, state_dict={})
+        for path in Path(beside).iterdir():
+            # Only the empty file of weights is of no use.
+            if path.suffix != ".safetensors":
+                path.rename(directory / path.name)
+    _spell_out_config(directory, blocks)
+    carry_code(directory, model.config)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from showing bars of its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _spell_out_config(directory: Path, blocks: Sequence[FoundBlock]) -> None:
     path = directory / "config.json"
     fields = {found.surgeon.count_fields for found in blocks}
     path.write_text(json.dumps(spell_out(json.loads(path.read_text()), fields), indent=2, sort_keys=True) + "\n")
@@ -126,10 +170,10 @@ def spell_out(config: Mapping[str, Any], count_fields: set[tuple[str, ...]]) -> 
     return spelled
 
 
-def set_expert_count(model: PreTrainedModel, blocks: Sequence[FoundBlock], count: int) -> None:
-    """Tell the config of a plain model how many experts it has."""
-    fields = {name for found in blocks for name in found.surgeon.count_fields[:1]}
-    for config in owning_configs(model.config):
-        for name in fields:
-            if hasattr(config, name):
-                setattr(config, name, count)
+def set_expert_counts(model: PreTrainedModel, blocks: Sequence[FoundBlock], counts: Mapping[str, int]) -> None:
+    """Tell the configs of a plain model how many experts their blocks have."""
+    towers = {found.info.name: tower_of(model, found) for found in blocks}
+    for found in blocks:
+        tower = towers[found.info.name]
+        if tower is not None:
+            setattr(config_at(model.config, tower), found.surgeon.count_fields[0], counts[found.info.name])

@@ -69,6 +69,7 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
     """How to find and read a checkpoint, beside its name."""
     parser.add_argument("--revision", help="Branch, tag or commit of a Hub model.")
     parser.add_argument("--trust-remote-code", action="store_true", help="Run the modeling code of the checkpoint.")
+    parser.add_argument("--dequantize", action="store_true", help="Read an FP8 or MXFP4 checkpoint as its bf16 values.")
     parser.add_argument("--dtype", default="auto", help='Of the weights, such as "bfloat16"; default as stored.')
 
 
@@ -81,6 +82,12 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--num-experts", type=int, help="Experts that remain in each block, instead of the recipe's.")
     parser.add_argument("--keep-ratio", type=float, help="Share of experts that remain, in (0, 1].")
     parser.add_argument("--target-size", help='Size of the checkpoint, such as "16GB" or "900MiB".')
+    parser.add_argument(
+        "--mtp",
+        default="error",
+        choices=("error", "copy", "cut", "drop"),
+        help="What becomes of multi-token-prediction layers; by default a checkpoint that has some is refused.",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -97,6 +104,8 @@ def checkpoint_arguments(args: Namespace) -> dict[str, Any]:
         given["revision"] = args.revision
     if args.trust_remote_code:
         given["trust_remote_code"] = True
+    if args.dequantize:
+        given["dequantize"] = True
     return given
 
 

@@ -32,7 +32,16 @@ class CompressCommand(MoESubcommand):
         add_recipe_arguments(parser)
         add_checkpoint_arguments(parser)
         parser.add_argument("--output", required=True, help="Folder that the checkpoint is written to.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace what is in --output.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace what is in --output; start anew.")
+        parser.add_argument(
+            "--streaming",
+            action="store_true",
+            help="Layer by layer, for checkpoints larger than memory; the same command goes on after an interruption.",
+        )
+        parser.add_argument("--max-memory", help='What tensors may take with --streaming, such as "20GB".')
+        parser.add_argument(
+            "--error-propagation", action="store_true", help="Observe each layer behind those that are cut already."
+        )
         parser.add_argument(
             "--calibration",
             action="append",
@@ -66,11 +75,15 @@ class CompressCommand(MoESubcommand):
             args.model,
             recipe,
             text_source(args.calibration),
+            engine="streaming" if args.streaming else "auto",
             output_dir=args.output,
+            error_propagation=args.error_propagation,
+            max_memory=args.max_memory,
             overwrite=args.overwrite,
             seed=args.seed,
             device_map=args.device_map,
             progress=not args.quiet,
+            mtp=args.mtp,
             **checkpoint_arguments(args),
         )
         needed = compressor.method.needs_statistics or kept is not None

@@ -70,13 +70,12 @@ def supported() -> dict[str, Any]:
     from optimum_moe.methods import METHODS
     from optimum_moe.methods.saliency import get_saliency, saliency_names
     from optimum_moe.recipes import load_recipe, preset_names
-    from optimum_moe.surgeons import registered_surgeons
+    from optimum_moe.reporting.support import support
 
     recipes = {name: load_recipe(name) for name in preset_names()}
     return {
         "architectures": {
-            name: {"surgeon": type(surgeon).__name__, "expert_count": list(surgeon.count_fields)}
-            for name, surgeon in sorted(registered_surgeons().items())
+            row.name: {"methods": list(row.methods), "plain": row.plain, "remarks": row.remarks} for row in support()
         },
         "presets": {name: ", ".join(recipe.to_yaml().strip().splitlines()) for name, recipe in recipes.items()},
         "methods": {name: _first_line(cls) for name, cls in METHODS.items()},
@@ -104,9 +103,10 @@ def _show_inspected(record: dict[str, Any]) -> str:
 
 def _show_supported(record: dict[str, Any]) -> str:
     architectures = [
-        (name, entry["surgeon"], ", ".join(entry["expert_count"])) for name, entry in record["architectures"].items()
+        (name, ", ".join(entry["methods"]) or "none", "yes" if entry["plain"] else "no", entry["remarks"])
+        for name, entry in record["architectures"].items()
     ]
-    parts = [table([("architecture", "surgeon", "experts in the config"), *architectures])]
+    parts = [table([("architecture", "methods", "plain", "remarks"), *architectures])]
     for title, key in (("preset", "presets"), ("method", "methods"), ("saliency", "saliencies")):
         parts.append(table([(title, "what it does"), *record[key].items()]))
     return "\n\n".join(parts)

@@ -8,6 +8,7 @@ from optimum_moe.cli.compress import CompressCommand
 from optimum_moe.cli.evaluate import EvaluateCommand
 from optimum_moe.cli.inspect import InspectCommand
 from optimum_moe.cli.preview import PreviewCommand
+from optimum_moe.cli.verify import VerifyCommand
 
 
 class MoECommand(BaseOptimumCLICommand):
@@ -19,4 +20,5 @@ class MoECommand(BaseOptimumCLICommand):
         CommandInfo("preview", "Show what a recipe would give, without reading a weight.", PreviewCommand),
         CommandInfo("compress", "Compress a checkpoint.", CompressCommand),
         CommandInfo("evaluate", "Measure models on held-out text.", EvaluateCommand),
+        CommandInfo("verify", "Check a compressed checkpoint tensor by tensor.", VerifyCommand),
     )

@@ -30,5 +30,6 @@ class PreviewCommand(MoESubcommand):
         from optimum_moe.compressor import MoECompressor
 
         recipe = recipe_of(self.args)
-        preview = MoECompressor.from_pretrained(self.args.model, recipe, **checkpoint_arguments(self.args)).preview()
+        arguments = checkpoint_arguments(self.args)
+        preview = MoECompressor.from_pretrained(self.args.model, recipe, mtp=self.args.mtp, **arguments).preview()
         print(json.dumps(preview.to_dict(), indent=1) if self.args.json else preview)

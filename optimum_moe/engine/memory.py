@@ -1,30 +1,21 @@
-"""The engine: loop over the blocks of a source, decide each one, cut it."""
+"""A model in memory as a source, and the loops over any source that need no forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_moe.blocks import ModelInfo
-from optimum_moe.methods import BlockContext, Method
+from optimum_moe.engine.cutting import BlockSource, Cutter, Observed, check_together, counts_for, cut_units
+from optimum_moe.engine.progress import Progress
+from optimum_moe.engine.units import Unit, find_units
+from optimum_moe.methods import Method
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.statistics import Statistics
 from optimum_moe.surgeons import FoundBlock
-
-
-class BlockSource(Protocol):
-    """Where the tensors of blocks come from, and where they go once a block is cut."""
-
-    blocks: Sequence[FoundBlock]
-
-    def opened(self, found: FoundBlock) -> Any:
-        """Context manager that gives the block with its tensors; what was changed stays changed."""
 
 
 class MemorySource:
@@ -33,11 +24,36 @@ class MemorySource:
     def __init__(self, model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> None:
         self.model = model
         self.blocks = blocks
+        self.units: Sequence[Unit] = find_units(model, blocks)
+        self._plans: dict[str, BlockPlan] = {}
+        self._finished: set[str] = set()
 
     @contextmanager
-    def opened(self, found: FoundBlock) -> Iterator[nn.Module]:
-        """The block itself."""
-        yield found.module(self.model)
+    def loaded(self, unit: Unit) -> Iterator[None]:
+        """It always is."""
+        yield
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """It always can."""
+        yield
+
+    def settle(self) -> None:
+        """Nothing goes."""
+
+    def is_finished(self, unit: Unit) -> bool:
+        """Whether it was cut."""
+        return unit.name in self._finished
+
+    def finish(self, unit: Unit, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
+        """Remember the plans."""
+        self._finished.add(unit.name)
+        self._plans |= plans
+
+    def plans(self) -> dict[str, BlockPlan]:
+        """See `BlockSource.plans`."""
+        order = [found.info.name for found in self.blocks]
+        return {name: self._plans[name] for name in order if name in self._plans}
 
 
 def decide_and_cut(
@@ -48,41 +64,44 @@ def decide_and_cut(
     seed: int,
     identity: Mapping[str, Any],
     progress: bool = True,
+    lines: bool = False,
 ) -> CompressionPlan:
-    """Decide and cut block by block.
+    """Decide and cut unit by unit.
 
     Every plan is decided on the block's original weights, and a block is cut only when its plan is complete.
 
     Returns:
         The plan that was carried out.
+
+    Raises:
+        ValueError: If no calibration token reached a block that is to be cut, unless `unseen="keep"`, or the
+            architecture cannot hold the counts.
     """
-    counts = method.allocate(info, statistics)
-    plans: dict[str, BlockPlan] = {}
-    for found in tqdm(source.blocks, desc=method.name, disable=not progress):
-        name = found.info.name
-        with source.opened(found) as block:
-            context = BlockContext(
-                info=found.info,
-                experts=found.surgeon.experts(block),
-                router_rows=found.surgeon.router_rows(block).detach(),
-                generator=torch.Generator().manual_seed(seed * 100_003 + found.info.index),
-                statistics=None if statistics is None else statistics.blocks[name],
-                unseen="warn" if statistics is None else statistics.unseen,
-            )
-            with torch.no_grad():
-                plans[name] = method.decide(context, counts[name])
-            # The context views the old tensors, which must be free to go while the new ones are made.
-            del context
-            if not plans[name].is_identity:
-                found.surgeon.cut(block, plans[name])
+    counts = counts_for(source.blocks, info, method, statistics)
+    unseen = "warn" if statistics is None else statistics.unseen
+    cutter = Cutter(source, method, seed, counts, unseen)
+    with Progress(len(source.units), method.name, progress, lines) as shown:
+        cut_units(source, cutter, None if statistics is None else statistics.blocks, shown)
     calibration = None if statistics is None else statistics.calibration
-    return CompressionPlan(plans, method.settings(), identity, calibration, seed)
+    return CompressionPlan(source.plans(), method.settings(), identity, calibration, seed)
 
 
-def carry_out(source: BlockSource, plan: CompressionPlan) -> None:
-    """Cut the blocks of a source as a finished plan says."""
-    for found in source.blocks:
-        block_plan = plan.blocks[found.info.name]
-        if not block_plan.is_identity:
-            with source.opened(found) as block:
-                found.surgeon.cut(block, block_plan)
+def carry_out(source: BlockSource, plan: CompressionPlan, progress: bool = False, lines: bool = False) -> None:
+    """Cut the blocks of a source as a finished plan says.
+
+    Raises:
+        ValueError: If the plan is for other blocks; nothing was cut then.
+    """
+    sizes = {found.info.name: found.info.num_experts for found in source.blocks}
+    planned = {name: block.num_experts for name, block in plan.blocks.items()}
+    if sizes != planned:
+        name = next(name for name in {**sizes, **planned} if sizes.get(name) != planned.get(name))
+        raise ValueError(
+            f"The plan has {planned.get(name, 'no')} experts for {name}, the model {sizes.get(name, 'no such block')}. "
+            "Use the plan of this checkpoint."
+        )
+    counts = {name: block.num_groups for name, block in plan.blocks.items()}
+    check_together(source.blocks, counts)
+    cutter = Cutter(source, None, plan.seed, counts, plan=plan)
+    with Progress(len(source.units), "plan", progress, lines) as shown:
+        cut_units(source, cutter, None, shown)

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig, build_batches, draw_documents
+from optimum_moe.calibration.media import MediaSource
 from optimum_moe.calibration.sampling import find_affixes
 from optimum_moe.calibration.sources import ReadyInputs, read_sources
 
@@ -94,6 +95,9 @@ def texts_of(value: Any, tokenizer: Any = None) -> Iterator[str]:
             raise ValueError("Model inputs are compared as text, which needs a tokenizer. Pass tokenizer=.")
         for row in _rows(build_batches(config)):
             yield tokenizer.decode(row, skip_special_tokens=True)
+        return
+    if isinstance(sources, MediaSource):
+        yield from (example.plain_text for example in sources.drawn(config.seed))
         return
     for source in sources:
         for document in source.documents:

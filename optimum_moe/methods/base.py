@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.algorithms.router_fit import RouterView
 from optimum_moe.blocks import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.statistics import BlockStatistics, Statistics, Unseen
@@ -22,7 +23,7 @@ class BlockContext:
     Args:
         info: Sizes of the block.
         experts: Its routed experts.
-        router_rows: (E, H) rows of the router.
+        router: Its router.
         generator: Source of randomness, seeded for this block.
         statistics: Observed statistics, None for data-free methods.
         unseen: What to do about experts without tokens.
@@ -30,7 +31,7 @@ class BlockContext:
 
     info: BlockInfo
     experts: ExpertTensors
-    router_rows: torch.Tensor
+    router: RouterView
     generator: torch.Generator
     statistics: BlockStatistics | None = None
     unseen: Unseen = "warn"

@@ -122,6 +122,11 @@ def check_count(block: BlockInfo, count: int, routing: Routing) -> None:
         )
     if routing == "map":
         return
+    if block.fixed_router and count < block.num_experts:
+        raise ValueError(
+            f"num_experts={count} would take ids from what {block.name} chooses from: {block.fixed_router}. "
+            'Merge its experts with routing="map".'
+        )
     if count < block.top_k:
         raise ValueError(
             f"num_experts={count} is smaller than num_experts_per_tok={block.top_k}: the router cannot pick "

@@ -7,7 +7,7 @@ arXiv:2310.01334), section 3.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from optimum_moe.algorithms.alignment import align_experts
 from optimum_moe.algorithms.grouping import adaptive_dominants, dominant_experts, join_dominants, random_groups
 from optimum_moe.algorithms.merging import merge_weights
+from optimum_moe.algorithms.router_fit import Choices, RouterFit, fit_router
 from optimum_moe.algorithms.similarity import gram_similarity, vector_similarity
 from optimum_moe.blocks import ModelInfo
 from optimum_moe.methods.base import BlockContext, Method
@@ -42,7 +43,7 @@ class MSMoE(Method):
         routing: `"map"` keeps the router and maps its ids (the paper; needs this package to load), `"reduce"`
             shrinks the router, which gives a plain checkpoint.
         router_rows: Row of a merged expert under `"reduce"`: that of its `"dominant"` expert or the frequency-weighted
-            `"mean"`.
+            `"mean"`, or rows that were fitted to how the original router shared its weight (`"fit"`, the default).
         layers: Positions of the MoE blocks to cut, None for all.
         protect: Patterns of block names that stay as they are, for example `["*.layers.0.*"]`.
 
@@ -61,7 +62,7 @@ class MSMoE(Method):
     weighting: Literal["frequency", "uniform"] = "frequency"
     align: bool = True
     routing: Routing = "map"
-    router_rows: Literal["dominant", "mean"] = "dominant"
+    router_rows: Literal["dominant", "mean", "fit"] = "fit"
     layers: Sequence[int] | None = None
     protect: Sequence[str] | None = None
 
@@ -72,7 +73,7 @@ class MSMoE(Method):
         choose_one("grouping", self.grouping, ("routing", "random"))
         choose_one("weighting", self.weighting, ("frequency", "uniform"))
         choose_one("routing", self.routing, ("map", "reduce"))
-        choose_one("router_rows", self.router_rows, ("dominant", "mean"))
+        choose_one("router_rows", self.router_rows, ("dominant", "mean", "fit"))
 
     @property
     def needs_statistics(self) -> bool:
@@ -119,7 +120,7 @@ class MSMoE(Method):
         router_weights_E = None
         if self.routing == "reduce":
             router_weights_E = merge_weights(frequency_E, labels_E, count)
-            if self.router_rows == "dominant":
+            if self.router_rows != "mean":
                 router_weights_E = torch.zeros_like(router_weights_E)
                 router_weights_E[list(dominants_G)] = 1.0
         return BlockPlan(
@@ -130,7 +131,26 @@ class MSMoE(Method):
             merge_weights_E=merge_weights(weighting_E, labels_E, count),
             permutations_EI=align_experts(context.experts, labels_E, dominants_G) if self.align else None,
             router_weights_E=router_weights_E,
+            router_fit=self._fit(context, labels_E, dominants_G),
         )
+
+    def _fit(self, context: BlockContext, labels_E: torch.Tensor, dominants_G: tuple[int, ...]) -> RouterFit | None:
+        if self.routing == "map" or self.router_rows != "fit":
+            return None
+        original, sample = context.router, context.observed().reservoir
+        rows = [*dominants_G, *range(original.num_experts, len(original.rows_NX))]
+        bias_N, correction_E = original.bias_N, original.correction_E
+        start = replace(
+            original,
+            rows_NX=original.rows_NX[rows],
+            num_experts=len(dominants_G),
+            bias_N=None if bias_N is None else bias_N[rows],
+            correction_E=None if correction_E is None else correction_E[list(dominants_G)],
+        )
+        choices = Choices(sample.router_input_SH, sample.index_SK, sample.weights_SK, labels_E, len(dominants_G))
+        info = context.info
+        groups = info.router_groups, info.router_groups_used
+        return fit_router(original, start, choices, info.top_k, *groups, generator=context.generator)
 
     def _groups(self, context: BlockContext, count: int) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Labels and dominant experts, groups numbered by ascending dominant expert."""
@@ -152,7 +172,7 @@ class MSMoE(Method):
         if self.similarity == "router_logits":
             return gram_similarity(context.observed().router_gram_EE)
         if self.similarity == "router_weights":
-            return vector_similarity(context.router_rows)
+            return vector_similarity(context.router.rows_NX[: context.info.num_experts])
         experts = context.experts
         fields = [m for m in (experts.gate, experts.up, experts.down) if m is not None]
         gram_EE = torch.zeros(experts.num_experts, experts.num_experts, dtype=torch.float64)

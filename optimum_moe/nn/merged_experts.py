@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from optimum_moe.nn.class_swap import SwappedModule
+
+RunExpert: TypeAlias = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From an expert and the (P, H) inputs of its tokens to its hidden neurons (P, I) and output (P, H)."""
 
 
 class MergedExpertLayer(SwappedModule):
@@ -87,7 +91,20 @@ def eager_experts_forward(
     Returns:
         (T, H) in the dtype of `hidden_TH`.
     """
-    order_S, ends_G, _ = _sort_pairs(index_TK, experts.num_experts)
+    run = partial(run_expert, experts, expert_tensors(experts))
+    return run_routed(run, experts.num_experts, hidden_TH, index_TK, weights_TK, watch)
+
+
+def run_routed(
+    run: RunExpert,
+    num_experts: int,
+    hidden_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    watch: Callable[..., None] | None = None,
+) -> torch.Tensor:
+    """`eager_experts_forward` for experts of any kind."""
+    order_S, ends_G, _ = _sort_pairs(index_TK, num_experts)
     ends = ends_G.tolist()
     counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     token_S = order_S // index_TK.shape[-1]
@@ -95,13 +112,12 @@ def eager_experts_forward(
     # index_select copies whole rows, several times faster on a CPU than indexing.
     input_SH = hidden_TH.index_select(0, token_S)
     rows = zip(token_S.split(counts), weight_S1.split(counts), input_SH.split(counts), strict=True)
-    tensors = expert_tensors(experts)
     output_TH = _accumulator(hidden_TH)
     for expert, (token_P, weight_P1, input_PH) in enumerate(rows):
         # A process of expert parallelism that gets no token still has to take part in the backward collectives.
         if counts[expert] == 0 and (expert > 0 or len(order_S) > 0):
             continue
-        hidden_PI, output_PH = run_expert(experts, tensors, expert, input_PH)
+        hidden_PI, output_PH = run(expert, input_PH)
         if watch is not None and counts[expert]:
             watch(expert, token_P, weight_P1[:, 0], input_PH, hidden_PI, output_PH)
         output_TH.index_add_(0, token_P, _wide(output_PH * weight_P1))

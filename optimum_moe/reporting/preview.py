@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_moe.blocks import ModelInfo
-from optimum_moe.plan import Routing
-from optimum_moe.surgeons import FoundBlock
+from optimum_moe.plan import Routing, is_expressible
+from optimum_moe.surgeons import FoundBlock, tower_of
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ def preview(
     parameters = info.parameters - removed_parameters - removed_router
     size = int(info.bytes - (removed_parameters + removed_router) * info.expert_itemsize)
     before = flops_per_token(skeleton, blocks, full)
-    plain = routing == "reduce" and len({counts[found.info.name] for found in blocks}) == 1
+    unchanged = {found.info.name for found in blocks if counts[found.info.name] == found.info.num_experts}
+    towers = {found.info.name: tower_of(skeleton, found) for found in blocks}
+    mapped = routing == "map" and len(unchanged) < len(blocks)
     return Preview(
         before=Cost(info.parameters, info.bytes, before, before),
         after=Cost(
@@ -129,5 +131,5 @@ def preview(
             flops_per_token(skeleton, blocks, high) - dense_saving,
         ),
         counts={found.info.name: (found.info.num_experts, counts[found.info.name]) for found in blocks},
-        plain=plain or all(counts[found.info.name] == found.info.num_experts for found in blocks),
+        plain=not mapped and is_expressible(counts, unchanged, towers),
     )

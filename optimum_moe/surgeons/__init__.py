@@ -10,6 +10,7 @@ from optimum_moe.surgeons.registry import (
     register_surgeon,
     registered_surgeons,
 )
+from optimum_moe.surgeons.towers import config_at, tower_of
 
 __all__ = [
     "ARCHITECTURES",
@@ -17,9 +18,11 @@ __all__ = [
     "BlockWatcher",
     "FoundBlock",
     "Surgeon",
+    "config_at",
     "find_blocks",
     "get_surgeon",
     "owning_configs",
     "register_surgeon",
     "registered_surgeons",
+    "tower_of",
 ]

@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from optimum_moe.surgeons.scoring import (
+    Scoring,
+    activation,
+    multiplied_sigmoid,
+    sigmoid,
+    softcapped_sigmoid,
+    softmax,
+    softmax_or_sigmoid,
+)
+
+Role: TypeAlias = Literal["rows", "bias", "correction", "scale"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +30,8 @@ class RouterTensor:
         trailing: Whether entries that belong to no routed expert (shared or skipped ones) follow those of the
             experts; they stay as they are.
         holds_ids: Whether it has no expert axis at all, but holds expert ids (a hash table).
+        role: The rows of the last linear layer, its bias, the correction that is added for the choice only, or a
+            factor on the weights; by default what the name says.
     """
 
     path: str
@@ -25,6 +40,17 @@ class RouterTensor:
     optional: bool = False
     trailing: bool = False
     holds_ids: bool = False
+    role: Role = ""  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if not self.role:
+            object.__setattr__(self, "role", _role_of(self.path.rpartition(".")[2]))
+
+
+def _role_of(name: str) -> Role:
+    if name == "bias":
+        return "bias"
+    return "correction" if "bias" in name else "scale" if "scale" in name else "rows"
 
 
 @dataclass(frozen=True)
@@ -52,6 +78,8 @@ class Architecture:
         logits: Path from the router to the layer whose output are the logits before any scoring; None where the
             router itself returns them, and computes them from its own input.
         least_experts: Fewest experts with which transformers builds this block and not a dense one.
+        scoring: How logits become scores; by default a sigmoid where the router has a correction, else a softmax.
+        selects_by: What the correction is added to for the choice.
     """
 
     name: str
@@ -67,11 +95,30 @@ class Architecture:
     block_counts: tuple[str, ...] = ()
     logits: str | None = None
     least_experts: int = 1
+    scoring: Scoring | None = None
+    selects_by: Literal["scores", "logits"] = "scores"
 
     @property
     def tensors(self) -> tuple[RouterTensor, ...]:
         """`router_tensors` in their long form."""
         return tuple(RouterTensor(t) if isinstance(t, str) else t for t in self.router_tensors)
+
+    @property
+    def remark(self) -> str:
+        """What a user should know of the architecture."""
+        remarks = {
+            "within router groups, where a checkpoint has several": self.router_groups is not None,
+            "blocks routed by a table of token ids cannot be pruned": any(t.holds_ids for t in self.tensors),
+            "router entries of shared or skipped experts stay": any(t.trailing for t in self.tensors),
+            f"at least {self.least_experts} experts": self.least_experts > 1,
+        }
+        return "; ".join(remark for remark, applies in remarks.items() if applies)
+
+    @property
+    def scores(self) -> Scoring:
+        """`scoring`, or its default."""
+        default = sigmoid if any(tensor.role == "correction" for tensor in self.tensors) else softmax
+        return self.scoring or default
 
 
 _PLAIN = ("num_experts",)
@@ -80,6 +127,7 @@ _EITHER = ("num_experts", "num_local_experts")
 _LOCAL_FIRST = ("num_local_experts", "num_experts")
 _ROUTED = ("n_routed_experts", "num_local_experts")
 _BIASED = ("weight", "e_score_correction_bias")
+_WITH_BIAS = ("weight", "bias")
 _STATICS = ("weight", RouterTensor("moe_statics.e_score_correction_bias", axis=1))
 _GEMMA = ("proj.weight", "per_expert_scale")
 
@@ -88,7 +136,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("qwen3_moe", "Qwen3MoeSparseMoeBlock", _LOCAL_FIRST),
     Architecture("olmoe", "OlmoeSparseMoeBlock", _EITHER),
     Architecture("deepseek_v3", "DeepseekV3MoE", _ROUTED, router_tensors=_BIASED, router_groups="num_group"),
-    Architecture("gpt_oss", "GptOssMLP", _LOCAL_FIRST, router="router", router_tensors=("weight", "bias")),
+    Architecture("gpt_oss", "GptOssMLP", _LOCAL_FIRST, router="router", router_tensors=_WITH_BIAS),
     Architecture("aria", "AriaTextMoELayer", ("moe_num_experts",), router="router"),
     Architecture("nemotron_h", "NemotronHMoE", _ROUTED, router_tensors=_BIASED, router_groups="num_group"),
     Architecture(
@@ -119,6 +167,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             RouterTensor("e_score_correction_bias", optional=True),
             RouterTensor("tid2eid", optional=True, holds_ids=True),
         ),
+        scoring=activation,
     ),
     Architecture(
         "deepseek_ocr2", "DeepseekOcr2TextMoe", ("n_routed_experts", "num_experts"), router_groups="num_group"
@@ -154,13 +203,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "Ernie4_5_MoeSparseMoeBlock",
         ("moe_num_experts", "num_experts"),
         router_tensors=_STATICS,
-        block_counts=("num_experts",),
-    ),
-    Architecture(
-        "ernie4_5_vl_moe",
-        "Ernie4_5_VLMoeSparseMoeBlock",
-        ("moe_num_experts", "num_experts"),
-        router_tensors=_STATICS,
+        scoring=softmax,
         block_counts=("num_experts",),
     ),
     Architecture(
@@ -190,6 +233,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("dots1", "Dots1MoE", _ROUTED, router_tensors=_BIASED, router_groups="num_group"),
     Architecture("dots3_note", "Dots3NoteTextMoE", _ROUTED, router_tensors=_BIASED, router_groups="num_group"),
     Architecture(
+        "dots3_note_vision",
+        "Dots3NoteVisionMoE",
+        _LOCAL,
+        router_tensors=("weight", RouterTensor("e_score_correction_bias", on_block=True)),
+    ),
+    Architecture(
         "lfm2_moe",
         "Lfm2MoeSparseMoeBlock",
         _PLAIN,
@@ -207,10 +256,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("axk2", "AXK2MoE", _ROUTED, router_tensors=_BIASED, router_groups="num_group"),
     Architecture("bailing_hybrid", "BailingHybridMoE", _EITHER, router_tensors=_BIASED, router_groups="num_group"),
     Architecture("beam", "BeamMoE", _PLAIN, router_tensors=_BIASED, router_groups="num_group"),
-    Architecture("cohere2_moe", "Cohere2MoeSparseMoeBlock", _PLAIN),
+    Architecture("cohere2_moe", "Cohere2MoeSparseMoeBlock", _PLAIN, scoring=softmax_or_sigmoid),
     Architecture("exaone_moe", "ExaoneMoeSparseMoEBlock", _PLAIN, router_tensors=_BIASED, router_groups="num_group"),
     Architecture("flex_olmo", "FlexOlmoSparseMoeBlock", _EITHER),
-    Architecture("flint", "FlintSparseMoeBlock", _PLAIN),
+    Architecture("flint", "FlintSparseMoeBlock", _PLAIN, scoring=sigmoid),
     Architecture(
         "inkling",
         "InklingMoE",
@@ -218,21 +267,31 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         router_tensors=(RouterTensor("weight", trailing=True), "e_score_correction_bias"),
         router_counts=("num_experts", "n_total_experts"),
     ),
-    Architecture("inkling2", "Inkling2SparseMoeBlock", _ROUTED, router_tensors=_BIASED),
+    Architecture("inkling2", "Inkling2SparseMoeBlock", _ROUTED, router_tensors=_BIASED, scoring=activation),
     Architecture("kimi_linear", "KimiLinearMoE", _EITHER, router_tensors=_BIASED, router_groups="num_group"),
-    Architecture("kolibri1", "Kolibri1SparseMoeBlock", _LOCAL_FIRST, router_tensors=_BIASED),
-    Architecture("laguna", "LagunaSparseMoeBlock", _PLAIN, router_tensors=_BIASED),
+    Architecture("kolibri1", "Kolibri1SparseMoeBlock", _LOCAL_FIRST, router_tensors=_BIASED, selects_by="logits"),
+    Architecture("laguna", "LagunaSparseMoeBlock", _PLAIN, router_tensors=_BIASED, scoring=softcapped_sigmoid),
     Architecture("mellum", "MellumSparseMoeBlock", _LOCAL_FIRST),
     Architecture("mimo_v2_flash", "MiMoV2FlashMoE", _ROUTED, router_tensors=_BIASED, router_groups="num_group"),
     Architecture("mistral4", "Mistral4MoE", _ROUTED, router_groups="num_group"),
     Architecture("mistral_large4", "MistralLarge4TextMoE", _ROUTED, router_groups="num_group"),
-    Architecture("muse_spark", "MuseSparkMoE", _LOCAL, router_tensors=_BIASED),
+    Architecture("muse_spark", "MuseSparkMoE", _LOCAL, router_tensors=_BIASED, scoring=multiplied_sigmoid),
     Architecture(
         "openai_privacy_filter",
         "OpenAIPrivacyFilterMLP",
         _LOCAL_FIRST,
         router="router",
-        router_tensors=("weight", "bias"),
+        router_tensors=_WITH_BIAS,
+    ),
+    Architecture(
+        "diffusion_gemma",
+        "DiffusionGemmaEncoderTextLayer",
+        _PLAIN,
+        router="router",
+        router_tensors=_GEMMA,
+        top_k="config.top_k_experts",
+        router_counts=("proj.out_features",),
+        logits="proj",
     ),
     Architecture("solar_open", "SolarOpenMoE", _ROUTED, router_tensors=_BIASED, router_groups="num_group"),
     Architecture(
@@ -246,5 +305,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         # It tells the class beyond its experts, which skips them, by the count in its config.
         router_counts=("num_experts", "num_router_classes", "router_mlp.out_proj.out_features", "config.num_experts"),
         logits="router_mlp.out_proj",
+        scoring=softmax,
     ),
 )

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
 from optimum_moe.algorithms.merging import merge_matrices
+from optimum_moe.algorithms.router_fit import RouterView
 from optimum_moe.blocks import BlockInfo
 from optimum_moe.plan import BlockPlan, Routing
+from optimum_moe.surgeons.architecture import Role, RouterTensor
 
 Block: TypeAlias = Any
 """An MoE block: a module whose attributes are its architecture's own."""
 
 NEURON_AXIS = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0, "down_bias": None}
 """Axis of an expert's matrix (or bias) along which its intermediate neurons lie."""
+
+_FITTED = {"rows": "rows_GX", "bias": "bias_G", "correction": "correction_G"}
 
 
 class BlockWatcher(Protocol):
@@ -46,11 +52,17 @@ class BlockWatcher(Protocol):
 class Surgeon(ABC):
     """Finds, reads, observes, cuts and rebuilds the MoE blocks of one architecture.
 
-    A surgeon holds no state of a model; one instance serves all.
+    A surgeon holds no state of a model; one instance serves all. `count_config` is the sub config that holds
+    `count_fields`, where it is not the config of the model around the block; `fixed_router` says why the router cannot
+    lose an entry, where it cannot; `remark` is what a user should know of the architecture.
     """
 
     name: str
     count_fields: tuple[str, ...]
+    count_config: str = ""
+    selects_by: Literal["scores", "logits"] = "scores"
+    fixed_router: str = ""
+    remark: str = ""
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -71,6 +83,31 @@ class Surgeon(ABC):
     @abstractmethod
     def router_rows(self, block: Block) -> torch.Tensor:
         """(E, H) rows of the router's last linear layer."""
+
+    def router_tensors(self, block: Block, holds_ids: bool = False) -> list[tuple[RouterTensor, torch.Tensor]]:
+        """The tensors with an expert axis that this block has, or those that hold expert ids."""
+        return []
+
+    def scores(self, block: Block, logits_SN: torch.Tensor) -> torch.Tensor:
+        """(S, N) scores of a router's (S, N) logits; a softmax unless the architecture says otherwise."""
+        return logits_SN.softmax(-1)
+
+    def router(self, block: Block) -> RouterView:
+        """The router's last linear layer, with its bias, correction and scoring."""
+        found = {row.role: t.detach().movedim(row.axis, 0) for row, t in self.router_tensors(block)}
+        num_experts, correction = len(self.router_rows(block)), found.get("correction")
+        return RouterView(
+            rows_NX=found["rows"],
+            num_experts=num_experts,
+            scores=partial(self.scores, block),
+            bias_N=found.get("bias"),
+            correction_E=None if correction is None else correction.flatten()[:num_experts],
+            selects_by=self.selects_by,
+        )
+
+    def objection(self, counts: Mapping[str, int]) -> str | None:
+        """Why the blocks of a model cannot keep these numbers of experts together; None if they can."""
+        return None
 
     @abstractmethod
     def cut(self, block: Block, plan: BlockPlan) -> None:
@@ -104,8 +141,11 @@ def merge_group(
         merge_matrices([matrices[e] for e in members], weights, order, NEURON_AXIS[name], target[name][slot])
 
 
-def merged_router_rows(rows_EX: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
-    """(G, ...) rows of the reduced router, or (G,) biases: the members' rows by `router_weights_E`."""
+def merged_router_rows(rows_EX: torch.Tensor, plan: BlockPlan, role: Role = "rows") -> torch.Tensor:
+    """(G, ...) entries of the reduced router: those that were fitted, else the members' by `router_weights_E`."""
+    fitted = None if plan.router_fit is None else getattr(plan.router_fit, _FITTED.get(role, ""), None)
+    if fitted is not None:
+        return fitted.to(rows_EX).reshape(-1, *rows_EX.shape[1:])
     assert plan.router_weights_E is not None
     merged = torch.empty((plan.num_groups, *rows_EX.shape[1:]), dtype=rows_EX.dtype, device=rows_EX.device)
     # A bias has one number for each expert, and merge_matrices wants an axis.
@@ -128,3 +168,20 @@ def replace_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         owner._buffers[last] = tensor
     else:
         raise AttributeError(f"{type(owner).__name__} has no parameter or buffer {last!r}")
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """An attribute of a module by its dotted name."""
+    *path, last = name.split(".")
+    return getattr(module.get_submodule(".".join(path)), last)
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -13,104 +14,62 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from optimum_moe.algorithms.experts import ExpertTensors
-from optimum_moe.blocks import BlockInfo
 from optimum_moe.nn import MappedRouter, MergedExpertLayer, SwappedModule, swapped_class
 from optimum_moe.nn.merged_experts import eager_experts_forward
 from optimum_moe.plan import BlockPlan, Routing
-from optimum_moe.surgeons.architecture import Architecture, RouterTensor
-from optimum_moe.surgeons.base import Block, BlockWatcher, Surgeon, merge_group, merged_router_rows, replace_tensor
+from optimum_moe.surgeons.architecture import Architecture
+from optimum_moe.surgeons.base import Block, BlockWatcher
+from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon
 
 WATCHED = "optimum_moe_watched"
 """Name of the experts implementation that runs routed pairs once, for the model and for the statistics alike."""
 
 
-class GenericSurgeon(Surgeon):
+class GenericSurgeon(StackedSurgeon):
     """Driven by one `Architecture` row and the flags that transformers stamps on the experts module."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
         self.name = architecture.name
         self.count_fields = architecture.count_fields
+        self.router_name = architecture.router
+        self.tensors = architecture.tensors
+        self.selects_by = architecture.selects_by
+        self.remark = architecture.remark
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the class of `module` is the row's, and this one is no dense layer of that class."""
         return type(module).__name__ == self.architecture.block and hasattr(module, self.architecture.experts)
 
-    def info(self, block: Block, name: str, index: int) -> BlockInfo:
-        """Sizes from the modules, which transformers built from the config."""
-        router, experts = self._router(block), self._experts(block)
-        tensors = dict(experts.named_parameters(recurse=False))
-        view = canonical_view(experts)
-        # Some configs say None for no groups.
-        groups_field = self.architecture.router_groups
-        groups = 1 if groups_field is None else getattr(router, groups_field) or 1
-        return BlockInfo(
-            name=name,
-            index=index,
-            num_experts=experts.num_experts,
-            top_k=attrgetter(self.architecture.top_k)(router),
-            router_groups=groups,
-            router_groups_used=getattr(router, self.architecture.router_groups_used, None) or groups,
-            intermediate_size=view.intermediate_size,
-            hidden_size=view.hidden_size,
-            expert_parameters=sum(tensor[0].numel() for tensor in tensors.values()),
-            expert_multiply_adds=sum(tensor[0].numel() for tensor in tensors.values() if tensor.dim() == 3),
-            router_parameters=sum(t.numel() // t.shape[row.axis] for row, t in self.router_tensors(block)),
-        )
-
-    def experts(self, block: Block) -> ExpertTensors:
-        """Views of the 3D tensors, whatever their layout."""
-        return canonical_view(self._experts(block))
-
-    def expert_parameters(self, block: Block) -> list[nn.Parameter]:
+    def stacks(self, block: Block) -> list[ExpertStack]:
         """The 3D tensors and their biases."""
-        return list(self._experts(block).parameters(recurse=False))
-
-    def router_rows(self, block: Block) -> torch.Tensor:
-        """The first tensor that the row names, without what trails the experts."""
-        rows = attribute(block, self._path(self.architecture.tensors[0]))
-        return rows[: self._experts(block).num_experts] if self.architecture.tensors[0].trailing else rows
-
-    def router_tensors(self, block: Block, holds_ids: bool = False) -> list[tuple[RouterTensor, torch.Tensor]]:
-        """The tensors with an expert axis that this block has, or those that hold expert ids."""
-        rows = [row for row in self.architecture.tensors if row.holds_ids == holds_ids]
-        return [(row, attribute(block, self._path(row))) for row in rows if not row.optional or self._has(block, row)]
-
-    @torch.no_grad()
-    def cut(self, block: Block, plan: BlockPlan) -> None:
-        """Replace tensor by tensor, so that at most one old and one new tensor of a block exist together.
-
-        Raises:
-            ValueError: If the architecture cannot express the plan; nothing was changed then.
-        """
-        self._check(block, plan)
-        router, experts = self._router(block), self._experts(block)
-        if plan.routing == "reduce":
-            self._reduce_router(block, plan)
-        for name, old in list(experts.named_parameters(recurse=False)):
-            new = torch.empty((plan.num_groups, *old.shape[1:]), dtype=old.dtype, device=old.device)
-            source, target = canonical_fields(experts, name, old), canonical_fields(experts, name, new)
-            for group in range(plan.num_groups):
-                merge_group(source, target, plan, group, group)
-            replace_tensor(experts, name, new)
-        self._finish(block, plan.num_groups, plan.routing)
-        if plan.routing == "map":
-            router.expert_map.copy_(torch.tensor(plan.labels_E))
-
-    def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:
-        """Empty tensors of the right size where the stock ones were."""
         experts = self._experts(block)
-        if routing == "reduce":
-            for row, old in self.router_tensors(block):
-                shape = list(old.shape)
-                shape[row.axis] -= experts.num_experts - num_groups
-                replace_tensor(block, self._path(row), old.new_empty(shape))
-        for name, old in list(experts.named_parameters(recurse=False)):
-            replace_tensor(experts, name, old.new_empty((num_groups, *old.shape[1:])))
-        self._finish(block, num_groups, routing)
+        return [
+            ExpertStack(f"{self.architecture.experts}.{name}", partial(canonical_fields, experts, name))
+            for name, _ in experts.named_parameters(recurse=False)
+        ]
 
-    def _check(self, block: Block, plan: BlockPlan) -> None:
+    def scores(self, block: Block, logits_SN: torch.Tensor) -> torch.Tensor:
+        """As the row says."""
+        return self.architecture.scores(self._router(block), logits_SN)
+
+    def num_experts(self, block: Block) -> int:
+        """As the experts module says."""
+        return self._experts(block).num_experts
+
+    def top_k(self, block: Block) -> int:
+        """The attribute that the row names."""
+        return attrgetter(self.architecture.top_k)(self._router(block))
+
+    def router_groups(self, block: Block) -> tuple[int, int]:
+        """The attributes that the row names."""
+        router, groups_field = self._router(block), self.architecture.router_groups
+        # Some configs say None for no groups.
+        groups = 1 if groups_field is None else getattr(router, groups_field) or 1
+        return groups, getattr(router, self.architecture.router_groups_used, None) or groups
+
+    def check(self, block: Block, plan: BlockPlan) -> None:
+        """Raise a `ValueError` for tables of token ids that would lose an expert, and for a dense rest."""
         if plan.routing == "map":
             return
         if self.router_tensors(block, holds_ids=True) and -1 in plan.labels_E:
@@ -124,19 +83,8 @@ class GenericSurgeon(Surgeon):
                 f"Keep at least {self.architecture.least_experts}."
             )
 
-    def _reduce_router(self, block: Block, plan: BlockPlan) -> None:
-        """Give the router one entry for each group wherever it has one for each expert."""
-        for row, old in self.router_tensors(block):
-            rows_EX = old.movedim(row.axis, 0)
-            parts = [merged_router_rows(rows_EX[: plan.num_experts], plan), rows_EX[plan.num_experts :]]
-            merged = torch.cat(parts).movedim(0, row.axis).contiguous()
-            replace_tensor(block, self._path(row), merged)
-        for row, ids in self.router_tensors(block, holds_ids=True):
-            labels_E = torch.tensor(plan.labels_E, dtype=ids.dtype, device=ids.device)
-            replace_tensor(block, self._path(row), labels_E[ids.long()])
-
-    def _finish(self, block: Block, num_groups: int, routing: Routing) -> None:
-        """Counts and classes, once the tensors have their new sizes."""
+    def install(self, block: Block, num_groups: int, routing: Routing) -> None:
+        """See `StackedSurgeon.install`."""
         router, experts = self._router(block), self._experts(block)
         if routing == "reduce":
             removed = experts.num_experts - num_groups
@@ -146,12 +94,11 @@ class GenericSurgeon(Surgeon):
             for name in self.architecture.block_counts:
                 lower_count(block, name, removed)
             return
-        num_experts, device = experts.num_experts, self.router_rows(block).device
+        self.add_map(block, num_groups)
         experts.num_experts = num_groups
         # Stock implementations skip the sentinel ids of repeats only where they expect expert parallelism.
         experts._is_expert_parallel = True
         experts.__class__ = swapped_class(MergedExpertLayer, type(experts))
-        router.register_buffer("expert_map", torch.zeros(num_experts, dtype=torch.int64, device=device))
         router.__class__ = swapped_class(MappedRouter, type(router))
         if getattr(type(block), "kernel_layer_name", None) is not None:
             # A hub kernel for the whole block would call neither of the two.
@@ -186,13 +133,6 @@ class GenericSurgeon(Surgeon):
     def _experts(self, block: Block) -> Any:
         return getattr(block, self.architecture.experts)
 
-    def _path(self, row: RouterTensor) -> str:
-        return row.path if row.on_block else f"{self.architecture.router}.{row.path}"
-
-    def _has(self, block: Block, row: RouterTensor) -> bool:
-        *path, last = self._path(row).split(".")
-        return hasattr(block.get_submodule(".".join(path)), last)
-
 
 def lower_count(owner: Any, name: str, removed: int) -> None:
     """Take `removed` off an integer attribute; `name` may be dotted."""
@@ -206,20 +146,6 @@ def lower_count(owner: Any, name: str, removed: int) -> None:
         child = copy(child)
         setattr(owner, first, child)
     lower_count(child, rest, removed)
-
-
-def attribute(module: nn.Module, name: str) -> torch.Tensor:
-    """A parameter or buffer by its dotted name."""
-    *path, last = name.split(".")
-    return getattr(module.get_submodule(".".join(path)), last)
-
-
-def canonical_view(experts: Any) -> ExpertTensors:
-    """See an experts module's parameters as gate, up (E, I, H), down (E, H, I) and biases; nothing is copied."""
-    fields: dict[str, torch.Tensor] = {}
-    for name, tensor in experts.named_parameters(recurse=False):
-        fields |= canonical_fields(experts, name, tensor)
-    return ExpertTensors(**fields)
 
 
 def canonical_fields(experts: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,17 @@ from torch import nn
 from optimum_moe.blocks import BlockInfo
 from optimum_moe.surgeons.architecture import ARCHITECTURES, Architecture
 from optimum_moe.surgeons.base import Surgeon
+from optimum_moe.surgeons.dbrx import DbrxSurgeon
+from optimum_moe.surgeons.discovery import discover, how_to, looks_like_moe, strangers
+from optimum_moe.surgeons.ernie4_5_vl_moe import Ernie45VLSurgeon
 from optimum_moe.surgeons.generic import GenericSurgeon
+from optimum_moe.surgeons.jetmoe import JetMoeAttentionSurgeon, JetMoeSurgeon
+from optimum_moe.surgeons.llama4 import Llama4Surgeon
+from optimum_moe.surgeons.longcat_flash import LongcatFlashSurgeon
+from optimum_moe.surgeons.refused import refuse
+from optimum_moe.surgeons.step3p7 import Step3p7Surgeon
 from optimum_moe.surgeons.switch_transformers import SwitchTransformersSurgeon
+from optimum_moe.surgeons.vitpose_backbone import VitPoseBackboneSurgeon
 
 _SURGEONS: dict[str, Surgeon] = {}
 
@@ -70,21 +80,41 @@ class FoundBlock:
 
 
 def find_blocks(model: nn.Module) -> list[FoundBlock]:
-    """All MoE blocks of a model that a surgeon knows, in module order; works on the meta device.
+    """All MoE blocks of a model, in module order; works on the meta device.
+
+    Blocks of an unknown class that follow the common contract are registered, with a warning, once they passed a
+    self-test on random weights.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or one that cannot be read or compressed.
     """
+    found = _known_blocks(model)
+    unknown = strangers(model, {block.info.name for block in found})
+    for stranger in unknown:
+        row = discover(stranger)
+        register_surgeon(row)
+        warnings.warn(
+            f"{row.block} is in no row of optimum_moe. It follows the common contract and passed the self-test.",
+            stacklevel=2,
+        )
+    if unknown:
+        found = _known_blocks(model)
+    if not found and (suspects := looks_like_moe(model)):
+        raise ValueError(how_to(suspects[0], f"{type(model).__name__} has {', '.join(suspects)}"))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no MoE blocks. See `optimum-cli moe inspect` for what is supported."
+        )
+    return found
+
+
+def _known_blocks(model: nn.Module) -> list[FoundBlock]:
     found: list[FoundBlock] = []
     for name, module in model.named_modules():
+        refuse(module, name)
         for surgeon in _SURGEONS.values():
             if surgeon.matches(module):
                 found.append(FoundBlock(surgeon.info(module, name, len(found)), surgeon))
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no MoE blocks that optimum_moe knows. "
-            "See `optimum-cli moe inspect` for what is supported, and CONTRIBUTING.md for how to add an architecture."
-        )
     return found
 
 
@@ -99,4 +129,15 @@ def owning_configs(config: Any) -> Iterator[Any]:
 
 for _row in ARCHITECTURES:
     register_surgeon(_row)
-register_surgeon(SwitchTransformersSurgeon())
+for _surgeon in (
+    SwitchTransformersSurgeon(),
+    DbrxSurgeon(),
+    Ernie45VLSurgeon(),
+    JetMoeSurgeon(),
+    JetMoeAttentionSurgeon(),
+    Llama4Surgeon(),
+    LongcatFlashSurgeon(),
+    Step3p7Surgeon(),
+    VitPoseBackboneSurgeon(),
+):
+    register_surgeon(_surgeon)

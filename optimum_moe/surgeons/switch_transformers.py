@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,18 @@ from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.blocks import BlockInfo
 from optimum_moe.nn import SwappedModule, swapped_class
 from optimum_moe.plan import BlockPlan, Routing
-from optimum_moe.surgeons.base import Block, BlockWatcher, Surgeon, merge_group, merged_router_rows, replace_tensor
+from optimum_moe.surgeons.architecture import RouterTensor
+from optimum_moe.surgeons.base import (
+    Block,
+    BlockWatcher,
+    Surgeon,
+    hooked,
+    merge_group,
+    merged_router_rows,
+    replace_tensor,
+)
+
+_ROUTER_TENSORS = (RouterTensor("classifier.weight"), RouterTensor("classifier.bias"))
 
 
 class MappedSwitchRouter(SwappedModule):
@@ -38,6 +49,7 @@ class SwitchTransformersSurgeon(Surgeon):
 
     name = "switch_transformers"
     count_fields = ("num_experts",)
+    remark = "encoder and decoder; capacity is counted for each original expert"
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is a sparse feed-forward block of the encoder or decoder."""
@@ -74,6 +86,11 @@ class SwitchTransformersSurgeon(Surgeon):
         """Rows of the classifier."""
         return block.router.classifier.weight
 
+    def router_tensors(self, block: Block, holds_ids: bool = False) -> list[tuple[RouterTensor, torch.Tensor]]:
+        """Rows and, where there is one, bias of the classifier."""
+        named = dict(block.router.named_parameters())
+        return [(row, named[row.path]) for row in _ROUTER_TENSORS if row.path in named and not holds_ids]
+
     @torch.no_grad()
     def cut(self, block: Block, plan: BlockPlan) -> None:
         """Write each merged expert over its dominant expert, whose neurons stay in place."""
@@ -85,20 +102,17 @@ class SwitchTransformersSurgeon(Surgeon):
         if plan.routing == "map":
             block.router.expert_map.copy_(torch.tensor(plan.labels_E))
             return
-        classifier = block.router.classifier
-        for name in ("weight", "bias"):
-            if getattr(classifier, name) is not None:
-                replace_tensor(classifier, name, merged_router_rows(getattr(classifier, name), plan))
+        for row, old in self.router_tensors(block):
+            # The router computes in float32 once it ran, and is saved in the dtype of the experts.
+            merged = merged_router_rows(old, plan, row.role).to(view.up[0].dtype).to(old.dtype)
+            replace_tensor(block.router, row.path, merged)
 
     def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:
         """Keep the first G expert modules, whose tensors are empty anyway."""
         self._install(block, list(block.experts.values())[:num_groups], routing)
         if routing == "reduce":
-            classifier = block.router.classifier
-            for name in ("weight", "bias"):
-                if getattr(classifier, name) is not None:
-                    old = getattr(classifier, name)
-                    replace_tensor(classifier, name, old.new_empty((num_groups, *old.shape[1:])))
+            for row, old in self.router_tensors(block):
+                replace_tensor(block.router, row.path, old.new_empty((num_groups, *old.shape[1:])))
 
     def _install(self, block: Block, kept: list[nn.Module], routing: Routing) -> None:
         router = block.router
@@ -134,15 +148,13 @@ class SwitchTransformersSurgeon(Surgeon):
         def after_router(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
             watcher.router(output[2].flatten(0, -2), args[0].flatten(0, -2))
 
-        with ExitStack() as stack:
-            handles = [
-                block.router.register_forward_hook(after_router),
-                block.experts.register_forward_pre_hook(before_experts),
-                *(
-                    module.register_forward_hook(partial(after_expert, expert))
-                    for expert, module in enumerate(block.experts.values())
-                ),
-            ]
-            for handle in handles:
-                stack.callback(handle.remove)
+        handles = [
+            block.router.register_forward_hook(after_router),
+            block.experts.register_forward_pre_hook(before_experts),
+            *(
+                module.register_forward_hook(partial(after_expert, expert))
+                for expert, module in enumerate(block.experts.values())
+            ),
+        ]
+        with hooked(handles):
             yield

@@ -21,12 +21,14 @@ from optimum_moe.cli.common import table, text_source
 from optimum_moe.cli.evaluate import named_models
 from optimum_moe.cli.moe import MoECommand
 from optimum_moe.evaluation import EvaluationResult
+from tests.mtp_checkpoints import save_with_mtp
+from tests.quantised_checkpoints import to_fp8
 from tests.tiny_checkpoints import save_checkpoint, write_text
 
 Run = Callable[..., tuple[int, str, str]]
 
-RECIPE = {"--model", "--recipe", "--num-experts", "--keep-ratio", "--target-size", "--set"}
-CHECKPOINT = {"--revision", "--trust-remote-code", "--dtype"}
+RECIPE = {"--model", "--recipe", "--num-experts", "--keep-ratio", "--target-size", "--set", "--mtp"}
+CHECKPOINT = {"--revision", "--trust-remote-code", "--dequantize", "--dtype"}
 # A change here is a change of what users have in their scripts.
 OPTIONS = {
     "inspect": {"--list", "--json", *CHECKPOINT},
@@ -61,6 +63,7 @@ OPTIONS = {
         "--output",
         "--quiet",
     },
+    "verify": {"--against", "--quiet"},
 }
 
 
@@ -336,3 +339,47 @@ def test_warnings_are_plain_in_the_commands_only(run: Run, monkeypatch: pytest.M
     assert run("inspect", "--json")[0] == 0
     assert shown == ["warning: Add data.\n"]
     assert "file.py:1" in warnings.formatwarning("Add data.", UserWarning, "file.py", 1)
+
+
+def test_verify_prints_the_checks_and_says_by_its_status_whether_they_passed(
+    run: Run, compress: Run, checkpoint: Path, tmp_path: Path
+):
+    out = tmp_path / "out"
+    compress("--recipe", "m-smoe", "--num-experts", 4, "--output", out, "--quiet")
+    status, text, _ = run("verify", out, "--against", checkpoint, "--quiet")
+    assert status == 0
+    assert [line.split("  ")[0] for line in text.splitlines()] == [
+        *("files", "plan", "config", "keys", "counts", "shapes", "experts", "routers", "other tensors", "mtp layers"),
+        "reload",
+    ]
+    assert [line.split("  ok")[0].strip() for line in text.splitlines() if "  ok" in line][-1] == "reload"
+    assert len([line for line in text.splitlines() if "  ok" in line]) == 11
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_local_experts": 5}))
+    status, text, _ = run("verify", out)
+    assert status == 1
+    assert "config  FAILED" in text
+    status, _, error = run("verify", tmp_path / "nothing")
+    assert status == 2
+    assert "is no folder" in error
+
+
+def test_released_checkpoints(run: Run, tmp_path: Path):
+    save_with_mtp(tmp_path / "plain", "deepseek_v3", torch.bfloat16)
+    original = to_fp8(tmp_path / "plain", tmp_path / "original")
+    (tmp_path / "recipe.yaml").write_text("method: expert-pruning\nnum_experts: 4\nsaliency: aimer\n")
+    recipe = ("--model", original, "--recipe", tmp_path / "recipe.yaml")
+    status, _, error = run("preview", *recipe, "--mtp", "cut")
+    assert status == 2
+    assert "already quantised (fp8). Pass dequantize=True" in error
+    status, _, error = run("compress", *recipe, "--dequantize", "--output", tmp_path / "out")
+    assert status == 2
+    assert 'Pass mtp="copy"' in error
+    status, text, _ = run("inspect", original, "--dequantize", "--json")
+    assert status == 0
+    plain = json.loads(run("inspect", tmp_path / "plain", "--json")[1])
+    assert {**json.loads(text), "model": ""} == {**plain, "model": ""}
+    out = ("--output", tmp_path / "out", "--quiet")
+    status, _, error = run("compress", *recipe, "--dequantize", "--mtp", "cut", *out)
+    assert (status, error) == (0, "")
+    assert run("verify", tmp_path / "out", "--against", original, "--quiet")[0] == 0

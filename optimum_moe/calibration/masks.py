@@ -1,0 +1,48 @@
+"""Which of a batch's tokens a block sees, and which of those are no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_moe.blocks import BlockInfo
+from optimum_moe.surgeons import FoundBlock
+
+_POOLS = {"text_moe": False, "vision_moe": True}
+"""Ernie 4.5 VL routes text and vision tokens through two blocks; the name says whether it is the one for vision."""
+_POOL_IDS = "moe_mm_token_type_ids"
+
+
+def text_blocks(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> set[str]:
+    """Names of the blocks whose tokens are those of `input_ids`; those of other towers see patches or frames."""
+    text: nn.Module = model
+    if model.config.get_text_config() is not model.config and not getattr(model.config, "is_encoder_decoder", False):
+        text = model.get_decoder() or model
+    inside = set(text.modules())
+    return {found.info.name for found in blocks if found.module(model) in inside}
+
+
+def padding_mask(inputs: Mapping[str, Any], block: BlockInfo, in_text: bool) -> torch.Tensor | None:
+    """The mask of the tokens that a block sees in one forward pass.
+
+    Args:
+        inputs: What the model is called with.
+        block: The block.
+        in_text: Whether it is one of the `text_blocks`.
+
+    Returns:
+        (T,) True for a token that counts; None where every token does.
+    """
+    if not in_text:
+        return None
+    prefix = "decoder_" if block.stack == "decoder" and "decoder_input_ids" in inputs else ""
+    mask = inputs.get(f"{prefix}attention_mask")
+    pool, kinds = _POOLS.get(block.name.rpartition(".")[2]), inputs.get(_POOL_IDS)
+    if pool is None or kinds is None:
+        return None if mask is None else mask.reshape(-1).bool()
+    mine_T = kinds.reshape(-1).bool() == pool
+    return torch.ones_like(mine_T)[mine_T] if mask is None else mask.reshape(-1).bool()[mine_T]

@@ -1,0 +1,41 @@
+"""What has to fit before and after a run: folders, statistics, plans and configs to their checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_config
+from optimum_moe.checkpoint.source import ModelSource
+from optimum_moe.checkpoint.writer import set_expert_counts
+from optimum_moe.plan import CompressionPlan
+
+
+def refuse_original(directory: Path, source: ModelSource) -> None:
+    """Raise a `ValueError` where the result would replace the original."""
+    original = None if source.directory is None else source.directory.resolve()
+    if original is not None and (original == directory or directory in original.parents):
+        raise ValueError(f"{directory} holds the original checkpoint, which would be replaced. Choose another folder.")
+
+
+def check_belongs(what: str, made_from: Any, source: ModelSource) -> None:
+    """Raise a `ValueError` where statistics or a plan belong to another model."""
+    here = source.identity()
+    for key in ("architecture", "num_experts", "fingerprint"):
+        there = made_from.get(key)
+        if there is not None and here[key] is not None and there != here[key]:
+            raise ValueError(
+                f"The {what} passed to apply() belong to {made_from.get('name')} ({made_from.get('architecture')}), "
+                f"whose {key} differs from that of {here['name']} ({here['architecture']}). "
+                "Use those of this checkpoint."
+            )
+
+
+def mark_structure(model: PreTrainedModel, source: ModelSource, plan: CompressionPlan) -> None:
+    """Make config and model agree, so that `model.save_pretrained` writes what loads again."""
+    if plan.is_plain:
+        set_expert_counts(model, source.blocks, {name: block.num_groups for name, block in plan.blocks.items()})
+    elif plan.structure():
+        mark_config(model.config, MoEStructureConfig(plan.structure()))

@@ -1,0 +1,142 @@
+"""What a checkpoint holds, seen as the tensors of its model: sizes from the headers, numbers a few at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from optimum_moe.checkpoint.headers import Headers
+from optimum_moe.checkpoint.quantizer import METHOD, MoEStructureConfig, rebuild_structure
+from optimum_moe.checkpoint.reader import CheckpointReader, Get
+from optimum_moe.surgeons import FoundBlock, find_blocks
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Contents:
+    """A checkpoint as its model sees it.
+
+    Args:
+        reader: Of the checkpoint.
+        headers: Of the checkpoint.
+        get: Reads a stored tensor.
+    """
+
+    def __init__(self, reader: CheckpointReader, headers: Headers, get: Get) -> None:
+        self.reader = reader
+        self.get = get
+        self.tensors: dict[str, torch.Tensor] = {}
+        """Every tensor of the model that the checkpoint gives, on the meta device."""
+        self.broken: dict[str, str] = {}
+        """What cannot be put together, with the reason."""
+        self._target: dict[str, str] = {}
+
+        def empty(name: str) -> torch.Tensor:
+            return meta_tensor(*headers.tensors[name][:2])
+
+        for target in reader.targets():
+            try:
+                made = reader.read_targets([target], empty)
+            except Exception as error:
+                self.broken[target] = str(error).split("\n")[0]
+                continue
+            self.tensors |= made
+            self._target |= dict.fromkeys(made, target)
+
+    def inside(self, module: str) -> list[str]:
+        """Names of the tensors of a module."""
+        return [name for name in self.tensors if name.startswith(f"{module}.")]
+
+    def beside(self, name: str) -> list[str]:
+        """Names of all tensors that are read together with one."""
+        return [other for other, target in self._target.items() if target == self._target[name]]
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors of the model with their numbers; those that the checkpoint lacks are left out."""
+        wanted = [name for name in names if name in self._target]
+        made = self.reader.read_targets(sorted({self._target[name] for name in wanted}), self.get)
+        return {name: made[name] for name in wanted}
+
+
+def meta_tensor(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor that a header describes, on the meta device."""
+    return torch.empty(shape, dtype=_DTYPES.get(dtype, torch.uint8), device="meta")
+
+
+def built(directory: Path) -> tuple[PreTrainedModel, list[FoundBlock]]:
+    """The model that a folder's config describes, on the meta device, and its blocks as they were before the cut.
+
+    Raises:
+        ValueError: If the config describes no model, or a structure that the model cannot have.
+    """
+    config, structure = compressed_config(directory)
+    names = getattr(config, "architectures", None) or []
+    cls: Any = getattr(transformers, names[0], None) if names else None
+    with torch.device("meta"):
+        if cls is None:
+            model = AutoModelForCausalLM.from_config(config)
+        else:
+            model = cls._from_config(config)
+    blocks = find_blocks(model)
+    if structure is not None:
+        rebuild_structure(model, structure)
+    return model, blocks
+
+
+def compressed_config(directory: Path) -> tuple[PreTrainedConfig, MoEStructureConfig | None]:
+    """The stock config of a folder, and the structure that its `quantization_config` adds.
+
+    Raises:
+        ValueError: If the folder is quantised by something else, or the structure is broken.
+    """
+    config = AutoConfig.from_pretrained(directory)
+    record = getattr(config, "quantization_config", None)
+    for name in ("quantization_config", "fusion_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    if record is None:
+        return config, None
+    if not isinstance(record, Mapping):
+        record = record.to_dict()
+    if record.get("quant_method") != METHOD:
+        raise ValueError(
+            f"{directory} is quantised ({record.get('quant_method')}), and optimum_moe did not do that. "
+            "Verify the checkpoint before it is quantised."
+        )
+    return config, MoEStructureConfig(**record)
+
+
+def raw_config(directory: Path) -> dict[str, Any]:
+    """`config.json` as it stands.
+
+    Raises:
+        ValueError: If there is none, or it is no JSON object.
+    """
+    path = directory / "config.json"
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). Give the folder of a checkpoint.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is no JSON object. Copy it again.")
+    return record

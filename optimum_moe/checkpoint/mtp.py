@@ -1,0 +1,268 @@
+"""Multi-token-prediction layers: tensors of a checkpoint that the model does not load, and that saving would lose."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from optimum_moe.algorithms.alignment import align_experts
+from optimum_moe.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_headers
+from optimum_moe.checkpoint.quantised import quantizer_of, read_dequantised, unpacked
+from optimum_moe.checkpoint.reader import CheckpointReader, Get, take_dtypes
+from optimum_moe.checkpoint.source import ModelSource
+from optimum_moe.methods.counts import choose_one
+from optimum_moe.plan import BlockPlan, CompressionPlan, Routing
+from optimum_moe.surgeons import FoundBlock, owning_configs
+
+MTPOption = Literal["error", "copy", "cut", "drop"]
+COUNT_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+MTP_FILE = "model-mtp.safetensors"
+
+_NAMED = re.compile(r"(^|\.)mtp[^.]*\.")
+_LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")
+# Buffers that transformers computes, and scales of a quantised key-value cache, which bf16 values do not need.
+_BENIGN = re.compile(r"(rotary_emb\.(original_)?inv_freq|(^|\.)position_ids|\.[kv]_scale|\.input_scale)$")
+
+
+@dataclass(frozen=True)
+class MTPLayers:
+    """The multi-token-prediction (MTP) layers of a checkpoint, and what becomes of them.
+
+    Args:
+        source: The checkpoint.
+        option: `"copy"`, `"cut"` (like the last MoE block) or `"drop"`.
+        names: Their tensors, as stored; none where the checkpoint has no such layers.
+    """
+
+    source: ModelSource
+    option: MTPOption
+    names: tuple[str, ...] = ()
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether they have routed experts."""
+        return any(".experts." in name for name in self.names)
+
+    def check_counts(self, counts: Mapping[str, int], routing: Routing) -> None:
+        """Raise a `ValueError` where copied layers would contradict the expert count of the config."""
+        before = {found.info.name: found.info.num_experts for found in self.source.blocks}
+        plain = routing == "reduce" and len(set(counts.values())) == 1 and counts != before
+        if self.option == "copy" and plain and self.has_experts:
+            raise ValueError(
+                f'mtp="copy" would leave {max(before.values())} experts in the multi-token-prediction layers, and the '
+                f'config would say {max(counts.values())} for the whole model. Pass mtp="cut" to cut them alike, or '
+                'mtp="drop".'
+            )
+
+    def parameters(self, counts: Mapping[str, int], routing: Routing) -> int:
+        """Parameters of the layers that are written when the blocks keep `counts` experts."""
+        return 0 if self.option == "drop" else self._stored_parameters() - self.removed(counts, routing)
+
+    def removed(self, counts: Mapping[str, int], routing: Routing) -> int:
+        """Parameters that the layers lose when the blocks keep `counts` experts."""
+        if self.option == "drop":
+            return self._stored_parameters()
+        if self.option != "cut" or not self.names:
+            return 0
+        info = self.source.blocks[-1].info
+        each = info.expert_parameters + (info.router_parameters if routing == "reduce" else 0)
+        return (info.num_experts - counts[info.name]) * each * len(self._prefixes(self.source.reader()))
+
+    def _stored_parameters(self) -> int:
+        if not self.names:
+            return 0
+        assert self.source.headers is not None
+        plain = self.source.headers if self.source.quantisation is None else unpacked(self.source.headers)
+        return sum(_numel(plain.tensors[name][1]) for name in self.names if name in plain.tensors)
+
+    def update_config(self, config: PreTrainedConfig) -> None:
+        """Say in the config that there are no such layers, if they are dropped."""
+        if self.option != "drop" or not self.names:
+            return
+        for owner in owning_configs(config):
+            for field in COUNT_FIELDS:
+                if getattr(owner, field, None):
+                    setattr(owner, field, 0)
+
+    def write(self, directory: Path, model: PreTrainedModel, plan: CompressionPlan) -> None:
+        """Add the layers to a checkpoint that was just written, as a shard that its index names.
+
+        Raises:
+            ValueError: If their experts are not like those of the last MoE block and are to be cut.
+        """
+        if self.option == "drop" or not self.names:
+            return
+        tensors = self.tensors(model, plan)
+        index = directory / INDEX_FILE
+        if index.is_file():
+            record = json.loads(index.read_text())
+        else:
+            headers = read_headers(directory)
+            file = (directory / SINGLE_FILE).rename(directory / "model-00001-of-00001.safetensors")
+            weight_map = dict.fromkeys(headers.tensors, file.name)
+            record = {"metadata": {"total_size": headers.bytes}, "weight_map": weight_map}
+        save_file(tensors, directory / MTP_FILE, metadata={"format": "pt"})
+        record["weight_map"] |= dict.fromkeys(sorted(tensors), MTP_FILE)
+        record["metadata"]["total_size"] += sum(t.numel() * t.element_size() for t in tensors.values())
+        index.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+    def tensors(self, model: PreTrainedModel, plan: CompressionPlan) -> dict[str, torch.Tensor]:
+        """The tensors to write: copied (dequantised where the checkpoint is quantised) or cut.
+
+        Args:
+            model: The compressed model, which gives dtypes and the names that are saved.
+            plan: How its blocks were cut.
+        """
+        found = self.source.blocks[-1]
+        block_plan = plan.blocks[found.info.name]
+        take_dtypes(self.source.skeleton, {name: t.dtype for name, t in model.state_dict().items()})
+        reader = self.source.reader()
+        with self.source.shards() as get:
+            if self.option == "copy" or block_plan.is_identity:
+                return self._copied(self.names, get)
+            cut: dict[str, torch.Tensor] = {}
+            inside: set[str] = set()
+            for prefix in self._prefixes(reader):
+                cut |= self._cut(prefix, block_plan, reader, get, model)
+                inside |= {prefix + name for name in self._relative(reader)}
+            return self._copied(set(self.names) - inside, get) | cut
+
+    def _copied(self, names: Iterable[str], get: Get) -> dict[str, torch.Tensor]:
+        quantisation = self.source.quantisation
+        if quantisation is None:
+            return {name: get(name) for name in names}
+        dtype = getattr(torch, str(self.source.config.dtype).removeprefix("torch."))
+        return read_dequantised(names, get, quantizer_of(quantisation), dtype)
+
+    def _relative(self, reader: CheckpointReader) -> list[str]:
+        """Names of the last block's tensors without their layer."""
+        return [_layer(name)[1] for name in reader.names(self.source.blocks[-1].info.name)]
+
+    def _prefixes(self, reader: CheckpointReader) -> list[str]:
+        """What stands in place of the last block's layer in the MTP layers that have such a block."""
+        relative = self._relative(reader)
+        known = set(self.names)
+        ends = [name[: -len(relative[0])] for name in self.names if name.endswith(f".{relative[0]}")]
+        prefixes = sorted(end for end in ends if known.issuperset(end + name for name in relative))
+        found = {name for prefix in prefixes for name in known if name.startswith(prefix)}
+        strange = [name for name in self.names if ".experts." in name and name not in found]
+        assert self.source.headers is not None
+        sizes = self.source.headers.tensors
+        layer = _layer(reader.names(self.source.blocks[-1].info.name)[0])[0]
+        strange += [p + n for p in prefixes for n in relative if sizes[p + n][1] != sizes[layer + n][1]]
+        # One expert more than the block has would be in a tensor of its own.
+        strange += [n for n in found if re.search(rf"\.experts\.{self.source.blocks[-1].info.num_experts}\.", n)]
+        if strange:
+            raise ValueError(
+                f'mtp="cut" cuts layers whose experts are like those of {self.source.blocks[-1].info.name}, and '
+                f'{strange[0]} is not. Pass mtp="copy" or mtp="drop".'
+            )
+        return prefixes
+
+    def _cut(
+        self, prefix: str, plan: BlockPlan, reader: CheckpointReader, get: Get, model: PreTrainedModel
+    ) -> dict[str, torch.Tensor]:
+        found = self.source.blocks[-1]
+        state = reader.read(found.info.name, lambda name: get(prefix + _layer(name)[1]))
+        block = block_with(found, self.source.skeleton, state)
+        # Groups and weights are those of the block below; neurons and router rows are these layers' own.
+        plan = replace(plan, router_fit=None)
+        if plan.permutations_EI is not None:
+            labels_E = torch.tensor(plan.labels_E)
+            aligned_EI = align_experts(found.surgeon.experts(block), labels_E, plan.dominants_G)
+            plan = replace(plan, permutations_EI=aligned_EI)
+        found.surgeon.cut(block, plan)
+        saved = {f"{found.info.name}.{name}": tensor.detach() for name, tensor in block.state_dict().items()}
+        reverted = revert_weight_conversion(model, saved)
+        return {prefix + _layer(name)[1]: tensor.contiguous().clone() for name, tensor in reverted.items()}
+
+
+def find_mtp(source: ModelSource, option: MTPOption = "error") -> MTPLayers:
+    """Look for tensors of a checkpoint that the model does not load.
+
+    Args:
+        source: The checkpoint.
+        option: What becomes of multi-token-prediction layers; `"error"` refuses a checkpoint that has some.
+
+    Raises:
+        ValueError: If there are MTP layers and no option says what becomes of them, or other such tensors.
+    """
+    choose_one("mtp", option, ("error", "copy", "cut", "drop"))
+    if source.headers is None:
+        if option != "error":
+            raise ValueError(f"mtp={option!r} is for a checkpoint, and this model is in memory. Give its path instead.")
+        return MTPLayers(source, option)
+    unloaded = [name for name in source.reader().unloaded if not is_benign(name)]
+    names = [name for name in unloaded if is_mtp(name, source.config)]
+    others = sorted(set(unloaded) - set(names))
+    if others:
+        raise ValueError(
+            f"{source.name} has {len(others)} tensors that {type(source.skeleton).__name__} does not load "
+            f"({', '.join(others[:3])}), and the compressed checkpoint would lack them. Pass auto_class= with "
+            "the class that has them, or take them out of the checkpoint."
+        )
+    if names and option == "error":
+        kinds = sorted({_kind(name) for name in names})
+        raise ValueError(
+            f"This checkpoint has {len(names)} tensors of multi-token-prediction layers that transformers does not "
+            f'load ({", ".join(kinds)}). Pass mtp="copy" to copy them, mtp="cut" to cut their experts like the last '
+            'MoE block, or mtp="drop" to leave them out.'
+        )
+    layers = MTPLayers(source, option, tuple(names))
+    if option == "cut" and names:
+        layers.removed({found.info.name: found.info.num_experts for found in source.blocks}, "map")
+    return layers
+
+
+def is_mtp(name: str, config: PreTrainedConfig) -> bool:
+    """Whether a tensor that the model does not load belongs to a multi-token-prediction layer."""
+    layer = _LAYER.match(name)
+    beyond = layer is not None and int(layer[1]) >= getattr(config.get_text_config(), "num_hidden_layers", 1 << 30)
+    return beyond or _NAMED.search(name) is not None
+
+
+def is_benign(name: str) -> bool:
+    """Whether a tensor that the model does not load is one that nobody misses."""
+    return _BENIGN.search(name) is not None
+
+
+def block_with(found: FoundBlock, skeleton: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> Any:
+    """A block by itself that holds tensors.
+
+    Args:
+        found: The block.
+        skeleton: Its model on the meta device, which stays as it is.
+        state: The tensors by their names in the model.
+    """
+    block = deepcopy(found.module(skeleton))
+    prefix = f"{found.info.name}."
+    block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, assign=True)
+    return block
+
+
+def _layer(name: str) -> tuple[str, str]:
+    """A name up to its layer, and the rest."""
+    found = _LAYER.match(name)
+    assert found is not None, name
+    return found[0], name[found.end() :]
+
+
+def _kind(name: str) -> str:
+    layer = _LAYER.match(name)
+    if _NAMED.search(name) is None and layer is not None:
+        return f"{layer[0]}*"
+    return f"{name[: _NAMED.search(name).end()]}*"  # type: ignore[union-attr]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

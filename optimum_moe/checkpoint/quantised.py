@@ -1,0 +1,227 @@
+"""Checkpoints as they are released: FP8 and MXFP4, dequantised while they are loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.utils.quantization_config import FineGrainedFP8Config
+
+from optimum_moe.checkpoint.headers import Headers
+from optimum_moe.checkpoint.reader import CheckpointReader, Get
+from optimum_moe.surgeons import owning_configs
+
+_BLOCK_FP8 = "optimum_moe_fp8"
+_LOADED_AS = {"fp8": _BLOCK_FP8, "mxfp4": "mxfp4"}
+_SCALES = (
+    (re.compile(r"_scale_inv$"), ""),
+    (re.compile(r"\.scale$"), ".weight"),
+    (re.compile(r"\.qscale_weight$"), ".weight"),
+    (re.compile(r"_scales$"), "_blocks"),
+)
+"""How the name of a scale gives that of the tensor it scales."""
+
+
+class _BlockFp8Dequantize(Fp8Dequantize):
+    """Also right where a side of a matrix is no multiple of the block.
+
+    transformers divides the matrix evenly by its number of scales: DeepSeek-V3's `kv_a_proj_with_mqa` (576 rows, 5
+    scales of 128 rows) fails, and 192 rows with 2 scales of 128 would be scaled wrongly.
+    """
+
+    def _dequantize_one(
+        self, quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        block = self.hf_quantizer.quantization_config.weight_block_size
+        if block is None or scales.ndim < 2 or quantized.dtype == torch.int8:
+            return super()._dequantize_one(quantized, scales, output_dtype)
+        *leading, rows, columns = quantized.shape
+        tall, wide = (-(-side // step) for side, step in zip((rows, columns), block, strict=True))
+        if tuple(scales.shape[-2:]) != (tall, wide):
+            return super()._dequantize_one(quantized, scales, output_dtype)
+        padded = quantized.new_zeros((*leading, tall * block[0], wide * block[1]))
+        padded[..., :rows, :columns] = quantized
+        return super()._dequantize_one(padded, scales, output_dtype)[..., :rows, :columns].contiguous()
+
+    def convert(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As upstream, and in the dtype of the model where a tensor has no scale."""
+        dtype = self._get_target_dtype(kwargs.get("model"), kwargs.get("full_layer_name"))
+        return {name: _in_dtype(value, dtype) for name, value in super().convert(*args, **kwargs).items()}
+
+
+def _in_dtype(value: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, list):
+        return [_in_dtype(tensor, dtype) for tensor in value]
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+
+class _BlockFp8Quantizer(FineGrainedFP8HfQuantizer):
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"dequantize": _BlockFp8Dequantize}
+
+
+def accepted_quantisation(config: PreTrainedConfig, dequantize: bool) -> dict[str, Any] | None:
+    """The quantisation of a checkpoint that is to be dequantised; None where it has none.
+
+    Raises:
+        ValueError: If it is quantised and `dequantize` is not set or impossible, or the reverse.
+    """
+    for owner in owning_configs(config):
+        quantization = getattr(owner, "quantization_config", None)
+        if quantization is None:
+            continue
+        record = dict(quantization if isinstance(quantization, Mapping) else quantization.to_dict())
+        method = str(getattr(record.get("quant_method"), "value", record.get("quant_method")))
+        if method == "optimum_moe":
+            raise ValueError("This checkpoint was already compressed by optimum_moe. Start from the original one.")
+        if method not in _LOADED_AS:
+            raise ValueError(
+                f"This checkpoint is already quantised ({method}); dequantize=True reads "
+                f"{' and '.join(_LOADED_AS)}. Start from its unquantised original."
+            )
+        if not dequantize:
+            raise ValueError(
+                f"This checkpoint is already quantised ({method}). Pass dequantize=True to compress its bf16 values."
+            )
+        if record.get("modules_to_convert"):
+            raise ValueError(
+                f"transformers keeps {record['modules_to_convert']} of this checkpoint in fp8 even when it dequantises "
+                "the rest. Start from its unquantised original."
+            )
+        return record
+    if dequantize:
+        raise ValueError("dequantize=True is for quantised checkpoints, and this one is not. Leave it out.")
+    return None
+
+
+def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the dequantised model; bfloat16 where it names no dtype."""
+    config = deepcopy(config)
+    _forget(config)
+    if getattr(config, "dtype", None) is None:
+        config.dtype = getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
+    return config
+
+
+def quantizer_of(quantisation: Mapping[str, Any]) -> HfQuantizer:
+    """What dequantises such a checkpoint."""
+    return AutoHfQuantizer.from_config(_loading_record(quantisation), pre_quantized=True)
+
+
+def load_dequantised(
+    cls: Any,
+    location: str | Path,
+    config: PreTrainedConfig,
+    quantisation: Mapping[str, Any],
+    headers: Headers,
+    arguments: Mapping[str, Any],
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Load the model as if its checkpoint were unquantised.
+
+    Args:
+        cls: Model class.
+        location: Folder or Hub id.
+        config: As `plain_config` gives it.
+        quantisation: As `accepted_quantisation` gives it.
+        headers: Of the checkpoint.
+        arguments: For `from_pretrained`.
+
+    Returns:
+        The model and the loading report.
+    """
+    config = deepcopy(config)
+    config.quantization_config = _loading_record(quantisation)
+    model, report = cls.from_pretrained(location, config=config, output_loading_info=True, **arguments)
+    _forget(model.config)
+    # Saving reverts the conversions of loading, and these would quantise again.
+    model._weight_conversions = CheckpointReader(model, unpacked(headers).tensors).used_conversions
+    return model, report
+
+
+def unpacked(headers: Headers, itemsize: int = 2) -> Headers:
+    """What the headers of the dequantised checkpoint would say: no scales, packed numbers at their full count.
+
+    Args:
+        headers: Of the quantised checkpoint.
+        itemsize: Bytes of one number.
+    """
+    tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    for name, (scaled, _) in scaled_parts(headers.tensors).items():
+        dtype, shape, _ = headers.tensors[scaled]
+        if scaled.endswith("_blocks"):
+            # (E, rows, blocks, bytes) of two numbers each, the rows being the model's last axis.
+            experts, rows, blocks, packed = shape
+            shape = (experts, blocks * packed * 2, rows)
+        elif dtype == "I8":
+            shape = (*shape[:-1], shape[-1] * 2)
+        tensors[name] = ("BF16", shape, _numel(shape) * itemsize)
+    parts = {part for pair in scaled_parts(headers.tensors).values() for part in pair}
+    for name, (dtype, shape, _) in headers.tensors.items():
+        if name not in parts and not name.endswith("activation_scale"):
+            tensors[name] = (dtype, shape, _numel(shape) * itemsize)
+    return Headers(tensors, headers.files)
+
+
+def scaled_parts(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """`(stored tensor, its scales)` by the name of the dequantised tensor."""
+    known = set(names)
+    parts = {}
+    for name in known:
+        for pattern, replacement in _SCALES:
+            stored, found = pattern.subn(replacement, name)
+            if found and stored in known:
+                parts[stored.removesuffix("_blocks")] = (stored, name)
+                break
+    return parts
+
+
+def read_dequantised(names: Iterable[str], get: Get, quantizer: HfQuantizer, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors that no model loads, dequantised by themselves.
+
+    Args:
+        names: As stored, scales among them.
+        get: Gives a stored tensor.
+        quantizer: Of an FP8 checkpoint.
+        dtype: Of the result.
+    """
+    names = set(names)
+    operation = _BlockFp8Dequantize(quantizer)
+    parts = scaled_parts(names)
+    tensors = {name: operation._dequantize_one(get(a), get(b), dtype) for name, (a, b) in parts.items()}
+    used = {part for pair in parts.values() for part in pair}
+    return tensors | {n: get(n) for n in sorted(names - used) if not n.endswith("activation_scale")}
+
+
+def _loading_record(quantisation: Mapping[str, Any]) -> dict[str, Any]:
+    if _BLOCK_FP8 not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(_BLOCK_FP8)(FineGrainedFP8Config)
+        register_quantizer(_BLOCK_FP8)(_BlockFp8Quantizer)
+    method = quantisation["quant_method"]
+    return {**quantisation, "quant_method": _LOADED_AS[getattr(method, "value", method)], "dequantize": True}
+
+
+def _forget(config: PreTrainedConfig) -> None:
+    for owner in owning_configs(config):
+        if hasattr(owner, "quantization_config"):
+            del owner.quantization_config
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    numel = 1
+    for side in shape:
+        numel *= side
+    return numel

@@ -1,0 +1,142 @@
+"""Reading parts of a checkpoint as the model would hold them, through transformers' own conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.quantizers.base import HfQuantizer
+
+Get = Callable[[str], torch.Tensor]
+
+
+class CheckpointReader:
+    """Which tensors of a checkpoint make which tensors of a model, and how.
+
+    Args:
+        model: The model, on any device; its dtypes are those that are read.
+        names: Names of the tensors in the checkpoint.
+        quantizer: Dequantises what it reads; None for an unquantised checkpoint.
+        cast: Read in the dtypes of the model; else in those that are stored.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, names: Iterable[str], quantizer: HfQuantizer | None = None, cast: bool = True
+    ) -> None:
+        self.model = model
+        self.cast = cast
+        self.quantizer = quantizer
+        self.unloaded: list[str] = []
+        self._state = model.state_dict()
+        conversions = get_model_conversion_mapping(model, None, quantizer)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
+        self._parts: dict[str, list[tuple[str, str | None]]] = {}
+        for name in sorted(names, key=dot_natural_key):
+            target, pattern = self._target(name)
+            if target in self._state:
+                self._parts.setdefault(target, []).append((name, pattern))
+            else:
+                self.unloaded.append(name)
+        self.used_conversions = [c for c in conversions if c.was_used()]
+
+    def _target(self, name: str) -> tuple[str, str | None]:
+        prefix = self.model.base_model_prefix
+        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
+        if target not in self._state and name in self._state:
+            return rename_source_key(name, [], [], prefix, self._state)
+        return target, pattern
+
+    def names(self, module: str) -> list[str]:
+        """The tensors of the checkpoint that make those of a module."""
+        return [name for target, parts in self._parts.items() if _inside(target, module) for name, _ in parts]
+
+    def read(self, module: str, get: Get) -> dict[str, torch.Tensor]:
+        """Tensors of a module (`""` for the model) by their names in the model.
+
+        Args:
+            module: Path of the module.
+            get: Gives a tensor of the checkpoint; meta tensors give the shapes without reading.
+        """
+        return self.read_targets([target for target in self._parts if _inside(target, module)], get)
+
+    def targets(self) -> list[str]:
+        """What `read_targets` takes: one tensor of the model for each conversion."""
+        return list(self._parts)
+
+    def read_targets(self, targets: Iterable[str], get: Get) -> dict[str, torch.Tensor]:
+        """Like `read`, for some of `targets()`."""
+        tensors: dict[str, torch.Tensor] = {}
+        for target in targets:
+            for name, tensor in self._convert(target, get).items():
+                value = tensor[0] if isinstance(tensor, list) else tensor
+                tensors[name] = value.detach()
+        return tensors
+
+    def _convert(self, target: str, get: Get) -> Mapping[str, Any]:
+        transform: Any = None
+        for name, pattern in self._parts[target]:
+            if transform is None:
+                transform = deepcopy(self._by_pattern[pattern]) if pattern else WeightRenaming(name, target)
+            tensor = get(name)
+            dequantised = any(getattr(op, "hf_quantizer", None) for op in getattr(transform, "operations", ()))
+            if self.cast and tensor.is_floating_point() and not dequantised:
+                tensor = tensor.to(self._state[target].dtype)
+            transform.add_tensor(target, name, pattern or name, tensor)
+        return transform.convert(target, model=self.model, config=self.model.config, hf_quantizer=self.quantizer)
+
+
+class ShardReader:
+    """Reads tensors of shards by name; a context manager that keeps the shards open.
+
+    Args:
+        homes: The shard of each tensor.
+        local: Gives the local file of a shard.
+    """
+
+    def __init__(self, homes: Mapping[str, Path], local: Callable[[Path], Path] = lambda file: file) -> None:
+        self._homes, self._local = homes, local
+        self._open: dict[Path, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The tensor."""
+        file = self._homes[name]
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(safe_open(self._local(file), "pt"))
+        return self._open[file].get_tensor(name)
+
+
+def _inside(target: str, module: str) -> bool:
+    return not module or target.startswith(f"{module}.")
+
+
+def take_dtypes(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give the tensors of a model on the meta device the dtypes of the named ones, which a reader of it then reads."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta and name in dtypes:
+            tensor.data = tensor.data.to(dtypes[name])

@@ -1,0 +1,252 @@
+"""A model whose tensors stay in the checkpoint until they are needed, and leave memory again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_moe.checkpoint.contents import Contents, meta_tensor
+from optimum_moe.checkpoint.quantised import load_dequantised
+from optimum_moe.checkpoint.reader import take_dtypes
+from optimum_moe.checkpoint.source import ModelSource
+from optimum_moe.checkpoint.writer import without_bars
+
+_LOADING = ("dtype", "attn_implementation", "experts_implementation", "trust_remote_code", "key_mapping")
+_LOCAL: dict[str, Any] = {
+    "cache_dir": None,
+    "force_download": False,
+    "proxies": None,
+    "local_files_only": True,
+    "token": None,
+    "revision": None,
+    "subfolder": "",
+}
+_ALIGNMENT = 64
+
+
+class StreamedModel:
+    """The model of a checkpoint on the meta device; parts of it are loaded and freed.
+
+    What the checkpoint lacks (buffers that transformers computes) is there all the time, made as `from_pretrained`
+    makes it.
+
+    Args:
+        source: The checkpoint.
+        device: Where loaded tensors go.
+    """
+
+    def __init__(self, source: ModelSource, device: torch.device) -> None:
+        self.device = device
+        self.model = empty_model(source)
+        take_dtypes(source.skeleton, {name: t.dtype for name, t in self.model.state_dict().items()})
+        assert source.headers is not None
+        self._stack = ExitStack()
+        self._shards = self._stack.enter_context(source.shards())
+        self._mapped: set[int] = set()
+        self.contents = Contents(source.reader(), source.headers, self._stored)
+        if self.contents.broken:
+            name, reason = next(iter(self.contents.broken.items()))
+            raise ValueError(f"{source.name} does not give {name} ({reason}). Copy or download the checkpoint again.")
+        self._tie_equal_pairs()
+        self._aliases = self._find_aliases()
+        self.resident = _initialise(self.model, set(self._aliases), device)
+        self._lent: set[str] = set()
+
+    def close(self) -> None:
+        """Close the files of the checkpoint."""
+        self._stack.close()
+
+    def names(self, module: str) -> list[str]:
+        """What the checkpoint gives of a module's tensors, in the order of the model."""
+        inside = [f"{module}.{name}" for name, _ in _tensors(self.model.get_submodule(module))]
+        return [name for name in inside if name in self._aliases]
+
+    def load(self, names: Iterable[str]) -> None:
+        """Read tensors of the model, all that are still on the meta device."""
+        wanted = {self._aliases[name][0] for name in names if self.at(name).is_meta}
+        for name, tensor in self.contents.read(sorted(wanted)).items():
+            # What no conversion made anew lies in the file, at any address there.
+            mapped = tensor.untyped_storage().data_ptr() in self._mapped
+            self._set(name, (tensor.clone() if mapped else tensor).to(self.device))
+        self._mapped.clear()
+
+    def free(self, module: str) -> None:
+        """Put every tensor of a module back on the meta device, also those that a cut made."""
+        for name, tensor in list(_tensors(self.model.get_submodule(module))):
+            self._empty(f"{module}.{name}", tensor)
+
+    def free_named(self, names: Iterable[str]) -> None:
+        """Put tensors back on the meta device."""
+        for name in names:
+            self._empty(name, self.at(name))
+
+    def free_lent(self) -> None:
+        """Free what was loaded at its first use."""
+        self.free_named(self._lent)
+        self._lent.clear()
+
+    @contextmanager
+    def loading_at_first_use(self) -> Iterator[None]:
+        """Load each tensor when the model first asks for it, whichever way; `free_lent` lets it go."""
+        for path, module in self.model.named_modules():
+            state: dict[str, Any] = vars(module)
+            for kind in ("_parameters", "_buffers"):
+                state[kind] = _LoadedAtFirstUse(state[kind], f"{path}." if path else "", self._lend)
+        try:
+            yield
+        finally:
+            for module in self.model.modules():
+                state = vars(module)
+                for kind in ("_parameters", "_buffers"):
+                    state[kind] = dict(dict.items(state[kind]))
+            self.free_lent()
+
+    def _stored(self, name: str) -> torch.Tensor:
+        tensor = self._shards(name)
+        self._mapped.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def _lend(self, name: str) -> Any:
+        if name not in self._aliases:
+            return self.at(name)
+        self.load([name])
+        self._lent.update(self._aliases[name])
+        return self.at(name)
+
+    def _tie_equal_pairs(self) -> None:
+        """Tie tensors that the config ties and the checkpoint holds twice, if they are equal, as loading does."""
+        for target, origin in list(self.model.all_tied_weights_keys.items()):
+            both = target in self.contents.tensors and origin in self.contents.tensors
+            if not both or self.at(target) is self.at(origin):
+                continue
+            pair = self.contents.read([target, origin])
+            if torch.equal(pair[target], pair[origin]):
+                _slot(self.model, target)[0][_slot(self.model, target)[1]] = self.at(origin)
+            else:
+                self.model.all_tied_weights_keys.pop(target, None)
+
+    def _find_aliases(self) -> dict[str, list[str]]:
+        """All names of each tensor that the checkpoint gives, the one that it is read by first."""
+        by_tensor: dict[int, list[str]] = {}
+        for name, tensor in _tensors(self.model):
+            by_tensor.setdefault(id(tensor), []).append(name)
+        aliases: dict[str, list[str]] = {}
+        for names in by_tensor.values():
+            given = [name for name in names if name in self.contents.tensors]
+            if given:
+                ordered = [given[0], *(name for name in names if name != given[0])]
+                aliases |= dict.fromkeys(names, ordered)
+        return aliases
+
+    def at(self, name: str) -> torch.Tensor:
+        """A tensor as it is, perhaps on the meta device."""
+        store, key = _slot(self.model, name)
+        return dict.__getitem__(store, key)
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        old = self.at(name)
+        new: torch.Tensor = tensor
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        for alias in self._aliases.get(name, [name]):
+            store, key = _slot(self.model, alias)
+            store[key] = new
+
+    def _empty(self, name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_meta and name not in self.resident:
+            self._set(name, torch.empty_like(tensor, device="meta"))
+
+
+class _LoadedAtFirstUse(dict[str, Any]):
+    """The parameters or buffers of a module; one on the meta device is loaded when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Any], prefix: str, load: Any) -> None:
+        super().__init__(tensors)
+        self._prefix, self._load = prefix, load
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return self._load(self._prefix + key) if value is not None and value.is_meta else value
+
+    def items(self) -> Any:
+        """Loads one after the other while it is iterated."""
+        return ((key, self[key]) for key in list(self))
+
+    def values(self) -> Any:
+        """Loads one after the other while it is iterated."""
+        return (self[key] for key in list(self))
+
+
+def empty_model(source: ModelSource) -> PreTrainedModel:
+    """The model as `from_pretrained` makes it, with every tensor on the meta device; no number is read."""
+    assert source.headers is not None
+    cls: Any = type(source.skeleton)
+    given = {name: meta_tensor(dtype, shape) for name, (dtype, shape, _) in source.headers.tensors.items()}
+    arguments = {key: value for key, value in source.load_arguments.items() if key in _LOADING}
+    arguments |= {"state_dict": given, "device_map": {"": "meta"}}
+    config = deepcopy(source.config)
+    for key in set(source.load_arguments) - set(_LOADING):
+        if hasattr(config, key):
+            setattr(config, key, source.load_arguments[key])
+    with without_bars():
+        if source.quantisation is not None:
+            model, _ = load_dequantised(cls, None, config, source.quantisation, source.headers, arguments)  # type: ignore[arg-type]
+        else:
+            model = cls.from_pretrained(None, config=config, **arguments)
+    model.config.name_or_path = str(source.location)
+    adjust: Any = getattr(model, "adjust_generation_fn", None)
+    if model.can_generate() and adjust is not None:
+        adjust(
+            *(None, False, False, str(source.directory)),
+            trust_remote_code=source.load_arguments.get("trust_remote_code"),
+            **_LOCAL,
+        )
+    return model.eval()
+
+
+def align(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy the tensors of a model that lie in mapped files, at addresses where some CPU kernels round otherwise."""
+    for _, tensor in _tensors(model):
+        if tensor.device.type == "cpu" and type(tensor.data) is torch.Tensor and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def _initialise(model: PreTrainedModel, given: set[str], device: torch.device) -> set[str]:
+    """Compute what the checkpoint does not give; returns the names."""
+    lacking = {name for name, tensor in _tensors(model) if tensor.is_meta and name not in given}
+    for name in lacking:
+        store, key = _slot(model, name)
+        real = torch.empty_like(store[key], device="cpu")
+        store[key] = nn.Parameter(real, store[key].requires_grad) if isinstance(store[key], nn.Parameter) else real
+    for module in model.modules():
+        # The empty model was initialised as a whole; parameters that are given carry this mark of their own.
+        vars(module).pop("_is_hf_initialized", None)
+    initialize: Any = model.initialize_weights
+    initialize()
+    for name in lacking:
+        store, key = _slot(model, name)
+        store[key].data = store[key].data.to(device)
+    return lacking
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers under all their names, none loaded on the way."""
+    for path, part in module.named_modules(remove_duplicate=False):
+        for store in (part._parameters, part._buffers):
+            for key, tensor in list(dict.items(store)):
+                if tensor is not None:
+                    yield (f"{path}.{key}" if path else key), tensor
+
+
+def _slot(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dict of its module that holds a tensor, and its key there."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module._parameters if key in module._parameters else module._buffers), key

@@ -1,0 +1,38 @@
+"""`optimum-cli moe verify`: check a compressed checkpoint tensor by tensor."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+from optimum_moe.cli.common import MoESubcommand
+
+FAILED = 1
+
+
+class VerifyCommand(MoESubcommand):
+    """Print a table of checks; the exit status is 0 if all passed, else 1."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """See `MoESubcommand`."""
+        parser.allow_abbrev = False
+        parser.add_argument("checkpoint", help="Folder of a compressed checkpoint.")
+        parser.add_argument(
+            "--against",
+            metavar="ORIGINAL",
+            help="The original, a Hub id or a folder: compare every tensor with what plan and original give.",
+        )
+        parser.add_argument("--quiet", action="store_true", help="Show no progress.")
+
+    def execute(self) -> None:
+        """See `MoESubcommand`."""
+        from transformers.utils import logging
+
+        from optimum_moe.verification import verify
+
+        if self.args.quiet:
+            logging.disable_progress_bar()
+        report = verify(self.args.checkpoint, self.args.against)
+        print(report)
+        if not report.passed:
+            raise SystemExit(FAILED)

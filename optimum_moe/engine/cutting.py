@@ -1,0 +1,157 @@
+"""What every source shares: deciding the blocks of a unit and cutting them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum_moe.blocks import ModelInfo
+from optimum_moe.engine.progress import Progress
+from optimum_moe.engine.units import Unit
+from optimum_moe.methods import BlockContext, Method
+from optimum_moe.plan import BlockPlan, CompressionPlan
+from optimum_moe.statistics import BlockStatistics, Statistics, Unseen
+from optimum_moe.surgeons import FoundBlock
+
+Observed = Mapping[str, BlockStatistics]
+
+
+class BlockSource(Protocol):
+    """Where the tensors of a model come from, and where they go once a unit is cut."""
+
+    model: PreTrainedModel
+    blocks: Sequence[FoundBlock]
+    units: Sequence[Unit]
+
+    def loaded(self, unit: Unit) -> AbstractContextManager[None]:
+        """While it is open the unit has its tensors."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """While it is open the model runs."""
+
+    def settle(self) -> None:
+        """Let go of what the model needed between two units."""
+
+    def is_finished(self, unit: Unit) -> bool:
+        """Whether an earlier run finished the unit."""
+
+    def finish(self, unit: Unit, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
+        """Take a unit that was cut, while it is loaded."""
+
+    def plans(self) -> dict[str, BlockPlan]:
+        """What was carried out so far, by block, in the order of the model."""
+
+
+@dataclass
+class Cutter:
+    """Decides and cuts the blocks of one unit after the other.
+
+    Args:
+        source: Where they are.
+        method: What decides; None where a plan is carried out.
+        seed: Of everything random.
+        counts: Experts that remain in each block.
+        unseen: What to do about experts without tokens.
+        plan: Carry out this plan instead of deciding one.
+    """
+
+    source: BlockSource
+    method: Method | None
+    seed: int
+    counts: Mapping[str, int]
+    unseen: Unseen = "warn"
+    plan: CompressionPlan | None = None
+
+    def cut(self, unit: Unit, observed: Observed | None = None) -> dict[str, BlockPlan]:
+        """Cut the blocks of a loaded unit, each when its plan is complete; returns the plans."""
+        plans = {}
+        for found in unit.blocks:
+            plans[found.info.name] = plan = self._plan(found, observed)
+            if not plan.is_identity:
+                found.surgeon.cut(found.module(self.source.model), plan)
+        return plans
+
+    def _plan(self, found: FoundBlock, observed: Observed | None) -> BlockPlan:
+        name = found.info.name
+        if self.plan is not None:
+            return self.plan.blocks[name]
+        block = found.module(self.source.model)
+        # The context views the tensors, which must be free to go while the block is cut.
+        context = BlockContext(
+            info=found.info,
+            experts=found.surgeon.experts(block),
+            router=found.surgeon.router(block),
+            generator=torch.Generator().manual_seed(self.seed * 100_003 + found.info.index),
+            statistics=None if observed is None else observed[name],
+            unseen=self.unseen,
+        )
+        assert self.method is not None
+        with torch.no_grad():
+            return self.method.decide(context, self.counts[name])
+
+
+def cut_units(source: BlockSource, cutter: Cutter, observed: Observed | None, progress: Progress) -> None:
+    """Cut every unit of a source that is not finished."""
+    for unit in source.units:
+        if source.is_finished(unit):
+            progress.skip()
+            continue
+        with progress.unit(unit) as report, source.loaded(unit):
+            own = None if observed is None else {f.info.name: observed[f.info.name] for f in unit.blocks}
+            report.plans = cutter.cut(unit, own)
+            source.finish(unit, report.plans, own)
+
+
+def counts_for(
+    blocks: Sequence[FoundBlock], info: ModelInfo, method: Method, statistics: Statistics | None
+) -> dict[str, int]:
+    """Experts that remain in each block.
+
+    Raises:
+        ValueError: As `kept_unreached` and `check_together`.
+    """
+    kept = {} if statistics is None else kept_unreached(info, method.counts(info), statistics)
+    counts = {**method.allocate(info, statistics), **kept}
+    check_together(blocks, counts)
+    return counts
+
+
+def kept_in_unit(unit: Unit, info: ModelInfo, counts: Mapping[str, int], statistics: Statistics) -> dict[str, int]:
+    """`kept_unreached` for the blocks of one unit."""
+    return kept_unreached(replace(info, blocks=tuple(found.info for found in unit.blocks)), counts, statistics)
+
+
+def kept_unreached(info: ModelInfo, counts: Mapping[str, int], statistics: Statistics) -> dict[str, int]:
+    """Blocks that calibration never reached and that keep all experts, because of `unseen="keep"`.
+
+    Another tower of an omni model, or the vision experts on text alone: nothing says what may be cut there.
+
+    Raises:
+        ValueError: If there are such blocks among those to cut, and `unseen` is another.
+    """
+    unreached = [
+        block
+        for block in info.blocks
+        if counts[block.name] < block.num_experts and statistics.blocks[block.name].num_tokens == 0
+    ]
+    if unreached and statistics.unseen != "keep":
+        names = [block.name for block in unreached]
+        raise ValueError(
+            f"No calibration token reached {len(names)} of the blocks to cut ({', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}), so nothing says which of their experts matter. Add data that "
+            f'reaches them, leave them out with protect=["{names[0]}", ...] or layers=, or set unseen="keep".'
+        )
+    return {block.name: block.num_experts for block in unreached}
+
+
+def check_together(blocks: Sequence[FoundBlock], counts: Mapping[str, int]) -> None:
+    """Raise a `ValueError` if a surgeon knows that its blocks cannot keep these counts together."""
+    for surgeon in {found.surgeon.name: found.surgeon for found in blocks}.values():
+        objection = surgeon.objection(counts)
+        if objection is not None:
+            raise ValueError(objection)

@@ -1,0 +1,223 @@
+"""A streaming run from its working folder to the finished checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
+from optimum_moe.checkpoint.source import ModelSource
+from optimum_moe.checkpoint.streamed import StreamedModel
+from optimum_moe.checkpoint.writer import check_space, disk_is_full, take_place
+from optimum_moe.engine.activations import Activations
+from optimum_moe.engine.streaming import StreamingSource
+from optimum_moe.engine.working import WorkingFolder
+from optimum_moe.methods.counts import parse_size
+from optimum_moe.plan import PLAN_NAME, CompressionPlan
+from optimum_moe.records import digest, read_digest
+from optimum_moe.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class StreamingSettings:
+    """How a checkpoint is streamed.
+
+    Args:
+        device: Where layers are computed.
+        max_memory: Bytes for tensors; None for as many as are free.
+    """
+
+    device: torch.device
+    max_memory: int | None = None
+
+
+def choose_streaming(
+    engine: str, source: ModelSource, destination: Path | None, device_map: Any, max_memory: Any
+) -> StreamingSettings | None:
+    """How to stream, None where the model is to be loaded as a whole.
+
+    Raises:
+        ValueError: If streaming is asked for and impossible.
+    """
+    if engine == "auto":
+        too_large = source.live is None and source.info.bytes > psutil.virtual_memory().available
+        spread = device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+        spread = spread or (isinstance(device_map, Mapping) and len(device_map) > 1)
+        engine = "streaming" if too_large and destination is not None and not spread else "memory"
+    if engine == "memory":
+        if max_memory is not None and not isinstance(max_memory, Mapping):
+            raise ValueError(f'max_memory={max_memory!r} is for engine="streaming"; in memory it is a dict by device.')
+        return None
+    if source.live is not None:
+        raise ValueError('engine="streaming" is for a checkpoint, and this model is in memory. Give its path instead.')
+    if destination is None:
+        raise ValueError('engine="streaming" writes as it goes and needs output_dir. Pass output_dir=.')
+    if isinstance(device_map, Mapping) and len(device_map) == 1:
+        device_map = next(iter(device_map.values()))
+    try:
+        device = torch.device("cpu" if device_map is None else device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f'engine="streaming" computes on one device, device_map={device_map!r} is none. Pass "cpu" or "cuda:0".'
+        ) from error
+    return StreamingSettings(device, None if max_memory is None else parse_size(max_memory))
+
+
+class StreamingJob:
+    """A context manager around a streaming run; what is finished stays when it is left by an error.
+
+    Args:
+        source: The checkpoint.
+        destination: Where the result goes; None for a run that only observes.
+        identity: What the result depends on, beside the checkpoint.
+        settings: How it is streamed.
+        anew: Forget an earlier run.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        destination: Path | None,
+        identity: Mapping[str, Any],
+        settings: StreamingSettings,
+        anew: bool = False,
+    ) -> None:
+        self._checkpoint, self._device, self._max_memory = source, settings.device, settings.max_memory
+        self._before = fingerprint(source)
+        self.folder = None
+        if destination is not None:
+            versions = {"optimum_moe": _version(), "torch": torch.__version__, "transformers": transformers.__version__}
+            self.folder = WorkingFolder(destination, {"model": self._before, **identity, "versions": versions}, anew)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> StreamingJob:
+        try:
+            if self.folder is not None:
+                self._stack.enter_context(self.folder)
+            streamed = StreamedModel(self._checkpoint, self._device)
+            self._stack.callback(streamed.close)
+            self.source = StreamingSource(streamed, self._checkpoint.blocks, self.folder)
+            self.keep = Activations(self._place_for_activations(), self._room()).keep
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._stack.close()
+        if isinstance(error, Exception) and disk_is_full(error):
+            kept = "nothing was to be kept"
+            if self.folder is not None:
+                kept = f"{len(self.folder.finished)} parts are finished and stay in {self.folder.path}"
+            raise ValueError(f"The disk is full; {kept}. Free some space, and repeat the same command.") from error
+
+    def check_space(self, size: int) -> None:
+        """Raise a `ValueError` unless there is room for what is not written yet."""
+        assert self.folder is not None
+        check_space(self.folder.destination, size - sum(unit["size"] for unit in self.folder.finished.values()))
+
+    def finished_model(self) -> PreTrainedModel:
+        """The compressed model, without numbers."""
+        self.source.rebuild()
+        return self.source.model
+
+    def complete(self, describe: Callable[[Path, str], None]) -> None:
+        """Add to the shards what else a checkpoint has, and put it in its place.
+
+        Args:
+            describe: Writes everything but the shards and their index into a folder, for a checkpoint of that name.
+
+        Raises:
+            ValueError: If the original checkpoint was changed in the meantime.
+        """
+        assert self.folder is not None
+        if fingerprint(self._checkpoint) != self._before:
+            raise ValueError(
+                f"{self._checkpoint.name} was changed while it was compressed. Pass overwrite=True (--overwrite) to "
+                "begin anew."
+            )
+        side = self.folder.path / "description"
+        shutil.rmtree(side, ignore_errors=True)
+        side.mkdir()
+        self.source.write_index(side)
+        describe(side, self.folder.destination.name)
+        checkpoint = self.folder.checkpoint
+        shards = {unit["shard"] for unit in self.folder.finished.values()}
+        for old in checkpoint.iterdir():
+            if old.name not in shards:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for path in side.iterdir():
+            path.rename(checkpoint / path.name)
+        take_place(checkpoint, self.folder.destination)
+        shutil.rmtree(self.folder.path, ignore_errors=True)
+
+    def _place_for_activations(self) -> Path:
+        return Path(tempfile.gettempdir()) if self.folder is None else self.folder.path
+
+    def _room(self) -> int:
+        """Bytes for activations.
+
+        Raises:
+            ValueError: If not one layer fits.
+        """
+        needed = self.source.needed
+        if self._max_memory is None:
+            return max(0, psutil.virtual_memory().available - needed) // 2
+        if self._max_memory < needed:
+            raise ValueError(
+                f"max_memory={self._max_memory:,} bytes is less than the {needed:,} that the largest layer takes while "
+                "it is read, cut and written. Allow at least that much."
+            )
+        return self._max_memory - needed
+
+
+def calibration_identity(
+    batches: CalibrationBatches | None,
+    config: CalibrationConfig | None,
+    statistics: Statistics | None,
+    plan: CompressionPlan | None,
+) -> dict[str, Any]:
+    """What a run is made from beside the checkpoint and the recipe."""
+    found: dict[str, Any] = {}
+    if batches is not None and config is not None:
+        found["data"] = batches.description
+        found["calibration settings"] = [config.seed, config.unseen, config.reservoir_tokens]
+    if statistics is not None:
+        record = {"calibration": dict(statistics.calibration), "unseen": statistics.unseen}
+        sums = {name: block.gated_norm_sum_E for name, block in statistics.blocks.items()}
+        grams = {f"{name} gram": block.router_gram_EE for name, block in statistics.blocks.items()}
+        found["statistics"] = digest(record, sums | grams)
+    if plan is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            plan.save_pretrained(folder)
+            found["plan"] = read_digest(Path(folder), PLAN_NAME)
+    return found
+
+
+def fingerprint(source: ModelSource) -> dict[str, Any]:
+    """What tells a checkpoint from another, or its state from another: sizes and times of files, else the revision."""
+    assert source.headers is not None
+    files = {}
+    for file in (*source.headers.files, Path(source.directory or "") / "config.json"):
+        if file.is_file():
+            status = file.stat()
+            files[file.name] = [status.st_size, status.st_mtime_ns]
+    return {"tensors": source.headers.fingerprint, "files": files, "folder": str(source.directory)}
+
+
+def _version() -> str:
+    try:
+        return version("optimum-moe")
+    except PackageNotFoundError:
+        return "unknown"

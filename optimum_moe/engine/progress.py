@@ -1,0 +1,88 @@
+"""What a run says while it works: one bar over the layers with the time left, and one line a layer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from optimum_moe.engine.units import Unit
+from optimum_moe.plan import BlockPlan
+
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass
+class UnitReport:
+    """What there is to say of one unit."""
+
+    plans: Mapping[str, BlockPlan] = field(default_factory=dict)
+    error: float | None = None
+
+
+class Progress:
+    """A bar, and lines on standard error; only lines where that is no terminal.
+
+    Args:
+        total: Number of units.
+        description: Stands in front.
+        show: Say anything at all.
+        lines: Say a line a layer.
+    """
+
+    def __init__(self, total: int, description: str, show: bool = True, lines: bool = False) -> None:
+        self.show, self.lines, self.total = show, lines, total
+        self._done = self._skipped = 0
+        self._began = time.monotonic()
+        bar = show and not (lines and not sys.stderr.isatty())
+        self._bar: Any = tqdm(total=total, desc=description, disable=not bar)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+
+    def skip(self) -> None:
+        """A unit was finished by an earlier run."""
+        self._skipped += 1
+        self._done += 1
+        self._bar.update()
+
+    @contextmanager
+    def unit(self, unit: Unit) -> Iterator[UnitReport]:
+        """Report a unit when it is done."""
+        began, report = time.monotonic(), UnitReport()
+        yield report
+        self._done += 1
+        self._bar.update()
+        if self.show and self.lines:
+            self.say(self._line(unit, report, time.monotonic() - began))
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self.show:
+            tqdm.write(line, file=sys.stderr)
+
+    def _line(self, unit: Unit, report: UnitReport, seconds: float) -> str:
+        experts = [f"{plan.num_experts} -> {plan.num_groups} experts" for plan in report.plans.values()]
+        parts = [f"[{self._done}/{self.total}] {unit.name}:", ", ".join(experts) or "no experts"]
+        if report.error is not None:
+            parts.append(f"error {report.error:.4f}")
+        left = (time.monotonic() - self._began) / max(self._done - self._skipped, 1) * (self.total - self._done)
+        parts += [f"{seconds:.1f} s", f"{anonymous_memory() / 1e9:.2f} GB", f"{left:.0f} s left"]
+        return "  ".join(parts)
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file backs; 0 where the system does not say."""
+    if not _STATUS.is_file():
+        return 0
+    lines = _STATUS.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)

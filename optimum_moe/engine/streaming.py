@@ -1,0 +1,173 @@
+"""A checkpoint on disk as a source: one unit at a time in memory, written to a shard of its own when it is cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from optimum_moe.checkpoint.headers import INDEX_FILE
+from optimum_moe.checkpoint.shards import write_shard
+from optimum_moe.checkpoint.streamed import StreamedModel
+from optimum_moe.engine.cutting import Observed
+from optimum_moe.engine.units import Unit, find_units, is_in
+from optimum_moe.engine.working import WorkingFolder
+from optimum_moe.plan import BlockPlan
+from optimum_moe.surgeons import FoundBlock
+
+SHARD_SIZE = 5 * 10**9
+
+
+class StreamingSource:
+    """The units of a model whose tensors are read when they are needed and written when they are cut.
+
+    Args:
+        streamed: The model.
+        blocks: Its MoE blocks.
+        folder: Where finished units go; None for a run that only observes.
+    """
+
+    def __init__(self, streamed: StreamedModel, blocks: Sequence[FoundBlock], folder: WorkingFolder | None) -> None:
+        self.streamed, self.blocks, self.folder = streamed, blocks, folder
+        self.model: Any = streamed.model
+        state = dict(self.model.state_dict())
+        ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        kept = remove_tied_weights_from_state_dict({n: t for n, t in state.items() if n not in ignored}, self.model)
+        self._dropped = set(state) - set(kept)
+        layers = find_units(self.model, blocks)
+        rest = [name for name in kept if not is_in(name, layers)]
+        self.units: Sequence[Unit] = [*layers, *_rest_units(rest, state)]
+        self._check_conversions(kept)
+        sizes = {unit.name: [_bytes(state[name]) for name in self._state_names(unit, kept)] for unit in self.units}
+        largest = max(sizes.values(), key=sum)
+        self.needed = sum(largest) + 2 * max(largest, default=0)
+        """Bytes that the largest unit takes while it is read, cut and written."""
+        self._files = [unit.name for unit in self.units if sizes[unit.name]]
+        self._plans: dict[str, BlockPlan] = {}
+        self._to_rebuild: list[Unit] = []
+        for unit in self.units:
+            if folder is not None and unit.blocks and self.is_finished(unit):
+                self._plans |= folder.plans(unit.name)
+                self._to_rebuild.append(unit)
+
+    def _state_names(self, unit: Unit, kept: Mapping[str, Any]) -> list[str]:
+        return list(unit.tensors) or [name for name in kept if is_in(name, [unit])]
+
+    def _check_conversions(self, kept: Mapping[str, torch.Tensor]) -> None:
+        """Make sure that units can be written one by one.
+
+        Raises:
+            ValueError: If the checkpoint keeps tensors of several units in one.
+        """
+        whole = sorted(revert_weight_conversion(self.model, dict(kept)))
+        parts = []
+        for unit in self.units:
+            parts += revert_weight_conversion(self.model, {n: kept[n] for n in self._state_names(unit, kept)})
+        if sorted(parts) != whole:
+            odd = sorted(set(parts) ^ set(whole)) or parts
+            raise ValueError(
+                f"Checkpoints of {type(self.model).__name__} hold tensors of several layers in one ({odd[0]}), so that "
+                'they cannot be written layer by layer. Use engine="memory".'
+            )
+
+    @contextmanager
+    def loaded(self, unit: Unit) -> Iterator[None]:
+        """Read the unit, and free it at the end."""
+        self.streamed.load(unit.tensors or self.streamed.names(unit.name))
+        try:
+            yield
+        finally:
+            if unit.tensors:
+                self.streamed.free_named(unit.tensors)
+            else:
+                self.streamed.free(unit.name)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Read what lies between the units when it is used."""
+        with self.streamed.loading_at_first_use():
+            yield
+
+    def settle(self) -> None:
+        """Free what lies between the units."""
+        self.streamed.free_lent()
+
+    def is_finished(self, unit: Unit) -> bool:
+        """Whether its shard is written."""
+        return self.folder is not None and unit.name in self.folder.finished
+
+    def finish(self, unit: Unit, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
+        """Write the unit, and remember that it is done."""
+        assert self.folder is not None
+        tensors = revert_weight_conversion(self.model, self._state(unit))
+        shard, size = None, 0
+        if tensors:
+            shard = self._shard(unit)
+            size = write_shard(self.folder.checkpoint / shard, tensors)
+        record = None
+        if unit.blocks:
+            record = self.folder.write_record(f"unit-{self.units.index(unit):05d}", plans, observed)
+        weights = {name: [tensor.numel(), _bytes(tensor)] for name, tensor in tensors.items()}
+        self.folder.add(
+            unit.name, shard=shard, size=size, record=record, observed=observed is not None, weights=weights
+        )
+        self._plans |= plans
+
+    def plans(self) -> dict[str, BlockPlan]:
+        """See `BlockSource.plans`."""
+        order = [found.info.name for found in self.blocks]
+        return {name: self._plans[name] for name in order if name in self._plans}
+
+    def rebuild(self) -> None:
+        """Give the empty model the structure of the units that an earlier run cut."""
+        for found in (found for unit in self._to_rebuild for found in unit.blocks):
+            plan = self._plans[found.info.name]
+            block = found.module(self.model)
+            if not plan.is_identity and found.surgeon.info(block, "", 0).num_experts == plan.num_experts:
+                found.surgeon.rebuild(block, plan.num_groups, plan.routing)
+        self._to_rebuild.clear()
+
+    def write_index(self, directory: Path) -> None:
+        """Write the index of all shards."""
+        assert self.folder is not None
+        weight_map: dict[str, str] = {}
+        sizes: list[list[int]] = []
+        for unit in self.folder.finished.values():
+            weight_map |= dict.fromkeys(unit["weights"], unit["shard"])
+            sizes += unit["weights"].values()
+        total = {"total_parameters": sum(n for n, _ in sizes), "total_size": sum(size for _, size in sizes)}
+        record = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+    def _state(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """What is saved of a loaded unit, by the model's names."""
+        if unit.tensors:
+            return {name: self.streamed.at(name).detach() for name in unit.tensors}
+        inside = self.model.get_submodule(unit.name).state_dict(prefix=f"{unit.name}.")
+        return {name: tensor for name, tensor in inside.items() if name not in self._dropped}
+
+    def _shard(self, unit: Unit) -> str:
+        return f"model-{self._files.index(unit.name) + 1:05d}-of-{len(self._files):05d}.safetensors"
+
+
+def _rest_units(names: Sequence[str], state: Mapping[str, torch.Tensor]) -> list[Unit]:
+    """Everything outside of the layers, in parts of at most `SHARD_SIZE`."""
+    parts: list[list[str]] = []
+    room = 0
+    for name in names:
+        if not parts or _bytes(state[name]) > room:
+            parts.append([])
+            room = SHARD_SIZE
+        parts[-1].append(name)
+        room -= _bytes(state[name])
+    return [Unit(f"rest {number}", tensors=tuple(part)) for number, part in enumerate(parts, 1)]
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,67 @@
+"""Units: the layers of a model that are loaded, cut and written one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from optimum_moe.surgeons import FoundBlock
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a model.
+
+    Args:
+        name: Path of the module, for example `model.layers.3`; of a part that is no layer, a name for it.
+        blocks: The MoE blocks in it.
+        tensors: What it consists of, where it is no module.
+    """
+
+    name: str
+    blocks: tuple[FoundBlock, ...] = ()
+    tensors: tuple[str, ...] = ()
+
+
+def find_units(model: nn.Module, blocks: Sequence[FoundBlock]) -> list[Unit]:
+    """The members of the outermost lists of layers that hold MoE blocks; a block in no list is a unit by itself."""
+    names = [found.info.name for found in blocks]
+    layers = [
+        layer for stack in _outermost_lists(model) if _any_inside(names, stack) for layer in _members(model, stack)
+    ]
+    single = [name for name in names if not any(_inside(name, layer) for layer in layers)]
+    return [Unit(path, tuple(f for f in blocks if _inside(f.info.name, path))) for path in [*layers, *single]]
+
+
+def other_layers(model: nn.Module, units: Sequence[Unit]) -> list[str]:
+    """The members of all other outermost lists, for example of a vision tower."""
+    names = [unit.name for unit in units]
+    stacks = [stack for stack in _outermost_lists(model) if not _any_inside(names, stack)]
+    return [layer for stack in stacks for layer in _members(model, stack)]
+
+
+def is_in(name: str, units: Sequence[Unit]) -> bool:
+    """Whether a tensor belongs to one of the units, which are modules."""
+    return any(_inside(name, unit.name) for unit in units)
+
+
+def _outermost_lists(model: nn.Module) -> Iterator[str]:
+    last = None
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and (last is None or not _inside(path, last)):
+            last = path
+            yield path
+
+
+def _members(model: nn.Module, stack: str) -> list[str]:
+    return [f"{stack}.{key}" for key, _ in model.get_submodule(stack).named_children()]
+
+
+def _any_inside(names: Sequence[str], path: str) -> bool:
+    return any(_inside(name, path) for name in names)
+
+
+def _inside(name: str, path: str) -> bool:
+    return name == path or name.startswith(f"{path}.")

@@ -1,0 +1,62 @@
+"""What a verification found, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHOWN = 3
+"""How many failures of a check are shown."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Args:
+        name: What was checked.
+        failures: What is wrong, first things first; none if all is well.
+        note: What was compared, or why the check could not be made.
+        ran: Whether it was made.
+    """
+
+    name: str
+    failures: tuple[str, ...] = ()
+    note: str = ""
+    ran: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was made and found nothing wrong."""
+        return self.ran and not self.failures
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """The checks of one checkpoint; `str()` gives a table.
+
+    Args:
+        checkpoint: The folder.
+        checks: All checks, those that could not be made among them.
+        against: The original.
+    """
+
+    checkpoint: str
+    checks: tuple[Check, ...]
+    against: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks were made and passed."""
+        return all(check.passed for check in self.checks)
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+    def __str__(self) -> str:
+        width = max(len(check.name) for check in self.checks)
+        lines = []
+        for check in self.checks:
+            state = "ok" if check.passed else f"FAILED ({len(check.failures)})" if check.ran else "not checked"
+            lines.append(f"{check.name.ljust(width)}  {state.ljust(11)}  {check.note}".rstrip())
+            lines += [f"{' ' * width}    {failure}" for failure in check.failures[:SHOWN]]
+        return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""JetMoE: feed-forward experts and attention experts, behind a router that sorts its (token, expert) pairs by expert.
+
+An attention expert is a pair of matrices around the attention that all experts share: one makes queries of a token,
+the other takes the attention's result back. Its channels meet the keys and values of all experts, so they cannot be
+permuted. Where two selected experts are merged into one, its projections run once with the sum of both weights; the
+attention still runs over K sets of queries, the repeated one being zeros that nothing reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_moe.nn import SwappedModule, map_routing, swapped_class
+from optimum_moe.plan import Routing
+from optimum_moe.surgeons.architecture import RouterTensor
+from optimum_moe.surgeons.base import Block, BlockWatcher, hooked
+from optimum_moe.surgeons.stacked import ExpertStack, Fields, StackedSurgeon, down_of, gate_up_of
+
+
+class MappedJetMoeRouter(SwappedModule):
+    """Maps the ids of the stock router and sorts the pairs again, without those of repeats."""
+
+    expert_map: torch.Tensor
+    num_groups: int
+    top_k: int
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[Any, ...]:
+        """(P,) slots (T * K numbered row by row), tokens and weights of all pairs, pairs of each group, logits."""
+        *topology, logits_TN = super().forward(hidden_states)
+        index_TK, weights_TK = _selection(topology, self.top_k)
+        groups_TK, summed_TK = map_routing(index_TK, weights_TK, self.expert_map)
+        slot_P = (summed_TK.flatten() != 0).nonzero()[:, 0]
+        group_P, order_P = groups_TK.flatten()[slot_P].sort(stable=True)
+        slot_P = slot_P[order_P]
+        sizes = torch.bincount(group_P, minlength=self.num_groups).tolist()
+        return slot_P, slot_P // self.top_k, summed_TK.flatten()[slot_P], sizes, logits_TN
+
+
+class JetMoeSurgeon(StackedSurgeon):
+    """The feed-forward experts: `input_linear` is gate and up, `output_linear` down."""
+
+    name = "jetmoe"
+    count_fields = ("num_local_experts",)
+    tensors = (RouterTensor("layer.weight"),)
+    block = "JetMoeMoE"
+    remark = "feed-forward experts"
+
+    def matches(self, module: nn.Module) -> bool:
+        """By the class of the block."""
+        return type(module).__name__ == self.block
+
+    def stacks(self, block: Block) -> tuple[ExpertStack, ...]:
+        """(E, 2 I, H) and (E, H, I)."""
+        return ExpertStack("input_linear.weight", gate_up_of), ExpertStack("output_linear.weight", down_of)
+
+    def num_experts(self, block: Block) -> int:
+        """As its linear layers say."""
+        return block.input_linear.num_experts
+
+    def top_k(self, block: Block) -> int:
+        """As the router says."""
+        return block.router.top_k
+
+    def install(self, block: Block, num_groups: int, routing: Routing) -> None:
+        """See `StackedSurgeon.install`."""
+        router = block.router
+        if routing == "map":
+            self.add_map(block, num_groups)
+            router.num_groups = num_groups
+            router.__class__ = swapped_class(MappedJetMoeRouter, type(router))
+        else:
+            router.num_experts = router.layer.out_features = num_groups
+        block.input_linear.num_experts = block.output_linear.num_experts = num_groups
+
+    @contextmanager
+    def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:
+        """Hooks on the router and on the second linear layer, which sees hidden neurons and gives outputs."""
+        seen: dict[str, Any] = {}
+
+        def after_router(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+            *topology, logits_TE = output
+            seen.update(input_TH=args[0], topology=topology)
+            watcher.router(logits_TE, args[0])
+            watcher.begin(args[0], *_selection(topology, self.top_k(block)))
+
+        def after_experts(module: nn.Module, args: tuple[Any, ...], output_PH: torch.Tensor) -> None:
+            hidden_PI, sizes = args
+            _, token_P, weight_P, _ = seen["topology"]
+            columns = [column.split(sizes) for column in (token_P, weight_P, hidden_PI, output_PH)]
+            for expert, (token, weight, hidden, output) in enumerate(zip(*columns, strict=True)):
+                if len(token):
+                    watcher.expert(expert, token, weight, seen["input_TH"][token], hidden, output)
+
+        handles = [
+            block.router.register_forward_hook(after_router),
+            block.output_linear.register_forward_hook(after_experts),
+        ]
+        with hooked(handles):
+            yield
+
+
+class JetMoeAttentionSurgeon(JetMoeSurgeon):
+    """The attention experts: `input_linear` makes queries, `output_linear` takes the attention's result back."""
+
+    name = "jetmoe_attention"
+    block = "JetMoeMoA"
+    remark = "attention experts; their channels keep their order"
+    fixed_neurons = True
+
+    def stacks(self, block: Block) -> tuple[ExpertStack, ...]:
+        """(E, I, H) and (E, H, I), I being the query channels of one expert."""
+        return ExpertStack("input_linear.weight", _up), ExpertStack("output_linear.weight", down_of)
+
+    def install(self, block: Block, num_groups: int, routing: Routing) -> None:
+        """See `StackedSurgeon.install`."""
+        super().install(block, num_groups, routing)
+        block.num_experts = num_groups
+
+
+def _up(tensor_EIH: torch.Tensor) -> Fields:
+    return {"up": tensor_EIH}
+
+
+def _selection(topology: Sequence[Any], top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, K) selected experts and weights of a stock router's sorted pairs, of which every slot has one."""
+    slot_P, _, weight_P, sizes = topology
+    sizes_E = torch.tensor(sizes, device=slot_P.device)
+    expert_P = torch.arange(len(sizes), device=slot_P.device).repeat_interleave(sizes_E, output_size=len(slot_P))
+    order_S = slot_P.argsort()
+    return expert_P[order_S].view(-1, top_k), weight_P[order_S].view(-1, top_k)

@@ -1,0 +1,98 @@
+"""LongCat-Flash: routed experts followed by zero experts, which give a token back as it is and stay untouched.
+
+`gate_up_proj` has rows for the zero experts too, which nothing reads; they keep their place behind the routed ones.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_moe.nn import MappedRouter, SwappedModule, swapped_class
+from optimum_moe.nn.merged_experts import run_routed
+from optimum_moe.plan import Routing
+from optimum_moe.surgeons.architecture import RouterTensor
+from optimum_moe.surgeons.base import Block, BlockWatcher
+from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon, down_of, gate_up_of, watch_loop
+
+
+class MergedLongcatExperts(SwappedModule):
+    """Runs a merged expert once a token: the stock loop computes repeats."""
+
+    num_routed_experts: int
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of the selected experts.
+
+        Args:
+            hidden_states: (T, H).
+            top_k_index: (T, K) groups in [0, G), zero experts from G on.
+            top_k_weights: (T, K) routing weights.
+        """
+        groups = self.num_routed_experts
+        index_TK = top_k_index.masked_fill(top_k_weights == 0, groups)
+        routed_TH = run_routed(partial(_run_expert, self), groups, hidden_states, index_TK, top_k_weights)
+        identity_T1 = top_k_weights.masked_fill(top_k_index < groups, 0).sum(-1, keepdim=True)
+        return routed_TH + (hidden_states * identity_T1).to(hidden_states.dtype)
+
+
+class LongcatFlashSurgeon(StackedSurgeon):
+    """N routed and Z zero experts behind one router of N + Z rows."""
+
+    name = "longcat_flash"
+    count_fields = ("n_routed_experts", "num_local_experts")
+    remark = "zero experts stay"
+    tensors = (
+        RouterTensor("classifier.weight", trailing=True),
+        # Upstream makes this bias where the config asks for it, and never adds it.
+        RouterTensor("classifier.bias", trailing=True, optional=True, role="scale"),
+        RouterTensor("e_score_correction_bias", trailing=True),
+    )
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is the MoE block of a layer; one of zero experts only has nothing to cut."""
+        block: Any = module
+        return type(module).__name__ == "LongcatFlashMoE" and block.experts.num_routed_experts > 0
+
+    def stacks(self, block: Block) -> tuple[ExpertStack, ...]:
+        """(E + Z, 2 I, H) and (E, H, I)."""
+        return ExpertStack("experts.gate_up_proj", gate_up_of), ExpertStack("experts.down_proj", down_of)
+
+    def num_experts(self, block: Block) -> int:
+        """The routed ones."""
+        return block.experts.num_routed_experts
+
+    def top_k(self, block: Block) -> int:
+        """Zero experts are among the selected ones."""
+        return block.router.top_k
+
+    def install(self, block: Block, num_groups: int, routing: Routing) -> None:
+        """See `StackedSurgeon.install`."""
+        router, experts = block.router, block.experts
+        if routing == "map":
+            self.add_map(block, num_groups, others=experts.zero_expert_num)
+            router.__class__ = swapped_class(MappedRouter, type(router))
+            experts.__class__ = swapped_class(MergedLongcatExperts, type(experts))
+        else:
+            router.num_experts = num_groups
+            router.n_routed_experts = router.classifier.out_features = num_groups + experts.zero_expert_num
+        experts.num_routed_experts = num_groups
+        experts.total_experts = num_groups + experts.zero_expert_num
+
+    def watch(self, block: Block, watcher: BlockWatcher) -> AbstractContextManager[None]:
+        """See `watch_loop`."""
+        experts = block.experts
+        run = partial(_run_expert, experts)
+        return watch_loop(block.router, experts, experts.act_fn, experts.num_routed_experts, run, watcher)
+
+
+def _run_expert(experts: Any, expert: int, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_PI, up_PI = nn.functional.linear(input_PH, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    hidden_PI = experts.act_fn(gate_PI) * up_PI
+    return hidden_PI, nn.functional.linear(hidden_PI, experts.down_proj[expert])

@@ -1,0 +1,255 @@
+"""What surgeons share whose experts lie in tensors with an expert axis: reading, cutting and rebuilding them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.blocks import BlockInfo
+from optimum_moe.nn.merged_experts import RunExpert, run_routed
+from optimum_moe.plan import BlockPlan, Routing
+from optimum_moe.surgeons.architecture import RouterTensor
+from optimum_moe.surgeons.base import (
+    Block,
+    BlockWatcher,
+    Surgeon,
+    attribute,
+    hooked,
+    merge_group,
+    merged_router_rows,
+    replace_tensor,
+)
+
+Fields = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """A parameter that holds one matrix (or several side by side) of every routed expert.
+
+    Args:
+        path: Dotted path from the block.
+        fields: The fields of `ExpertTensors` in a tensor of that layout, experts first, as views.
+        flat: Whether the rows of all experts lie below each other in two dimensions.
+    """
+
+    path: str
+    fields: Callable[[torch.Tensor], Fields]
+    flat: bool = False
+
+
+def gate_up_of(tensor_EIH: torch.Tensor) -> Fields:
+    """Gate above up in one (E, 2 I, H)."""
+    gate_EIH, up_EIH = tensor_EIH.chunk(2, dim=1)
+    return {"gate": gate_EIH, "up": up_EIH}
+
+
+def down_of(tensor_EHI: torch.Tensor) -> Fields:
+    """(E, H, I) as it is."""
+    return {"down": tensor_EHI}
+
+
+class StackedSurgeon(Surgeon):
+    """Cuts tensor by tensor; a subclass says which tensors there are and which classes and counts change.
+
+    `router_name` is the attribute of the block that holds the router; `tensors` are those with an expert axis, the rows
+    of the last linear layer first; `fixed_neurons` as in `ExpertTensors`. Rows of a stack beyond the routed experts
+    stay as they are.
+    """
+
+    router_name: str = "router"
+    tensors: tuple[RouterTensor, ...]
+    fixed_neurons: bool = False
+
+    @abstractmethod
+    def stacks(self, block: Block) -> Sequence[ExpertStack]:
+        """Where the experts lie."""
+
+    @abstractmethod
+    def num_experts(self, block: Block) -> int:
+        """Routed experts of the block as it is."""
+
+    @abstractmethod
+    def top_k(self, block: Block) -> int:
+        """Experts that the router selects for a token."""
+
+    @abstractmethod
+    def install(self, block: Block, num_groups: int, routing: Routing) -> None:
+        """Counts and classes, once the tensors have their new sizes."""
+
+    def router_groups(self, block: Block) -> tuple[int, int]:
+        """Router groups, and how many of them a token may use."""
+        return 1, 1
+
+    def check(self, block: Block, plan: BlockPlan) -> None:
+        """Raise a `ValueError` if the architecture cannot express the plan."""
+
+    def info(self, block: Block, name: str, index: int) -> BlockInfo:
+        """Sizes from the modules, which transformers built from the config."""
+        view = self.experts(block)
+        each = [self._experts_first(block, stack)[0] for stack in self.stacks(block)]
+        groups, used = self.router_groups(block)
+        return BlockInfo(
+            name=name,
+            index=index,
+            num_experts=self.num_experts(block),
+            top_k=self.top_k(block),
+            router_groups=groups,
+            router_groups_used=used,
+            intermediate_size=view.intermediate_size,
+            hidden_size=view.hidden_size,
+            expert_parameters=sum(tensor.numel() for tensor in each),
+            expert_multiply_adds=sum(tensor.numel() for tensor in each if tensor.dim() == 2),
+            router_parameters=sum(t.numel() // t.shape[row.axis] for row, t in self.router_tensors(block)),
+        )
+
+    def experts(self, block: Block) -> ExpertTensors:
+        """Views of the stacks, whatever their layout."""
+        fields: dict[str, Any] = {}
+        for stack in self.stacks(block):
+            fields |= stack.fields(self._experts_first(block, stack))
+        return ExpertTensors(**fields, fixed_neurons=self.fixed_neurons)
+
+    def expert_parameters(self, block: Block) -> list[nn.Parameter]:
+        """The stacks."""
+        return [attribute(block, stack.path) for stack in self.stacks(block)]
+
+    def router_rows(self, block: Block) -> torch.Tensor:
+        """The first of `tensors`, without what trails the experts."""
+        rows = attribute(block, self.path(self.tensors[0]))
+        return rows[: self.num_experts(block)] if self.tensors[0].trailing else rows
+
+    def router_tensors(self, block: Block, holds_ids: bool = False) -> list[tuple[RouterTensor, torch.Tensor]]:
+        """See `Surgeon.router_tensors`."""
+        rows = [row for row in self.tensors if row.holds_ids == holds_ids]
+        return [(row, attribute(block, self.path(row))) for row in rows if not row.optional or self._has(block, row)]
+
+    @torch.no_grad()
+    def cut(self, block: Block, plan: BlockPlan) -> None:
+        """Replace tensor by tensor, so that at most one old and one new tensor of a block exist together.
+
+        Raises:
+            ValueError: If the architecture cannot express the plan; nothing was changed then.
+        """
+        self.check(block, plan)
+        if plan.routing == "reduce":
+            self._reduce_router(block, plan)
+        for stack in self.stacks(block):
+            old, new = attribute(block, stack.path), self._resized(block, stack, plan.num_groups)
+            source = stack.fields(self._experts_first(block, stack))
+            target = stack.fields(new.view(-1, *self._experts_first(block, stack).shape[1:])[: plan.num_groups])
+            for group in range(plan.num_groups):
+                merge_group(source, target, plan, group, group)
+            trailing = len(old) - plan.num_experts
+            if not stack.flat and trailing:
+                new[-trailing:] = old[-trailing:]
+            replace_tensor(block, stack.path, new)
+        self.install(block, plan.num_groups, plan.routing)
+        if plan.routing == "map":
+            getattr(block, self.router_name).expert_map[: plan.num_experts] = torch.tensor(plan.labels_E)
+
+    def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:
+        """Empty tensors of the right size where the stock ones were."""
+        removed = self.num_experts(block) - num_groups
+        if routing == "reduce":
+            for row, old in self.router_tensors(block):
+                shape = list(old.shape)
+                shape[row.axis] -= removed
+                replace_tensor(block, self.path(row), old.new_empty(shape))
+        for stack in self.stacks(block):
+            replace_tensor(block, stack.path, self._resized(block, stack, num_groups))
+        self.install(block, num_groups, routing)
+
+    def path(self, row: RouterTensor) -> str:
+        """Dotted path of a router tensor from the block."""
+        return row.path if row.on_block else f"{self.router_name}.{row.path}"
+
+    def add_map(self, block: Block, num_groups: int, others: int = 0) -> None:
+        """Give the router its buffer `expert_map`; ids of `others` that trail the experts follow the groups."""
+        device, zeros = self.router_rows(block).device, (0,) * self.num_experts(block)
+        ids = [*zeros, *range(num_groups, num_groups + others)]
+        getattr(block, self.router_name).register_buffer("expert_map", torch.tensor(ids, device=device))
+
+    def _experts_first(self, block: Block, stack: ExpertStack) -> torch.Tensor:
+        tensor, num_experts = attribute(block, stack.path), self.num_experts(block)
+        return tensor.view(num_experts, -1, *tensor.shape[1:]) if stack.flat else tensor[:num_experts]
+
+    def _resized(self, block: Block, stack: ExpertStack, num_groups: int) -> torch.Tensor:
+        """An empty tensor for that many experts; on the meta device for one there."""
+        old, num_experts = attribute(block, stack.path), self.num_experts(block)
+        rows = len(old) // num_experts * num_groups if stack.flat else len(old) - num_experts + num_groups
+        return torch.empty((rows, *old.shape[1:]), dtype=old.dtype, device=old.device)
+
+    def _reduce_router(self, block: Block, plan: BlockPlan) -> None:
+        """Give the router one entry for each group wherever it has one for each expert."""
+        for row, old in self.router_tensors(block):
+            rows_EX = old.movedim(row.axis, 0)
+            parts = [merged_router_rows(rows_EX[: plan.num_experts], plan, row.role), rows_EX[plan.num_experts :]]
+            replace_tensor(block, self.path(row), torch.cat(parts).movedim(0, row.axis).contiguous())
+        for row, ids in self.router_tensors(block, holds_ids=True):
+            labels_E = torch.tensor(plan.labels_E, dtype=ids.dtype, device=ids.device)
+            replace_tensor(block, self.path(row), labels_E[ids.long()])
+
+    def _has(self, block: Block, row: RouterTensor) -> bool:
+        *path, last = self.path(row).split(".")
+        return getattr(block.get_submodule(".".join(path)), last, None) is not None
+
+
+def at_first_activation(
+    experts: nn.Module, activation: nn.Module, report: Callable[..., None]
+) -> list[RemovableHandle]:
+    """Hooks that call `report` with the arguments of each call of `experts`, once its weights can be read.
+
+    Weights that are offloaded are there only while the module runs, and the first thing in it that has hooks is the
+    activation function of an expert. A call that reaches no expert is reported when it ends.
+    """
+    waiting: list[tuple[Any, ...]] = []
+
+    def before_experts(module: nn.Module, args: tuple[Any, ...]) -> None:
+        waiting.append(args)
+
+    def report_once(*called: Any) -> None:
+        if waiting:
+            report(*waiting.pop())
+
+    return [
+        experts.register_forward_pre_hook(before_experts),
+        activation.register_forward_pre_hook(report_once),
+        experts.register_forward_hook(report_once),
+    ]
+
+
+@contextmanager
+def watch_loop(
+    router: nn.Module,
+    experts: nn.Module,
+    activation: nn.Module,
+    num_experts: int,
+    run: RunExpert,
+    watcher: BlockWatcher,
+) -> Iterator[None]:
+    """Watch experts that are called with `(hidden, index, weights)` and loop in a way of their own.
+
+    The experts run a second time on their tokens, for the watcher only.
+    """
+
+    def after_router(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+        logits_TN = output[0] if isinstance(output, tuple) else output
+        watcher.router(logits_TN[:, :num_experts], args[0].reshape(len(logits_TN), -1))
+
+    def report(hidden: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        routed = hidden.reshape(-1, hidden.shape[-1]), index_TK, weights_TK
+        watcher.begin(*routed)
+        run_routed(run, num_experts, *routed, watch=watcher.expert)
+
+    handles = at_first_activation(experts, activation, report)
+    with hooked([router.register_forward_hook(after_router), *handles]):
+        yield

@@ -1,0 +1,80 @@
+"""Step 3.7: the common contract, but experts with a loop of their own that cannot be exchanged."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_moe.nn import MappedRouter, SwappedModule, swapped_class
+from optimum_moe.nn.merged_experts import run_routed
+from optimum_moe.plan import Routing
+from optimum_moe.surgeons.architecture import RouterTensor
+from optimum_moe.surgeons.base import Block, BlockWatcher
+from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon, down_of, gate_up_of, watch_loop
+
+
+class MergedStep3p7Experts(SwappedModule):
+    """Runs a merged expert once a token: the stock loop computes repeats."""
+
+    num_experts: int
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """(T, H) weighted sum of the selected experts."""
+        index_TK = top_k_index.masked_fill(top_k_weights == 0, self.num_experts)
+        return run_routed(partial(_run_expert, self), self.num_experts, hidden_states, index_TK, top_k_weights)
+
+
+class Step3p7Surgeon(StackedSurgeon):
+    """Layers may clamp their neurons, which the module itself does."""
+
+    name = "step3p7"
+    count_fields = ("n_routed_experts", "num_local_experts", "moe_num_experts")
+    router_name = "gate"
+    tensors = (RouterTensor("weight"), RouterTensor("e_score_correction_bias"))
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is the MoE block of a layer."""
+        return type(module).__name__ == "Step3p7SparseMoeBlock"
+
+    def stacks(self, block: Block) -> tuple[ExpertStack, ...]:
+        """(E, 2 I, H) and (E, H, I)."""
+        return ExpertStack("experts.gate_up_proj", gate_up_of), ExpertStack("experts.down_proj", down_of)
+
+    def scores(self, block: Block, logits_SN: torch.Tensor) -> torch.Tensor:
+        """A sigmoid."""
+        return logits_SN.sigmoid()
+
+    def num_experts(self, block: Block) -> int:
+        """As the experts module says."""
+        return block.experts.num_experts
+
+    def top_k(self, block: Block) -> int:
+        """As the router says."""
+        return block.gate.top_k
+
+    def install(self, block: Block, num_groups: int, routing: Routing) -> None:
+        """See `StackedSurgeon.install`."""
+        if routing == "map":
+            self.add_map(block, num_groups)
+            block.gate.__class__ = swapped_class(MappedRouter, type(block.gate))
+            block.experts.__class__ = swapped_class(MergedStep3p7Experts, type(block.experts))
+        else:
+            block.gate.num_experts = num_groups
+        block.experts.num_experts = num_groups
+
+    def watch(self, block: Block, watcher: BlockWatcher) -> AbstractContextManager[None]:
+        """See `watch_loop`."""
+        experts = block.experts
+        run = partial(_run_expert, experts)
+        return watch_loop(block.gate, experts, experts.act_fn, experts.num_experts, run, watcher)
+
+
+def _run_expert(experts: Any, expert: int, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_PI = experts._apply_gate(nn.functional.linear(input_PH, experts.gate_up_proj[expert]))
+    return hidden_PI, nn.functional.linear(hidden_PI, experts.down_proj[expert])

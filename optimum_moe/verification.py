@@ -1,0 +1,379 @@
+"""Verify a compressed checkpoint: against itself, and against the original and the plan it was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from optimum_moe.checkpoint.contents import Contents, built, raw_config
+from optimum_moe.checkpoint.headers import Headers, read_headers
+from optimum_moe.checkpoint.mtp import COUNT_FIELDS, MTPLayers, MTPOption, block_with, is_benign, is_mtp
+from optimum_moe.checkpoint.quantizer import METHOD
+from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader, take_dtypes
+from optimum_moe.checkpoint.source import ModelSource, open_source
+from optimum_moe.checkpoint.writer import spell_out
+from optimum_moe.plan import BlockPlan, CompressionPlan
+from optimum_moe.reporting.verification import SHOWN, Check, VerificationReport
+from optimum_moe.surgeons import FoundBlock, owning_configs
+
+
+@dataclass
+class _Work:
+    """What is known so far while a checkpoint is verified."""
+
+    directory: Path
+    headers: Headers
+    config: Mapping[str, Any]
+    plan: CompressionPlan
+    model: PreTrainedModel
+    blocks: list[FoundBlock]
+    contents: Contents
+    source: ModelSource | None = None
+    original: Contents | None = None
+    inputs: Mapping[str, torch.Tensor] | None = None
+
+
+def verify(
+    out: str | Path, against: str | Path | None = None, inputs: Mapping[str, torch.Tensor] | None = None
+) -> VerificationReport:
+    """Check a compressed checkpoint tensor by tensor; one block is in memory at a time, and the model to run it.
+
+    Args:
+        out: Folder of the checkpoint.
+        against: The original, a folder or a Hub id: then every tensor is compared with what plan and original give.
+        inputs: What the model is run on; by default a few token ids.
+
+    Raises:
+        ValueError: If `out` is no folder, or `against` no checkpoint that can be compressed.
+    """
+    directory = Path(out)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no folder. Give the folder of a compressed checkpoint.")
+    source = None if against is None else open_source(against, dequantize=_is_quantised(against))
+    names = ["files", "plan", "config", "keys", "counts", "shapes"]
+    names += ["experts", "routers", "other tensors", "mtp layers"] if source is not None else []
+    names.append("reload")
+    checks = _run(directory, source, inputs)
+    order = {name: i for i, name in enumerate(names)}
+    missing = [Check(name, note="needs what failed above", ran=False) for name in names if name not in checks]
+    ordered = sorted([*checks.values(), *missing], key=lambda check: order[check.name])
+    return VerificationReport(str(directory), tuple(ordered), None if against is None else str(against))
+
+
+def _run(directory: Path, source: ModelSource | None, inputs: Mapping[str, torch.Tensor] | None) -> dict[str, Check]:
+    checks: dict[str, Check] = {}
+
+    def add(name: str, failures: Iterable[str] = (), note: str = "") -> None:
+        checks[name] = Check(name, tuple(failures), note)
+
+    headers = _attempt(add, "files", lambda: read_headers(directory))
+    if headers is not None:
+        add("files", note=f"{len(headers.files)} shards, {len(headers.tensors)} tensors, {headers.bytes:,} bytes")
+    plan = _attempt(add, "plan", lambda: CompressionPlan.from_pretrained(directory))
+    model = _attempt(add, "config", lambda: (raw_config(directory), *built(directory)))
+    if headers is None or plan is None or model is None:
+        return checks
+    config, skeleton, blocks = model
+    originals = ShardReader({}) if source is None else source.shards()
+    with ShardReader(headers.homes) as get, originals as get_original:
+        reader = CheckpointReader(skeleton, headers.tensors, cast=False)
+        contents = Contents(reader, headers, get)
+        work = _Work(directory, headers, config, plan, skeleton, blocks, contents, source, inputs=inputs)
+        add("plan", _plan_failures(work), f"{len(plan.blocks)} blocks")
+        add("config", _config_failures(work))
+        add("keys", _key_failures(work))
+        add("counts", _count_failures(work))
+        add("shapes", _shape_failures(work), f"{len(contents.tensors)} tensors of the model")
+        if source is not None and not checks["plan"].failures:
+            dtypes = {name: tensor.dtype for name, tensor in contents.tensors.items()}
+            take_dtypes(source.skeleton, dtypes)
+            take_dtypes(skeleton, dtypes)
+            assert source.headers is not None
+            work.original = Contents(source.reader(), source.headers, get_original)
+            for name, (failures, note) in _compared(work).items():
+                add(name, failures, note)
+            add("mtp layers", *_mtp_failures(work))
+        add("reload", *_reload_failures(work))
+    return checks
+
+
+def _attempt(add: Callable[..., None], name: str, action: Callable[[], Any]) -> Any:
+    """The result of an action; None and a failed check where it finds something wrong."""
+    try:
+        return action()
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
+        add(name, [str(error).split("\n")[0]])
+        return None
+
+
+def _is_quantised(against: str | Path) -> bool:
+    try:
+        config = AutoConfig.from_pretrained(against)
+    except (OSError, ValueError):
+        return False
+    records = [getattr(owner, "quantization_config", None) for owner in owning_configs(config)]
+    return any(record is not None and METHOD not in str(record) for record in records)
+
+
+def _plan_failures(work: _Work) -> list[str]:
+    """The plan belongs to these blocks, to this original, and to the maps that are stored."""
+    names = [found.info.name for found in work.blocks]
+    if set(names) != set(work.plan.blocks):
+        odd = sorted(set(names) ^ set(work.plan.blocks))
+        return [f"plan and model have different MoE blocks: {', '.join(odd[:SHOWN])}"]
+    failures = []
+    for name, block in work.plan.blocks.items():
+        maps = [key for key in work.contents.inside(name) if key.endswith("expert_map")]
+        mapped = block.routing == "map" and not block.is_identity
+        if bool(maps) != mapped:
+            failures.append(f"{name}: {'no' if mapped else 'an'} expert_map is stored, and routing={block.routing!r}")
+        for key, tensor in work.contents.read(maps).items():
+            if tensor[: block.num_experts].tolist() != list(block.labels_E):
+                failures.append(f"{key} says {tensor.tolist()}, the plan's labels are {list(block.labels_E)}")
+    if work.source is not None:
+        here = work.source.identity()
+        for key in ("architecture", "num_experts", "fingerprint"):
+            there = work.plan.source.get(key)
+            if there is not None and there != here[key]:
+                failures.append(f"the plan was made for another model: {key} is {there}, not {here[key]}")
+    return failures
+
+
+def _config_failures(work: _Work) -> list[str]:
+    """Every spelling of the expert count agrees, with the plan too, and `quantization_config` is the plan's."""
+    fields = {found.surgeon.count_fields for found in work.blocks}
+    raw, spelled = _flat(work.config), _flat(spell_out(work.config, fields))
+    failures = [f"{key} is {raw.get(key)}, other spellings say {value}" for key, value in spelled.items() if
+                raw.get(key) != value]  # fmt: skip
+    plan = work.plan
+    for found in work.blocks:
+        block = plan.blocks.get(found.info.name)
+        if block is not None:
+            expected = block.num_groups if plan.is_plain else block.num_experts
+            if found.info.num_experts != expected:
+                failures.append(
+                    f"{found.info.name} has {found.info.num_experts} experts by config.json, {expected} by the plan"
+                )
+    structure = work.config.get("quantization_config")
+    expected_structure = {} if plan.is_plain else plan.structure()
+    if (structure or {}).get("blocks", {}) != expected_structure:
+        failures.append("the blocks of quantization_config are not those of the plan")
+    if bool(structure) != bool(work.config.get("fusion_config")):
+        failures.append("quantization_config and fusion_config must stand together: stock transformers stops at it")
+    return failures
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key.endswith("_config"):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _key_failures(work: _Work) -> list[str]:
+    """The checkpoint has every tensor of the model, and no other."""
+    given = set(work.contents.tensors)
+    tied: dict[str, str] = getattr(work.model, "all_tied_weights_keys", {})
+    failures = []
+    groups = [{target, other} for target, other in tied.items()]
+    for key in sorted(set(work.model.state_dict()) - given):
+        linked, seen = {key}, 0
+        while len(linked) > seen:
+            seen = len(linked)
+            linked |= {name for group in groups if group & linked for name in group}
+        if not linked & given and key not in work.contents.broken:
+            failures.append(f"{key} is missing")
+    unloaded = work.contents.reader.unloaded
+    strange = [name for name in unloaded if not is_benign(name) and not is_mtp(name, work.model.config)]
+    return failures + [f"{name} belongs to no tensor of the model" for name in strange]
+
+
+def _count_failures(work: _Work) -> list[str]:
+    """Plan, config and tensors agree on the number of experts of each block."""
+    failures = []
+    for found in work.blocks:
+        plan = work.plan.blocks.get(found.info.name)
+        if plan is None:
+            continue
+        block = found.module(work.model)
+        built_count = len(found.surgeon.experts(block).up)
+        counts = {"plan": plan.num_groups, "config": built_count}
+        for name in _expert_names(found, block):
+            stored = work.contents.tensors.get(name)
+            if stored is not None:
+                rows = len(work.model.get_parameter(name))
+                counts[name.removeprefix(f"{found.info.name}.")] = len(stored) * built_count // rows
+        if len(set(counts.values())) > 1:
+            shown = ", ".join(f"{count} by {what}" for what, count in counts.items())
+            failures.append(f"{found.info.name} has {shown}")
+    return failures
+
+
+def _shape_failures(work: _Work) -> list[str]:
+    """Every tensor has the shape that the model wants."""
+    state = work.model.state_dict()
+    wrong = [f"{name} cannot be read: {reason}" for name, reason in work.contents.broken.items()]
+    return wrong + [
+        f"{name} is {tuple(tensor.shape)}, the model wants {tuple(state[name].shape)}"
+        for name, tensor in work.contents.tensors.items()
+        if name in state and tensor.shape != state[name].shape
+    ]
+
+
+def _compared(work: _Work) -> dict[str, tuple[list[str], str]]:
+    """Every tensor against what the plan makes of the original, one block or conversion at a time."""
+    assert work.original is not None
+    assert work.source is not None
+    failures: dict[str, list[str]] = {"experts": [], "routers": [], "other tensors": []}
+    numbers = dict.fromkeys(failures, 0)
+    done: set[str] = set()
+    for found in work.source.blocks:
+        plan = work.plan.blocks[found.info.name]
+        expected, kinds = _expected_block(work, found, plan)
+        actual = work.contents.read(expected)
+        for name, tensor in expected.items():
+            numbers[kinds[name]] += 1
+            difference = _difference(name, actual.get(name), tensor, plan if kinds[name] == "experts" else None)
+            failures[kinds[name]] += difference
+        done |= {*expected, *work.original.inside(found.info.name)}
+    for name in work.original.tensors:
+        if name in done:
+            continue
+        together = [other for other in work.original.beside(name) if other not in done]
+        actual = work.contents.read(together)
+        for other, tensor in work.original.read(together).items():
+            numbers["other tensors"] += 1
+            failures["other tensors"] += _difference(other, actual.get(other), tensor, None)
+        done |= set(together)
+    return {name: (failures[name], f"{numbers[name]} tensors") for name in failures}
+
+
+def _expected_block(work: _Work, found: FoundBlock, plan: BlockPlan) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a block that plan and original give, and what each one belongs to."""
+    assert work.original is not None
+    assert work.source is not None
+    state = work.original.read(work.original.inside(found.info.name))
+    block = block_with(found, work.source.skeleton, state)
+    experts, router = set(_expert_names(found, block)), _router_prefix(found, block)
+    if not plan.is_identity:
+        found.surgeon.cut(block, plan)
+    after = {f"{found.info.name}.{name}": tensor.detach() for name, tensor in block.state_dict().items()}
+    kinds = {}
+    for name, tensor in after.items():
+        changed = name not in state or state[name].shape != tensor.shape
+        part = "routers" if name.startswith(router) or changed else "other tensors"
+        kinds[name] = "experts" if name in experts else part
+    return after, kinds
+
+
+def _expert_names(found: FoundBlock, block: Any) -> list[str]:
+    inside = {id(parameter) for parameter in found.surgeon.expert_parameters(block)}
+    return [f"{found.info.name}.{name}" for name, p in block.named_parameters() if id(p) in inside]
+
+
+def _router_prefix(found: FoundBlock, block: Any) -> str:
+    """The child of the block that the router's rows are in, which has the other router tensors too."""
+    storage = found.surgeon.router_rows(block).untyped_storage().data_ptr()
+    names = [name for name, p in block.named_parameters() if p.untyped_storage().data_ptr() == storage]
+    # Experts that are chosen by an input of the model have no router.
+    return f"{found.info.name}.{names[0].partition('.')[0]}." if names else "no router"
+
+
+def _difference(name: str, actual: torch.Tensor | None, expected: torch.Tensor, plan: BlockPlan | None) -> list[str]:
+    if actual is None:
+        return [f"{name} is missing"]
+    if actual.shape != expected.shape:
+        return [f"{name} is {tuple(actual.shape)}, and should be {tuple(expected.shape)}"]
+    if torch.equal(actual, expected):
+        return []
+    unequal = actual != expected
+    largest = float((actual.double() - expected.double()).abs().max())
+    text = f"{name}: {int(unequal.sum()):,} of {actual.numel():,} numbers differ, by {largest:.3g} at most"
+    if plan is not None and len(actual) == plan.num_groups:
+        wrong = unequal.flatten(1).any(1).nonzero()[:, 0].tolist()
+        members = [f"{group} (was {', '.join(map(str, plan.members(group)))})" for group in wrong[:SHOWN]]
+        text += f"; experts {', '.join(members)}"
+    return [text]
+
+
+def _mtp_failures(work: _Work) -> tuple[list[str], str]:
+    """Multi-token-prediction layers were copied, cut or dropped as a whole."""
+    assert work.original is not None
+    assert work.source is not None
+    names = [n for n in work.original.reader.unloaded if is_mtp(n, work.source.config)]
+    stored = [n for n in work.contents.reader.unloaded if is_mtp(n, work.model.config)]
+    if not names:
+        return [f"{name} is not in the original" for name in stored], "none in the original"
+    if not stored:
+        fields = {f: getattr(o, f, 0) for o in owning_configs(work.model.config) for f in COUNT_FIELDS}
+        said = [f"{key} is {value}, and no tensor of such layers is stored" for key, value in fields.items() if value]
+        return said, f"{len(names)} tensors, dropped"
+    option, expected = _nearest_option(work, work.source, names, set(stored))
+    odd = sorted(set(expected) ^ set(stored))
+    failures = [f"{name} is {'missing' if name in expected else 'not expected'}" for name in odd]
+    for name in stored:
+        if name in expected:
+            failures += _difference(name, work.contents.get(name), expected[name], None)
+    return failures, f"{len(stored)} tensors, {'copied' if option == 'copy' else 'cut'}"
+
+
+def _nearest_option(
+    work: _Work, source: ModelSource, names: list[str], stored: set[str]
+) -> tuple[MTPOption, dict[str, torch.Tensor]]:
+    """How the layers were treated: no record says so, but the names that are stored do."""
+    copied = MTPLayers(source, "copy", tuple(names)).tensors(work.model, work.plan)
+    if set(copied) == stored:
+        return "copy", copied
+    try:
+        cut = MTPLayers(source, "cut", tuple(names)).tensors(work.model, work.plan)
+    except ValueError:
+        return "copy", copied
+    return ("cut", cut) if len(set(cut) ^ stored) < len(set(copied) ^ stored) else ("copy", copied)
+
+
+@torch.no_grad()
+def _reload_failures(work: _Work) -> tuple[list[str], str]:
+    """The checkpoint loads twice, with the same finite outputs."""
+    outputs = []
+    try:
+        for _ in range(2):
+            cls: Any = type(work.model)
+            model, report = cls.from_pretrained(work.directory, dtype="auto", output_loading_info=True)
+            if report["missing_keys"]:
+                return [f"{name} was missing, and is random" for name in sorted(report["missing_keys"])], ""
+            for parameter in model.parameters():
+                # At the addresses that tensors have in a mapped file some kernels round in another way.
+                parameter.data = parameter.data.clone()
+            result = model.eval()(**(work.inputs or _inputs(model)))
+            outputs.append(_first_tensor(result))
+            del model
+    except Exception as error:
+        return [f"it does not run: {type(error).__name__}: {str(error).strip()[:300]}"], ""
+    failures = [] if bool(outputs[0].isfinite().all()) else ["its outputs are not finite"]
+    if not failures and not torch.equal(outputs[0], outputs[1]):
+        failures = ["two loads give different outputs"]
+    return failures, f"outputs {tuple(outputs[0].shape)}"
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    """Logits, or what a model without a head gives first."""
+    if "logits" in output:
+        return output.logits
+    return output.feature_maps[-1] if "feature_maps" in output else output.last_hidden_state
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
+    inputs = {"input_ids": (torch.arange(3, 19) % size)[None]}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
