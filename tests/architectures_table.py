@@ -377,6 +377,25 @@ _WITHOUT_GROUPS = (
     Target("zaya", "ZayaForCausalLM", "ZayaConfig", {"num_experts_per_tok": 1, "router_hidden_size": 32}),
 )
 
+_VITPOSE = next(target for target in _WITHOUT_GROUPS if target.name == "vitpose_backbone")
+_VITPOSE_BACKBONE = {
+    "model_type": "vitpose_backbone",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "out_features": ["stage3"],
+}
+_WITHOUT_GROUPS += (
+    replace(
+        _VITPOSE,
+        name="vitpose",
+        architecture="VitPoseForPoseEstimation",
+        config="VitPoseConfig",
+        fields={"backbone_config": _VITPOSE.fields | _VITPOSE_BACKBONE},
+    ),
+)
+
 _GROUP_LIMITED = {"topk_method": "group_limited_greedy"}
 
 _GROUPED: dict[str, dict[str, Any]] = {

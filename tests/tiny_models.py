@@ -34,7 +34,8 @@ def with_defaults(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
     subs = {
         k: with_defaults(config_class.sub_configs[k], v)
         for k, v in fields.items()
-        if isinstance(v, dict) and k in config_class.sub_configs
+        # Some name no class, but AutoConfig.
+        if isinstance(v, dict) and dataclasses.is_dataclass(config_class.sub_configs.get(k))
     }
     return {k: v for k, v in DEFAULTS.items() if k in known} | fields | subs
 
@@ -92,6 +93,8 @@ def inputs_for(target: Target | str, rows: int = 2, length: int = 16, seed: int 
 def logits_of(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits, or the last hidden state of a model without a head, or the last feature map of a backbone."""
     output = model(**inputs)
+    if "heatmaps" in output:
+        return output.heatmaps
     if "feature_maps" in output:
         return output.feature_maps[-1]
     return output.logits if "logits" in output else output.last_hidden_state

@@ -123,5 +123,5 @@ def _how_to_load(compressor: MoECompressor, path: Path) -> str:
         f'    model = {cls}.from_pretrained("{path}")',
     ]
     if not compressor.measured().plain:
-        lines.insert(2, "    import optimum_moe")
+        lines[0] = f"Saved to {path}. Where optimum-moe is installed, load it with"
     return "\n".join(lines)

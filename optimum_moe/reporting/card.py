@@ -84,7 +84,7 @@ def model_card(facts: CardFacts, name: str) -> str:
         f'model = {facts.auto_class}.from_pretrained("{name}")',
     ]
     if not facts.cost.plain:
-        load.insert(0, "import optimum_moe  # teaches transformers the structure of this checkpoint")
+        load.insert(0, "# With optimum-moe installed (no import needed); else an Auto class and trust_remote_code=True.")
     return _TEMPLATE.format(
         metadata=metadata.to_yaml(),
         title=name,

@@ -183,7 +183,7 @@ def test_compress_writes_what_it_says(compress: Run, tmp_path: Path):
     out = tmp_path / "out"
     status, printed, err = compress("--recipe", "m-smoe", "--num-experts", 3, "--output", out, "--seed", 7)
     assert status == 0, err
-    assert printed.index("Preview") < printed.index("Measured") < printed.index("import optimum_moe")
+    assert printed.index("Preview") < printed.index("Measured") < printed.index("Where optimum-moe is installed")
     assert "8 -> 3" in printed
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.model.layers[0].mlp.experts.down_proj.shape[0] == 3
