@@ -3,7 +3,8 @@
     python benchmarks/streaming.py --folder /data/scratch                    # four small sizes
     python benchmarks/streaming.py --folder /data/scratch --large            # also more than 30 GB, streaming only
 
-Each run is a process of its own, whose anonymous memory is sampled from outside. `cp` copies the original's files.
+Each run is a process of its own, whose anonymous memory is sampled from outside; seconds are without imports. The row
+`copy` copies the files of the original.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from synthetic_checkpoint import write
 
 LARGE = {"layers": 52, "hidden": 2048, "intermediate": 384}
 RUN = """
-import sys, torch
+import sys, time, torch
+import transformers.models.qwen3_moe.modeling_qwen3_moe
+from transformers.utils import logging
 from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor
 model, out, engine, kind = sys.argv[1:]
 data, saliency = None, "random"
@@ -29,9 +32,18 @@ if kind == "calibrated":
     data = CalibrationConfig(data, reservoir_tokens=256, unseen="keep")
 elif kind == "aimer":
     saliency = "aimer"
+logging.disable_progress_bar()
+began = time.monotonic()
 MoECompressor.from_pretrained(
     model, ExpertPruning(keep_ratio=0.5, saliency=saliency), data, engine=engine, output_dir=out, progress=False
 ).apply()
+print(time.monotonic() - began)
+"""
+COPY = """
+import shutil, sys, time
+began = time.monotonic()
+shutil.copytree(sys.argv[1], sys.argv[2])
+print(time.monotonic() - began)
 """
 
 
@@ -44,40 +56,32 @@ def anonymous(process: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous")), 0)
 
 
-def measured(command: list[str]) -> tuple[float, int]:
-    """Seconds of a command, and the peak of its anonymous memory."""
-    began, peak = time.monotonic(), 0
-    with subprocess.Popen(command) as process:
+def measured(code: str, *arguments: str) -> tuple[float, int]:
+    """What a process printed, its seconds without imports, and the peak of its anonymous memory."""
+    peak = 0
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
             time.sleep(0.05)
+        assert process.stdout is not None
+        printed = process.stdout.read()
     if process.returncode:
-        raise SystemExit(f"{command[-2:]} failed")
-    return time.monotonic() - began, peak
+        raise SystemExit(f"{arguments} failed")
+    return float(printed), peak
 
 
-def start_up() -> tuple[float, int]:
-    """What importing takes, which no row can do without."""
-    imports = (
-        "import torch; from optimum_moe import MoECompressor; import transformers.models.qwen3_moe.modeling_qwen3_moe"
-    )
-    return measured([sys.executable, "-c", imports])
-
-
-def rows_for(original: Path, size: int, layers: int, engines: list[str], kinds: list[str], base: float) -> None:
+def rows_for(original: Path, size: int, layers: int, engines: list[str], kinds: list[str]) -> None:
     """Print what each engine takes on one checkpoint."""
     out = original.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
-    copy, _ = measured(["cp", "-r", str(original), str(out)])
-    shutil.rmtree(out)
-    print(f"{layers:6d}  {size / 1e9:8.2f}  {'cp':10}  {'':10}  {copy:8.1f}  {'':8}  {1:6.2f}", flush=True)
-    for kind in kinds:
-        for engine in engines:
-            seconds, peak = measured([sys.executable, "-c", RUN, str(original), str(out), engine, kind])
-            shutil.rmtree(out)
-            speed = copy / max(seconds - base, 1e-9)
-            row = f"{layers:6d}  {size / 1e9:8.2f}  {engine:10}  {kind:10}  {seconds - base:8.1f}  {peak / 1e9:8.2f}"
-            print(f"{row}  {speed:6.2f}", flush=True)
+    copy, peak = measured(COPY, str(original), str(out))
+    for kind, engine in [("", "copy"), *((kind, engine) for kind in kinds for engine in engines)]:
+        seconds = copy
+        if kind:
+            seconds, peak = measured(RUN, str(original), str(out), engine, kind)
+        shutil.rmtree(out)
+        row = f"{layers:6d}  {size / 1e9:9.2f}  {engine:9}  {kind:10}  {seconds:7.1f}  {peak / 1e9:7.2f}"
+        print(f"{row}  {copy / seconds:16.2f}", flush=True)
 
 
 def main() -> None:
@@ -98,13 +102,11 @@ def main() -> None:
     free = shutil.disk_usage(args.folder).free
     if free < needed:
         raise SystemExit(f"{args.folder} has {free / 1e9:.1f} GB left, this takes {needed / 1e9:.1f}.")
-    base, least = start_up()
-    print(f"Imports take {base:.1f} s, which is taken off, and {least / 1e9:.2f} GB, which is not.")
-    print("layers  GB before  engine      saliency     seconds  GB peak  cp / s")
+    print("layers  GB before  engine     saliency    seconds  GB peak  speed over copy")
     for number, hidden, width, engines in sizes:
         original = args.folder / "original"
         size = write(original, number, hidden, width)
-        rows_for(original, size, number, engines, args.kinds, base)
+        rows_for(original, size, number, engines, args.kinds)
         shutil.rmtree(original)
 
 

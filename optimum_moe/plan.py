@@ -1,7 +1,7 @@
 """The plan: what was decided for every MoE block, as frozen data.
 
 A plan is all that a surgeon needs to cut a block, and all that reload, verification and reports need to know about
-a cut. On disk it is `plan.json` (structure, labels, dominant experts, the method) and `plan.safetensors` (merge
+a cut. On disk it is `plan.json` (structure, labels, dominant experts, the method) and `plan/tensors.safetensors` (merge
 weights, permutations, router weights).
 """
 
@@ -173,7 +173,7 @@ class CompressionPlan:
         }
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `plan.json` and `plan.safetensors` into an existing folder."""
+        """Write `plan.json` and `plan/tensors.safetensors` into an existing folder."""
         tensors, blocks = {}, []
         for index, plan in enumerate(self.blocks.values()):
             blocks.append(

@@ -15,9 +15,17 @@ from safetensors.torch import load_file, save_file
 FORMAT_VERSION = 1
 
 
+def tensors_file(directory: Path, name: str) -> Path:
+    """Where the tensors of a record lie: in a folder of their own, because quantisers and servers take every
+    safetensors file beside a model for its weights.
+    """
+    return directory / name / "tensors.safetensors"
+
+
 def write_record(directory: Path, name: str, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write `{name}.json` and `{name}.safetensors` into an existing folder."""
-    save_file(dict(tensors), directory / f"{name}.safetensors")
+    """Write `{name}.json` and `{name}/tensors.safetensors` into an existing folder."""
+    tensors_file(directory, name).parent.mkdir(exist_ok=True)
+    save_file(dict(tensors), tensors_file(directory, name))
     versioned = {"format_version": FORMAT_VERSION, **record}
     versioned["digest"] = digest(versioned, tensors)
     (directory / f"{name}.json").write_text(json.dumps(versioned, indent=1) + "\n")
@@ -49,7 +57,7 @@ def read_record(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, t
     try:
         record = json.loads(path.read_text())
         version, written = record["format_version"], record.pop("digest")
-        tensors = load_file(directory / f"{name}.safetensors")
+        tensors = load_file(tensors_file(directory, name))
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise ValueError(f"The {name} in {directory} is broken ({error}). Copy it again, or make it anew.") from error
     if version != FORMAT_VERSION:
@@ -60,6 +68,6 @@ def read_record(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, t
     if written != digest(record, tensors):
         raise ValueError(
             f"The {name} in {directory} is not what was written there: a file was changed or replaced. Restore "
-            f"{path.name} and {name}.safetensors."
+            f"{path.name} and {name}/tensors.safetensors."
         )
     return record, tensors

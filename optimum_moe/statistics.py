@@ -129,7 +129,7 @@ class Statistics:
         )
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `statistics.json` and `statistics.safetensors`; the folder is created."""
+        """Write `statistics.json` and `statistics/tensors.safetensors`; the folder is created."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}

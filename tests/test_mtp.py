@@ -44,7 +44,6 @@ def compressed(checkpoint: Path, out: Path, method: str, **settings: Any) -> MoE
     compressor = opened(checkpoint, METHODS[method], **settings)
     compressor.apply()
     compressor.save_pretrained(out)
-    (out / "plan.safetensors").unlink()
     return compressor
 
 

@@ -136,7 +136,7 @@ def test_a_changed_plan_is_refused(saved, tmp_path: Path, data) -> None:
     directory, _ = saved
     plan = json.loads((directory / "plan.json").read_text())
     changed = data.draw(mutations(plan))
-    shutil.copy(directory / "plan.safetensors", tmp_path)
+    shutil.copytree(directory / "plan", tmp_path / "plan", dirs_exist_ok=True)
     (tmp_path / "plan.json").write_text(json.dumps(changed))
     assert changed == plan or outcome(lambda: CompressionPlan.from_pretrained(tmp_path)) is None
 
@@ -149,8 +149,8 @@ def test_a_plan_that_somebody_else_wrote_is_checked(saved, tmp_path: Path, data)
     plan = json.loads((directory / "plan.json").read_text())
     changed = data.draw(mutations(plan, ("blocks",)))
     changed.pop("digest", None)
-    changed["digest"] = digest(changed, load_file(directory / "plan.safetensors"))
-    shutil.copy(directory / "plan.safetensors", tmp_path)
+    changed["digest"] = digest(changed, load_file(directory / "plan" / "tensors.safetensors"))
+    shutil.copytree(directory / "plan", tmp_path / "plan", dirs_exist_ok=True)
     (tmp_path / "plan.json").write_text(json.dumps(changed))
     loaded = outcome(lambda: CompressionPlan.from_pretrained(tmp_path))
     if loaded is None:

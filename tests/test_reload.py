@@ -60,6 +60,8 @@ def test_reload_is_bit_equal(target: Target, method: str, tmp_path: Path) -> Non
     assert_same_tensors(loaded, model)
     move_out_of_the_file(loaded)
     assert torch.equal(logits_of(loaded, inputs_for(target)), logits_of(model, inputs_for(target)))
+    # Other tools take every such file for weights.
+    assert all(path.name.startswith("model") for path in (tmp_path / "out").glob("*.safetensors"))
     is_plain = "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert is_plain == compressor.plan.is_plain == (method in ("reduce", "prune"))
     again = CompressionPlan.from_pretrained(tmp_path / "out")

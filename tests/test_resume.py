@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -238,9 +239,7 @@ def test_damaged_finished_layers_are_made_again(
     elif damage == "gone":
         shard.unlink()
     else:
-        for file in (working / "state" / "unit-00000").iterdir():
-            file.unlink()
-        (working / "state" / "unit-00000").rmdir()
+        shutil.rmtree(working / "state" / "unit-00000")
     assert contents(stream(checkpoint, out)) == undisturbed
 
 

@@ -24,6 +24,11 @@ from optimum_moe.engine.lockstep import Lockstep
 from optimum_moe.engine.units import find_units
 from optimum_moe.methods import BlockContext
 from optimum_moe.surgeons import find_blocks
+from tests.composites_table import build_composite, composite_named, inputs_with_media
+from tests.mtp_checkpoints import save_with_mtp
+from tests.test_composites import reached_only
+from tests.test_released_sources import EVEN
+from tests.test_released_sources import written as written_quantised
 from tests.tiny_checkpoints import save_checkpoint, write_text
 from tests.tiny_models import build, inputs_for, logits_of
 
@@ -70,6 +75,12 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def beside_the_weights(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    weights = set(folder.glob("model*.safetensors*"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path not in weights}
+
+
 def assert_same(one: Path, other: Path) -> None:
     """Every tensor has the same bits under the same name, and every other file the same bytes."""
     left, right = tensors(one), tensors(other)
@@ -77,10 +88,7 @@ def assert_same(one: Path, other: Path) -> None:
     for name, tensor in left.items():
         assert tensor.dtype == right[name].dtype, name
         assert torch.equal(tensor, right[name]), name
-    names = [{p.name for p in folder.iterdir() if not p.name.startswith("model")} for folder in (one, other)]
-    assert names[0] == names[1]
-    for name in names[0]:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert beside_the_weights(one) == beside_the_weights(other)
 
 
 @pytest.mark.parametrize("how", METHODS)
@@ -118,7 +126,7 @@ def test_statistics_equal_those_in_memory(name: str, checkpoints: Any, tmp_path:
         )
         compressor.calibrate().save_pretrained(tmp_path / engine)
         found[engine] = compressor
-    one, other = (load_file(tmp_path / engine / "statistics.safetensors") for engine in found)
+    one, other = (load_file(tmp_path / engine / "statistics" / "tensors.safetensors") for engine in found)
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
     records = [(tmp_path / engine / "statistics.json").read_text() for engine in found]
@@ -405,3 +413,38 @@ def test_broken_sources_are_refused(checkpoints: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"names shards that are not there: model-00002-of-00002"):
         compressed(broken, METHODS["prune"], None, tmp_path / "out", "streaming")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("option", ["copy", "cut", "drop"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+def test_multi_token_prediction_layers(name: str, option: str, tmp_path: Path) -> None:
+    save_with_mtp(tmp_path / "original", name)
+    method = METHODS["map" if option == "copy" else "reduce"]
+    written = {}
+    for engine in ("memory", "streaming"):
+        out = tmp_path / engine / "out"
+        written[engine] = compressed(tmp_path / "original", method, calibration(name), out, engine, mtp=option)
+    assert_same(written["memory"], written["streaming"])
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_dequantised_on_the_way(name: str, tmp_path: Path) -> None:
+    original = written_quantised(name, tmp_path / "original", **EVEN)
+    written = {}
+    for engine in ("memory", "streaming"):
+        out = tmp_path / engine / "out"
+        written[engine] = compressed(original, METHODS["map"], calibration(name), out, engine, dequantize=True)
+    assert_same(written["memory"], written["streaming"])
+
+
+@pytest.mark.parametrize("composite", ["qwen3_vl_moe", "ernie4_5_vl_moe", "qwen3_omni_moe"])
+def test_composites_with_media(composite: str, tmp_path: Path) -> None:
+    found = composite_named(composite)
+    model = build_composite(found)
+    model.save_pretrained(tmp_path / "original")
+    method = reached_only(METHODS["map"], model, found)
+    data = CalibrationConfig([inputs_with_media(found, seed=seed) for seed in range(3)])
+    written = {}
+    for engine in ("memory", "streaming"):
+        written[engine] = compressed(tmp_path / "original", method, data, tmp_path / engine / "out", engine)
+    assert_same(written["memory"], written["streaming"])

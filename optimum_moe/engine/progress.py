@@ -20,10 +20,17 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass
 class UnitReport:
-    """What there is to say of one unit."""
+    """What there is to say of one unit.
+
+    Args:
+        plans: How its blocks were cut.
+        error: Relative error of their outputs, where it was measured.
+        passed: Whether batches only passed it.
+    """
 
     plans: Mapping[str, BlockPlan] = field(default_factory=dict)
     error: float | None = None
+    passed: bool = False
 
 
 class Progress:
@@ -72,7 +79,8 @@ class Progress:
 
     def _line(self, unit: Unit, report: UnitReport, seconds: float) -> str:
         experts = [f"{plan.num_experts} -> {plan.num_groups} experts" for plan in report.plans.values()]
-        parts = [f"[{self._done}/{self.total}] {unit.name}:", ", ".join(experts) or "no experts"]
+        otherwise = "no experts" if not unit.blocks else "finished before" if report.passed else "observed"
+        parts = [f"[{self._done}/{self.total}] {unit.name}:", ", ".join(experts) or otherwise]
         if report.error is not None:
             parts.append(f"error {report.error:.4f}")
         left = (time.monotonic() - self._began) / max(self._done - self._skipped, 1) * (self.total - self._done)

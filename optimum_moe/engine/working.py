@@ -109,7 +109,7 @@ class WorkingFolder:
             CompressionPlan(plans).save_pretrained(part)
         if observed is not None:
             Statistics(observed).save_pretrained(part)
-        for file in part.iterdir():
+        for file in part.rglob("*"):
             descriptor = os.open(file, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

@@ -39,7 +39,7 @@ Experts of each MoE block: {experts}. FLOPs are 2 x multiply-adds of all weight 
 {recipe}
 ```
 
-Calibration: {calibration}. `plan.json` and `plan.safetensors` say which experts went where.
+Calibration: {calibration}. `plan.json` and `plan/tensors.safetensors` say which experts went where.
 
 This card states sizes; it makes no claim about quality. Measure it on your task with `optimum-cli moe evaluate`.
 """
@@ -84,7 +84,9 @@ def model_card(facts: CardFacts, name: str) -> str:
         f'model = {facts.auto_class}.from_pretrained("{name}")',
     ]
     if not facts.cost.plain:
-        load.insert(0, "# With optimum-moe installed (no import needed); else an Auto class and trust_remote_code=True.")
+        load.insert(
+            0, "# With optimum-moe installed (no import needed); else an Auto class and trust_remote_code=True."
+        )
     return _TEMPLATE.format(
         metadata=metadata.to_yaml(),
         title=name,
