@@ -71,6 +71,9 @@ class WorkingFolder:
             before, finished = dict(record["identity"]), dict(record["finished"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is broken. Pass overwrite=True (--overwrite) to begin anew.") from error
+        if not finished:
+            self._save()
+            return
         for name in [*self.identity, *before]:
             if before.get(name) != self.identity.get(name):
                 raise ValueError(

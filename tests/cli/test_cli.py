@@ -43,6 +43,9 @@ OPTIONS = {
         "--save-statistics",
         "--seed",
         "--device-map",
+        "--streaming",
+        "--max-memory",
+        "--error-propagation",
         "--quiet",
         *RECIPE,
         *CHECKPOINT,
@@ -108,6 +111,24 @@ def test_commands_and_options_are_frozen():
         for command in group.registered_subcommands
     }
     assert found == {name: {"-h", "--help", *options} for name, options in OPTIONS.items()}
+
+
+def test_streaming(compress: Run, tmp_path: Path):
+    arguments = ("--recipe", "m-smoe", "--num-experts", 4, "--output", tmp_path / "out")
+    status, _, err = compress(*arguments, "--streaming", "--max-memory", "1KB")
+    assert status == 2
+    assert "max_memory=1,000 bytes is less than" in err
+    # Nothing was finished, so that other settings may begin in the same folder.
+    status, _, err = compress(*arguments, "--streaming", "--max-memory", "1GB", "--error-propagation")
+    assert status == 0
+    assert err.count(" -> 4 experts") == 3
+    status, out, err = compress(*arguments, "--streaming", "--quiet", "--overwrite")
+    assert (status, out.strip(), err.strip()) == (0, str(tmp_path / "out"), "")
+    assert len(list((tmp_path / "out").glob("model-0000?-of-00004.safetensors"))) == 4
+    status, out, err = compress("--recipe", "m-smoe", "--num-experts", 4, "--output", tmp_path / "b", "--streaming")
+    assert status == 0
+    assert "[3/3] model.layers.2:  8 -> 4 experts  error 0." in err
+    assert "Saved to" in out
 
 
 def test_registering_imports_neither_torch_nor_transformers():
