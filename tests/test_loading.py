@@ -105,6 +105,25 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str
     return lambda name: any(part in name for part in parts)
 
 
+_RUNS_OFFLOADED: dict[str, bool] = {}
+
+
+def original_runs_offloaded(target: Target, tmp_path: Path) -> bool:
+    """Some stock experts are read outside of the forward pass whose hook loads them: an error, or NaN."""
+    if target.name not in _RUNS_OFFLOADED:
+        original = build(target)
+        original.save_pretrained(tmp_path / "original")
+        loaded = getattr(transformers, target.architecture).from_pretrained(
+            tmp_path / "original", device_map={"": "disk"}, offload_folder=tmp_path / "originals"
+        )
+        try:
+            same = torch.allclose(logits_of(loaded, inputs_for(target)), logits_of(original, inputs_for(target)))
+        except (NotImplementedError, RuntimeError):
+            same = False
+        _RUNS_OFFLOADED[target.name] = same
+    return _RUNS_OFFLOADED[target.name]
+
+
 @pytest.mark.parametrize("device_map", DEVICE_MAPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("way", WAYS_OF_SAVING)
@@ -128,6 +147,8 @@ def test_reload_matrix(
         assert torch.equal(tensors[name], wanted), name
     if device_map == "disk":
         assert all(parameter.device.type == "meta" for parameter in loaded.parameters())
+        if not original_runs_offloaded(target, tmp_path):
+            pytest.skip("tensors are equal; the original itself does not run when all of it is offloaded")
     # In bfloat16 against the same values in memory: rounded values may choose other experts than those before.
     reference = copy.deepcopy(source.model)
     for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]:
@@ -185,6 +206,8 @@ def without_noise(model: PreTrainedModel) -> PreTrainedModel:
 @cases("map", "reduce")
 def test_gradient_checkpointing(saved: Any, target: Target, method: str) -> None:
     loaded = without_noise(saved(target, method).load())
+    if not loaded.supports_gradient_checkpointing:
+        pytest.skip(f"{target.architecture} has no gradient checkpointing")
     plain = gradients(loaded, target)
     loaded.gradient_checkpointing_enable()
     checkpointed = gradients(loaded, target)
@@ -198,8 +221,8 @@ def test_gradient_checkpointing(saved: Any, target: Target, method: str) -> None
 @cases("map", "adaptive", "reduce")
 def test_experts_implementations(saved: Any, target: Target, method: str, implementation: str) -> None:
     source = saved(target, method)
-    if target.is_encoder_decoder:
-        pytest.skip("Switch Transformers has one implementation")
+    if not target.implementations:
+        pytest.skip("transformers has one implementation for these experts")
     loaded = source.load(experts_implementation=implementation)
     inputs = inputs_for(target)
     assert (logits_of(loaded, inputs) - logits_of(source.model, inputs)).abs().max().item() < 1e-5

@@ -34,10 +34,14 @@ class MappedJetMoeRouter(SwappedModule):
         *topology, logits_TN = super().forward(hidden_states)
         index_TK, weights_TK = _selection(topology, self.top_k)
         groups_TK, summed_TK = map_routing(index_TK, weights_TK, self.expert_map)
-        slot_P = (summed_TK.flatten() != 0).nonzero()[:, 0]
+        # A graph has one number of pairs: there repeats run too, with weight 0.
+        if torch.compiler.is_compiling():
+            slot_P = torch.arange(summed_TK.numel(), device=summed_TK.device)
+        else:
+            slot_P = (summed_TK.flatten() != 0).nonzero()[:, 0]
         group_P, order_P = groups_TK.flatten()[slot_P].sort(stable=True)
         slot_P = slot_P[order_P]
-        sizes = torch.bincount(group_P, minlength=self.num_groups).tolist()
+        sizes = nn.functional.one_hot(group_P, self.num_groups).sum(0).tolist()
         return slot_P, slot_P // self.top_k, summed_TK.flatten()[slot_P], sizes, logits_TN
 
 
