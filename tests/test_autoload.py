@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import optimum_moe
 from optimum_moe import CalibrationConfig, MoECompressor, MSMoE
+from optimum_moe.checkpoint import quantizer
 from optimum_moe.checkpoint.carried_code import carry_code
 from optimum_moe.checkpoint.quantizer import SUPPORTED_TRANSFORMERS
 from tests.tiny_models import Target, build, by_name, every_target, inputs_for
@@ -226,7 +227,8 @@ def test_plain_checkpoints_carry_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.22.9", "5.24.0.dev0", "6.0.0"])
 def test_other_versions_of_transformers_are_refused(saved: Any, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
+    # The module that the quantiser saw: transformers puts a lazy one in its own place once it is imported.
+    monkeypatch.setattr(quantizer.transformers, "__version__", version)
     with pytest.raises(ValueError, match=rf"transformers >=5.23,<5.24; transformers {version} is installed"):
         transformers.AutoModelForCausalLM.from_pretrained(saved[0])
 
