@@ -348,7 +348,8 @@ def test_training_resumed_equals_uninterrupted(saved: Any, tmp_path: Path, targe
     assert losses(resumed) == losses(whole)
     tensors, ours, before = whole.model.state_dict(), resumed.model.state_dict(), source.model.state_dict()
     assert [n for n, t in tensors.items() if not torch.equal(ours[n], t)] == []
-    assert [n for n, t in tensors.items() if ".experts." in n and torch.equal(before[n], t)] == []
+    trained = {n: t for n, t in tensors.items() if ".experts." in n and t.is_floating_point()}
+    assert [n for n, t in trained.items() if torch.equal(before[n], t)] == []
     reloaded = source.load(tmp_path / "whole" / "checkpoint-4").state_dict()
     assert [n for n, t in tensors.items() if not torch.equal(reloaded[n], t)] == []
 
