@@ -2,7 +2,7 @@
 
 A plan is all that a surgeon needs to cut a block, and all that reload, verification and reports need to know about
 a cut. On disk it is `plan.json` (structure, labels, dominant experts, the method) and `plan/tensors.safetensors` (merge
-weights, permutations, router weights).
+weights, permutations, router weights, kept neurons). The factors of matrices lie in the checkpoint and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from optimum_moe.algorithms.factors import BlockFactors, FactorSizes
 from optimum_moe.algorithms.router_fit import RouterFit
 from optimum_moe.records import read_record, write_record
 
@@ -42,6 +43,10 @@ class BlockPlan:
             None leaves every expert as it is.
         router_weights_E: (E,) float64, weight of each expert's router row in its group's row; `"reduce"` only.
         router_fit: Router entries that were fitted, in place of the weighted ones; `"reduce"` only.
+        factors: The forms in which the G experts are kept, None where they stay as they are.
+        sizes: Of these forms; what a plan that was read back knows of them.
+        neurons: Neurons that each expert keeps (None for all of them); likewise.
+        digest: Of the numbers that no original gives (factors, sparse rows, shared bases); likewise.
     """
 
     name: str
@@ -52,8 +57,19 @@ class BlockPlan:
     permutations_EI: torch.Tensor | None = None
     router_weights_E: torch.Tensor | None = None
     router_fit: RouterFit | None = None
+    factors: BlockFactors | None = None
+    sizes: FactorSizes | None = None
+    neurons: tuple[torch.Tensor | None, ...] | None = None
+    digest: str | None = None
 
     def __post_init__(self) -> None:
+        if self.factors is not None and self.sizes is None:
+            object.__setattr__(self, "sizes", self.factors.sizes)
+            object.__setattr__(self, "neurons", tuple(expert.neurons for expert in self.factors.experts))
+        if self.sizes is not None and len(self.sizes.widths) != self.num_groups:
+            raise ValueError(
+                f"Plan for {self.name}: {len(self.sizes.widths)} experts have sizes, and {self.num_groups} remain."
+            )
         if self.routing not in ("map", "reduce"):
             raise ValueError(f"Plan for {self.name}: routing must be 'map' or 'reduce', got {self.routing!r}.")
         groups = [label for label in self.labels_E if label >= 0]
@@ -88,7 +104,7 @@ class BlockPlan:
                     f"Plan for {self.name}: each of the {experts} rows of permutations_EI must be a permutation, got a "
                     f"tensor of shape {tuple(order_EI.shape)}."
                 )
-        if self.routing == "reduce" and self.router_weights_E is None and not self.is_identity:
+        if self.routing == "reduce" and self.router_weights_E is None and not self.keeps_all:
             raise ValueError(f'Plan for {self.name}: routing="reduce" needs router_weights_E.')
         if self.router_weights_E is not None and self.router_weights_E.shape != (experts,):
             raise ValueError(f"Plan for {self.name}: router_weights_E must hold {experts} numbers.")
@@ -104,9 +120,14 @@ class BlockPlan:
         return len(self.dominants_G)
 
     @property
+    def keeps_all(self) -> bool:
+        """True if no expert is merged or removed."""
+        return self.num_groups == self.num_experts
+
+    @property
     def is_identity(self) -> bool:
         """True if every expert stays as it is."""
-        return self.num_groups == self.num_experts
+        return self.keeps_all and self.sizes is None
 
     def members(self, group: int) -> list[int]:
         """The experts of a group, its dominant expert first."""
@@ -158,23 +179,27 @@ class CompressionPlan:
 
     @property
     def is_plain(self) -> bool:
-        """True if stock transformers classes can hold the result: no map, one count for all blocks of a config."""
-        mapped = any(plan.routing == "map" and not plan.is_identity for plan in self.blocks.values())
+        """True if stock transformers classes can hold the result: no map or factors, one count for all of a config."""
+        if any(plan.sizes is not None for plan in self.blocks.values()):
+            return False
+        mapped = any(plan.routing == "map" and not plan.keeps_all for plan in self.blocks.values())
         counts = {name: plan.num_groups for name, plan in self.blocks.items()}
-        unchanged = {name for name, plan in self.blocks.items() if plan.is_identity}
+        unchanged = {name for name, plan in self.blocks.items() if plan.keeps_all}
         return not mapped and is_expressible(counts, unchanged, self.source.get("towers", {}))
 
     def structure(self) -> dict[str, dict[str, Any]]:
         """Sizes and routing of every changed block: what rebuilds the model without its weights."""
         return {
             name: {"num_experts": plan.num_experts, "num_groups": plan.num_groups, "routing": plan.routing}
+            | ({} if plan.sizes is None else {"factors": plan.sizes.to_dict()})
             for name, plan in self.blocks.items()
             if not plan.is_identity
         }
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `plan.json` and `plan/tensors.safetensors` into an existing folder."""
-        tensors, blocks = {}, []
+        tensors: dict[str, torch.Tensor] = {}
+        blocks: list[dict[str, Any]] = []
         for index, plan in enumerate(self.blocks.values()):
             blocks.append(
                 {
@@ -184,6 +209,10 @@ class CompressionPlan:
                     "dominants": list(plan.dominants_G),
                 }
             )
+            if plan.sizes is not None:
+                blocks[-1] |= {"factors": plan.sizes.to_dict(), "factors_digest": plan.digest}
+                kept = plan.neurons or ()
+                tensors |= {f"{index}.neurons.{e}": n.to(torch.int32) for e, n in enumerate(kept) if n is not None}
             tensors[f"{index}.merge_weights_E"] = plan.merge_weights_E
             if plan.permutations_EI is not None:
                 tensors[f"{index}.permutations_EI"] = plan.permutations_EI.to(torch.int32)
@@ -219,6 +248,8 @@ class CompressionPlan:
 
 def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torch.Tensor]) -> BlockPlan:
     permutations = tensors.get(f"{index}.permutations_EI")
+    sizes = FactorSizes.from_dict(block["factors"]) if "factors" in block else None
+    kept = [tensors.get(f"{index}.neurons.{e}") for e in range(len(block["dominants"]))]
     return BlockPlan(
         name=block["name"],
         labels_E=tuple(operator.index(label) for label in block["labels"]),
@@ -228,6 +259,9 @@ def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torc
         permutations_EI=None if permutations is None else permutations.long(),
         router_weights_E=tensors.get(f"{index}.router_weights_E"),
         router_fit=_router_fit(index, tensors),
+        sizes=sizes,
+        neurons=None if sizes is None else tuple(None if n is None else n.long() for n in kept),
+        digest=block.get("factors_digest"),
     )
 
 

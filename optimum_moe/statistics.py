@@ -25,12 +25,15 @@ class Reservoir:
         experts_input_SH: (S, H) input of the experts; the same tensor where the two are equal.
         index_SK: (S, K) selected experts; an id >= E is no routed expert.
         weights_SK: (S, K) routing weights.
+        gradient_SH: (S, H) gradient of the summed loss of all tokens at the weighted sum of the selected experts; None
+            where no backward pass ran.
     """
 
     router_input_SH: torch.Tensor
     experts_input_SH: torch.Tensor
     index_SK: torch.Tensor
     weights_SK: torch.Tensor
+    gradient_SH: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +141,7 @@ class Statistics:
             # safetensors refuses shared storage, and the two inputs are one tensor in most architectures.
             shared = block.reservoir.router_input_SH is block.reservoir.experts_input_SH
             names = [name for name in _RESERVOIR if not (shared and name == "experts_input_SH")]
+            names = [name for name in names if getattr(block.reservoir, name) is not None]
             tensors |= {f"{index}.reservoir.{name}": getattr(block.reservoir, name).contiguous() for name in names}
         record = {
             "calibration": dict(self.calibration),

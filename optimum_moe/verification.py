@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from optimum_moe.checkpoint.contents import Contents, built, raw_config
+from optimum_moe.checkpoint.factored import factored_failures
 from optimum_moe.checkpoint.headers import Headers, read_headers
 from optimum_moe.checkpoint.mtp import COUNT_FIELDS, MTPLayers, MTPOption, block_with, is_benign, is_mtp
 from optimum_moe.checkpoint.quantizer import METHOD
@@ -129,7 +130,7 @@ def _plan_failures(work: _Work) -> list[str]:
     failures = []
     for name, block in work.plan.blocks.items():
         maps = [key for key in work.contents.inside(name) if key.endswith("expert_map")]
-        mapped = block.routing == "map" and not block.is_identity
+        mapped = block.routing == "map" and not block.keeps_all
         if bool(maps) != mapped:
             failures.append(f"{name}: {'no' if mapped else 'an'} expert_map is stored, and routing={block.routing!r}")
         for key, tensor in work.contents.read(maps).items():
@@ -204,7 +205,8 @@ def _count_failures(work: _Work) -> list[str]:
         if plan is None:
             continue
         block = found.module(work.model)
-        built_count = len(found.surgeon.experts(block).up)
+        held = found.surgeon.factors(block)
+        built_count = len(found.surgeon.experts(block).up) if held is None else held.num_experts
         counts = {"plan": plan.num_groups, "config": built_count}
         for name in _expert_names(found, block):
             stored = work.contents.tensors.get(name)
@@ -237,7 +239,9 @@ def _compared(work: _Work) -> dict[str, tuple[list[str], str]]:
     done: set[str] = set()
     for found in work.source.blocks:
         plan = work.plan.blocks[found.info.name]
-        expected, kinds = _expected_block(work, found, plan)
+        expected, kinds, failed, looked_at = _expected_block(work, found, plan)
+        failures["experts"] += failed
+        numbers["experts"] += looked_at
         actual = work.contents.read(expected)
         for name, tensor in expected.items():
             numbers[kinds[name]] += 1
@@ -256,22 +260,32 @@ def _compared(work: _Work) -> dict[str, tuple[list[str], str]]:
     return {name: (failures[name], f"{numbers[name]} tensors") for name in failures}
 
 
-def _expected_block(work: _Work, found: FoundBlock, plan: BlockPlan) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a block that plan and original give, and what each one belongs to."""
+def _expected_block(
+    work: _Work, found: FoundBlock, plan: BlockPlan
+) -> tuple[dict[str, torch.Tensor], dict[str, str], list[str], int]:
+    """The tensors of a block that plan and original give, what each one belongs to, and what is wrong with factors."""
     assert work.original is not None
     assert work.source is not None
-    state = work.original.read(work.original.inside(found.info.name))
+    name = found.info.name
+    state = work.original.read(work.original.inside(name))
     block = block_with(found, work.source.skeleton, state)
     experts, router = set(_expert_names(found, block)), _router_prefix(found, block)
-    if not plan.is_identity:
+    if not plan.keeps_all:
         found.surgeon.cut(block, plan)
-    after = {f"{found.info.name}.{name}": tensor.detach() for name, tensor in block.state_dict().items()}
+    after = {f"{name}.{key}": tensor.detach() for key, tensor in block.state_dict().items()}
+    failed: list[str] = []
+    looked_at = 0
+    if plan.sizes is not None:
+        stored = work.contents.read(work.contents.inside(name))
+        failed, looked_at = factored_failures(found, block, plan, stored)
+        left = {f"{name}.{key}" for key in block.state_dict()}
+        after = {key: tensor for key, tensor in after.items() if key in left}
     kinds = {}
-    for name, tensor in after.items():
-        changed = name not in state or state[name].shape != tensor.shape
-        part = "routers" if name.startswith(router) or changed else "other tensors"
-        kinds[name] = "experts" if name in experts else part
-    return after, kinds
+    for key, tensor in after.items():
+        changed = key not in state or state[key].shape != tensor.shape
+        part = "routers" if key.startswith(router) or changed else "other tensors"
+        kinds[key] = "experts" if key in experts else part
+    return after, kinds, failed, looked_at
 
 
 def _expert_names(found: FoundBlock, block: Any) -> list[str]:

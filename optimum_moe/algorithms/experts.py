@@ -5,12 +5,15 @@ Shape letters: E experts, H hidden, I intermediate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 PerExpert = Sequence[torch.Tensor] | torch.Tensor
+Activate: TypeAlias = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
+"""From gate (P, I), None for non-gated experts, and up (P, I) to hidden neurons (P, I), each from its own two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,9 @@ class ExpertTensors:
         fixed_neurons: Whether the order of the neurons is given from outside the experts (query channels that meet
             the keys of all experts, a hidden layer that all share), so that they cannot be permuted. `down` may then
             have fewer rows than H.
+        activate: The experts' own gate function, differentiable; None where an architecture does not give it.
+        finish: What follows down (a norm), None for nothing.
+        scales_input: Whether routing weights scale what goes into an expert, E(w x), and not what comes out, w E(x).
 
     Raises:
         ValueError: if a field has another number of experts than `up`, or expert 0 another shape than the above.
@@ -42,6 +48,9 @@ class ExpertTensors:
     up_bias: PerExpert | None = None
     down_bias: PerExpert | None = None
     fixed_neurons: bool = False
+    activate: Activate | None = None
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+    scales_input: bool = False
 
     def __post_init__(self) -> None:
         """Check the layout once, so that no later step has to guess an axis."""

@@ -6,9 +6,14 @@ H hidden, I intermediate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+PROJECTIONS = ("gate", "up", "down")
+"""The matrices of an expert; experts without a gate have the last two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +47,8 @@ class MatrixFactors:
             raise ValueError("A dense matrix has no sparse part. Add it to the matrix.")
         if self.u_RO is not None and self.v_RX is not None and len(self.u_RO) != len(self.v_RX):
             raise ValueError(
-                f"The factors have ranks {len(self.u_RO)} and {len(self.v_RX)}: they must agree. Pass (R, O) and (R, X)."
+                f"The factors have ranks {len(self.u_RO)} and {len(self.v_RX)}: they must agree. "
+                "Pass (R, O) and (R, X)."
             )
 
     @property
@@ -130,3 +136,118 @@ class ExpertFactors:
     def numbers(self) -> int:
         """Numbers that are stored, biases excluded."""
         return sum(matrix.numbers for matrix in self.matrices.values())
+
+
+@dataclass(frozen=True)
+class FactorSizes:
+    """The sizes of a block's experts, from which their empty tensors can be made.
+
+    Args:
+        widths: Neurons of each of the G experts; 0 for an empty one.
+        ranks: By projection (gate, up, down) the rank of each expert's matrix, None for a dense one.
+        rows: By projection the sparse rows of each expert's matrix; projections without any are left out.
+        base: The group whose base each expert's matrices are added to, where experts share bases.
+
+    Raises:
+        ValueError: If lengths disagree or a number is impossible.
+    """
+
+    widths: tuple[int, ...]
+    ranks: Mapping[str, tuple[int | None, ...]]
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    base: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        lists: list[Sequence[int | None]] = [self.widths, *self.ranks.values(), *self.rows.values()]
+        lists += [] if self.base is None else [self.base]
+        projections = set(self.ranks)
+        numbers = [n for values in lists for n in values]
+        if (
+            not {"up", "down"} <= projections <= set(PROJECTIONS)
+            or not set(self.rows) <= projections
+            or {len(values) for values in lists} != {len(self.widths)}
+            or any(n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0) for n in numbers)
+            or None in [n for values in (self.widths, *self.rows.values(), self.base or ()) for n in values]
+        ):
+            raise ValueError(
+                "Sizes of experts must give each expert a width and, for up, down and perhaps gate, a rank (null for "
+                f"dense) and a number of rows, all whole numbers from 0; got {self.to_dict()!r:.200}. "
+                "Restore the saved config.json."
+            )
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the experts are gated."""
+        return "gate" in self.ranks
+
+    def numbers(self, expert: int, hidden_size: int, active: bool = False) -> int:
+        """Numbers that one expert stores, biases excluded; `active` leaves out the indices of rows."""
+        width, total = self.widths[expert], 0
+        for name, ranks in self.ranks.items():
+            outputs, inputs = (hidden_size, width) if name == "down" else (width, hidden_size)
+            rank, rows = ranks[expert], self.rows[name][expert] if name in self.rows else 0
+            total += outputs * inputs if rank is None else rank * (outputs + inputs) + rows * (inputs + (not active))
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        record: dict[str, Any] = {
+            "widths": list(self.widths),
+            "ranks": {name: list(values) for name, values in self.ranks.items()},
+        }
+        if self.rows:
+            record["rows"] = {name: list(values) for name, values in self.rows.items()}
+        if self.base is not None:
+            record["base"] = list(self.base)
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> FactorSizes:
+        """Read `to_dict` back.
+
+        Raises:
+            ValueError: If it is broken.
+        """
+        try:
+            unknown = set(record) - {"widths", "ranks", "rows", "base"}
+            base = record.get("base")
+            sizes = cls(
+                tuple(record["widths"]),
+                {name: tuple(values) for name, values in record["ranks"].items()},
+                {name: tuple(values) for name, values in record.get("rows", {}).items()},
+                None if base is None else tuple(base),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"Sizes of experts cannot be read ({error!r}). Restore the saved config.json.") from error
+        if unknown:
+            raise ValueError(f"Sizes of experts have unknown fields {sorted(unknown)}. Restore the saved config.json.")
+        return sizes
+
+
+@dataclass(frozen=True, eq=False)
+class BlockFactors:
+    """The experts of one block in the forms in which they are kept.
+
+    Args:
+        experts: One form for each of the G experts; an expert's matrices are what is added to its base, where experts
+            share bases.
+        base_labels: (G,) the base of each expert, None where nothing is shared.
+        bases: By projection (B, O, X) the shared matrices.
+    """
+
+    experts: tuple[ExpertFactors, ...]
+    base_labels: tuple[int, ...] | None = None
+    bases: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> FactorSizes:
+        """What rebuilds the structure."""
+        names = list(self.experts[0].matrices)
+        ranks = {name: tuple(e.matrices[name].rank for e in self.experts) for name in names}
+        rows = {name: tuple(e.matrices[name].num_rows for e in self.experts) for name in names}
+        return FactorSizes(
+            tuple(expert.width for expert in self.experts),
+            ranks,
+            {name: counts for name, counts in rows.items() if any(counts)},
+            self.base_labels,
+        )

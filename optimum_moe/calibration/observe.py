@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
+from optimum_moe.calibration.gradients import differentiable, summed_loss
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.statistics import Statistics
@@ -28,6 +29,7 @@ def observe(
     config: CalibrationConfig,
     source: Mapping[str, Any] | None = None,
     progress: bool = True,
+    gradients: bool = False,
 ) -> Statistics:
     """Forward every batch once, with a recorder behind every block.
 
@@ -38,6 +40,7 @@ def observe(
         config: Reservoir size, seed and the rule for unseen experts.
         source: Identity of the model, stored with the statistics.
         progress: Show a progress bar.
+        gradients: Also go back from the loss of every batch, and sample the gradients at the experts' outputs.
 
     Returns:
         Statistics of all blocks. Experts that no token reached are warned about (or raise, see `unseen`).
@@ -52,24 +55,31 @@ def observe(
             found.info.hidden_size,
             config.reservoir_tokens,
             config.seed,
+            gradients,
         )
         for found in blocks
     }
     was_training = model.training
     model.eval()
     part = running_part(model)
-    extra = _cheap_forward_arguments(part)
+    extra = _cheap_forward_arguments(part, needs_logits=gradients)
     in_text = text_blocks(model, blocks)
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
+        stack.enter_context(differentiable(part) if gradients else torch.no_grad())
         for found in blocks:
-            stack.enter_context(found.surgeon.watch(found.module(model), recorders[found.info.name]))
+            block, recorder = found.module(model), recorders[found.info.name]
+            stack.enter_context(found.surgeon.watch(block, recorder))
+            if gradients:
+                stack.enter_context(found.surgeon.watch_gradient(block, recorder.gradient))
         stack.callback(model.train, was_training)
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
             inputs = {name: _placed(value, model) for name, value in batch.items()}
             for found in blocks:
                 mask_T = padding_mask(inputs, found.info, found.info.name in in_text)
                 recorders[found.info.name].expect(mask_T)
-            part(**inputs, **extra)
+            output = part(**inputs, **extra)
+            if gradients:
+                summed_loss(part, output, inputs).backward()
     statistics = Statistics(
         {name: recorder.statistics() for name, recorder in recorders.items()},
         {**batches.description, "tokens_by_block": _reached(recorders)},
@@ -116,8 +126,8 @@ def _placed(value: Any, model: PreTrainedModel) -> Any:
     return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
-def _cheap_forward_arguments(model: nn.Module) -> dict[str, Any]:
+def _cheap_forward_arguments(model: nn.Module, needs_logits: bool = False) -> dict[str, Any]:
     """Arguments that spare what calibration does not need: the cache and the logits of all but one position."""
     accepted = inspect.signature(model.forward).parameters
-    wanted = {"use_cache": False, "logits_to_keep": 1}
+    wanted = {"use_cache": False, "logits_to_keep": 0 if needs_logits else 1}
     return {name: value for name, value in wanted.items() if name in accepted}

@@ -16,10 +16,17 @@ class BlockRecorder:
         hidden_size: H.
         reservoir_tokens: Size of the sample of tokens.
         seed: Seed of the sample; equal seeds pick the same tokens in every block.
+        gradients: Whether a backward pass follows every forward pass, whose gradients are sampled too.
     """
 
     def __init__(
-        self, num_experts: int, intermediate_size: int, hidden_size: int, reservoir_tokens: int = 4096, seed: int = 0
+        self,
+        num_experts: int,
+        intermediate_size: int,
+        hidden_size: int,
+        reservoir_tokens: int = 4096,
+        seed: int = 0,
+        gradients: bool = False,
     ) -> None:
         self.num_experts = num_experts
         self.num_tokens = 0
@@ -37,6 +44,8 @@ class BlockRecorder:
         self.input_sq_EH, self.hidden_sq_EI = zeros(e, hidden_size), zeros(e, intermediate_size)
         self.coactivation_EE, self.router_gram_EE, self.router_sum_E = zeros(e, e), zeros(e, e), zeros(e)
         self._sample = _Sample(reservoir_tokens, seed)
+        self._gradients = gradients
+        self._waiting: tuple[torch.Tensor | None, ...] | None = None
 
     def expect(self, mask_T: torch.Tensor | None) -> None:
         """Announce the next forward pass: True for each of the block's tokens that counts, None for all of them."""
@@ -45,15 +54,15 @@ class BlockRecorder:
     def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
         """Accumulate the Gram matrix of the logits."""
         valid_T = self._valid(len(logits_TE), logits_TE.device)
-        logits = logits_TE[valid_T].double().cpu()
+        logits = logits_TE.detach()[valid_T].double().cpu()
         self.router_gram_EE += logits.T @ logits
         self.router_sum_E += logits.sum(0)
-        self._router_input_TH = input_TH
+        self._router_input_TH = input_TH.detach()
 
     def begin(self, input_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """Count selections of one call and sample its tokens."""
         self._valid_T = valid_T = self._valid(len(input_TH), input_TH.device)
-        index, weights = index_TK[valid_T].cpu(), weights_TK[valid_T].cpu()
+        index, weights = index_TK[valid_T].cpu(), weights_TK.detach()[valid_T].cpu()
         self.num_tokens += len(index)
         counts = (index < self.num_experts) & (weights != 0)
         chosen_TE = torch.zeros(len(index), self.num_experts + 1, dtype=torch.float64)
@@ -63,8 +72,26 @@ class BlockRecorder:
         router_input_TH = self._router_input_TH
         same = router_input_TH.data_ptr() == input_TH.data_ptr() or torch.equal(router_input_TH, input_TH)
         index = index.masked_fill(~counts, self.num_experts)
-        self._sample.add(router_input_TH[valid_T], None if same else input_TH[valid_T], index, weights)
+        columns = router_input_TH.detach()[valid_T], None if same else input_TH.detach()[valid_T], index, weights
+        if self._gradients:
+            self._sample_waiting(None)
+            self._waiting = columns
+        else:
+            self._sample.add(*columns, None)
 
+    def gradient(self, gradient_TH: torch.Tensor) -> None:
+        """Take the gradient at the output of the last call, with which its tokens are sampled."""
+        self._sample_waiting(gradient_TH[self._valid_T.to(gradient_TH.device)])
+
+    def _sample_waiting(self, gradient_TH: torch.Tensor | None) -> None:
+        if self._waiting is not None:
+            inputs_TH = self._waiting[0]
+            assert inputs_TH is not None
+            # No gradient arrives where the loss does not depend on the call.
+            self._sample.add(*self._waiting, torch.zeros_like(inputs_TH) if gradient_TH is None else gradient_TH)
+            self._waiting = None
+
+    @torch.no_grad()
     def expert(
         self,
         expert: int,
@@ -89,6 +116,7 @@ class BlockRecorder:
 
     def statistics(self) -> BlockStatistics:
         """What was accumulated so far."""
+        self._sample_waiting(None)
         return BlockStatistics(
             num_tokens=self.num_tokens,
             token_count_E=self.token_count_E,
@@ -147,9 +175,9 @@ class _Sample:
         if not self._columns:
             empty = torch.empty(0, 0)
             return Reservoir(empty, empty, torch.empty(0, 0, dtype=torch.int64), empty)
-        router_input_SH, experts_input_SH, index_SK, weights_SK = self._columns
+        router_input_SH, experts_input_SH, index_SK, weights_SK, gradient_SH = self._columns
         assert router_input_SH is not None
         assert index_SK is not None
         assert weights_SK is not None
         shared = router_input_SH if experts_input_SH is None else experts_input_SH
-        return Reservoir(router_input_SH, shared, index_SK, weights_SK)
+        return Reservoir(router_input_SH, shared, index_SK, weights_SK, gradient_SH)

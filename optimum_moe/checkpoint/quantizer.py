@@ -20,8 +20,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_moe.algorithms.factors import FactorSizes
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from optimum_moe.blocks import BlockInfo
 
 METHOD = "optimum_moe"
 FORMAT_VERSION = 1
@@ -40,7 +44,8 @@ class MoEStructureConfig(QuantizationConfigMixin):
     """`config.quantization_config` of a compressed checkpoint: the sizes of every block that differs from stock.
 
     Args:
-        blocks: By module path: `num_experts` (before), `num_groups` (after), `routing` (`"map"` or `"reduce"`).
+        blocks: By module path: `num_experts` (before), `num_groups` (after), `routing` (`"map"` or `"reduce"`), and
+            `factors` (`FactorSizes.to_dict()`) where experts are kept in compressed forms.
         format_version: Version of this schema.
         quantization: Quantisation config of the values, where another method quantised them.
         quantise_on_load: Whether the stored values are still those before `quantization`.
@@ -85,7 +90,7 @@ class MoEStructureConfig(QuantizationConfigMixin):
 
 
 def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
-    if set(entry) != ENTRY_FIELDS:
+    if set(entry) - {"factors"} != ENTRY_FIELDS:
         raise ValueError(
             f"quantization_config of {name} must have the fields {sorted(ENTRY_FIELDS)}, got {sorted(entry)}. "
             "Restore the saved config.json."
@@ -97,6 +102,11 @@ def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
             f"quantization_config of {name} says num_experts={experts!r}, num_groups={groups!r}, "
             f"routing={entry['routing']!r}; 1 <= num_groups <= num_experts and routing 'map' or 'reduce' are "
             "possible. Restore the saved config.json."
+        )
+    if "factors" in entry and len(FactorSizes.from_dict(entry["factors"]).widths) != groups:
+        raise ValueError(
+            f"quantization_config of {name} gives sizes to another number of experts than num_groups={groups}. "
+            "Restore the saved config.json."
         )
 
 
@@ -191,6 +201,13 @@ def _with_inner_quantizer(structure: MoEStructureConfig) -> HfQuantizer:
 
 def _check_expert_parallel(config: MoEStructureConfig, distributed: Any) -> None:
     processes = getattr(distributed, "ep_size", None) or 1
+    split = max(processes, getattr(distributed, "tp_size", None) or 1)
+    factorised = next((name for name, entry in config.blocks.items() if "factors" in entry), None)
+    if split > 1 and factorised is not None:
+        raise ValueError(
+            f"{factorised} keeps its experts in factors with sizes of their own, which cannot be split evenly over "
+            f"{split} processes. Use data parallelism (FSDP) or device_map=, or densify the model."
+        )
     odd = {name: entry["num_groups"] for name, entry in config.blocks.items() if entry["num_groups"] % processes}
     if odd:
         name, groups = next(iter(odd.items()))
@@ -261,10 +278,20 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
                 "Restore the saved config.json."
             )
         block: Any = found[name].module(model)
-        found[name].surgeon.rebuild(block, entry["num_groups"], entry["routing"])
+        sizes = FactorSizes.from_dict(entry["factors"]) if "factors" in entry else None
+        _check_sizes(name, sizes, found[name].info)
+        found[name].surgeon.build_structure(block, entry["num_groups"], entry["routing"], sizes)
         # Some architectures initialise a block by the config's expert count; its tensors all come from the checkpoint.
         block._is_hf_initialized = True
     return list(found)
+
+
+def _check_sizes(name: str, sizes: FactorSizes | None, info: BlockInfo) -> None:
+    if sizes is not None and max(sizes.widths) > info.intermediate_size:
+        raise ValueError(
+            f"{name} has {info.intermediate_size} neurons by config.json, and an expert of {max(sizes.widths)} by its "
+            "quantization_config. Restore the saved config.json."
+        )
 
 
 def _name_in(model: PreTrainedModel, saved_name: str, found: Mapping[str, Any]) -> str:

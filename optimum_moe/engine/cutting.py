@@ -71,9 +71,8 @@ class Cutter:
         """Cut the blocks of a loaded unit, each when its plan is complete; returns the plans."""
         plans = {}
         for found in unit.blocks:
-            plans[found.info.name] = plan = self._plan(found, observed)
-            if not plan.is_identity:
-                found.surgeon.cut(found.module(self.source.model), plan)
+            plan = self._plan(found, observed)
+            plans[found.info.name] = found.surgeon.carry_out(found.module(self.source.model), plan)
         return plans
 
     def _plan(self, found: FoundBlock, observed: Observed | None) -> BlockPlan:

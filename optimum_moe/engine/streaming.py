@@ -129,8 +129,8 @@ class StreamingSource:
         for found in (found for unit in self._to_rebuild for found in unit.blocks):
             plan = self._plans[found.info.name]
             block = found.module(self.model)
-            if not plan.is_identity and found.surgeon.info(block, "", 0).num_experts == plan.num_experts:
-                found.surgeon.rebuild(block, plan.num_groups, plan.routing)
+            if not plan.is_identity and found.surgeon.is_stock(block, plan):
+                found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
         self._to_rebuild.clear()
 
     def write_index(self, directory: Path) -> None:

@@ -1,7 +1,17 @@
 """Modules that compressed models are made of."""
 
 from optimum_moe.nn.class_swap import SwappedModule, swapped_class
+from optimum_moe.nn.factorised_experts import FactorisedExperts
+from optimum_moe.nn.factorised_layer import FactorisedExpertLayer
 from optimum_moe.nn.merged_experts import MergedExpertLayer
 from optimum_moe.nn.routing import MappedRouter, map_routing
 
-__all__ = ["MappedRouter", "MergedExpertLayer", "SwappedModule", "map_routing", "swapped_class"]
+__all__ = [
+    "FactorisedExpertLayer",
+    "FactorisedExperts",
+    "MappedRouter",
+    "MergedExpertLayer",
+    "SwappedModule",
+    "map_routing",
+    "swapped_class",
+]

@@ -66,7 +66,7 @@ class MergedExpertLayer(SwappedModule):
             return run(hidden_TH, index_TK, weights_TK)
         pair_P = token_P, slot_P
         output_PH = run(hidden_TH.index_select(0, token_P), index_TK[pair_P][:, None], weights_TK[pair_P][:, None])
-        return _accumulator(hidden_TH).index_add(0, token_P, _wide(output_PH)).to(hidden_TH.dtype)
+        return accumulator(hidden_TH).index_add(0, token_P, wide(output_PH)).to(hidden_TH.dtype)
 
 
 def eager_experts_forward(
@@ -104,7 +104,7 @@ def run_routed(
     watch: Callable[..., None] | None = None,
 ) -> torch.Tensor:
     """`eager_experts_forward` for experts of any kind."""
-    order_S, ends_G, _ = _sort_pairs(index_TK, num_experts)
+    order_S, ends_G, _ = sort_pairs(index_TK, num_experts)
     ends = ends_G.tolist()
     counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     token_S = order_S // index_TK.shape[-1]
@@ -112,7 +112,7 @@ def run_routed(
     # index_select copies whole rows, several times faster on a CPU than indexing.
     input_SH = hidden_TH.index_select(0, token_S)
     rows = zip(token_S.split(counts), weight_S1.split(counts), input_SH.split(counts), strict=True)
-    output_TH = _accumulator(hidden_TH)
+    output_TH = accumulator(hidden_TH)
     for expert, (token_P, weight_P1, input_PH) in enumerate(rows):
         # A process of expert parallelism that gets no token still has to take part in the backward collectives.
         if counts[expert] == 0 and (expert > 0 or len(order_S) > 0):
@@ -120,7 +120,7 @@ def run_routed(
         hidden_PI, output_PH = run(expert, input_PH)
         if watch is not None and counts[expert]:
             watch(expert, token_P, weight_P1[:, 0], input_PH, hidden_PI, output_PH)
-        output_TH.index_add_(0, token_P, _wide(output_PH * weight_P1))
+        output_TH.index_add_(0, token_P, wide(output_PH * weight_P1))
     return output_TH.to(hidden_TH.dtype)
 
 
@@ -140,7 +140,7 @@ def grouped_experts_forward(
     Returns:
         (T, H) in the dtype of `hidden_TH`.
     """
-    order_P, ends_G, expert_P = _sort_pairs(index_TK, experts.num_experts)
+    order_P, ends_G, expert_P = sort_pairs(index_TK, experts.num_experts)
     # grouped_mm is new in torch 2.10, where it wants aligned weights (mapped files are not), and without rows it has no
     # gradient.
     aligned = all(parameter.data_ptr() % 16 == 0 for parameter in experts.parameters(recurse=False))
@@ -160,10 +160,10 @@ def grouped_experts_forward(
     if getattr(experts, "has_post_expert_norm", False):
         output_PH = experts.post_expert_norm(output_PH)
     weight_P1 = weights_TK.reshape(-1).index_select(0, order_P).unsqueeze(-1)
-    return _accumulator(hidden_TH).index_add_(0, token_P, _wide(output_PH * weight_P1)).to(hidden_TH.dtype)
+    return accumulator(hidden_TH).index_add_(0, token_P, wide(output_PH * weight_P1)).to(hidden_TH.dtype)
 
 
-def _sort_pairs(index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sort_pairs(index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Slots that are no sentinels, by expert: (P,) slot numbers, (G,) int32 end of each expert's, (P,) experts."""
     expert_S, order_S = torch.sort(index_TK.reshape(-1), stable=True)
     every_G = torch.arange(num_experts, device=index_TK.device, dtype=expert_S.dtype)
@@ -209,9 +209,11 @@ def _project(
     return nn.functional.linear(input_PX, weight, bias)
 
 
-def _accumulator(hidden_TH: torch.Tensor) -> torch.Tensor:
+def accumulator(hidden_TH: torch.Tensor) -> torch.Tensor:
+    """(T, H) zeros to sum a token's experts in."""
     return torch.zeros_like(hidden_TH, dtype=torch.promote_types(hidden_TH.dtype, torch.float32))
 
 
-def _wide(output_PH: torch.Tensor) -> torch.Tensor:
+def wide(output_PH: torch.Tensor) -> torch.Tensor:
+    """In float32 or better."""
     return output_PH.to(torch.promote_types(output_PH.dtype, torch.float32))

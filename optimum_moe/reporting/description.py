@@ -47,7 +47,7 @@ def measured_cost(
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     active = {f.info.name: float(min(f.info.top_k, plan.blocks[f.info.name].num_groups)) for f in blocks}
     for name, block in plan.blocks.items() if statistics is not None else ():
-        if block.routing == "map" and not block.is_identity:
+        if block.routing == "map" and not block.keeps_all:
             assert statistics is not None
             observed = statistics.blocks[name]
             if len(observed.reservoir.index_SK):

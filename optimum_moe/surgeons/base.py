@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -13,10 +14,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
+from optimum_moe.algorithms.factors import FactorSizes
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.algorithms.router_fit import RouterView
 from optimum_moe.blocks import BlockInfo
+from optimum_moe.nn import FactorisedExperts
 from optimum_moe.plan import BlockPlan, Routing
+from optimum_moe.records import digest
 from optimum_moe.surgeons.architecture import Role, RouterTensor
 
 Block: TypeAlias = Any
@@ -120,6 +124,89 @@ class Surgeon(ABC):
     @abstractmethod
     def watch(self, block: Block, watcher: BlockWatcher) -> AbstractContextManager[None]:
         """Report every call of the block to `watcher`; the block computes what it would without."""
+
+    def watch_gradient(self, block: Block, report: Callable[[torch.Tensor], None]) -> AbstractContextManager[None]:
+        """When a backward pass runs, report the (T, H) gradient at the weighted sum of the selected experts."""
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if output.requires_grad:
+                output.register_hook(lambda gradient: report(gradient.reshape(-1, gradient.shape[-1])))
+
+        return hooked([self.summing_module(block).register_forward_hook(after)])
+
+    def summing_module(self, block: Block) -> nn.Module:
+        """The module whose output changes as the sum of the selected experts does."""
+        return block
+
+    def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+        """The experts' own gate function: hidden neurons from gate and up, each neuron from its own two."""
+        raise NotImplementedError(f"{type(self).__name__} does not give the gate function of its experts")
+
+    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+        """Put experts in compressed forms in the place of the stock ones; the block runs them afterwards.
+
+        Raises:
+            ValueError: If the architecture cannot; nothing was changed then.
+        """
+        raise ValueError(
+            f"Experts of {self.name} cannot be kept in factors: its surgeon has no `hold`. Merge or prune them, or "
+            f"exclude these blocks with protect=."
+        )
+
+    def factors(self, block: Block) -> FactorisedExperts | None:
+        """The experts in compressed forms that the block holds; None where they are stock ones."""
+        return next((m for m in block.modules() if isinstance(m, FactorisedExperts)), None)
+
+    def carry_out(self, block: Block, plan: BlockPlan) -> BlockPlan:
+        """Do to a block all that its plan says; returns the plan as it is kept, without what the block now holds.
+
+        Raises:
+            ValueError: If the plan was read from a checkpoint that holds its factors, or cannot be expressed.
+        """
+        if plan.sizes is not None and plan.factors is None:
+            raise ValueError(
+                f"The plan for {plan.name} says which sizes its factors have; the factors themselves lie in the "
+                "checkpoint that it was made for. Load that checkpoint, or pass statistics= to decide anew."
+            )
+        if not plan.keeps_all:
+            self.cut(block, plan)
+        if plan.factors is None:
+            return plan
+        view = self.experts(block)
+        held = _empty_factors(view, plan.factors.sizes)
+        held.fill(plan.factors, {name: values for name, values in _biases(view).items() if values is not None})
+        self.hold(block, held)
+        return replace(plan, factors=None, digest=factors_digest(held))
+
+    def is_stock(self, block: Block, plan: BlockPlan) -> bool:
+        """Whether a block is as it was before the plan was carried out."""
+        return self.factors(block) is None and self.info(block, "", 0).num_experts == plan.num_experts
+
+    def build_structure(
+        self, block: Block, num_groups: int, routing: Routing, sizes: FactorSizes | None = None
+    ) -> None:
+        """Give an uncompressed block the structure that `carry_out` leaves, with empty tensors."""
+        if num_groups < self.info(block, "", 0).num_experts:
+            self.rebuild(block, num_groups, routing)
+        if sizes is not None:
+            self.hold(block, _empty_factors(self.experts(block), sizes))
+
+
+def factors_digest(held: FactorisedExperts) -> str:
+    """SHA-256 of all that a block's compressed experts hold."""
+    return digest({}, held.state_dict())
+
+
+def _empty_factors(view: ExpertTensors, sizes: FactorSizes) -> FactorisedExperts:
+    first = view.up[0]
+    biases = [name for name, values in _biases(view).items() if values is not None]
+    factors = FactorisedExperts(sizes, view.hidden_size, biases, device=first.device, dtype=first.dtype)
+    return factors.requires_grad_(first.requires_grad)
+
+
+def _biases(view: ExpertTensors) -> dict[str, PerExpert | None]:
+    return {"gate": view.gate_bias, "up": view.up_bias, "down": view.down_bias}
 
 
 def merge_group(

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_moe.nn import SwappedModule, map_routing, swapped_class
+from optimum_moe.nn import FactorisedExperts, SwappedModule, map_routing, swapped_class
+from optimum_moe.nn.factorised_layer import run_factorised
 from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import Block, BlockWatcher
-from optimum_moe.surgeons.stacked import ExpertStack, Fields, StackedSurgeon, watch_loop
+from optimum_moe.surgeons.stacked import ExpertStack, Fields, StackedSurgeon, run_merged, watch_loop
 
 
 class MappedDbrxBlock(SwappedModule):
@@ -78,10 +79,20 @@ class DbrxSurgeon(StackedSurgeon):
         if routing == "map":
             self.add_map(block, num_groups)
             block.__class__ = swapped_class(MappedDbrxBlock, type(block))
-            block.experts.__class__ = swapped_class(MergedDbrxExperts, type(block.experts))
+            run_merged(block.experts, MergedDbrxExperts)
         else:
             block.router.layer.out_features = num_groups
         block.experts.num_experts = block.experts.mlp.moe_num_experts = num_groups
+
+    def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+        """See `Surgeon.activate`."""
+        return _activate(block.experts, gate_PI, up_PI)
+
+    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+        """See `Surgeon.hold`."""
+        self.drop_stacks(block)
+        block.experts.factors = factors
+        run_merged(block.experts, MergedDbrxExperts)
 
     def watch(self, block: Block, watcher: BlockWatcher) -> AbstractContextManager[None]:
         """See `watch_loop`."""
@@ -102,10 +113,16 @@ def _down(tensor_EIH: torch.Tensor) -> Fields:
     return {"down": tensor_EIH.transpose(1, 2)}
 
 
+def _activate(experts: Any, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+    return experts.mlp.activation_fn(gate_PI) * up_PI
+
+
 def _run_expert(experts: Any, expert: int, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if hasattr(experts, "factors"):
+        return run_factorised(experts.factors, partial(_activate, experts), None, expert, input_PH)
     mlp = experts.mlp
     w1, v1, w2 = (
         tensor.view(experts.num_experts, -1, experts.hidden_size)[expert] for tensor in (mlp.w1, mlp.v1, mlp.w2)
     )
-    hidden_PI = mlp.activation_fn(input_PH @ w1.T) * (input_PH @ v1.T)
+    hidden_PI = _activate(experts, input_PH @ w1.T, input_PH @ v1.T)
     return hidden_PI, hidden_PI @ w2

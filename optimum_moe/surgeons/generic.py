@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -14,7 +14,15 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from optimum_moe.nn import MappedRouter, MergedExpertLayer, SwappedModule, swapped_class
+from optimum_moe.nn import (
+    FactorisedExpertLayer,
+    FactorisedExperts,
+    MappedRouter,
+    MergedExpertLayer,
+    SwappedModule,
+    swapped_class,
+)
+from optimum_moe.nn.factorised_layer import native_activation, native_finish
 from optimum_moe.nn.merged_experts import eager_experts_forward
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.surgeons.architecture import Architecture
@@ -103,6 +111,29 @@ class GenericSurgeon(StackedSurgeon):
         if getattr(type(block), "kernel_layer_name", None) is not None:
             # A hub kernel for the whole block would call neither of the two.
             block.__class__ = swapped_class(SwappedModule, type(block))
+
+    def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+        """The module's own gate function."""
+        return native_activation(self._experts(block), gate_PI, up_PI)
+
+    def finish(self, block: Block) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The module's own norm."""
+        return native_finish(self._experts(block))
+
+    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+        """See `Surgeon.hold`."""
+        experts = self._experts(block)
+        self.drop_stacks(block)
+        experts.factors = factors
+        # Where experts were merged, this class does what that one did.
+        stock = experts.original_class if isinstance(experts, MergedExpertLayer) else type(experts)
+        experts.__class__ = swapped_class(FactorisedExpertLayer, stock)
+        if getattr(type(block), "kernel_layer_name", None) is not None:
+            block.__class__ = swapped_class(SwappedModule, type(block))
+
+    def summing_module(self, block: Block) -> nn.Module:
+        """The experts: what a block adds or scales behind them differs."""
+        return self._experts(block)
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:

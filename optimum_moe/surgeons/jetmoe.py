@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_moe.nn import SwappedModule, map_routing, swapped_class
+from optimum_moe.nn import FactorisedExperts, SwappedModule, map_routing, swapped_class
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import Block, BlockWatcher, hooked
@@ -43,6 +43,37 @@ class MappedJetMoeRouter(SwappedModule):
         slot_P = slot_P[order_P]
         sizes = nn.functional.one_hot(group_P, self.num_groups).sum(0).tolist()
         return slot_P, slot_P // self.top_k, summed_TK.flatten()[slot_P], sizes, logits_TN
+
+
+class FactorisedJetMoeInput(SwappedModule):
+    """The first linear layer with experts in compressed forms; the missing neurons of narrower ones are zeros."""
+
+    shared: tuple[FactorisedExperts]
+    output_size: int
+
+    def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
+        """(P, 2 I) gate and up, or (P, I) where there is no gate, of pairs that lie by expert."""
+        factors = self.shared[0]
+        width = self.output_size // (1 + factors.sizes.has_gate)
+        outputs = []
+        for expert, rows in enumerate(inputs.split(expert_size)):
+            parts = [part for part in factors.project_in(expert, rows) if part is not None]
+            padded = [nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
+            outputs.append(torch.cat(padded, dim=-1))
+        return torch.cat(outputs)
+
+
+class FactorisedJetMoeOutput(SwappedModule):
+    """The second linear layer with experts in compressed forms."""
+
+    shared: tuple[FactorisedExperts]
+
+    def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
+        """(P, H) outputs of pairs that lie by expert."""
+        factors = self.shared[0]
+        widths = factors.sizes.widths
+        rows = enumerate(inputs.split(expert_size))
+        return torch.cat([factors.project_out(expert, hidden[:, : widths[expert]]) for expert, hidden in rows])
 
 
 class JetMoeSurgeon(StackedSurgeon):
@@ -80,6 +111,20 @@ class JetMoeSurgeon(StackedSurgeon):
         else:
             router.num_experts = router.layer.out_features = num_groups
         block.input_linear.num_experts = block.output_linear.num_experts = num_groups
+
+    def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+        """The block's activation of the gate; attention experts have neither."""
+        return up_PI if gate_PI is None else block.activation(gate_PI) * up_PI
+
+    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+        """See `Surgeon.hold`."""
+        self.drop_stacks(block)
+        block.factors = factors
+        linears = (block.input_linear, FactorisedJetMoeInput), (block.output_linear, FactorisedJetMoeOutput)
+        for linear, mixin in linears:
+            # In a tuple, because a module that is the child of two would be saved twice.
+            linear.shared = (factors,)
+            linear.__class__ = swapped_class(mixin, type(linear))
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:

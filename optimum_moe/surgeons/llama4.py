@@ -8,14 +8,16 @@ each group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from optimum_moe.nn import SwappedModule, swapped_class
+from optimum_moe.nn import FactorisedExperts, SwappedModule, swapped_class
+from optimum_moe.nn.factorised_layer import run_factorised
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import Block, BlockWatcher, hooked
@@ -40,11 +42,30 @@ class MappedLlama4Router(SwappedModule):
         return mapped.scatter(1, columns_TK, scores_TK), logits_TN
 
 
+class FactorisedLlama4Experts(SwappedModule):
+    """Runs each expert in its compressed form on the tokens that selected it: the inputs of others are zeros."""
+
+    factors: FactorisedExperts
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    hidden_size: int
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(E * T, H) outputs of scaled inputs that lie by expert."""
+        inputs_ETH = hidden_states.view(self.factors.num_experts, -1, self.hidden_size)
+        outputs = []
+        for expert, input_TH in enumerate(inputs_ETH):
+            token_P = (input_TH != 0).any(-1).nonzero()[:, 0]
+            run = run_factorised(self.factors, partial(_activate, self), None, expert, input_TH[token_P])
+            outputs.append(torch.zeros_like(input_TH).index_copy(0, token_P, run[1]))
+        return torch.cat(outputs)
+
+
 class Llama4Surgeon(StackedSurgeon):
     """The text model's MoE layers."""
 
     name = "llama4"
     count_fields = ("num_local_experts",)
+    scales_input = True
     remark = "scores scale the inputs of experts: with top-k above 1 a merged expert runs for each selected one"
     tensors = (RouterTensor("weight"),)
 
@@ -79,6 +100,16 @@ class Llama4Surgeon(StackedSurgeon):
             router.num_experts = router.out_features = num_groups
         block.num_experts = block.experts.num_experts = num_groups
 
+    def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+        """See `Surgeon.activate`."""
+        return _activate(block.experts, gate_PI, up_PI)
+
+    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+        """See `Surgeon.hold`."""
+        self.drop_stacks(block)
+        block.experts.factors = factors
+        block.experts.__class__ = swapped_class(FactorisedLlama4Experts, type(block.experts))
+
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:
         """Report scores as weights, E(s x) / s as output: what one unit of weight gives.
@@ -103,14 +134,18 @@ class Llama4Surgeon(StackedSurgeon):
                 if len(token_P) == 0:
                     continue
                 input_PH, weight_P = inputs_TH[token_P], scores_TE[token_P, expert]
-                gate_PI, up_PI = (input_PH @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
-                hidden_PI = up_PI * experts.act_fn(gate_PI)
+                hidden_PI = _activate(experts, *(input_PH @ experts.gate_up_proj[expert]).chunk(2, dim=-1))
                 output_PH = (hidden_PI @ experts.down_proj[expert]).float() / weight_P.float().unsqueeze(-1)
                 watcher.expert(expert, token_P, weight_P, input_PH, hidden_PI, output_PH)
 
         handles = at_first_activation(experts, experts.act_fn, report)
         with hooked([block.router.register_forward_hook(after_router), *handles]):
             yield
+
+
+def _activate(experts: Any, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+    assert gate_PI is not None
+    return up_PI * experts.act_fn(gate_PI)
 
 
 def _gate_up(tensor_EHI: torch.Tensor) -> Fields:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_moe.nn import MappedRouter, SwappedModule, swapped_class
+from optimum_moe.nn import FactorisedExperts, MappedRouter, SwappedModule, swapped_class
+from optimum_moe.nn.factorised_layer import run_factorised
 from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import Block, BlockWatcher
-from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon, down_of, gate_up_of, watch_loop
+from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon, down_of, gate_up_of, run_merged, watch_loop
 
 
 class MergedLongcatExperts(SwappedModule):
@@ -78,12 +79,22 @@ class LongcatFlashSurgeon(StackedSurgeon):
         if routing == "map":
             self.add_map(block, num_groups, others=experts.zero_expert_num)
             router.__class__ = swapped_class(MappedRouter, type(router))
-            experts.__class__ = swapped_class(MergedLongcatExperts, type(experts))
+            run_merged(experts, MergedLongcatExperts)
         else:
             router.num_experts = num_groups
             router.n_routed_experts = router.classifier.out_features = num_groups + experts.zero_expert_num
         experts.num_routed_experts = num_groups
         experts.total_experts = num_groups + experts.zero_expert_num
+
+    def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+        """See `Surgeon.activate`."""
+        return _activate(block.experts, gate_PI, up_PI)
+
+    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+        """See `Surgeon.hold`."""
+        self.drop_stacks(block)
+        block.experts.factors = factors
+        run_merged(block.experts, MergedLongcatExperts)
 
     def watch(self, block: Block, watcher: BlockWatcher) -> AbstractContextManager[None]:
         """See `watch_loop`."""
@@ -92,7 +103,13 @@ class LongcatFlashSurgeon(StackedSurgeon):
         return watch_loop(block.router, experts, experts.act_fn, experts.num_routed_experts, run, watcher)
 
 
+def _activate(experts: Any, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+    assert gate_PI is not None
+    return experts.act_fn(gate_PI) * up_PI
+
+
 def _run_expert(experts: Any, expert: int, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    gate_PI, up_PI = nn.functional.linear(input_PH, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-    hidden_PI = experts.act_fn(gate_PI) * up_PI
+    if hasattr(experts, "factors"):
+        return run_factorised(experts.factors, partial(_activate, experts), None, expert, input_PH)
+    hidden_PI = _activate(experts, *nn.functional.linear(input_PH, experts.gate_up_proj[expert]).chunk(2, dim=-1))
     return hidden_PI, nn.functional.linear(hidden_PI, experts.down_proj[expert])

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.blocks import BlockInfo
+from optimum_moe.nn import SwappedModule, swapped_class
 from optimum_moe.nn.merged_experts import RunExpert, run_routed
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.surgeons.architecture import RouterTensor
@@ -57,17 +59,24 @@ def down_of(tensor_EHI: torch.Tensor) -> Fields:
     return {"down": tensor_EHI}
 
 
+def run_merged(experts: Any, mixin: type[SwappedModule]) -> None:
+    """Put `mixin` in front of the class of the experts, unless it is there."""
+    if not isinstance(experts, mixin):
+        experts.__class__ = swapped_class(mixin, type(experts))
+
+
 class StackedSurgeon(Surgeon):
     """Cuts tensor by tensor; a subclass says which tensors there are and which classes and counts change.
 
     `router_name` is the attribute of the block that holds the router; `tensors` are those with an expert axis, the rows
-    of the last linear layer first; `fixed_neurons` as in `ExpertTensors`. Rows of a stack beyond the routed experts
-    stay as they are.
+    of the last linear layer first; `fixed_neurons` and `scales_input` as in `ExpertTensors`. Rows of a stack beyond the
+    routed experts stay as they are.
     """
 
     router_name: str = "router"
     tensors: tuple[RouterTensor, ...]
     fixed_neurons: bool = False
+    scales_input: bool = False
 
     @abstractmethod
     def stacks(self, block: Block) -> Sequence[ExpertStack]:
@@ -116,10 +125,23 @@ class StackedSurgeon(Surgeon):
         fields: dict[str, Any] = {}
         for stack in self.stacks(block):
             fields |= stack.fields(self._experts_first(block, stack))
-        return ExpertTensors(**fields, fixed_neurons=self.fixed_neurons)
+        return ExpertTensors(
+            **fields,
+            fixed_neurons=self.fixed_neurons,
+            activate=partial(self.activate, block),
+            finish=self.finish(block),
+            scales_input=self.scales_input,
+        )
+
+    def finish(self, block: Block) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What the experts do to the output of each, None for nothing."""
+        return None
 
     def expert_parameters(self, block: Block) -> list[nn.Parameter]:
-        """The stacks."""
+        """The stacks, or the compressed forms in their place."""
+        factors = self.factors(block)
+        if factors is not None:
+            return list(factors.parameters())
         return [attribute(block, stack.path) for stack in self.stacks(block)]
 
     def router_rows(self, block: Block) -> torch.Tensor:
@@ -177,6 +199,15 @@ class StackedSurgeon(Surgeon):
         device, zeros = self.router_rows(block).device, (0,) * self.num_experts(block)
         ids = [*zeros, *range(num_groups, num_groups + others)]
         getattr(block, self.router_name).register_buffer("expert_map", torch.tensor(ids, device=device))
+
+    def drop_stacks(self, block: Block) -> None:
+        """Take the stock tensors of the experts out of the block."""
+        for stack in self.stacks(block):
+            *path, last = stack.path.split(".")
+            owner: Any = block.get_submodule(".".join(path))
+            delattr(owner, last)
+            # transformers would look for the tensor to initialise it.
+            owner._is_hf_initialized = True
 
     def _experts_first(self, block: Block, stack: ExpertStack) -> torch.Tensor:
         tensor, num_experts = attribute(block, stack.path), self.num_experts(block)

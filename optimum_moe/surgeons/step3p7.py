@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_moe.nn import MappedRouter, SwappedModule, swapped_class
+from optimum_moe.nn import FactorisedExperts, MappedRouter, SwappedModule, swapped_class
+from optimum_moe.nn.factorised_layer import run_factorised
 from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import Block, BlockWatcher
-from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon, down_of, gate_up_of, watch_loop
+from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon, down_of, gate_up_of, run_merged, watch_loop
 
 
 class MergedStep3p7Experts(SwappedModule):
@@ -63,10 +64,20 @@ class Step3p7Surgeon(StackedSurgeon):
         if routing == "map":
             self.add_map(block, num_groups)
             block.gate.__class__ = swapped_class(MappedRouter, type(block.gate))
-            block.experts.__class__ = swapped_class(MergedStep3p7Experts, type(block.experts))
+            run_merged(block.experts, MergedStep3p7Experts)
         else:
             block.gate.num_experts = num_groups
         block.experts.num_experts = num_groups
+
+    def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+        """See `Surgeon.activate`."""
+        return _activate(block.experts, gate_PI, up_PI)
+
+    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+        """See `Surgeon.hold`."""
+        self.drop_stacks(block)
+        block.experts.factors = factors
+        run_merged(block.experts, MergedStep3p7Experts)
 
     def watch(self, block: Block, watcher: BlockWatcher) -> AbstractContextManager[None]:
         """See `watch_loop`."""
@@ -75,6 +86,13 @@ class Step3p7Surgeon(StackedSurgeon):
         return watch_loop(block.gate, experts, experts.act_fn, experts.num_experts, run, watcher)
 
 
+def _activate(experts: Any, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+    assert gate_PI is not None
+    return experts._apply_gate(torch.cat([gate_PI, up_PI], dim=-1))
+
+
 def _run_expert(experts: Any, expert: int, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if hasattr(experts, "factors"):
+        return run_factorised(experts.factors, partial(_activate, experts), None, expert, input_PH)
     hidden_PI = experts._apply_gate(nn.functional.linear(input_PH, experts.gate_up_proj[expert]))
     return hidden_PI, nn.functional.linear(hidden_PI, experts.down_proj[expert])

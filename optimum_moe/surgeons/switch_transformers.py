@@ -12,7 +12,9 @@ from torch import nn
 
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.blocks import BlockInfo
-from optimum_moe.nn import SwappedModule, swapped_class
+from optimum_moe.nn import FactorisedExperts, SwappedModule, swapped_class
+from optimum_moe.nn.factorised_layer import run_factorised
+from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import (
@@ -42,6 +44,32 @@ class MappedSwitchRouter(SwappedModule):
         mask, probability, logits = super().forward(*args, **kwargs)
         mapped = torch.zeros_like(mask).index_add_(-1, self.expert_map, mask)
         return mapped, probability, logits
+
+
+class FactorisedSwitchExperts(SwappedModule):
+    """Runs experts in compressed forms; `act` is the activation of the stock ones."""
+
+    factors: FactorisedExperts
+    act: nn.Module
+    dropout: nn.Module
+
+    def forward(
+        self, hidden_states: torch.Tensor, selected_experts: torch.Tensor, routing_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """(T, H) outputs times probability; zeros for tokens beyond an expert's capacity.
+
+        Args:
+            hidden_states: (T, H).
+            selected_experts: (T, 1, N) one-hot mask.
+            routing_weights: (T, 1) probability of the selected expert.
+        """
+        dropped_T = selected_experts.sum((1, 2)) == 0
+        index_T1 = selected_experts.argmax(-1).masked_fill(dropped_T.unsqueeze(-1), self.factors.num_experts)
+        run = partial(run_factorised, self.factors, self._activate, None)
+        return run_routed(run, self.factors.num_experts, hidden_states, index_T1, routing_weights)
+
+    def _activate(self, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.act(up_PI))
 
 
 class SwitchTransformersSurgeon(Surgeon):
@@ -76,7 +104,11 @@ class SwitchTransformersSurgeon(Surgeon):
     def experts(self, block: Block) -> ExpertTensors:
         """The weights of `wi` and `wo` of each expert."""
         modules = list(block.experts.values())
-        return ExpertTensors(up=[m.wi.weight for m in modules], down=[m.wo.weight for m in modules])
+        return ExpertTensors(
+            up=[m.wi.weight for m in modules],
+            down=[m.wo.weight for m in modules],
+            activate=partial(self.activate, block),
+        )
 
     def expert_parameters(self, block: Block) -> list[nn.Parameter]:
         """The weights of all expert modules."""
@@ -125,6 +157,18 @@ class SwitchTransformersSurgeon(Surgeon):
         weight = router.classifier.weight
         router.register_buffer("expert_map", torch.zeros(len(weight), dtype=torch.int64, device=weight.device))
         router.__class__ = swapped_class(MappedSwitchRouter, type(router))
+
+    def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
+        """The activation that all experts have."""
+        return next(iter(block.experts.values())).act(up_PI)
+
+    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+        """See `Surgeon.hold`."""
+        experts = block.experts
+        first = next(iter(experts.values()))
+        experts.clear()
+        experts.factors, experts.act, experts.dropout = factors, first.act, first.dropout
+        experts.__class__ = swapped_class(FactorisedSwitchExperts, type(experts))
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:

@@ -1,0 +1,66 @@
+"""What a checkpoint holds of compressed experts, against its plan and the original."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from optimum_moe.plan import BlockPlan
+from optimum_moe.surgeons import FoundBlock, factors_digest
+
+
+def factored_failures(
+    found: FoundBlock, block: Any, plan: BlockPlan, stored: Mapping[str, torch.Tensor]
+) -> tuple[list[str], int]:
+    """Compare the compressed experts of one block: what is dense with the original, all of it with the plan's digest.
+
+    Args:
+        found: The block.
+        block: It as merging or pruning left it, with the original's numbers; gets the stored experts.
+        plan: Its plan, with sizes.
+        stored: What the checkpoint has of the block, by the model's names.
+
+    Returns:
+        What is wrong, and how many tensors were looked at.
+    """
+    assert plan.sizes is not None
+    surgeon, name = found.surgeon, found.info.name
+    view = surgeon.experts(block)
+    originals = {key: values for key, values in _matrices(view).items() if values is not None}
+    surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
+    held = surgeon.factors(block)
+    assert held is not None
+    path = next(path for path, module in block.named_modules() if module is held)
+    state = held.state_dict()
+    prefix = f"{name}.{path}."
+    missing = [f"{prefix}{key} is missing" for key in state if f"{prefix}{key}" not in stored]
+    if missing:
+        return missing, len(state)
+    held.load_state_dict({key: stored[f"{prefix}{key}"] for key in state}, assign=True)
+    failures = [] if factors_digest(held) == plan.digest else [f"{prefix}* is not what the plan's digest says"]
+    for expert in range(held.num_experts):
+        failures += _dense_failures(held, expert, plan, originals, prefix)
+    return failures, len(state)
+
+
+def _matrices(view: Any) -> dict[str, Any]:
+    return {"gate": view.gate, "up": view.up, "down": view.down}
+
+
+def _dense_failures(held: Any, expert: int, plan: BlockPlan, originals: Mapping[str, Any], prefix: str) -> list[str]:
+    """What an expert keeps dense has to be the original's, but for a down that was fitted to other neurons."""
+    assert plan.sizes is not None
+    kept = None if plan.neurons is None else plan.neurons[expert]
+    factored = any(ranks[expert] is not None for ranks in plan.sizes.ranks.values())
+    failures = []
+    for projection in () if held.home(expert) is None else plan.sizes.ranks:
+        refitted = projection == "down" and (kept is not None or factored)
+        if plan.sizes.ranks[projection][expert] is not None or refitted:
+            continue
+        expected = originals[projection][expert]
+        expected = expected if kept is None else expected[kept]
+        if not torch.equal(held.densified(expert)[projection], expected):
+            failures.append(f"{prefix}{projection} of expert {expert} is kept dense, and differs from the original")
+    return failures

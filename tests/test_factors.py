@@ -1,0 +1,64 @@
+"""Experts in compressed forms, on every architecture: lossless forms change nothing, and all forms survive a reload."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from optimum_moe.checkpoint.belonging import mark_structure
+from optimum_moe.checkpoint.source import open_source
+from optimum_moe.plan import CompressionPlan, keep_all
+from optimum_moe.surgeons import find_blocks
+from tests.expert_forms import lossless, mixture
+from tests.test_reload import assert_same_tensors, move_out_of_the_file
+from tests.tiny_models import Target, build, every_target, inputs_for, logits_of
+
+NO_FACTORS = {"vitpose_backbone": "its experts are one linear layer each behind a hidden layer that all share"}
+
+
+def factorised(model, make) -> CompressionPlan:
+    """Carry out forms on all blocks of a model."""
+    plans = {}
+    for found in find_blocks(model):
+        block = found.module(model)
+        with torch.no_grad():
+            factors = make(found.surgeon.experts(block))
+        plan = replace(keep_all(found.info.name, found.info.num_experts), factors=factors)
+        plans[found.info.name] = found.surgeon.carry_out(block, plan)
+    return CompressionPlan(plans)
+
+
+def skip_without_factors(target: Target) -> None:
+    if target.name in NO_FACTORS:
+        pytest.skip(NO_FACTORS[target.name])
+
+
+@pytest.mark.parametrize("target", every_target())
+def test_lossless_forms_change_nothing(target: Target) -> None:
+    skip_without_factors(target)
+    model = build(target)
+    expected = logits_of(model, inputs_for(target))
+    factorised(model, lossless)
+    actual = logits_of(model, inputs_for(target))
+    assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("target", every_target())
+def test_reload_is_bit_equal(target: Target, tmp_path: Path) -> None:
+    skip_without_factors(target)
+    model = build(target)
+    source = open_source(model)
+    before = logits_of(model, inputs_for(target))
+    mark_structure(model, source, factorised(model, mixture))
+    expected = logits_of(model, inputs_for(target))
+    # The negative control: the forms do change the model.
+    assert (expected - before).abs().max() > 1e-4 * before.abs().max()
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, target.architecture).from_pretrained(tmp_path)
+    assert_same_tensors(loaded, model)
+    move_out_of_the_file(loaded)
+    assert torch.equal(logits_of(loaded, inputs_for(target)), expected)
