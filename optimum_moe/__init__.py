@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from optimum_moe.calibration import CalibrationConfig
     from optimum_moe.compressor import MoECompressor
     from optimum_moe.evaluation import evaluate
-    from optimum_moe.methods import ExpertPruning, MSMoE, register_saliency
-    from optimum_moe.nn import MergedExpertLayer
+    from optimum_moe.methods import ExpertPruning, LowRankSparse, MSMoE, register_saliency
+    from optimum_moe.nn import LowRankSparseLinear, MergedExpertLayer
     from optimum_moe.plan import CompressionPlan
     from optimum_moe.statistics import Statistics
     from optimum_moe.surgeons import register_surgeon
@@ -28,6 +28,8 @@ _HOMES = {
     "CalibrationConfig": "optimum_moe.calibration",
     "CompressionPlan": "optimum_moe.plan",
     "ExpertPruning": "optimum_moe.methods",
+    "LowRankSparse": "optimum_moe.methods",
+    "LowRankSparseLinear": "optimum_moe.nn",
     "MSMoE": "optimum_moe.methods",
     "MergedExpertLayer": "optimum_moe.nn",
     "MoECompressor": "optimum_moe.compressor",
@@ -42,6 +44,8 @@ __all__ = [
     "CalibrationConfig",
     "CompressionPlan",
     "ExpertPruning",
+    "LowRankSparse",
+    "LowRankSparseLinear",
     "MSMoE",
     "MergedExpertLayer",
     "MoECompressor",

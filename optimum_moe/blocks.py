@@ -24,6 +24,7 @@ class BlockInfo:
         router_groups_used: Router groups that one token may choose experts from.
         stack: Which input's padding mask belongs to the tokens of this block.
         fixed_router: Why the block cannot choose from fewer ids than it does; empty where it can.
+        no_factors: Why its experts cannot be kept in factors; empty where they can.
     """
 
     name: str
@@ -39,6 +40,7 @@ class BlockInfo:
     router_groups_used: int = 1
     stack: Literal["encoder", "decoder"] = "decoder"
     fixed_router: str = ""
+    no_factors: str = ""
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,8 @@ class MoECompressor:
         if config is not None and not isinstance(data, CalibrationConfig):
             settings = {k: v for k, v in recipe.calibration.items() if k != "source"}
             config = replace(config, **{"seed": seed, **settings})
+        if config is not None and config.reservoir_tokens is None:
+            config = replace(config, reservoir_tokens=recipe.method.sample_size)
         destination = None if output_dir is None else check_destination(output_dir, overwrite)
         if device_map is not None:
             kwargs["device_map"] = device_map
@@ -157,7 +159,7 @@ class MoECompressor:
             refuse_original(destination, source)
         counts = recipe.method.counts(source.info)
         check_together(source.blocks, counts)
-        if getattr(recipe.method, "budget", "uniform") == "uniform":
+        if not recipe.method.is_adaptive:
             # An adaptive budget gives its average here, and its real counts with the plan.
             layers.check_counts(counts, recipe.method.block_routing)
         run = progress, layers, streaming, error_propagation
@@ -172,7 +174,7 @@ class MoECompressor:
         """Parameters, bytes and FLOPs a token before and after, from config and headers."""
         counts = self.method.counts(self.source.info)
         blocks = list(self.source.blocks)
-        cost = preview(self.source.skeleton, blocks, self.source.info, counts, self.method.block_routing)
+        cost = preview(self.source.skeleton, blocks, self.source.info, counts, self.method)
         gone = self.mtp.removed(counts, self.method.block_routing)
         size = int(gone * self.source.info.expert_itemsize)
         after = replace(cost.after, parameters=cost.after.parameters - gone, bytes=cost.after.bytes - size)
@@ -192,7 +194,8 @@ class MoECompressor:
                 self.statistics = self._run(job.source, batches, job.keep).observe()
             return self.statistics
         self.statistics = observe(
-            self._loaded(), self.source.blocks, batches, self.calibration, self.source.identity(), self.progress
+            *(self._loaded(), self.source.blocks, batches, self.calibration, self.source.identity(), self.progress),
+            gradients=self.method.needs_gradients,
         )
         return self.statistics
 
@@ -347,7 +350,7 @@ class MoECompressor:
         assert self.model is not None
         blocks, plan = list(self.source.blocks), self.plan
         counts = {name: block.num_groups for name, block in plan.blocks.items()}
-        cost = preview(self.source.skeleton, blocks, self.source.info, counts, self.method.block_routing)
+        cost = preview(self.source.skeleton, blocks, self.source.info, counts, self.method)
         if self._before is not None:
             # A model in memory was cut itself: its skeleton no longer tells what it was.
             cost = replace(cost, before=self._before)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from optimum_moe.methods import METHODS, Method
+from optimum_moe.methods import METHODS, Composed, LowRankSparse, Method
 from optimum_moe.methods.counts import choose_one
 
 _COUNTS = ("num_experts", "keep_ratio", "target_size")
@@ -34,17 +34,20 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as a YAML document, only settings that differ from their defaults."""
-        settings = {
-            f.name: value
-            for f in dataclasses.fields(self.method)
-            if (value := getattr(self.method, f.name)) != f.default
-        }
-        record: dict[str, Any] = {"method": self.method.name, **settings}
+        record = _settings(self.method)
         if self.calibration:
             record["calibration"] = dict(self.calibration)
         if self.seed is not None:
             record["seed"] = self.seed
         return yaml.safe_dump(record, sort_keys=False)
+
+
+def _settings(method: Method) -> dict[str, Any]:
+    """Name and settings of a method that differ from their defaults."""
+    if isinstance(method, Composed):
+        return {**_settings(method.first), "then": _settings(method.then)}
+    fields = dataclasses.fields(method)
+    return {"method": method.name, **{f.name: v for f in fields if (v := getattr(method, f.name)) != f.default}}
 
 
 def preset_names() -> list[str]:
@@ -93,7 +96,8 @@ def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None 
         settings = {key: value for key, value in settings.items() if key not in _COUNTS}
     settings |= overrides
     known = [f.name for f in dataclasses.fields(METHODS[name])]
-    check_fields(settings, [*known, "calibration", "seed"])
+    check_fields(settings, [*known, "calibration", "seed", "then"])
+    then = settings.pop("then", None)
     calibration = settings.pop("calibration", None) or {}
     seed = settings.pop("seed", None)
     if not isinstance(calibration, Mapping):
@@ -102,7 +106,19 @@ def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None 
         )
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise ValueError(f"seed={seed!r} is out of range. Pass an integer of at least 0.")
-    return Recipe(METHODS[name](**settings), calibration, seed)
+    return Recipe(_then(METHODS[name](**settings), then), calibration, seed)
+
+
+def _then(method: Method, record: Any) -> Method:
+    """A method, followed by the one that a recipe's field `then` describes."""
+    if record is None:
+        return method
+    if not isinstance(record, Mapping):
+        raise ValueError(f"The recipe's field 'then' must be a mapping with a field 'method', got {record!r}.")
+    second = parse_recipe(record).method
+    if not isinstance(second, LowRankSparse):
+        raise ValueError(f"The recipe's field 'then' may hold {LowRankSparse.name}, got {second.name}. Correct it.")
+    return Composed(method, second)
 
 
 def check_fields(given: Iterable[str], known: Sequence[str]) -> None:
@@ -115,7 +131,7 @@ def check_fields(given: Iterable[str], known: Sequence[str]) -> None:
 
 
 def coerce_recipe(method: Any) -> Recipe:
-    """A recipe from a method, a list of one, the name of a preset or a path.
+    """A recipe from a method, a list of one or two, the name of a preset or a path.
 
     Raises:
         ValueError: If it is none of them.
@@ -125,12 +141,14 @@ def coerce_recipe(method: Any) -> Recipe:
     if isinstance(method, Method):
         return Recipe(method)
     if isinstance(method, Sequence) and not isinstance(method, str):
-        if len(method) != 1 or not isinstance(method[0], Method):
-            raise ValueError(
-                f"A list of methods may hold one method that merges or prunes experts, got {len(method)} entries. "
-                "Pass exactly one."
-            )
-        return Recipe(method[0])
+        if len(method) == 1 and isinstance(method[0], Method):
+            return Recipe(method[0])
+        if len(method) == 2 and isinstance(method[0], Method) and isinstance(method[1], LowRankSparse):
+            return Recipe(Composed(*method))
+        raise ValueError(
+            "A list of methods may hold one that merges or prunes experts, then LowRankSparse; got "
+            f"{[getattr(m, 'name', type(m).__name__) for m in method]}. Pass one of them, or both in that order."
+        )
     if isinstance(method, (str, Path)):
         return load_recipe(method)
     raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -87,11 +87,16 @@ class BlockStatistics:
 
     def mean_distinct(self, labels_E: tuple[int, ...]) -> float:
         """Mean number of distinct groups a token runs when experts map to `labels_E`, from the reservoir's tokens."""
+        return self.mean_of_distinct(labels_E, [1] * (max(labels_E, default=-1) + 1))
+
+    def mean_of_distinct(self, labels_E: tuple[int, ...], values_G: Sequence[float]) -> float:
+        """Mean over the reservoir's tokens of the sum of a value over the distinct groups that a token runs."""
         padded = torch.tensor([*labels_E, -1])
         groups_SK = padded[self.reservoir.index_SK.clamp(max=len(labels_E))].sort(dim=-1).values
-        new_SK = torch.ones_like(groups_SK, dtype=torch.bool)
-        new_SK[:, 1:] = groups_SK[:, 1:] != groups_SK[:, :-1]
-        return float((new_SK & (groups_SK >= 0)).sum(-1).double().mean())
+        new_SK = groups_SK >= 0
+        new_SK[:, 1:] &= groups_SK[:, 1:] != groups_SK[:, :-1]
+        values = torch.tensor([*values_G, 0], dtype=torch.float64)
+        return float((values[groups_SK] * new_SK).sum(-1).mean())
 
 
 _SUMS = tuple(f.name for f in fields(BlockStatistics) if f.name not in ("num_tokens", "reservoir"))

@@ -17,8 +17,6 @@ from tests.expert_forms import lossless, mixture
 from tests.test_reload import assert_same_tensors, move_out_of_the_file
 from tests.tiny_models import Target, build, every_target, inputs_for, logits_of
 
-NO_FACTORS = {"vitpose_backbone": "its experts are one linear layer each behind a hidden layer that all share"}
-
 
 def factorised(model, make) -> CompressionPlan:
     """Carry out forms on all blocks of a model."""
@@ -33,8 +31,9 @@ def factorised(model, make) -> CompressionPlan:
 
 
 def skip_without_factors(target: Target) -> None:
-    if target.name in NO_FACTORS:
-        pytest.skip(NO_FACTORS[target.name])
+    reason = next((found.info.no_factors for found in find_blocks(build(target)) if found.info.no_factors), "")
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("target", every_target())

@@ -41,6 +41,10 @@ _CHARS_PER_ROW_TOKEN = 16
 _TEXT_SETTINGS = ("seed", "max_tokens", "sequence_length", "batch_size", "packing")
 
 
+DEFAULT_SAMPLE = 4096
+"""Tokens of a block's sample where neither user nor method says how many."""
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """What a model is observed on.
@@ -69,7 +73,7 @@ class CalibrationConfig:
         seed: which documents are drawn and in which order, default 0.
         unseen: what happens to an expert that no calibration token reached: "warn" (default), "error", "keep", "prune".
         reservoir_tokens: tokens of each block that are kept whole, for what needs several experts on the same tokens.
-            Default 4,096; 0 keeps none.
+            None (default) for as many as the method wants (4,096, or more where it factorises); 0 keeps none.
 
     Raises:
         ValueError: a value outside of its range.
@@ -84,16 +88,16 @@ class CalibrationConfig:
     text_column: str = "text"
     seed: int = 0
     unseen: UnseenPolicy = "warn"
-    reservoir_tokens: int = 4096
+    reservoir_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.source is None:
             raise ValueError("source is None. Pass a path, texts, chats, a dataset or model inputs.")
-        for name, least in (("num_samples", 1), ("max_tokens", 1)):
+        for name, least in (("num_samples", 1), ("max_tokens", 1), ("reservoir_tokens", 0)):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), least, ", or None for no limit")
+                _check_count(name, getattr(self, name), least, ", or None")
         # A row of one token predicts nothing.
-        for name, least in (("sequence_length", 2), ("batch_size", 1), ("seed", 0), ("reservoir_tokens", 0)):
+        for name, least in (("sequence_length", 2), ("batch_size", 1), ("seed", 0)):
             _check_count(name, getattr(self, name), least)
         if self.max_tokens is not None and self.max_tokens < self.sequence_length:
             raise ValueError(
@@ -105,6 +109,11 @@ class CalibrationConfig:
                 f"unseen={self.unseen!r} is not one of {get_args(UnseenPolicy)}"
                 f"{did_you_mean(self.unseen, get_args(UnseenPolicy)) or '.'}"
             )
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens of the sample of each block."""
+        return DEFAULT_SAMPLE if self.reservoir_tokens is None else self.reservoir_tokens
 
     @classmethod
     def coerce(cls, value: Any) -> CalibrationConfig:

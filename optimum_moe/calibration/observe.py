@@ -53,7 +53,7 @@ def observe(
             found.info.num_experts,
             found.info.intermediate_size,
             found.info.hidden_size,
-            config.reservoir_tokens,
+            config.sampled_tokens,
             config.seed,
             gradients,
         )

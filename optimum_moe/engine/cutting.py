@@ -79,19 +79,41 @@ class Cutter:
         name = found.info.name
         if self.plan is not None:
             return self.plan.blocks[name]
+        assert self.method is not None
+        with torch.no_grad():
+            return self.method.decide(self.context(found, observed), self.counts[name])
+
+    def context(self, found: FoundBlock, observed: Observed | None) -> BlockContext:
+        """What a method may see of a block of a loaded unit.
+
+        It views the tensors, which must be free to go while the block is cut.
+        """
         block = found.module(self.source.model)
-        # The context views the tensors, which must be free to go while the block is cut.
-        context = BlockContext(
+        return BlockContext(
             info=found.info,
             experts=found.surgeon.experts(block),
             router=found.surgeon.router(block),
             generator=torch.Generator().manual_seed(self.seed * 100_003 + found.info.index),
-            statistics=None if observed is None else observed[name],
+            statistics=None if observed is None else observed[found.info.name],
             unseen=self.unseen,
+            num_blocks=len(self.source.blocks),
         )
+
+    def settled(self, info: ModelInfo, observed: Observed | None, progress: Progress) -> Cutter:
+        """With a method that knows what it can spend on each block, which takes a look at all of them."""
         assert self.method is not None
-        with torch.no_grad():
-            return self.method.decide(context, self.counts[name])
+        if not self.method.needs_survey:
+            return self
+        surveys = {}
+        for unit in self.source.units:
+            if not unit.blocks:
+                progress.skip()
+                continue
+            with progress.unit(unit), self.source.loaded(unit), torch.no_grad():
+                for found in unit.blocks:
+                    name = found.info.name
+                    surveys[name] = self.method.survey(self.context(found, observed), self.counts[name])
+        return replace(self, method=self.method.settled(info, surveys))
 
 
 def cut_units(source: BlockSource, cutter: Cutter, observed: Observed | None, progress: Progress) -> None:

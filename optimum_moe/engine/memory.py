@@ -79,9 +79,12 @@ def decide_and_cut(
     """
     counts = counts_for(source.blocks, info, method, statistics)
     unseen = "warn" if statistics is None else statistics.unseen
+    observed = None if statistics is None else statistics.blocks
     cutter = Cutter(source, method, seed, counts, unseen)
+    with Progress(len(source.units), "survey", progress and method.needs_survey, lines) as shown:
+        cutter = cutter.settled(info, observed, shown)
     with Progress(len(source.units), method.name, progress, lines) as shown:
-        cut_units(source, cutter, None if statistics is None else statistics.blocks, shown)
+        cut_units(source, cutter, observed, shown)
     calibration = None if statistics is None else statistics.calibration
     return CompressionPlan(source.plans(), method.settings(), identity, calibration, seed)
 

@@ -123,6 +123,7 @@ class Run:
             ValueError: As `counts_for`, and with `unseen="error"` for experts that no token reached.
         """
         assert self.config is not None
+        statistics = None
         if not self._by_unit:
             statistics = self.observe()
             if not self.propagate:
@@ -132,6 +133,10 @@ class Run:
             counts = self.method.counts(self.info)
             check_together(self.source.blocks, counts)
         cutter = Cutter(self.source, self.method, self.seed, counts, self.config.unseen)
+        if self.method.needs_survey:
+            with Progress(len(self.source.units), "survey", self.progress, self.lines) as shown:
+                assert statistics is not None
+                cutter = cutter.settled(self.info, statistics.blocks, shown)
         store = StatisticsStore(self.source, "unit")
         handler = _Cut(self, cutter, store)
         pending = {unit.name for unit in self.source.units if unit.blocks and not self.source.is_finished(unit)}
@@ -161,8 +166,7 @@ class Run:
     @property
     def _by_unit(self) -> bool:
         """Whether a unit can be decided before the others are observed."""
-        uniform = getattr(self.method, "budget", "uniform") == "uniform"
-        return uniform and (type(self.method).allocate is Method.allocate or hasattr(self.method, "budget"))
+        return not self.method.is_adaptive and not self.method.needs_survey
 
     def _pass(self, handler: Handler, pending: set[str], what: str) -> None:
         assert self.batches is not None

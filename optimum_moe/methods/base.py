@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from optimum_moe.algorithms.expert_tokens import SampledTokens
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.router_fit import RouterView
 from optimum_moe.blocks import BlockInfo, ModelInfo
@@ -27,6 +28,7 @@ class BlockContext:
         generator: Source of randomness, seeded for this block.
         statistics: Observed statistics, None for data-free methods.
         unseen: What to do about experts without tokens.
+        num_blocks: MoE blocks of the model.
     """
 
     info: BlockInfo
@@ -35,6 +37,7 @@ class BlockContext:
     generator: torch.Generator
     statistics: BlockStatistics | None = None
     unseen: Unseen = "warn"
+    num_blocks: int = 1
 
     def observed(self) -> BlockStatistics:
         """The statistics, which a method that needs them was given."""
@@ -47,6 +50,32 @@ class BlockContext:
             return values_E
         return values_E.masked_fill(self.statistics.token_count_E == 0, 2 * float(values_E.abs().max()) + 1)
 
+    def sample(self) -> SampledTokens:
+        """The sampled tokens of the block."""
+        found = self.observed().reservoir
+        return SampledTokens(
+            found.experts_input_SH,
+            found.index_SK,
+            found.weights_SK,
+            found.gradient_SH,
+            self.experts.scales_input,
+        )
+
+
+@dataclass(frozen=True)
+class ExpertCost:
+    """What the experts of a block cost after a method, as far as config and headers tell.
+
+    Args:
+        parameters: Numbers that all of them store, biases included.
+        index_bytes: Bytes of the indices beside them.
+        multiply_adds: The fewest and the most that one of them takes for a token.
+    """
+
+    parameters: float
+    index_bytes: float
+    multiply_adds: tuple[float, float]
+
 
 @dataclass(frozen=True)
 class Method(ABC):
@@ -58,6 +87,26 @@ class Method(ABC):
     @abstractmethod
     def needs_statistics(self) -> bool:
         """Whether calibration data are needed."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a backward pass over the calibration data helps."""
+        return False
+
+    @property
+    def sample_size(self) -> int:
+        """Tokens of each block that the method wants to see as they are."""
+        return 4096
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether counts are known only when all blocks were observed; so unless `allocate` is the stock one."""
+        return type(self).allocate is not Method.allocate
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether all blocks are looked at before the first one is decided."""
+        return False
 
     @property
     @abstractmethod
@@ -76,9 +125,22 @@ class Method(ABC):
         """Experts that remain in each block, once statistics are known."""
         return self.counts(model)
 
+    def survey(self, context: BlockContext, count: int) -> Any:
+        """What the budget has to know of a block of which `count` experts remain."""
+        raise NotImplementedError(f"{self.name} makes no survey")
+
+    def settled(self, model: ModelInfo, surveys: Mapping[str, Any]) -> Method:
+        """The method that spends the budget as the surveys of all blocks suggest."""
+        raise NotImplementedError(f"{self.name} makes no survey")
+
     @abstractmethod
     def decide(self, context: BlockContext, count: int) -> BlockPlan:
         """The plan for one block of which `count` experts remain."""
+
+    def cost(self, model: ModelInfo, block: BlockInfo, count: int) -> ExpertCost:
+        """What the `count` remaining experts of a block cost."""
+        each = float(block.expert_multiply_adds)
+        return ExpertCost(count * block.expert_parameters, 0.0, (each, each))
 
     def settings(self) -> Mapping[str, Any]:
         """Name and settings, as they stand in a recipe."""

@@ -69,19 +69,20 @@ def selected_blocks(
     wrong = [layer for layer in layers or () if not -total <= layer < total]
     if wrong:
         raise ValueError(f"layers={wrong} do not exist: the model has MoE blocks 0 to {total - 1}. Correct the list.")
-    wanted = set(range(total)) if layers is None else {layer % total for layer in layers}
     for pattern in protect or ():
         if not any(fnmatch.fnmatch(block.name, pattern) for block in model.blocks):
             names = f"{model.blocks[0].name} ... {model.blocks[-1].name}"
             raise ValueError(f"protect={pattern!r} matches no MoE block. The blocks are {names}.")
-    chosen = tuple(
-        block
-        for block in model.blocks
-        if block.index in wanted and not any(fnmatch.fnmatch(block.name, p) for p in protect or ())
-    )
+    chosen = tuple(block for block in model.blocks if is_selected(block, total, layers, protect))
     if not chosen:
         raise ValueError(f"layers={layers} and protect={protect} leave none of the {total} MoE blocks to cut.")
     return chosen
+
+
+def is_selected(block: BlockInfo, num_blocks: int, layers: Sequence[int] | None, protect: Sequence[str] | None) -> bool:
+    """Whether a block is one of those that `layers` and `protect` leave to cut."""
+    wanted = layers is None or block.index in {layer % num_blocks for layer in layers}
+    return wanted and not any(fnmatch.fnmatch(block.name, pattern) for pattern in protect or ())
 
 
 def resolve_counts(

@@ -81,6 +81,11 @@ class MSMoE(Method):
         return True
 
     @property
+    def is_adaptive(self) -> bool:
+        """With the paper's global ranking."""
+        return self.budget == "adaptive"
+
+    @property
     def block_routing(self) -> Routing:
         """As set."""
         return self.routing

@@ -247,11 +247,12 @@ class WidthClass(nn.Module):
             rows_C = [sizes.rows[name][e] if name in sizes.rows else 0 for e in members]
             ranks_C, bias = [ranks[e] for e in members], name in biases
             projection = ExpertProjection(outputs, inputs, ranks_C, rows_C, bias, base_C, num_bases, **factory)
-            self.add_module(name, projection)
+            # Short names such as `gate` are patterns that some architectures rename on loading.
+            self.add_module(f"{name}_stacks", projection)
 
     def projection(self, name: str) -> ExpertProjection:
         """Gate, up or down."""
-        found = self.get_submodule(name)
+        found = self.get_submodule(f"{name}_stacks")
         assert isinstance(found, ExpertProjection)
         return found
 

@@ -100,7 +100,7 @@ def run_grouped(
 
 
 def _grouped_class(found: WidthClass, activate: Activate, input_QH: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    gate_Qn = found.projection("gate")(input_QH, counts_C=counts) if hasattr(found, "gate") else None
+    gate_Qn = found.projection("gate")(input_QH, counts_C=counts) if hasattr(found, "gate_stacks") else None
     hidden_Qn = activate(gate_Qn, found.projection("up")(input_QH, counts_C=counts))
     return found.projection("down")(hidden_Qn, counts_C=counts)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
-from optimum_moe.plan import CompressionPlan
+from optimum_moe.blocks import BlockInfo
+from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.reporting.card import CardFacts, model_card
 from optimum_moe.reporting.preview import Cost, flops_per_token
-from optimum_moe.statistics import Statistics
+from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
 
 RECIPE_FILE = "recipe.yaml"
@@ -43,14 +45,35 @@ def measured_cost(
         more_parameters: Parameters of the checkpoint that the model does not load.
         more_bytes: Their bytes.
     """
-    parameters = sum(p.numel() for p in model.parameters())
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    active = {f.info.name: float(min(f.info.top_k, plan.blocks[f.info.name].num_groups)) for f in blocks}
-    for name, block in plan.blocks.items() if statistics is not None else ():
-        if block.routing == "map" and not block.keeps_all:
-            assert statistics is not None
-            observed = statistics.blocks[name]
-            if len(observed.reservoir.index_SK):
-                active[name] = observed.mean_distinct(block.labels_E)
-    flops = flops_per_token(model, blocks, active)
+    tensors = [*model.parameters(), *_indices(model)]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    routed = {}
+    for found in blocks:
+        name, block = found.info.name, plan.blocks[found.info.name]
+        observed = None if statistics is None else statistics.blocks[name]
+        routed[name] = routed_multiply_adds(found.info, block, observed)
+    flops = flops_per_token(model, blocks, routed)
+    parameters = sum(t.numel() for t in tensors)
     return Cost(parameters + more_parameters, size + more_bytes, flops, flops)
+
+
+def routed_multiply_adds(info: BlockInfo, plan: BlockPlan, observed: BlockStatistics | None) -> float:
+    """Multiply-adds that the routed experts of a block take for a token, on average over the observed ones.
+
+    Where nothing was observed every remaining expert counts as equally likely.
+    """
+    active = float(min(info.top_k, plan.num_groups))
+    if plan.sizes is None:
+        merged = plan.routing == "map" and not plan.keeps_all
+        if observed is not None and merged and len(observed.reservoir.index_SK):
+            active = observed.mean_distinct(plan.labels_E)
+        return active * info.expert_multiply_adds
+    each = [plan.sizes.numbers(g, info.hidden_size, active=True) for g in range(plan.num_groups)]
+    if observed is None or not len(observed.reservoir.index_SK):
+        return active * sum(each) / len(each)
+    return observed.mean_of_distinct(plan.labels_E, each)
+
+
+def _indices(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The indices of sparse rows, which are stored beside the parameters."""
+    return [tensor for name, tensor in model.named_buffers() if name.endswith("row_index")]

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_moe.blocks import ModelInfo
-from optimum_moe.plan import Routing, is_expressible
+from optimum_moe.methods import Method
+from optimum_moe.plan import is_expressible
 from optimum_moe.surgeons import FoundBlock, tower_of
 
 
@@ -83,8 +84,8 @@ def _ratio(after: float, before: float) -> str:
     return f"{after / before:.3f}"
 
 
-def flops_per_token(model: PreTrainedModel, blocks: list[FoundBlock], active: Mapping[str, float]) -> float:
-    """FLOPs of one token when `active[name]` routed experts run in block `name` (see `Cost`); works on meta."""
+def flops_per_token(model: PreTrainedModel, blocks: list[FoundBlock], routed: Mapping[str, float]) -> float:
+    """FLOPs of one token whose routed experts take `routed[name]` multiply-adds in block `name`; works on meta."""
     inside_experts = {id(p) for found in blocks for p in found.surgeon.expert_parameters(found.module(model))}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     dense = sum(
@@ -95,29 +96,30 @@ def flops_per_token(model: PreTrainedModel, blocks: list[FoundBlock], active: Ma
     head = model.get_output_embeddings()
     if head is not None and id(head.weight) in embeddings:
         dense += head.weight.numel()
-    routed = sum(active[found.info.name] * found.info.expert_multiply_adds for found in blocks)
-    return 2.0 * (dense + routed)
+    return 2.0 * (dense + sum(routed[found.info.name] for found in blocks))
 
 
 def preview(
-    skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo, counts: Mapping[str, int], routing: Routing
+    skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo, counts: Mapping[str, int], method: Method
 ) -> Preview:
-    """Costs of a model whose blocks keep `counts` experts."""
-    removed_parameters, removed_router = 0, 0
+    """Costs of a model whose blocks keep `counts` experts, in the forms that the method gives them."""
+    removed_parameters, removed_router, index_bytes = 0.0, 0, 0.0
     low, high, full = {}, {}, {}
+    routing, factorised = method.block_routing, False
     for found in blocks:
         block, count = found.info, counts[found.info.name]
-        gone = block.num_experts - count
-        removed_parameters += gone * block.expert_parameters
+        gone, cost = block.num_experts - count, method.cost(info, block, count)
+        removed_parameters += block.num_experts * block.expert_parameters - cost.parameters
+        index_bytes += cost.index_bytes
         if routing == "reduce":
             removed_router += gone * block.router_parameters
-        full[block.name] = float(block.top_k)
-        high[block.name] = float(min(block.top_k, count))
-        shared = routing == "map" and gone > 0
-        low[block.name] = 1.0 if shared else high[block.name]
+        full[block.name] = float(block.top_k * block.expert_multiply_adds)
+        least, most = cost.multiply_adds
+        factorised |= (least, most) != (block.expert_multiply_adds,) * 2
+        high[block.name] = min(block.top_k, count) * most
+        low[block.name] = least if routing == "map" and gone > 0 else min(block.top_k, count) * least
     dense_saving = 2.0 * removed_router
-    parameters = info.parameters - removed_parameters - removed_router
-    size = int(info.bytes - (removed_parameters + removed_router) * info.expert_itemsize)
+    size = int(info.bytes - (removed_parameters + removed_router) * info.expert_itemsize + index_bytes)
     before = flops_per_token(skeleton, blocks, full)
     unchanged = {found.info.name for found in blocks if counts[found.info.name] == found.info.num_experts}
     towers = {found.info.name: tower_of(skeleton, found) for found in blocks}
@@ -125,11 +127,11 @@ def preview(
     return Preview(
         before=Cost(info.parameters, info.bytes, before, before),
         after=Cost(
-            parameters,
+            int(info.parameters - removed_parameters - removed_router),
             size,
             flops_per_token(skeleton, blocks, low) - dense_saving,
             flops_per_token(skeleton, blocks, high) - dense_saving,
         ),
         counts={found.info.name: (found.info.num_experts, counts[found.info.name]) for found in blocks},
-        plain=not mapped and is_expressible(counts, unchanged, towers),
+        plain=not mapped and not factorised and is_expressible(counts, unchanged, towers),
     )

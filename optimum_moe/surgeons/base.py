@@ -58,7 +58,7 @@ class Surgeon(ABC):
 
     A surgeon holds no state of a model; one instance serves all. `count_config` is the sub config that holds
     `count_fields`, where it is not the config of the model around the block; `fixed_router` says why the router cannot
-    lose an entry, where it cannot; `remark` is what a user should know of the architecture.
+    lose an entry, where it cannot; `no_factors` why experts cannot be kept in factors, where they cannot; `remark` is what a user should know of the architecture.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Surgeon(ABC):
     count_config: str = ""
     selects_by: Literal["scores", "logits"] = "scores"
     fixed_router: str = ""
+    no_factors: str = "its surgeon has no `hold`"
     remark: str = ""
 
     @abstractmethod
@@ -144,15 +145,8 @@ class Surgeon(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not give the gate function of its experts")
 
     def hold(self, block: Block, factors: FactorisedExperts) -> None:
-        """Put experts in compressed forms in the place of the stock ones; the block runs them afterwards.
-
-        Raises:
-            ValueError: If the architecture cannot; nothing was changed then.
-        """
-        raise ValueError(
-            f"Experts of {self.name} cannot be kept in factors: its surgeon has no `hold`. Merge or prune them, or "
-            f"exclude these blocks with protect=."
-        )
+        """Put experts in compressed forms in the place of the stock ones; the block runs them afterwards."""
+        raise NotImplementedError(f"{type(self).__name__} has no `hold`, and should say why in `no_factors`")
 
     def factors(self, block: Block) -> FactorisedExperts | None:
         """The experts in compressed forms that the block holds; None where they are stock ones."""

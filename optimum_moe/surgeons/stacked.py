@@ -77,6 +77,7 @@ class StackedSurgeon(Surgeon):
     tensors: tuple[RouterTensor, ...]
     fixed_neurons: bool = False
     scales_input: bool = False
+    no_factors: str = ""
 
     @abstractmethod
     def stacks(self, block: Block) -> Sequence[ExpertStack]:
@@ -118,6 +119,7 @@ class StackedSurgeon(Surgeon):
             expert_parameters=sum(tensor.numel() for tensor in each),
             expert_multiply_adds=sum(tensor.numel() for tensor in each if tensor.dim() == 2),
             router_parameters=sum(t.numel() // t.shape[row.axis] for row, t in self.router_tensors(block)),
+            no_factors=self.no_factors,
         )
 
     def experts(self, block: Block) -> ExpertTensors:

@@ -77,6 +77,7 @@ class SwitchTransformersSurgeon(Surgeon):
 
     name = "switch_transformers"
     count_fields = ("num_experts",)
+    no_factors = ""
     remark = "encoder and decoder; capacity is counted for each original expert"
 
     def matches(self, module: nn.Module) -> bool:

@@ -45,6 +45,7 @@ class VitPoseBackboneSurgeon(Surgeon):
     name = "vitpose_backbone"
     count_fields = ("num_experts",)
     fixed_router = _NO_ROUTER
+    no_factors = "its experts are one linear layer each behind a hidden layer that all share"
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is an MoE block of the backbone."""
@@ -65,6 +66,7 @@ class VitPoseBackboneSurgeon(Surgeon):
             expert_multiply_adds=first.weight.numel(),
             router_parameters=0,
             fixed_router=self.fixed_router,
+            no_factors=self.no_factors,
         )
 
     def experts(self, block: Block) -> ExpertTensors:

@@ -1,0 +1,57 @@
+"""Every matrix of an expert as low rank + structured sparse, at sizes that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from optimum_moe.algorithms.expert_tokens import ExpertTokens, SingleExpert
+from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
+from optimum_moe.algorithms.low_rank import Spectrum, decompose
+from optimum_moe.algorithms.structured_sparse import add_rows, residual, row_energy
+
+RankOf = Callable[[Spectrum], int | None]
+"""The rank of a decomposed matrix, None to keep it dense."""
+
+
+def factorise_expert(
+    expert: SingleExpert, tokens: ExpertTokens | None, rank_of: RankOf, density_rows: Callable[[int], int]
+) -> ExpertFactors:
+    """Factorise gate, up and down, whitened by what each of them sees on the expert's tokens.
+
+    The error that is made smallest is sum_t g_t^2 |dW x_t|^2 with the routing weight g: the matrix's share in the
+    block's output, but for what follows it.
+
+    Args:
+        expert: The expert.
+        tokens: Its tokens; None for the plain SVD. An expert that no token reached gets the plain SVD too.
+        rank_of: The rank of each matrix.
+        density_rows: From the rows of a matrix to those that its sparse part keeps; the ones of the highest energy.
+
+    Returns:
+        Factors in float32.
+    """
+    made = {}
+    for name in expert.names:
+        matrix_OX = expert.matrix(name)
+        rows_PX = None if tokens is None else weighted_inputs(expert, tokens, name)
+        spectrum = decompose(matrix_OX, input_rows_PX=rows_PX)
+        rank = rank_of(spectrum)
+        if rank is None:
+            made[name] = MatrixFactors(dense_OX=matrix_OX)
+            continue
+        low_rank, num_rows = spectrum.truncated(rank), density_rows(len(matrix_OX))
+        if num_rows:
+            left_OX = residual(matrix_OX, low_rank)
+            low_rank = add_rows(matrix_OX, low_rank, row_energy(left_OX, input_rows_PX=rows_PX), num_rows)
+        made[name] = low_rank
+    return ExpertFactors(made["up"], made["down"], made.get("gate"))
+
+
+def weighted_inputs(expert: SingleExpert, tokens: ExpertTokens, name: str) -> torch.Tensor | None:
+    """(P, X) routing weight times input of a projection on the expert's tokens; None without any."""
+    if len(tokens.input_PH) == 0:
+        return None
+    inputs_PX = expert.hidden(tokens.input_PH) if name == "down" else tokens.input_PH
+    return inputs_PX * tokens.weight_P[:, None]

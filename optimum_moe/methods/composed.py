@@ -1,0 +1,149 @@
+"""Two methods after each other: experts are merged or pruned, and what remains is kept in smaller forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
+from optimum_moe.algorithms.merging import merge_matrices
+from optimum_moe.blocks import BlockInfo, ModelInfo
+from optimum_moe.methods.base import BlockContext, ExpertCost, Method
+from optimum_moe.methods.low_rank_sparse import LowRankSparse
+from optimum_moe.nn import map_routing
+from optimum_moe.plan import BlockPlan, Routing
+from optimum_moe.statistics import BlockStatistics, Statistics
+
+_NEURON_AXIS = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0, "down_bias": None}
+
+
+@dataclass(frozen=True)
+class Composed(Method):
+    """A method that merges or prunes experts, then one that keeps the remaining ones in smaller forms.
+
+    Both are decided from one observation: the merged experts are computed on the sampled tokens.
+
+    Args:
+        first: Merges or prunes.
+        then: Factorises what remains.
+
+    Raises:
+        ValueError: If `first` leaves nothing to be composed.
+    """
+
+    name: ClassVar[str] = "composed"
+
+    first: Method
+    then: LowRankSparse
+
+    def __post_init__(self) -> None:
+        if isinstance(self.first, Composed | LowRankSparse):
+            raise ValueError(
+                f"A list of methods is one that merges or prunes experts and one that factorises them, got "
+                f"{self.first.name} first. Give for example [MSMoE(num_experts=8), LowRankSparse(rank=32)]."
+            )
+
+    @property
+    def needs_statistics(self) -> bool:
+        """If one of them does."""
+        return self.first.needs_statistics or self.then.needs_statistics
+
+    @property
+    def needs_gradients(self) -> bool:
+        """If one of them does."""
+        return self.first.needs_gradients or self.then.needs_gradients
+
+    @property
+    def needs_survey(self) -> bool:
+        """If the second does."""
+        return self.then.needs_survey
+
+    @property
+    def sample_size(self) -> int:
+        """The larger sample."""
+        return max(self.first.sample_size, self.then.sample_size)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """If the first is."""
+        return self.first.is_adaptive
+
+    @property
+    def block_routing(self) -> Routing:
+        """The first's."""
+        return self.first.block_routing
+
+    def counts(self, model: ModelInfo) -> dict[str, int]:
+        """The first's."""
+        self.then.counts(model)
+        return self.first.counts(model)
+
+    def allocate(self, model: ModelInfo, statistics: Statistics | None) -> dict[str, int]:
+        """The first's."""
+        return self.first.allocate(model, statistics)
+
+    def survey(self, context: BlockContext, count: int) -> Any:
+        """The second's, of what the first leaves."""
+        plan = self.first.decide(context, count)
+        return self.then.survey(after(context, plan), count)
+
+    def settled(self, model: ModelInfo, surveys: Mapping[str, Any]) -> Method:
+        """With the second settled."""
+        settled = self.then.settled(model, surveys)
+        assert isinstance(settled, LowRankSparse)
+        return replace(self, then=settled)
+
+    def decide(self, context: BlockContext, count: int) -> BlockPlan:
+        """Merge or prune, and factorise what remains."""
+        # A survey may have drawn random numbers; the same seed gives the same plan here.
+        plan = self.first.decide(context, count)
+        return replace(plan, factors=self.then.factorise(after(context, plan)))
+
+    def cost(self, model: ModelInfo, block: BlockInfo, count: int) -> ExpertCost:
+        """The second's."""
+        return self.then.cost(model, block, count)
+
+    def settings(self) -> Mapping[str, Any]:
+        """The first's, with the second's as `then`."""
+        return {**self.first.settings(), "then": self.then.settings()}
+
+
+def after(context: BlockContext, plan: BlockPlan) -> BlockContext:
+    """What a block looks like once its experts are merged or pruned, without cutting it."""
+    if plan.keeps_all:
+        return context
+    return replace(
+        context,
+        info=replace(context.info, num_experts=plan.num_groups),
+        experts=_merged(context.experts, plan),
+        statistics=None if context.statistics is None else _mapped(context.statistics, plan),
+    )
+
+
+def _merged(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
+    merged: dict[str, PerExpert] = {}
+    for name, axis in _NEURON_AXIS.items():
+        values = getattr(experts, name)
+        if values is None:
+            continue
+        merged[name] = [torch.empty_like(values[0], memory_format=torch.contiguous_format) for _ in plan.dominants_G]
+        for group, out in enumerate(merged[name]):
+            members = plan.members(group)
+            weights = [float(plan.merge_weights_E[e]) for e in members]
+            order = [None if plan.permutations_EI is None else plan.permutations_EI[e] for e in members]
+            merge_matrices([values[e] for e in members], weights, order, axis, out)
+    return replace(experts, **merged)  # type: ignore[arg-type]
+
+
+def _mapped(statistics: BlockStatistics, plan: BlockPlan) -> BlockStatistics:
+    """The sample with groups for ids; the slots of pruned experts are no experts, their tokens are not routed anew."""
+    sample, groups = statistics.reservoir, plan.num_groups
+    map_N = torch.tensor([label if label >= 0 else groups for label in plan.labels_E] + [groups])
+    index_SK, weights_SK = map_routing(sample.index_SK.long().clamp(max=plan.num_experts), sample.weights_SK, map_N)
+    index_SK = index_SK.masked_fill(weights_SK == 0, groups)
+    counts_G = torch.zeros(groups + 1, dtype=torch.float64).index_add_(0, map_N[:-1], statistics.token_count_E)[:-1]
+    reservoir = replace(sample, index_SK=index_SK, weights_SK=weights_SK)
+    return replace(statistics, reservoir=reservoir, token_count_E=counts_G)
