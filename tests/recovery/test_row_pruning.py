@@ -1,12 +1,13 @@
 """`RowPruning` in a real Trainer: the schedule, what is stored in the end, and resuming."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from optimum_moe.algorithms.low_rank import decompose
 from optimum_moe.algorithms.structured_sparse import CubicSchedule, add_rows, global_masks
@@ -182,6 +183,20 @@ def test_stopping_early_keeps_what_was_reached_and_says_so(tmp_path):
     with pytest.warns(UserWarning, match=rf"stopped after 6 of 20 steps: the sparse rows hold {ratio:.3f}"):
         train(model, tmp_path, RowPruning(0.25), Stop())
     assert ratio * WHOLE <= model.stored() < ratio * WHOLE + INNER + 1
+
+
+def test_a_step_that_the_scaler_skipped_does_not_count(tmp_path):
+    model, callback = Model(), RowPruning()
+    call = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), TrainerState(max_steps=STEPS), TrainerControl()
+    callback.on_train_begin(*call, model=model)
+    before = callback.state()
+    for name in LAYERS:
+        rows = getattr(model, name).rows
+        rows.grad = torch.full_like(rows, torch.inf)
+    callback.on_optimizer_step(*call, model=model, optimizer=SimpleNamespace(step_was_skipped=True))
+    assert callback.state() == before
+    callback.on_optimizer_step(*call, model=model, optimizer=SimpleNamespace(step_was_skipped=False))
+    assert callback.state() != before
 
 
 def test_a_stack_of_matrices_shrinks_to_its_largest(tmp_path):
