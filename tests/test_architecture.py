@@ -28,6 +28,7 @@ LAYERS = {
     "reporting": 4,
     "compressor": 5,
     "evaluation": 5,
+    "recovery": 5,
     "verification": 5,
     "cli": 6,
     "__init__": 7,
