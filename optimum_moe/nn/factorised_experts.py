@@ -1,7 +1,8 @@
 """Experts in compressed forms: fewer neurons, and matrices that are dense or U V + S, each with sizes of its own.
 
-Experts of one width lie in one `WidthClass`; in it, matrices of a projection that have equal sizes lie in one stack
-(`RankClass`), so that a few grouped matmuls serve any mixture, and every size is known before a weight is read.
+Experts of one width lie in one `WidthClass`; in it the factors of a projection lie below each other in one tensor,
+those of one rank as a regular stack, so that a few grouped matmuls serve any mixture, and every size is known before a
+weight is read.
 
 Shape letters: C experts of a class, O outputs and X inputs of a projection, R rank, M sparse rows, n neurons kept,
 P tokens of one expert, T all of them by expert, H hidden.
@@ -10,7 +11,8 @@ P tokens of one expert, T all of them by expert, H hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -18,128 +20,15 @@ from torch import nn
 
 from optimum_moe.algorithms.experts import PerExpert
 from optimum_moe.algorithms.factors import BlockFactors, FactorSizes, MatrixFactors
+from optimum_moe.nn.sparse_part import SparsePart, keep_rows
 
 
-class RankClass(nn.Module):
-    """Matrices of equal sizes, of some experts of one projection.
+class ExpertProjection(nn.Module):
+    """One projection (gate, up or down) of all experts of a width class.
 
-    Args:
-        members: The experts, numbered within their width class.
-        outputs: O.
-        inputs: X.
-        rank: R, None for dense matrices.
-        num_rows: M.
-        bias: Whether there are biases.
-        factory: Device and dtype.
-    """
-
-    row_index: torch.Tensor
-
-    def __init__(
-        self,
-        members: Sequence[int],
-        outputs: int,
-        inputs: int,
-        rank: int | None,
-        num_rows: int,
-        bias: bool,
-        **factory: Any,
-    ) -> None:
-        super().__init__()
-        self.members, self.outputs, self.inputs = tuple(members), outputs, inputs
-        self.rank, self.num_rows = rank, num_rows
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(len(members), *shape, **factory))
-
-        if rank is None:
-            self.weight = parameter(outputs, inputs)
-        elif rank:
-            self.u, self.v = parameter(rank, outputs), parameter(rank, inputs)
-        if num_rows:
-            self.rows = parameter(num_rows, inputs)
-            index = torch.zeros(len(members), num_rows, dtype=torch.int32, device=factory.get("device"))
-            self.register_buffer("row_index", index)
-        if bias:
-            self.bias = parameter(outputs)
-
-    def forward(
-        self, input_TX: torch.Tensor, slot: int | None = None, counts_C: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        """(T, O) outputs of the expert in a slot, or of tokens that lie by expert, `counts_C` of each."""
-        if slot is not None:
-            return self._one(slot, input_TX)
-        assert counts_C is not None
-        return self._grouped(input_TX, counts_C)
-
-    def _one(self, slot: int, input_PX: torch.Tensor) -> torch.Tensor:
-        if self.rank is None:
-            output_PO = nn.functional.linear(input_PX, self.weight[slot])
-        elif self.rank:
-            output_PO = nn.functional.linear(input_PX, self.v[slot]) @ self.u[slot]
-        else:
-            output_PO = input_PX.new_zeros(len(input_PX), self.outputs)
-        if self.num_rows:
-            sparse_PM = nn.functional.linear(input_PX, self.rows[slot])
-            output_PO = output_PO.index_add(-1, self.row_index[slot], sparse_PM.to(output_PO.dtype))
-        return output_PO + self.bias[slot] if hasattr(self, "bias") else output_PO
-
-    def _grouped(self, input_TX: torch.Tensor, counts_C: Sequence[int]) -> torch.Tensor:
-        ends_C = torch.tensor(list(accumulate(counts_C)), dtype=torch.int32, device=input_TX.device)
-
-        def multiply(rows_TX: torch.Tensor, matrices_CXO: torch.Tensor) -> torch.Tensor:
-            return nn.functional.grouped_mm(rows_TX.to(matrices_CXO.dtype), matrices_CXO, offs=ends_C)
-
-        if self.rank is None:
-            output_TO = multiply(input_TX, self.weight.transpose(1, 2))
-        elif self.rank:
-            output_TO = multiply(multiply(input_TX, self.v.transpose(1, 2)), self.u)
-        else:
-            output_TO = input_TX.new_zeros(len(input_TX), self.outputs)
-        slot_T = torch.repeat_interleave(
-            torch.arange(len(counts_C), device=input_TX.device),
-            torch.tensor(counts_C, device=input_TX.device),
-            output_size=len(input_TX),
-        )
-        if self.num_rows:
-            sparse_TM = multiply(input_TX, self.rows.transpose(1, 2))
-            output_TO = output_TO.scatter_add(-1, self.row_index.long()[slot_T], sparse_TM)
-        return output_TO + self.bias[slot_T] if hasattr(self, "bias") else output_TO
-
-    @torch.no_grad()
-    def fill(self, slot: int, matrix: MatrixFactors, bias_O: torch.Tensor | None) -> None:
-        """Take over one expert's matrix."""
-        if self.rank is None:
-            self.weight[slot] = matrix.densified()
-        elif self.rank:
-            assert matrix.u_RO is not None
-            assert matrix.v_RX is not None
-            self.u[slot], self.v[slot] = matrix.u_RO, matrix.v_RX
-        if matrix.row_index_M is not None and matrix.rows_MX is not None and self.num_rows:
-            self.rows[slot], self.row_index[slot] = matrix.rows_MX, matrix.row_index_M
-        if bias_O is not None:
-            self.bias[slot] = bias_O
-
-    def matrix(self, slot: int) -> MatrixFactors:
-        """One expert's matrix."""
-        if self.rank is None:
-            return MatrixFactors(dense_OX=self.weight[slot])
-        u_RO, v_RX = (self.u[slot], self.v[slot]) if self.rank else self._no_factors()
-        if not self.num_rows:
-            return MatrixFactors(u_RO=u_RO, v_RX=v_RX)
-        return MatrixFactors(None, u_RO, v_RX, self.row_index[slot].long(), self.rows[slot])
-
-    def _no_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        first = next(self.parameters(), torch.empty(0))
-        return first.new_empty(0, self.outputs), first.new_empty(0, self.inputs)
-
-    def extra_repr(self) -> str:
-        """Sizes."""
-        return f"experts={len(self.members)}, rank={self.rank}, rows={self.num_rows}"
-
-
-class ExpertProjection(nn.ModuleList):
-    """One projection (gate, up or down) of all experts of a width class, as the `RankClass` stacks it consists of.
+    Experts lie in the order of their rank, dense ones first, so that the factors of those of one rank are a regular
+    stack. Parameters, where there is something to hold: `weight` (dense experts, O, X), `u` (sum of R, O), `v` (sum of
+    R, X), `rows` (sum of M, X) with the buffer `row_index` (sum of M,), `bias` (C, O), `base` (bases, O, X).
 
     Args:
         outputs: O.
@@ -152,6 +41,8 @@ class ExpertProjection(nn.ModuleList):
         factory: Device and dtype.
     """
 
+    row_index: torch.Tensor
+
     def __init__(
         self,
         outputs: int,
@@ -163,58 +54,162 @@ class ExpertProjection(nn.ModuleList):
         num_bases: int = 0,
         **factory: Any,
     ) -> None:
-        by_sizes: dict[tuple[int, int], list[int]] = {}
-        for expert, (rank, rows) in enumerate(zip(ranks_C, rows_C, strict=True)):
-            by_sizes.setdefault((-1 if rank is None else rank, rows), []).append(expert)
-        sizes = (outputs, inputs)
-        super().__init__(
-            RankClass(members, *sizes, None if rank < 0 else rank, rows, bias, **factory)
-            for (rank, rows), members in sorted(by_sizes.items())
-        )
-        self.home_C = {e: (number, slot) for number, c in enumerate(self) for slot, e in enumerate(self._of(c).members)}
+        super().__init__()
+        self.outputs, self.inputs, self.ranks_C = outputs, inputs, tuple(ranks_C)
         self.base_C = base_C
+        # A number below 0 stands for dense.
+        keys = [-1 if rank is None else rank for rank in ranks_C]
+        self.order_C = sorted(range(len(keys)), key=lambda expert: (keys[expert], expert))
+        self.place_C = [self.order_C.index(expert) for expert in range(len(keys))]
+        self._set_rows(rows_C)
+        total = sum(rank for rank in ranks_C if rank is not None)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, **factory))
+
+        if None in ranks_C:
+            self.weight = parameter(keys.count(-1), outputs, inputs)
+        if total:
+            self.u, self.v = parameter(total, outputs), parameter(total, inputs)
+        if sum(rows_C):
+            self.rows = parameter(sum(rows_C), inputs)
+            index = torch.zeros(sum(rows_C), dtype=torch.int32, device=factory.get("device"))
+            self.register_buffer("row_index", index)
+        if bias:
+            self.bias = parameter(len(keys), outputs)
         if base_C is not None:
-            self.base = nn.Parameter(torch.empty(num_bases, outputs, inputs, **factory))
+            self.base = parameter(num_bases, outputs, inputs)
 
-    @staticmethod
-    def _of(module: nn.Module) -> RankClass:
-        assert isinstance(module, RankClass)
-        return module
-
-    def stack_of(self, expert: int) -> tuple[RankClass, int]:
-        """The stack that holds an expert's matrix, and its slot there."""
-        number, slot = self.home_C[expert]
-        return self._of(self[number]), slot
+    def _set_rows(self, rows_C: Sequence[int]) -> None:
+        self.rows_C = tuple(rows_C)
+        ranks, rows = [0], [0]
+        for expert in self.order_C:
+            ranks.append(ranks[-1] + (self.ranks_C[expert] or 0))
+            rows.append(rows[-1] + rows_C[expert])
+        # Where the factors and rows of the expert at a place begin.
+        self._rank_ends, self._row_ends = ranks, rows
 
     def forward(
         self, input_TX: torch.Tensor, expert: int | None = None, counts_C: Sequence[int] | None = None
     ) -> torch.Tensor:
         """(T, O) outputs of one expert, or of tokens that lie by expert, `counts_C` of each."""
         if expert is not None:
-            stack, slot = self.stack_of(expert)
-            output_TO = stack(input_TX, slot=slot)
-            if self.base_C is None:
-                return output_TO
-            return output_TO + nn.functional.linear(input_TX, self.base[self.base_C[expert]])
+            return self._one(expert, input_TX)
         assert counts_C is not None
-        output_TO = self._grouped(input_TX, counts_C)
-        if self.base_C is None:
-            return output_TO
-        shared = zip(input_TX.split(list(counts_C)), self.base_C, strict=True)
-        return output_TO + torch.cat([nn.functional.linear(rows, self.base[group]) for rows, group in shared])
+        return self._grouped(input_TX, counts_C)
+
+    def _factors_of(self, expert: int) -> slice:
+        place = self.place_C[expert]
+        return slice(self._rank_ends[place], self._rank_ends[place + 1])
+
+    def _rows_of(self, expert: int) -> slice:
+        place = self.place_C[expert]
+        return slice(self._row_ends[place], self._row_ends[place + 1])
+
+    def _one(self, expert: int, input_PX: torch.Tensor) -> torch.Tensor:
+        rank = self.ranks_C[expert]
+        if rank is None:
+            output_PO = nn.functional.linear(input_PX, self.weight[self.place_C[expert]])
+        elif rank:
+            part = self._factors_of(expert)
+            output_PO = nn.functional.linear(input_PX, self.v[part]) @ self.u[part]
+        else:
+            output_PO = input_PX.new_zeros(len(input_PX), self.outputs)
+        if self.rows_C[expert]:
+            part = self._rows_of(expert)
+            sparse_PM = nn.functional.linear(input_PX, self.rows[part])
+            output_PO = output_PO.index_add(-1, self.row_index[part], sparse_PM.to(output_PO.dtype))
+        if self.base_C is not None:
+            output_PO = output_PO + nn.functional.linear(input_PX, self.base[self.base_C[expert]])
+        return output_PO + self.bias[expert] if hasattr(self, "bias") else output_PO
 
     def _grouped(self, input_TX: torch.Tensor, counts_C: Sequence[int]) -> torch.Tensor:
-        if len(self) == 1:
-            return self._of(self[0])(input_TX, counts_C=counts_C)
+        """One grouped matmul for each rank and factor; rows, bases and biases expert by expert."""
         parts = input_TX.split(list(counts_C))
-        outputs: list[torch.Tensor | None] = [None] * len(counts_C)
-        for module in self:
-            stack = self._of(module)
-            counts = [counts_C[e] for e in stack.members]
-            found = stack(torch.cat([parts[e] for e in stack.members]), counts_C=counts).split(counts)
-            for expert, output in zip(stack.members, found, strict=True):
-                outputs[expert] = output
-        return torch.cat([output for output in outputs if output is not None])
+        outputs: dict[int, torch.Tensor] = {}
+        for rank, run in groupby(self.order_C, key=lambda expert: self.ranks_C[expert]):
+            members = list(run)
+            counts = [counts_C[expert] for expert in members]
+            rows_QX = torch.cat([parts[expert] for expert in members])
+            output_QO = self._of_rank(rank, members, rows_QX, counts)
+            outputs |= zip(members, output_QO.split(counts), strict=True)
+        for expert, output_PO in outputs.items():
+            if len(output_PO) and self.rows_C[expert]:
+                part = self._rows_of(expert)
+                sparse_PM = nn.functional.linear(parts[expert], self.rows[part])
+                output_PO = output_PO.index_add(-1, self.row_index[part], sparse_PM.to(output_PO.dtype))
+            if len(output_PO) and self.base_C is not None:
+                output_PO = output_PO + nn.functional.linear(parts[expert], self.base[self.base_C[expert]])
+            outputs[expert] = output_PO + self.bias[expert] if hasattr(self, "bias") else output_PO
+        return torch.cat([outputs[expert] for expert in range(len(outputs))])
+
+    def _of_rank(
+        self, rank: int | None, members: Sequence[int], input_QX: torch.Tensor, counts: Sequence[int]
+    ) -> torch.Tensor:
+        if rank == 0:
+            return input_QX.new_zeros(len(input_QX), self.outputs)
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=input_QX.device)
+
+        def multiply(rows_QX: torch.Tensor, matrices_CXO: torch.Tensor) -> torch.Tensor:
+            return nn.functional.grouped_mm(rows_QX.to(matrices_CXO.dtype), matrices_CXO, offs=ends)
+
+        if rank is None:
+            return multiply(input_QX, self.weight.transpose(1, 2))
+        part = slice(self._factors_of(members[0]).start, self._factors_of(members[-1]).stop)
+        u_CRO, v_CRX = self.u[part].unflatten(0, (-1, rank)), self.v[part].unflatten(0, (-1, rank))
+        return multiply(multiply(input_QX, v_CRX.transpose(1, 2)), u_CRO)
+
+    @torch.no_grad()
+    def fill(self, expert: int, matrix: MatrixFactors, bias_O: torch.Tensor | None) -> None:
+        """Take over one expert's matrix."""
+        if self.ranks_C[expert] is None:
+            self.weight[self.place_C[expert]] = matrix.densified()
+        elif self.ranks_C[expert]:
+            assert matrix.u_RO is not None
+            assert matrix.v_RX is not None
+            self.u[self._factors_of(expert)], self.v[self._factors_of(expert)] = matrix.u_RO, matrix.v_RX
+        if matrix.row_index_M is not None and matrix.rows_MX is not None and self.rows_C[expert]:
+            self.rows[self._rows_of(expert)] = matrix.rows_MX
+            self.row_index[self._rows_of(expert)] = matrix.row_index_M.to(self.row_index)
+        if bias_O is not None:
+            self.bias[expert] = bias_O
+
+    def densified(self, expert: int) -> torch.Tensor:
+        """(O, X) one expert's matrix, its base included."""
+        rank = self.ranks_C[expert]
+        if rank is None:
+            dense_OX = self.weight[self.place_C[expert]]
+        else:
+            first = next(self.parameters())
+            dense_OX = first.new_zeros(self.outputs, self.inputs)
+            if rank:
+                dense_OX = self.u[self._factors_of(expert)].T @ self.v[self._factors_of(expert)]
+        if self.rows_C[expert]:
+            part = self._rows_of(expert)
+            dense_OX = dense_OX.index_add(0, self.row_index[part], self.rows[part])
+        return dense_OX if self.base_C is None else dense_OX + self.base[self.base_C[expert]]
+
+    def sparse_parts(self) -> dict[str, SparsePart]:
+        """The sparse rows of all experts, as those of one tall matrix; see `HasSparseRows`."""
+        if not sum(self.rows_C):
+            return {}
+        offsets = [self.outputs * self.place_C[expert] for expert in self.order_C for _ in range(self.rows_C[expert])]
+        tall = self.row_index.long() + torch.tensor(offsets, device=self.row_index.device)
+        factored = [rank for rank in self.ranks_C if rank is not None]
+        return {"rows": SparsePart(self.rows, tall, self.outputs * len(factored))}
+
+    def keep_rows(self, mask: torch.Tensor, name: str = "rows") -> None:
+        """Store fewer rows; experts may keep different numbers of them."""
+        part = self.sparse_parts()[name]
+        kept = keep_rows(part, mask)
+        flat = mask.to(kept.device, torch.bool)
+        self.row_index = (kept % self.outputs).to(torch.int32)
+        counts = [int(flat[self._rows_of(expert)].sum()) for expert in range(len(self.ranks_C))]
+        self._set_rows(counts)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.inputs} to {self.outputs}, ranks={self.ranks_C}, rows={self.rows_C}"
 
 
 class WidthClass(nn.Module):
@@ -288,7 +283,7 @@ class FactorisedExperts(nn.Module):
 
     def __init__(self, sizes: FactorSizes, hidden_size: int, biases: Sequence[str] = (), **factory: Any) -> None:
         super().__init__()
-        self.sizes, self.hidden_size = sizes, hidden_size
+        self._sizes, self.hidden_size = sizes, hidden_size
         by_width: dict[int, list[int]] = {}
         for expert, width in enumerate(sizes.widths):
             by_width.setdefault(width, []).append(expert)
@@ -302,9 +297,30 @@ class FactorisedExperts(nn.Module):
         self._home_E = {e: (number, slot) for number, members in enumerate(ordered) for slot, e in enumerate(members)}
 
     @property
+    def sizes(self) -> FactorSizes:
+        """The sizes of the experts, as many sparse rows as there are now."""
+        rows = {name: [0] * len(counts) for name, counts in self._sizes.rows.items()}
+        for expert, (number, slot) in self._home_E.items():
+            found = self.classes[number]
+            assert isinstance(found, WidthClass)
+            for name in rows:
+                rows[name][expert] = found.projection(name).rows_C[slot]
+        return replace(self._sizes, rows={name: tuple(counts) for name, counts in rows.items() if any(counts)})
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each expert."""
+        return self._sizes.widths
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the experts are gated."""
+        return self._sizes.has_gate
+
+    @property
     def num_experts(self) -> int:
         """Experts of the block (G)."""
-        return len(self.sizes.widths)
+        return len(self.widths)
 
     def home(self, expert: int) -> tuple[WidthClass, int] | None:
         """The width class of an expert and its slot there; None for an empty expert."""
@@ -320,9 +336,9 @@ class FactorisedExperts(nn.Module):
         home = self.home(expert)
         if home is None:
             nothing = input_PH.new_zeros(len(input_PH), 0)
-            return (nothing if self.sizes.has_gate else None), nothing
+            return (nothing if self.has_gate else None), nothing
         found, slot = home
-        gate_Pn = found.projection("gate")(input_PH, expert=slot) if self.sizes.has_gate else None
+        gate_Pn = found.projection("gate")(input_PH, expert=slot) if self.has_gate else None
         return gate_Pn, found.projection("up")(input_PH, expert=slot)
 
     def project_out(self, expert: int, hidden_Pn: torch.Tensor) -> torch.Tensor:
@@ -351,8 +367,7 @@ class FactorisedExperts(nn.Module):
                 bias = biases[name][expert] if name in biases else None
                 if bias is not None and form.neurons is not None and name != "down":
                     bias = bias[form.neurons.to(bias.device)]
-                stack, slot = home[0].projection(name).stack_of(home[1])
-                stack.fill(slot, matrix, bias)
+                home[0].projection(name).fill(home[1], matrix, bias)
         with torch.no_grad():
             for name, base in factors.bases.items():
                 for module in self.classes:
@@ -364,11 +379,4 @@ class FactorisedExperts(nn.Module):
         home = self.home(expert)
         if home is None:
             return {}
-        dense = {}
-        for name in self.sizes.ranks:
-            projection = home[0].projection(name)
-            stack, slot = projection.stack_of(home[1])
-            dense[name] = stack.matrix(slot).densified()
-            if projection.base_C is not None:
-                dense[name] = dense[name] + projection.base[projection.base_C[home[1]]]
-        return dense
+        return {name: home[0].projection(name).densified(home[1]) for name in self._sizes.ranks}

@@ -58,7 +58,8 @@ class Surgeon(ABC):
 
     A surgeon holds no state of a model; one instance serves all. `count_config` is the sub config that holds
     `count_fields`, where it is not the config of the model around the block; `fixed_router` says why the router cannot
-    lose an entry, where it cannot; `no_factors` why experts cannot be kept in factors, where they cannot; `remark` is what a user should know of the architecture.
+    lose an entry, where it cannot; `no_factors` why experts cannot be kept in factors, where they cannot; `remark` is
+    what a user should know of the architecture.
     """
 
     name: str

@@ -54,7 +54,7 @@ class FactorisedJetMoeInput(SwappedModule):
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
         """(P, 2 I) gate and up, or (P, I) where there is no gate, of pairs that lie by expert."""
         factors = self.shared[0]
-        width = self.output_size // (1 + factors.sizes.has_gate)
+        width = self.output_size // (1 + factors.has_gate)
         outputs = []
         for expert, rows in enumerate(inputs.split(expert_size)):
             parts = [part for part in factors.project_in(expert, rows) if part is not None]
@@ -71,7 +71,7 @@ class FactorisedJetMoeOutput(SwappedModule):
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
         """(P, H) outputs of pairs that lie by expert."""
         factors = self.shared[0]
-        widths = factors.sizes.widths
+        widths = factors.widths
         rows = enumerate(inputs.split(expert_size))
         return torch.cat([factors.project_out(expert, hidden[:, : widths[expert]]) for expert, hidden in rows])
 
