@@ -206,7 +206,7 @@ def test_fewer_rows_compute_what_zeroed_rows_do(held: Held) -> None:
     mask = torch.tensor([True, False, True, False])
     with torch.no_grad():
         zeroed = copy.deepcopy(held.experts)
-        other, other_slot = zeroed.factors.home(expert)
+        other, _ = zeroed.factors.home(expert)
         other.projection("down").rows[~mask] = 0
         expected = zeroed(*routed)
     parameter = projection.rows
