@@ -44,7 +44,8 @@ def factorise_expert(
         low_rank, num_rows = spectrum.truncated(rank), density_rows(len(matrix_OX))
         if num_rows:
             left_OX = residual(matrix_OX, low_rank)
-            low_rank = add_rows(matrix_OX, low_rank, row_energy(left_OX, input_rows_PX=rows_PX), num_rows)
+            energy_O = row_energy(left_OX, input_rows_PX=rows_PX, ridge=spectrum.input_ridge)
+            low_rank = add_rows(matrix_OX, low_rank, energy_O, num_rows)
         made[name] = low_rank
     return ExpertFactors(made["up"], made["down"], made.get("gate"))
 

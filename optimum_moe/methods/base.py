@@ -62,18 +62,22 @@ class BlockContext:
         )
 
 
+INDEX_BYTES = 4
+"""Bytes of the index of a sparse row."""
+
+
 @dataclass(frozen=True)
 class ExpertCost:
     """What the experts of a block cost after a method, as far as config and headers tell.
 
     Args:
         parameters: Numbers that all of them store, biases included.
-        index_bytes: Bytes of the indices beside them.
+        indices: Indices of sparse rows beside them.
         multiply_adds: The fewest and the most that one of them takes for a token.
     """
 
     parameters: float
-    index_bytes: float
+    indices: float
     multiply_adds: tuple[float, float]
 
 

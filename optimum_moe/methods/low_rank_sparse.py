@@ -21,9 +21,6 @@ from optimum_moe.methods.base import BlockContext, ExpertCost, Method
 from optimum_moe.methods.counts import exactly_one, is_selected, selected_blocks
 from optimum_moe.plan import BlockPlan, Routing, keep_all
 
-INDEX_BYTES = 4
-"""Bytes of the index of a sparse row."""
-
 
 @dataclass(frozen=True)
 class LowRankSparse(Method):
@@ -31,7 +28,8 @@ class LowRankSparse(Method):
 
     Args:
         rank: Rank of every matrix, a multiple of 8. Exactly one of this, `rank_ratio` and `energy`.
-        rank_ratio: Share of a matrix's numbers that U and V may store, in (0, 1].
+        rank_ratio: Share of a matrix's numbers that U and V may store, in (0, 1]. A matrix whose factors and sparse
+            rows would be no smaller than it is stays dense, with this and the next.
         energy: Share of the squared singular values to keep, in (0, 1]; ranks then differ.
         density: Share of the rows (output neurons) of each matrix that the sparse part keeps, default 0.1 (the
             paper's); None for no sparse part.
@@ -118,26 +116,39 @@ class LowRankSparse(Method):
         """Exact for a rank or a ratio; for an energy, the bounds are what the smallest rank and dense ones take."""
         if not is_selected(block, len(model.blocks), self.layers, self.protect):
             return super().cost(model, block, count)
-        shape, dense = (block.intermediate_size, block.hidden_size), block.intermediate_size * block.hidden_size
-        matrices = round(block.expert_multiply_adds / dense)
-        rank = rank_from_ratio(shape, RANK_STEP / min(shape)) if self.energy is not None else self._rank(shape)
-        rows = (self._rows(shape[0]) * (matrices - 1), self._rows(shape[1])) if rank is not None else (0, 0)
-        sparse = rows[0] * shape[1] + rows[1] * shape[0]
-        factored = matrices * (dense if rank is None else rank * sum(shape)) + sparse
-        stored = block.expert_multiply_adds if self.energy is not None else factored
+        matrices = round(block.expert_multiply_adds / (block.intermediate_size * block.hidden_size))
+        shapes = [(block.intermediate_size, block.hidden_size)] * (matrices - 1)
+        shapes.append((block.hidden_size, block.intermediate_size))
+        factored, indices = 0.0, 0
+        for shape in shapes:
+            rank = self._unless_larger(shape, RANK_STEP) if self.energy is not None else self._rank(shape)
+            rows = 0 if rank is None else self._rows(shape[0])
+            factored += shape[0] * shape[1] if rank is None else rank * sum(shape) + rows * shape[1]
+            indices += rows
+        stored = factored if self.energy is None else float(block.expert_multiply_adds)
         biases = block.expert_parameters - block.expert_multiply_adds
-        return ExpertCost(count * (stored + biases), count * sum(rows) * INDEX_BYTES, (factored, stored))
+        return ExpertCost(
+            count * (stored + biases), float(count * indices) if self.energy is None else 0.0, (factored, stored)
+        )
 
     def _rank(self, shape: tuple[int, int]) -> int | None:
         if self.rank_ratio is not None:
-            return rank_from_ratio(shape, self.rank_ratio)
+            return self._unless_larger(shape, rank_from_ratio(shape, self.rank_ratio))
         assert self.rank is not None
         return rank_from_number(shape, self.rank)
 
     def _rank_of(self, spectrum: Spectrum) -> int | None:
         if self.energy is not None:
-            return rank_from_energy(spectrum.shape, spectrum.singular_values, self.energy)
+            rank = rank_from_energy(spectrum.shape, spectrum.singular_values, self.energy)
+            return self._unless_larger(spectrum.shape, rank)
         return self._rank(spectrum.shape)
+
+    def _unless_larger(self, shape: tuple[int, int], rank: int | None) -> int | None:
+        """The rank, None where factors and sparse rows together are no smaller than the matrix: it then stays dense."""
+        if rank is None:
+            return None
+        numbers = rank * sum(shape) + self._rows(shape[0]) * (shape[1] + 1)
+        return rank if numbers < shape[0] * shape[1] else None
 
     def _rows(self, outputs: int) -> int:
         return 0 if self.density is None else rows_from_density(outputs, self.density)
