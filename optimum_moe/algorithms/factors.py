@@ -101,8 +101,8 @@ class ExpertFactors:
         up: (n, H) matrix.
         down: (H, n) matrix.
         gate: (n, H) matrix, None for non-gated experts.
-        neurons: (n,) int64 ascending, the intermediate neurons that are kept; None for all of them. An expert with
-            none gives zeros (and its down bias, where it has one).
+        neurons: (n,) int64, the intermediate neurons that are kept, in their order here; None for all as they are. An
+            expert with none gives zeros (and its down bias, where it has one).
 
     Raises:
         ValueError: If the matrices disagree about the number of neurons.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -16,7 +16,12 @@ RankOf = Callable[[Spectrum], int | None]
 
 
 def factorise_expert(
-    expert: SingleExpert, tokens: ExpertTokens | None, rank_of: RankOf, density_rows: Callable[[int], int]
+    expert: SingleExpert,
+    tokens: ExpertTokens | None,
+    rank_of: RankOf,
+    density_rows: Callable[[int], int],
+    base: Mapping[str, torch.Tensor] | None = None,
+    neurons: torch.Tensor | None = None,
 ) -> ExpertFactors:
     """Factorise gate, up and down, whitened by what each of them sees on the expert's tokens.
 
@@ -28,6 +33,8 @@ def factorise_expert(
         tokens: Its tokens; None for the plain SVD. An expert that no token reached gets the plain SVD too.
         rank_of: The rank of each matrix.
         density_rows: From the rows of a matrix to those that its sparse part keeps; the ones of the highest energy.
+        base: By projection the (O, X) matrix that is shared, so that only what is left over is factorised.
+        neurons: (I,) order of the neurons here, where it is not the model's.
 
     Returns:
         Factors in float32.
@@ -35,6 +42,8 @@ def factorise_expert(
     made = {}
     for name in expert.names:
         matrix_OX = expert.matrix(name)
+        if base is not None:
+            matrix_OX = matrix_OX - base[name].float()
         rows_PX = None if tokens is None else weighted_inputs(expert, tokens, name)
         spectrum = decompose(matrix_OX, input_rows_PX=rows_PX)
         rank = rank_of(spectrum)
@@ -46,7 +55,7 @@ def factorise_expert(
             left_OX = residual(matrix_OX, low_rank)
             low_rank = add_rows(matrix_OX, low_rank, row_energy(left_OX, input_rows_PX=rows_PX), num_rows)
         made[name] = low_rank
-    return ExpertFactors(made["up"], made["down"], made.get("gate"))
+    return ExpertFactors(made["up"], made["down"], made.get("gate"), neurons)
 
 
 def weighted_inputs(expert: SingleExpert, tokens: ExpertTokens, name: str) -> torch.Tensor | None:

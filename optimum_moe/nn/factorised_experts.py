@@ -90,11 +90,26 @@ class ExpertProjection(nn.Module):
         self._rank_ends, self._row_ends = ranks, rows
 
     def forward(
-        self, input_TX: torch.Tensor, expert: int | None = None, counts_C: Sequence[int] | None = None
+        self,
+        input_TX: torch.Tensor,
+        expert: int | None = None,
+        counts_C: Sequence[int] | None = None,
+        base: int | None = None,
+        with_base: bool = True,
     ) -> torch.Tensor:
-        """(T, O) outputs of one expert, or of tokens that lie by expert, `counts_C` of each."""
+        """(T, O) outputs of one expert, with or without its base's; of a base; or of tokens that lie by expert.
+
+        Args:
+            input_TX: (T, X).
+            expert: Number in the width class.
+            counts_C: Tokens of each expert.
+            base: Number of a base, for its output alone.
+            with_base: Whether the output of the expert's base is added.
+        """
+        if base is not None:
+            return nn.functional.linear(input_TX, self.base[base])
         if expert is not None:
-            return self._one(expert, input_TX)
+            return self._one(expert, input_TX, with_base)
         assert counts_C is not None
         return self._grouped(input_TX, counts_C)
 
@@ -106,7 +121,7 @@ class ExpertProjection(nn.Module):
         place = self.place_C[expert]
         return slice(self._row_ends[place], self._row_ends[place + 1])
 
-    def _one(self, expert: int, input_PX: torch.Tensor) -> torch.Tensor:
+    def _one(self, expert: int, input_PX: torch.Tensor, with_base: bool) -> torch.Tensor:
         rank = self.ranks_C[expert]
         if rank is None:
             output_PO = nn.functional.linear(input_PX, self.weight[self.place_C[expert]])
@@ -119,7 +134,7 @@ class ExpertProjection(nn.Module):
             part = self._rows_of(expert)
             sparse_PM = nn.functional.linear(input_PX, self.rows[part])
             output_PO = output_PO.index_add(-1, self.row_index[part], sparse_PM.to(output_PO.dtype))
-        if self.base_C is not None:
+        if self.base_C is not None and with_base:
             output_PO = output_PO + nn.functional.linear(input_PX, self.base[self.base_C[expert]])
         return output_PO + self.bias[expert] if hasattr(self, "bias") else output_PO
 
@@ -316,6 +331,11 @@ class FactorisedExperts(nn.Module):
     def has_gate(self) -> bool:
         """Whether the experts are gated."""
         return self._sizes.has_gate
+
+    @property
+    def shares_bases(self) -> bool:
+        """Whether experts are differences to bases that they share."""
+        return self._sizes.base is not None
 
     @property
     def num_experts(self) -> int:
