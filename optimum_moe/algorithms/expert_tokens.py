@@ -19,12 +19,13 @@ class ExpertTokens:
     Args:
         input_PH: (P, H) what the expert saw.
         weight_P: (P,) routing weights; ones where they scale the inputs.
-        gradient_PH: (P, H) gradient of the loss at the block's weighted sum of experts; None without a backward pass.
+        gradient_JPH: (J, P, H) gradients of the loss at the block's weighted sum of experts, one for each draw of labels;
+            None without a backward pass.
     """
 
     input_PH: torch.Tensor
     weight_P: torch.Tensor
-    gradient_PH: torch.Tensor | None = None
+    gradient_JPH: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +36,14 @@ class SampledTokens:
         input_SH: (S, H) input of the experts.
         index_SK: (S, K) selected experts; an id outside of [0, E) is none.
         weights_SK: (S, K) routing weights; 0 is none either.
-        gradient_SH: (S, H) gradient of the loss at the weighted sum of experts, or None.
+        gradient_SJH: (S, J, H) gradients of the loss at the weighted sum of experts, or None.
         scales_input: as in `ExpertTensors`.
     """
 
     input_SH: torch.Tensor
     index_SK: torch.Tensor
     weights_SK: torch.Tensor
-    gradient_SH: torch.Tensor | None = None
+    gradient_SJH: torch.Tensor | None = None
     scales_input: bool = False
 
     def of_expert(self, expert: int) -> ExpertTokens:
@@ -51,7 +52,9 @@ class SampledTokens:
         input_PH, weight_P = self.input_SH[token_P].float(), self.weights_SK[token_P, slot_P].float()
         if self.scales_input:
             input_PH, weight_P = input_PH * weight_P[:, None], torch.ones_like(weight_P)
-        return ExpertTokens(input_PH, weight_P, None if self.gradient_SH is None else self.gradient_SH[token_P].float())
+        gradient_SJH = self.gradient_SJH
+        gradient_JPH = None if gradient_SJH is None else gradient_SJH[token_P].transpose(0, 1).float()
+        return ExpertTokens(input_PH, weight_P, gradient_JPH)
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,7 +57,7 @@ class BlockContext:
             found.experts_input_SH,
             found.index_SK,
             found.weights_SK,
-            found.gradient_SH,
+            found.gradient_SJH,
             self.experts.scales_input,
         )
 
@@ -91,9 +91,9 @@ class Method(ABC):
         """Whether calibration data are needed."""
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether a backward pass over the calibration data helps."""
-        return False
+    def gradient_draws(self) -> int:
+        """Backward passes over the calibration data that the method wants."""
+        return 0
 
     @property
     def sample_size(self) -> int:

@@ -59,9 +59,9 @@ class Composed(Method):
         return self.first.needs_statistics or self.then.needs_statistics
 
     @property
-    def needs_gradients(self) -> bool:
-        """If one of them does."""
-        return self.first.needs_gradients or self.then.needs_gradients
+    def gradient_draws(self) -> int:
+        """As many as one of them wants."""
+        return max(self.first.gradient_draws, self.then.gradient_draws)
 
     @property
     def needs_survey(self) -> bool:

@@ -103,8 +103,12 @@ def run_grouped(
 
 
 def _grouped_class(found: WidthClass, activate: Activate, input_QH: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    gate_Qn = found.projection("gate")(input_QH, counts_C=counts) if hasattr(found, "gate_stacks") else None
-    hidden_Qn = activate(gate_Qn, found.projection("up")(input_QH, counts_C=counts))
+    if hasattr(found, "gate_up_stacks"):
+        gate_Qn, up_Qn = found.projection("gate_up")(input_QH, counts_C=counts).chunk(2, dim=-1)
+    else:
+        gate_Qn = found.projection("gate")(input_QH, counts_C=counts) if hasattr(found, "gate_stacks") else None
+        up_Qn = found.projection("up")(input_QH, counts_C=counts)
+    hidden_Qn = activate(gate_Qn, up_Qn)
     return found.projection("down")(hidden_Qn, counts_C=counts)
 
 
