@@ -1,16 +1,21 @@
-"""Inputs and outputs of the public M-SMoE implementation, see the key names."""
+"""Inputs and outputs of the public implementations, see the key names."""
 
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-DATA = Path(__file__).parents[1] / "data" / "parity_msmoe.safetensors"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(scope="session")
 def parity():
-    return load_file(DATA)
+    return load_file(DATA / "parity_msmoe.safetensors")
+
+
+@pytest.fixture(scope="session")
+def criteria():
+    return load_file(DATA / "parity_criteria.safetensors")
 
 
 @pytest.fixture(scope="session")
