@@ -128,5 +128,11 @@ class ExpertFactors:
 
     @property
     def numbers(self) -> int:
-        """Numbers that are stored, biases excluded."""
-        return sum(matrix.numbers for matrix in self.matrices.values())
+        """Numbers that are stored, biases excluded; a right factor that gate and up share counts once."""
+        total = sum(matrix.numbers for matrix in self.matrices.values())
+        return total - (self.up.v_RX.numel() if self.shares_right and self.up.v_RX is not None else 0)
+
+    @property
+    def shares_right(self) -> bool:
+        """Whether gate and up have one right factor (the same tensor): [gate; up] = [U_gate; U_up] V."""
+        return self.gate is not None and self.up.v_RX is not None and self.gate.v_RX is self.up.v_RX
