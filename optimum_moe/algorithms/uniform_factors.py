@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from optimum_moe.algorithms.expert_tokens import ExpertTokens, SingleExpert
+from optimum_moe.algorithms.expert_curves import Expert, ExpertTokens
 from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
 from optimum_moe.algorithms.low_rank import Spectrum, decompose
 from optimum_moe.algorithms.structured_sparse import add_rows, residual, row_energy
@@ -16,7 +16,7 @@ RankOf = Callable[[Spectrum], int | None]
 
 
 def factorise_expert(
-    expert: SingleExpert,
+    expert: Expert,
     tokens: ExpertTokens | None,
     rank_of: RankOf,
     density_rows: Callable[[int], int],
@@ -40,10 +40,12 @@ def factorise_expert(
         Factors in float32.
     """
     made = {}
-    for name in expert.names:
-        matrix_OX = expert.matrix(name)
+    matrices = {"gate": expert.gate_IH, "up": expert.up_IH, "down": expert.down_HI}
+    for name, matrix_OX in matrices.items():
+        if matrix_OX is None:
+            continue
         if base is not None:
-            matrix_OX = matrix_OX - base[name].float()
+            matrix_OX = matrix_OX - base[name].to(matrix_OX.dtype)
         rows_PX = None if tokens is None else weighted_inputs(expert, tokens, name)
         spectrum = decompose(matrix_OX, input_rows_PX=rows_PX)
         rank = rank_of(spectrum)
@@ -58,7 +60,7 @@ def factorise_expert(
     return ExpertFactors(made["up"], made["down"], made.get("gate"), neurons)
 
 
-def weighted_inputs(expert: SingleExpert, tokens: ExpertTokens, name: str) -> torch.Tensor | None:
+def weighted_inputs(expert: Expert, tokens: ExpertTokens, name: str) -> torch.Tensor | None:
     """(P, X) routing weight times input of a projection on the expert's tokens; None without any."""
     if len(tokens.input_PH) == 0:
         return None

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from optimum_moe.algorithms.expert_tokens import SingleExpert
+from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.factors import BlockFactors
 from optimum_moe.algorithms.low_rank import Spectrum
 from optimum_moe.algorithms.ranks import RANK_STEP, rank_from_energy, rank_from_number, rank_from_ratio
@@ -153,7 +153,7 @@ class LowRankSparse(Method):
         for index in range(context.experts.num_experts):
             tokens = None if sample is None else sample.of_expert(index)
             base, neurons = (None, None) if shared is None else shared.of_expert(index)
-            single = SingleExpert(context.experts, index)
+            single = single_expert(context.experts, index)
             experts.append(factorise_expert(single, tokens, self._rank_of, self._rows, base, neurons))
         if shared is None:
             return BlockFactors(tuple(experts))
