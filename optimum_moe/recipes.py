@@ -15,7 +15,7 @@ import yaml
 from optimum_moe.methods import METHODS, Composed, LowRankSparse, Method
 from optimum_moe.methods.counts import choose_one
 
-_COUNTS = ("num_experts", "keep_ratio", "target_size")
+_SIZES = ("num_experts", "keep_ratio", "target_size", "rank", "rank_ratio", "energy", "budget")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def _settings(method: Method) -> dict[str, Any]:
     """Name and settings of a method that differ from their defaults."""
     if isinstance(method, Composed):
         return {**_settings(method.first), "then": _settings(method.then)}
-    fields = dataclasses.fields(method)
+    fields = [f for f in dataclasses.fields(method) if f.init]
     return {"method": method.name, **{f.name: v for f in fields if (v := getattr(method, f.name)) != f.default}}
 
 
@@ -92,10 +92,10 @@ def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None 
     name = settings.pop("method")
     choose_one("method", name, METHODS)
     overrides = overrides or {}
-    if any(key in _COUNTS for key in overrides):
-        settings = {key: value for key, value in settings.items() if key not in _COUNTS}
+    if any(key in _SIZES for key in overrides):
+        settings = {key: value for key, value in settings.items() if key not in _SIZES}
     settings |= overrides
-    known = [f.name for f in dataclasses.fields(METHODS[name])]
+    known = [f.name for f in dataclasses.fields(METHODS[name]) if f.init]
     check_fields(settings, [*known, "calibration", "seed", "then"])
     then = settings.pop("then", None)
     calibration = settings.pop("calibration", None) or {}

@@ -45,13 +45,14 @@ class Point:
     form: Form
 
 
-def curve(expert: Expert, tokens: ExpertTokens, damping: float = DAMPING) -> list[Point]:
+def curve(expert: Expert, tokens: ExpertTokens, damping: float = DAMPING, fixed_neurons: bool = False) -> list[Point]:
     """The lower convex hull of (numbers, damage) over the forms of one expert.
 
     Args:
         expert: its matrices.
         tokens: the sampled tokens routed to it; with none of them nothing is known to be lost by emptying it.
         damping: ridge of every Gram as a share of its mean diagonal.
+        fixed_neurons: whether neurons have a meaning outside of the expert, so that it keeps all of them or none.
 
     Returns:
         Points of ascending numbers, the empty form first and the untouched one, of damage 0, last.
@@ -68,6 +69,8 @@ def curve(expert: Expert, tokens: ExpertTokens, damping: float = DAMPING) -> lis
         points = [Point(0, cutter.damage(None), Form(0)), Point(dense.numbers(hidden, gated), 0.0, dense)]
         widths = _grid(inner, _WIDTHS)
         rank_widths = {min(inner, max(STEP, round(inner * share / STEP) * STEP)) for share in _RANK_WIDTHS}
+        if fixed_neurons:
+            widths, rank_widths = [], {inner}
         for width in sorted({*widths, *rank_widths}):
             _, narrow = cutter.narrowed(width)
             if width < inner:
