@@ -16,7 +16,7 @@ model. Measured against the plain second order: the same choices, and no sample 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
