@@ -63,6 +63,10 @@ class BlockContext:
         )
 
 
+INDEX_BYTES = 4
+"""Bytes of the index of a sparse row."""
+
+
 @dataclass(frozen=True)
 class ExpertCost:
     """What the routed experts of a block cost after a method, as far as config and headers tell.
@@ -70,13 +74,13 @@ class ExpertCost:
     Args:
         parameters: Numbers that all of them store, biases included.
         multiply_adds: The fewest and the most that a token takes; they differ where selected experts may coincide.
-        index_bytes: Bytes of the indices beside the parameters.
+        indices: Indices of sparse rows beside the parameters.
         stock: Whether the stock classes can hold them.
     """
 
     parameters: float
     multiply_adds: tuple[float, float]
-    index_bytes: float = 0.0
+    indices: float = 0.0
     stock: bool = True
 
 

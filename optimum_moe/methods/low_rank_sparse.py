@@ -26,8 +26,6 @@ from optimum_moe.methods.counts import choose_one, exactly_one, is_selected, par
 from optimum_moe.plan import BlockPlan, Routing, keep_all
 
 _SIZES = ("rank", "rank_ratio", "energy", "budget", "target_size")
-INDEX_BYTES = 4
-"""Bytes of the index of a sparse row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +58,8 @@ class LowRankSparse(Method):
 
     Args:
         rank: Rank of every matrix, a multiple of 8. Exactly one of this and the next four.
-        rank_ratio: Share of a matrix's numbers that U and V may store, in (0, 1].
+        rank_ratio: Share of a matrix's numbers that U and V may store, in (0, 1]. A matrix whose factors and sparse
+            rows would be no smaller than it is stays dense, with this and the next.
         energy: Share of the squared singular values to keep, in (0, 1]; ranks then differ.
         budget: Share of the bytes of the experts' matrices that remains, in (0, 1].
         target_size: Size of the checkpoint, for example `"16GB"`.
@@ -226,11 +225,11 @@ class LowRankSparse(Method):
         """Exact for a rank or a ratio; the bounds for an energy, with the bytes of the upper one, and for a budget."""
         if not is_selected(block, len(model.blocks), self.layers, self.protect):
             return super().cost(model, block, count)
-        least, most, index_bytes = self.numbers(model, block)
+        least, most, indices = self.numbers(model, block)
         biases = block.expert_parameters - block.expert_multiply_adds
         low, high = self.active(block, count, least)[0], self.active(block, count, most)[1]
         stored = self.share(model) * block.num_experts * most if self.needs_survey else count * most
-        return ExpertCost(stored + count * biases, (low, high), count * index_bytes, stock=False)
+        return ExpertCost(stored + count * biases, (low, high), count * indices, stock=False)
 
     def share(self, model: ModelInfo) -> float:
         """Share of the original experts' numbers that a budget leaves."""
@@ -238,32 +237,40 @@ class LowRankSparse(Method):
         return self._budget(model) / sum(block.num_experts * block.expert_multiply_adds for block in chosen)
 
     def numbers(self, model: ModelInfo, block: BlockInfo) -> tuple[float, float, float]:
-        """The fewest and the most numbers that one expert's matrices store, and the bytes of its indices."""
+        """The fewest and the most numbers that one expert's matrices store, and its indices of sparse rows."""
         if self.needs_survey:
             return 0.0, block.expert_multiply_adds, 0.0
-        shape = block.intermediate_size, block.hidden_size
-        dense = shape[0] * shape[1]
-        matrices = round(block.expert_multiply_adds / dense)
-        smallest = RANK_STEP if self.energy is not None else self._rank(shape)
-        if smallest is None:
-            return block.expert_multiply_adds, block.expert_multiply_adds, 0.0
-        outputs = [shape[0]] * (matrices - 1) + [shape[1]]
-        rows = [self._rows(count) for count in outputs]
-        sparse = sum(count * dense // size for count, size in zip(rows, outputs, strict=True))
-        factored = matrices * smallest * sum(shape) + sparse
-        most = block.expert_multiply_adds if self.energy is not None else factored
-        return factored, most, sum(rows) * INDEX_BYTES
+        matrices = round(block.expert_multiply_adds / (block.intermediate_size * block.hidden_size))
+        shapes = [(block.intermediate_size, block.hidden_size)] * (matrices - 1)
+        shapes.append((block.hidden_size, block.intermediate_size))
+        factored, indices = 0, 0
+        for shape in shapes:
+            rank = self._unless_larger(shape, RANK_STEP) if self.energy is not None else self._rank(shape)
+            rows = 0 if rank is None else self._rows(shape[0])
+            factored += shape[0] * shape[1] if rank is None else rank * sum(shape) + rows * shape[1]
+            indices += rows
+        if self.energy is not None:
+            return factored, block.expert_multiply_adds, 0.0
+        return factored, factored, indices
 
     def _rank(self, shape: tuple[int, int]) -> int | None:
         if self.rank_ratio is not None:
-            return rank_from_ratio(shape, self.rank_ratio)
+            return self._unless_larger(shape, rank_from_ratio(shape, self.rank_ratio))
         assert self.rank is not None
         return rank_from_number(shape, self.rank, lowest=1 if self.base is None else 0)
 
     def _rank_of(self, spectrum: Spectrum) -> int | None:
         if self.energy is not None:
-            return rank_from_energy(spectrum.shape, spectrum.singular_values, self.energy)
+            rank = rank_from_energy(spectrum.shape, spectrum.singular_values, self.energy)
+            return self._unless_larger(spectrum.shape, rank)
         return self._rank(spectrum.shape)
+
+    def _unless_larger(self, shape: tuple[int, int], rank: int | None) -> int | None:
+        """The rank, None where factors and sparse rows together are no smaller than the matrix: it then stays dense."""
+        if rank is None:
+            return None
+        numbers = rank * sum(shape) + self._rows(shape[0]) * (shape[1] + 1)
+        return rank if numbers < shape[0] * shape[1] else None
 
     def _rows(self, outputs: int) -> int:
         return 0 if self.density is None else rows_from_density(outputs, self.density)
