@@ -195,7 +195,7 @@ class MoECompressor:
             return self.statistics
         self.statistics = observe(
             *(self._loaded(), self.source.blocks, batches, self.calibration, self.source.identity(), self.progress),
-            gradients=self.method.needs_gradients,
+            draws=self.method.gradient_draws,
         )
         return self.statistics
 

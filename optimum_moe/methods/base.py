@@ -57,24 +57,26 @@ class BlockContext:
             found.experts_input_SH,
             found.index_SK,
             found.weights_SK,
-            found.gradient_SH,
+            found.gradient_SJH,
             self.experts.scales_input,
         )
 
 
 @dataclass(frozen=True)
 class ExpertCost:
-    """What the experts of a block cost after a method, as far as config and headers tell.
+    """What the routed experts of a block cost after a method, as far as config and headers tell.
 
     Args:
         parameters: Numbers that all of them store, biases included.
-        index_bytes: Bytes of the indices beside them.
-        multiply_adds: The fewest and the most that one of them takes for a token.
+        multiply_adds: The fewest and the most that a token takes; they differ where selected experts may coincide.
+        index_bytes: Bytes of the indices beside the parameters.
+        stock: Whether the stock classes can hold them.
     """
 
     parameters: float
-    index_bytes: float
     multiply_adds: tuple[float, float]
+    index_bytes: float = 0.0
+    stock: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ class Method(ABC):
         """Whether calibration data are needed."""
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether a backward pass over the calibration data helps."""
-        return False
+    def gradient_draws(self) -> int:
+        """Backward passes over the calibration data that the method wants."""
+        return 0
 
     @property
     def sample_size(self) -> int:
@@ -139,8 +141,13 @@ class Method(ABC):
 
     def cost(self, model: ModelInfo, block: BlockInfo, count: int) -> ExpertCost:
         """What the `count` remaining experts of a block cost."""
-        each = float(block.expert_multiply_adds)
-        return ExpertCost(count * block.expert_parameters, 0.0, (each, each))
+        return ExpertCost(count * block.expert_parameters, self.active(block, count, block.expert_multiply_adds))
+
+    def active(self, block: BlockInfo, count: int, each: float) -> tuple[float, float]:
+        """The fewest and the most multiply-adds of a token where one of `count` experts takes `each`."""
+        most = min(block.top_k, count)
+        shared = self.block_routing == "map" and count < block.num_experts
+        return (1 if shared else most) * each, most * each
 
     def settings(self) -> Mapping[str, Any]:
         """Name and settings, as they stand in a recipe."""
