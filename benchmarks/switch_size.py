@@ -174,7 +174,9 @@ def main() -> None:
         f"FLOP counter: {args.tokens} source and {args.tokens} target tokens, expert_capacity raised to "
         f"{args.tokens} (none dropped), attention scores {scores:,.0f} a token excluded\n"
     )
-    print(f"{'':<14}{'file bytes':>15}{'preview':>15}{'off':>7}{'FLOPs, package':>16}{'counted':>14}{'off':>7}{'zeros':>8}")
+    print(
+        f"{'':<14}{'file bytes':>15}{'preview':>15}{'off':>7}{'FLOPs, package':>16}{'counted':>14}{'off':>7}{'zeros':>8}"
+    )
     missed = []
     for preset in args.presets:
         out, began = args.folder / preset, time.monotonic()

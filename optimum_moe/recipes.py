@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from optimum_moe.calibration.data import CalibrationConfig
 from optimum_moe.methods import METHODS, Composed, LowRankSparse, Method
 from optimum_moe.methods.counts import choose_one
 
@@ -155,3 +156,30 @@ def coerce_recipe(method: Any) -> Recipe:
         f"method={type(method).__name__} is none. Pass a method such as MSMoE(num_experts=8), the name of a preset, "
         "or the path of a YAML recipe."
     )
+
+
+def calibration_config(recipe: Recipe, calibration: Any, seed: int) -> CalibrationConfig | None:
+    """How to calibrate: what the user says, completed by the recipe and by the sample that its method wants.
+
+    Args:
+        recipe: The recipe.
+        calibration: The user's source or config, None for the recipe's.
+        seed: Of the run.
+
+    Returns:
+        None where there is no source.
+
+    Raises:
+        ValueError: If a field is unknown or out of range.
+    """
+    check_fields(recipe.calibration, [f.name for f in dataclasses.fields(CalibrationConfig)])
+    data = calibration if calibration is not None else recipe.calibration.get("source")
+    if data is None:
+        return None
+    config = CalibrationConfig.coerce(data)
+    if not isinstance(data, CalibrationConfig):
+        settings = {k: v for k, v in recipe.calibration.items() if k != "source"}
+        config = dataclasses.replace(config, **{"seed": seed, **settings})
+    if config.reservoir_tokens is None:
+        config = dataclasses.replace(config, reservoir_tokens=recipe.method.sample_size)
+    return config
