@@ -14,7 +14,7 @@ and the steepest steps over all experts of all blocks are taken until the budget
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,9 @@ import torch
 from optimum_moe.algorithms.expert_curves import STEP, Cutter, Expert, ExpertTokens, Form, factors_of
 from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
 from optimum_moe.algorithms.neurons import DAMPING
+
+KINDS = ("neurons", "rank")
+"""What an expert can be between empty and untouched."""
 
 # Widths that are tried, and those among them that are tried with ranks, as shares of all neurons.
 _WIDTHS = 16
@@ -45,14 +48,17 @@ class Point:
     form: Form
 
 
-def curve(expert: Expert, tokens: ExpertTokens, damping: float = DAMPING, fixed_neurons: bool = False) -> list[Point]:
+def curve(
+    expert: Expert, tokens: ExpertTokens, damping: float = DAMPING, kinds: Collection[str] = KINDS
+) -> list[Point]:
     """The lower convex hull of (numbers, damage) over the forms of one expert.
 
     Args:
         expert: its matrices.
         tokens: the sampled tokens routed to it; with none of them nothing is known to be lost by emptying it.
         damping: ridge of every Gram as a share of its mean diagonal.
-        fixed_neurons: whether neurons have a meaning outside of the expert, so that it keeps all of them or none.
+        kinds: what is tried between empty and untouched: fewer `"neurons"`, a `"rank"` of gate and up, or both of them
+            together where both are named.
 
     Returns:
         Points of ascending numbers, the empty form first and the untouched one, of damage 0, last.
@@ -68,9 +74,12 @@ def curve(expert: Expert, tokens: ExpertTokens, damping: float = DAMPING, fixed_
     with torch.no_grad():
         cutter = Cutter(expert, tokens, damping)
         points.append(Point(0, cutter.empty_damage, Form(0)))
-        widths = [] if fixed_neurons else _grid(inner, _WIDTHS)
-        rank_widths = {inner} if fixed_neurons else {min(inner, _rounded(inner * share)) for share in _RANK_WIDTHS}
-        for width in sorted({*widths, *rank_widths}):
+        widths, rank_widths = set(_grid(inner, _WIDTHS)), {min(inner, _rounded(inner * s)) for s in _RANK_WIDTHS}
+        if "neurons" not in kinds:
+            widths, rank_widths = set(), {inner}
+        if "rank" not in kinds:
+            widths, rank_widths = widths | rank_widths - {inner}, set()
+        for width in sorted(widths | rank_widths):
             narrow, _, damage = cutter.narrowed(width)
             if width < inner:
                 form = Form(width)

@@ -27,15 +27,17 @@ class BlockSurvey:
     in_loss: bool
 
 
-def survey_block(context: BlockContext) -> BlockSurvey:
+def survey_block(context: BlockContext, kinds: Sequence[str]) -> BlockSurvey:
     """The curves of all experts of a block, damages summed over all tokens that the block saw.
 
-    An expert without tokens costs nothing to empty, unless `unseen="keep"` keeps it as it is.
+    Neurons that have a meaning outside of their expert are kept all or none. An expert without tokens costs nothing to
+    empty, unless `unseen="keep"` keeps it as it is.
     """
     sample, found = context.sample(), []
+    kinds = [kind for kind in kinds if kind != "neurons" or not context.experts.fixed_neurons]
     for index in range(context.experts.num_experts):
         expert, tokens = single_expert(context.experts, index), sample.of_expert(index)
-        points = curve(expert, tokens, fixed_neurons=context.experts.fixed_neurons)
+        points = curve(expert, tokens, kinds=kinds)
         if len(tokens.input_PH) == 0 and context.unseen == "keep":
             points = points[-1:]
         found.append(tuple(replace(point, damage=point.damage / sample.share) for point in points))

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from optimum_moe.algorithms.byte_budget import KINDS
 from optimum_moe.algorithms.expert_curves import Form
 from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.factors import BlockFactors
@@ -68,6 +69,7 @@ class LowRankSparse(Method):
         whiten: Weigh the error by the calibration tokens (default); False gives the plain SVD and needs no data.
         curvature: Measure damage in the loss, by backward passes over the calibration data (default); False measures
             output errors, as where no backward pass is possible. For budgets only.
+        kinds: What a budget may make of an expert between empty and untouched: `"neurons"` and `"rank"` (default).
         base: `"group"` keeps every expert apart, as a factorised difference to the merged expert of its group, which
             a method in front of this one makes: rank 0 is that merge, the full rank the original.
         layers: Positions of the MoE blocks to factorise, None for all.
@@ -87,6 +89,7 @@ class LowRankSparse(Method):
     density: float | None = 0.1
     whiten: bool = True
     curvature: bool = True
+    kinds: Sequence[str] = KINDS
     base: Literal["group"] | None = None
     layers: Sequence[int] | None = None
     protect: Sequence[str] | None = None
@@ -108,6 +111,10 @@ class LowRankSparse(Method):
             parse_size(self.target_size)
         if self.base is not None:
             choose_one("base", self.base, ("group",))
+        if isinstance(self.kinds, str):
+            raise ValueError(f"kinds={self.kinds!r} must be a list, for example ['neurons'].")
+        for kind in self.kinds:
+            choose_one("kinds", kind, KINDS)
         if self.needs_survey and (self.density not in (None, 0.1) or not self.whiten or self.base is not None):
             raise ValueError(
                 "density=, whiten=False and base= are for one rank of all matrices, and a byte budget chooses its own "
@@ -170,7 +177,7 @@ class LowRankSparse(Method):
 
     def survey(self, context: BlockContext, count: int) -> BlockSurvey | None:
         """What each expert loses in each form; None for a block that stays as it is."""
-        return survey_block(context) if self.applies(context) else None
+        return survey_block(context, self.kinds) if self.applies(context) else None
 
     def settled(self, model: ModelInfo, surveys: Mapping[str, BlockSurvey | None]) -> LowRankSparse:
         """With the forms that the budget buys."""
