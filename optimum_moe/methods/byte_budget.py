@@ -31,15 +31,15 @@ def survey_block(context: BlockContext, kinds: Sequence[str]) -> BlockSurvey:
     """The curves of all experts of a block, damages summed over all tokens that the block saw.
 
     Neurons that have a meaning outside of their expert are kept all or none. An expert without tokens costs nothing to
-    empty, unless `unseen="keep"` keeps it as it is.
+    empty, unless `unseen` says that it is kept or pruned.
     """
     sample, found = context.sample(), []
     kinds = [kind for kind in kinds if kind != "neurons" or not context.experts.fixed_neurons]
     for index in range(context.experts.num_experts):
         expert, tokens = single_expert(context.experts, index), sample.of_expert(index)
         points = curve(expert, tokens, kinds=kinds)
-        if len(tokens.input_PH) == 0 and context.unseen == "keep":
-            points = points[-1:]
+        if len(tokens.input_PH) == 0 and context.unseen in ("keep", "prune"):
+            points = points[-1:] if context.unseen == "keep" else points[:1]
         found.append(tuple(replace(point, damage=point.damage / sample.share) for point in points))
     return BlockSurvey(tuple(found), sample.gradient_SJH is not None)
 
