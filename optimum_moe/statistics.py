@@ -25,15 +25,15 @@ class Reservoir:
         experts_input_SH: (S, H) input of the experts; the same tensor where the two are equal.
         index_SK: (S, K) selected experts; an id >= E is no routed expert.
         weights_SK: (S, K) routing weights.
-        gradient_SH: (S, H) gradient of the summed loss of all tokens at the weighted sum of the selected experts; None
-            where no backward pass ran.
+        gradient_SJH: (S, J, H) gradient of the loss, summed over tokens, at the weighted sum of the selected experts,
+            for each of J draws of the labels from the model's own predictions; None where no backward pass ran.
     """
 
     router_input_SH: torch.Tensor
     experts_input_SH: torch.Tensor
     index_SK: torch.Tensor
     weights_SK: torch.Tensor
-    gradient_SH: torch.Tensor | None = None
+    gradient_SJH: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

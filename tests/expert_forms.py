@@ -67,3 +67,20 @@ def mixture(view: ExpertTensors) -> BlockFactors:
         *narrower,
     ]
     return BlockFactors(tuple(form(view, e, *kinds[e % 8]) for e in range(view.num_experts)))
+
+
+def joined(view: ExpertTensors, expert: int, rank: int) -> ExpertFactors:
+    """One expert whose gate and up share their right factor."""
+    gate_IH, up_IH = view.gate[expert].detach(), view.up[expert].detach()
+    both = low_rank(torch.cat([gate_IH, up_IH]), rank)
+    left_gate, left_up = (part.contiguous() for part in both.u_RO.split(len(up_IH), dim=1))
+    gate, up = MatrixFactors(u_RO=left_gate, v_RX=both.v_RX), MatrixFactors(u_RO=left_up, v_RX=both.v_RX)
+    return ExpertFactors(up, dense(view.down[expert].detach()), gate)
+
+
+def joint(view: ExpertTensors) -> BlockFactors:
+    """What a byte budget gives: gate and up of one right factor, dense, narrower and empty."""
+    few, none = torch.arange(0, view.intermediate_size, 3)[:8], torch.arange(0)
+    made = [joined(view, e, (8, 16, 16)[e % 3]) for e in range(view.num_experts)]
+    made[1], made[4], made[6] = form(view, 1, dense), form(view, 4, dense, few), form(view, 6, dense, none)
+    return BlockFactors(tuple(made))

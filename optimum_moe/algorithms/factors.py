@@ -16,6 +16,8 @@ import torch
 
 PROJECTIONS = ("gate", "up", "down")
 """The matrices of an expert; experts without a gate have the last two."""
+JOINT = "gate_up"
+"""Gate above up, where the two are kept as one matrix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +105,8 @@ class ExpertFactors:
         up: (n, H) matrix.
         down: (H, n) matrix.
         gate: (n, H) matrix, None for non-gated experts.
-        neurons: (n,) int64 ascending, the intermediate neurons that are kept; None for all of them. An expert with
-            none gives zeros (and its down bias, where it has one).
+        neurons: (n,) int64, the intermediate neurons that are kept, in their order here; None for all as they are. An
+            expert with none gives zeros (and its down bias, where it has one).
 
     Raises:
         ValueError: If the matrices disagree about the number of neurons.
@@ -135,8 +137,26 @@ class ExpertFactors:
 
     @property
     def numbers(self) -> int:
-        """Numbers that are stored, biases excluded."""
-        return sum(matrix.numbers for matrix in self.matrices.values())
+        """Numbers that are stored, biases excluded; a right factor that gate and up share counts once."""
+        total = sum(matrix.numbers for matrix in self.matrices.values())
+        return total - (self.up.v_RX.numel() if self.shares_right and self.up.v_RX is not None else 0)
+
+    @property
+    def shares_right(self) -> bool:
+        """Whether gate and up have one right factor (the same tensor): [gate; up] = [U_gate; U_up] V."""
+        return self.gate is not None and self.up.v_RX is not None and self.gate.v_RX is self.up.v_RX
+
+    @property
+    def joint(self) -> dict[str, MatrixFactors]:
+        """Its matrices with gate above up in one, which both have to be dense or share their right factor."""
+        assert self.gate is not None
+        if self.gate.dense_OX is not None and self.up.dense_OX is not None:
+            stacked = MatrixFactors(dense_OX=torch.cat([self.gate.dense_OX, self.up.dense_OX]))
+        else:
+            assert self.gate.u_RO is not None
+            assert self.up.u_RO is not None
+            stacked = MatrixFactors(u_RO=torch.cat([self.gate.u_RO, self.up.u_RO], dim=1), v_RX=self.up.v_RX)
+        return {JOINT: stacked, "down": self.down}
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,7 @@ class FactorSizes:
 
     Args:
         widths: Neurons of each of the G experts; 0 for an empty one.
-        ranks: By projection (gate, up, down) the rank of each expert's matrix, None for a dense one.
+        ranks: By projection (gate, up, down; or gate_up, down) the rank of each expert's matrix, None for a dense one.
         rows: By projection the sparse rows of each expert's matrix; projections without any are left out.
         base: The group whose base each expert's matrices are added to, where experts share bases.
 
@@ -161,31 +181,42 @@ class FactorSizes:
     def __post_init__(self) -> None:
         lists: list[Sequence[int | None]] = [self.widths, *self.ranks.values(), *self.rows.values()]
         lists += [] if self.base is None else [self.base]
-        projections = set(self.ranks)
+        projections, known = set(self.ranks), ({"up", "down"}, set(PROJECTIONS), {JOINT, "down"})
         numbers = [n for values in lists for n in values]
         if (
-            not {"up", "down"} <= projections <= set(PROJECTIONS)
+            projections not in known
             or not set(self.rows) <= projections
             or {len(values) for values in lists} != {len(self.widths)}
             or any(n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0) for n in numbers)
             or None in [n for values in (self.widths, *self.rows.values(), self.base or ()) for n in values]
         ):
             raise ValueError(
-                "Sizes of experts must give each expert a width and, for up, down and perhaps gate, a rank (null for "
-                f"dense) and a number of rows, all whole numbers from 0; got {self._record()!r:.200}. "
+                "Sizes of experts must give each expert a width and, for gate, up and down, or gate_up and down, a "
+                "rank (null for dense) and a number of rows, all whole numbers from 0; got "
+                f"{self._record()!r:.200}. "
                 "Restore the saved config.json."
             )
 
     @property
     def has_gate(self) -> bool:
         """Whether the experts are gated."""
-        return "gate" in self.ranks
+        return "up" not in self.ranks or "gate" in self.ranks
+
+    def rank_of(self, projection: str, expert: int) -> int | None:
+        """Rank of an expert's gate, up or down; None for a dense one."""
+        return self.ranks[projection if projection in self.ranks else JOINT][expert]
+
+    def shape(self, projection: str, width: int, hidden_size: int) -> tuple[int, int]:
+        """(O, X) of a projection of experts with that many neurons."""
+        if projection == "down":
+            return hidden_size, width
+        return (2 * width if projection == JOINT else width), hidden_size
 
     def numbers(self, expert: int, hidden_size: int, active: bool = False) -> int:
         """Numbers that one expert stores, biases excluded; `active` leaves out the indices of rows."""
         width, total = self.widths[expert], 0
         for name, ranks in self.ranks.items():
-            outputs, inputs = (hidden_size, width) if name == "down" else (width, hidden_size)
+            outputs, inputs = self.shape(name, width, hidden_size)
             rank, rows = ranks[expert], self.rows[name][expert] if name in self.rows else 0
             total += outputs * inputs if rank is None else rank * (outputs + inputs) + rows * (inputs + (not active))
         return total
@@ -254,11 +285,22 @@ class BlockFactors:
     bases: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
+    def joint(self) -> bool:
+        """Whether gate and up are kept as one matrix: where some share their right factor, and no others have ranks."""
+        factored = [e for e in self.experts if e.gate is not None and not (e.gate.is_dense and e.up.is_dense)]
+        return bool(factored) and all(expert.shares_right for expert in factored)
+
+    def matrices(self, expert: int) -> dict[str, MatrixFactors]:
+        """The matrices of an expert, by the projections that are kept."""
+        return self.experts[expert].joint if self.joint else self.experts[expert].matrices
+
+    @property
     def sizes(self) -> FactorSizes:
         """What rebuilds the structure."""
-        names = list(self.experts[0].matrices)
-        ranks = {name: tuple(e.matrices[name].rank for e in self.experts) for name in names}
-        rows = {name: tuple(e.matrices[name].num_rows for e in self.experts) for name in names}
+        kept = [expert.joint if self.joint else expert.matrices for expert in self.experts]
+        names = list(kept[0])
+        ranks = {name: tuple(matrices[name].rank for matrices in kept) for name in names}
+        rows = {name: tuple(matrices[name].num_rows for matrices in kept) for name in names}
         return FactorSizes(
             tuple(expert.width for expert in self.experts),
             ranks,

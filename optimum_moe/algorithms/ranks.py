@@ -11,17 +11,18 @@ RANK_STEP = 8
 """Ranks are multiples of this: `grouped_mm` needs strides of 16 bytes."""
 
 
-def rank_from_number(shape: tuple[int, int], rank: int) -> int:
+def rank_from_number(shape: tuple[int, int], rank: int, lowest: int = 1) -> int:
     """A rank that the user names: a multiple of 8, or the full rank.
 
     Args:
         shape: (O, X) of the matrix.
-        rank: in 1..min(O, X).
+        rank: in lowest..min(O, X).
+        lowest: 0 where what is factorised is added to something.
 
     Raises:
         ValueError: If it is neither, or the matrix has no such rank.
     """
-    check_rank(shape, rank, lowest=1)
+    check_rank(shape, rank, lowest)
     if rank % RANK_STEP and rank != min(shape):
         below = rank - rank % RANK_STEP
         nearest = [str(r) for r in (below, below + RANK_STEP) if 0 < r <= min(shape)] or [str(min(shape))]

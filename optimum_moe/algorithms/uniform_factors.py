@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-from optimum_moe.algorithms.expert_tokens import ExpertTokens, SingleExpert
+from optimum_moe.algorithms.expert_curves import Expert, ExpertTokens
 from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
 from optimum_moe.algorithms.low_rank import Spectrum, decompose
 from optimum_moe.algorithms.structured_sparse import add_rows, residual, row_energy
@@ -16,7 +16,12 @@ RankOf = Callable[[Spectrum], int | None]
 
 
 def factorise_expert(
-    expert: SingleExpert, tokens: ExpertTokens | None, rank_of: RankOf, density_rows: Callable[[int], int]
+    expert: Expert,
+    tokens: ExpertTokens | None,
+    rank_of: RankOf,
+    density_rows: Callable[[int], int],
+    base: Mapping[str, torch.Tensor] | None = None,
+    neurons: torch.Tensor | None = None,
 ) -> ExpertFactors:
     """Factorise gate, up and down, whitened by what each of them sees on the expert's tokens.
 
@@ -28,13 +33,19 @@ def factorise_expert(
         tokens: Its tokens; None for the plain SVD. An expert that no token reached gets the plain SVD too.
         rank_of: The rank of each matrix.
         density_rows: From the rows of a matrix to those that its sparse part keeps; the ones of the highest energy.
+        base: By projection the (O, X) matrix that is shared, so that only what is left over is factorised.
+        neurons: (I,) order of the neurons here, where it is not the model's.
 
     Returns:
         Factors in float32.
     """
     made = {}
-    for name in expert.names:
-        matrix_OX = expert.matrix(name)
+    matrices = {"gate": expert.gate_IH, "up": expert.up_IH, "down": expert.down_HI}
+    for name, matrix_OX in matrices.items():
+        if matrix_OX is None:
+            continue
+        if base is not None:
+            matrix_OX = matrix_OX - base[name].to(matrix_OX.dtype)
         rows_PX = None if tokens is None else weighted_inputs(expert, tokens, name)
         spectrum = decompose(matrix_OX, input_rows_PX=rows_PX)
         rank = rank_of(spectrum)
@@ -47,12 +58,12 @@ def factorise_expert(
             energy_O = row_energy(left_OX, input_rows_PX=rows_PX, ridge=spectrum.input_ridge)
             low_rank = add_rows(matrix_OX, low_rank, energy_O, num_rows)
         made[name] = low_rank
-    return ExpertFactors(made["up"], made["down"], made.get("gate"))
+    return ExpertFactors(made["up"], made["down"], made.get("gate"), neurons)
 
 
-def weighted_inputs(expert: SingleExpert, tokens: ExpertTokens, name: str) -> torch.Tensor | None:
+def weighted_inputs(expert: Expert, tokens: ExpertTokens, name: str) -> torch.Tensor | None:
     """(P, X) routing weight times input of a projection on the expert's tokens; None without any."""
     if len(tokens.input_PH) == 0:
         return None
-    inputs_PX = expert.hidden(tokens.input_PH) if name == "down" else tokens.input_PH
+    inputs_PX = expert.activated(expert.preactivations(tokens.input_PH)) if name == "down" else tokens.input_PH
     return inputs_PX * tokens.weight_P[:, None]

@@ -14,37 +14,32 @@ IGNORED = -100
 
 
 @contextmanager
-def differentiable(model: PreTrainedModel) -> Iterator[None]:
-    """Let gradients flow through a model, to none of its parameters.
-
-    Raises:
-        ValueError: If the model has no input embeddings, from which they would start.
-    """
-    embeddings = model.get_input_embeddings()
-    if not isinstance(embeddings, nn.Module):
-        raise ValueError(
-            f"{type(model).__name__} has no input embeddings, so no backward pass can be made. Pass curvature=False."
-        )
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Record what a model computes behind a tensor that needs gradients; its parameters get none."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
         with torch.enable_grad():
             yield
     finally:
-        handle.remove()
         for parameter in learning:
             parameter.requires_grad_(True)
 
 
-def summed_loss(model: PreTrainedModel, output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Sum over all tokens of the negative log-likelihood of the next one; padding does not count.
+def sampled_loss(
+    model: PreTrainedModel, output: Any, inputs: Mapping[str, Any], generator: torch.Generator
+) -> torch.Tensor:
+    """Sum over all tokens of the negative log-likelihood of a next one that is drawn from the model's prediction.
+
+    The mean square of its gradients is the curvature of the divergence from the model itself (the true Fisher matrix);
+    with the text's own labels it would also hold what the model gets wrong. Padding does not count.
 
     Args:
         model: The model.
         output: What it gave.
         inputs: What it was given.
+        generator: Of the draws, on the CPU.
 
     Raises:
         ValueError: If it gave no logits of its tokens.
@@ -57,6 +52,11 @@ def summed_loss(model: PreTrainedModel, output: Any, inputs: Mapping[str, Any]) 
             f"{type(model).__name__} gives no logits for the ids that it reads, so there is no loss to go back from. "
             "Load it with the head that predicts its next token, or pass curvature=False."
         )
-    labels_BT = ids_BT if mask_BT is None else ids_BT.masked_fill(mask_BT == 0, IGNORED)
-    flat = logits_BTV[:, :-1].flatten(0, 1).float()
-    return nn.functional.cross_entropy(flat, labels_BT[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    flat = logits_BTV.flatten(0, 1).float()
+    # One number for each token, so that the draws are the same on every device.
+    uniform_T1 = torch.rand(len(flat), 1, generator=generator, dtype=torch.float64).to(flat.device, torch.float32)
+    cumulated_TV = flat.detach().softmax(-1).cumsum(-1)
+    labels_T = torch.searchsorted(cumulated_TV, uniform_T1 * cumulated_TV[:, -1:])[:, 0].clamp(max=flat.shape[-1] - 1)
+    if mask_BT is not None:
+        labels_T = labels_T.masked_fill(mask_BT.flatten() == 0, IGNORED)
+    return nn.functional.cross_entropy(flat, labels_T, ignore_index=IGNORED, reduction="sum")

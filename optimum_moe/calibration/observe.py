@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
-from optimum_moe.calibration.gradients import differentiable, summed_loss
+from optimum_moe.calibration.gradients import differentiable, sampled_loss
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.statistics import Statistics
@@ -29,7 +29,7 @@ def observe(
     config: CalibrationConfig,
     source: Mapping[str, Any] | None = None,
     progress: bool = True,
-    gradients: bool = False,
+    draws: int = 0,
 ) -> Statistics:
     """Forward every batch once, with a recorder behind every block.
 
@@ -40,7 +40,8 @@ def observe(
         config: Reservoir size, seed and the rule for unseen experts.
         source: Identity of the model, stored with the statistics.
         progress: Show a progress bar.
-        gradients: Also go back from the loss of every batch, and sample the gradients at the experts' outputs.
+        draws: Also go back so many times from the loss of every batch, with labels drawn from the model's predictions,
+            and sample the gradients at the experts' outputs.
 
     Returns:
         Statistics of all blocks. Experts that no token reached are warned about (or raise, see `unseen`).
@@ -55,21 +56,22 @@ def observe(
             found.info.hidden_size,
             config.sampled_tokens,
             config.seed,
-            gradients,
+            draws,
         )
         for found in blocks
     }
+    generator = torch.Generator().manual_seed(config.seed)
     was_training = model.training
     model.eval()
     part = running_part(model)
-    extra = _cheap_forward_arguments(part, needs_logits=gradients)
+    extra = _cheap_forward_arguments(part, needs_logits=draws > 0)
     in_text = text_blocks(model, blocks)
     with ExitStack() as stack:
-        stack.enter_context(differentiable(part) if gradients else torch.no_grad())
+        stack.enter_context(differentiable(part) if draws else torch.no_grad())
         for found in blocks:
             block, recorder = found.module(model), recorders[found.info.name]
             stack.enter_context(found.surgeon.watch(block, recorder))
-            if gradients:
+            if draws:
                 stack.enter_context(found.surgeon.watch_gradient(block, recorder.gradient))
         stack.callback(model.train, was_training)
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
@@ -78,8 +80,8 @@ def observe(
                 mask_T = padding_mask(inputs, found.info, found.info.name in in_text)
                 recorders[found.info.name].expect(mask_T)
             output = part(**inputs, **extra)
-            if gradients:
-                summed_loss(part, output, inputs).backward()
+            for draw in range(draws):
+                sampled_loss(part, output, inputs, generator).backward(retain_graph=draw + 1 < draws)
     statistics = Statistics(
         {name: recorder.statistics() for name, recorder in recorders.items()},
         {**batches.description, "tokens_by_block": _reached(recorders)},

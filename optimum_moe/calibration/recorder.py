@@ -16,7 +16,7 @@ class BlockRecorder:
         hidden_size: H.
         reservoir_tokens: Size of the sample of tokens.
         seed: Seed of the sample; equal seeds pick the same tokens in every block.
-        gradients: Whether a backward pass follows every forward pass, whose gradients are sampled too.
+        draws: Backward passes (J) that follow every forward pass, whose gradients are sampled too.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class BlockRecorder:
         hidden_size: int,
         reservoir_tokens: int = 4096,
         seed: int = 0,
-        gradients: bool = False,
+        draws: int = 0,
     ) -> None:
         self.num_experts = num_experts
         self.num_tokens = 0
@@ -44,8 +44,10 @@ class BlockRecorder:
         self.input_sq_EH, self.hidden_sq_EI = zeros(e, hidden_size), zeros(e, intermediate_size)
         self.coactivation_EE, self.router_gram_EE, self.router_sum_E = zeros(e, e), zeros(e, e), zeros(e)
         self._sample = _Sample(reservoir_tokens, seed)
-        self._gradients = gradients
+        self._draws = draws
         self._waiting: tuple[torch.Tensor | None, ...] | None = None
+        self._gradients: list[torch.Tensor] = []
+        self._reached = False
 
     def expect(self, mask_T: torch.Tensor | None) -> None:
         """Announce the next forward pass: True for each of the block's tokens that counts, None for all of them."""
@@ -73,23 +75,28 @@ class BlockRecorder:
         same = router_input_TH.data_ptr() == input_TH.data_ptr() or torch.equal(router_input_TH, input_TH)
         index = index.masked_fill(~counts, self.num_experts)
         columns = router_input_TH.detach()[valid_T], None if same else input_TH.detach()[valid_T], index, weights
-        if self._gradients:
-            self._sample_waiting(None)
+        if self._draws:
+            self._sample_waiting()
             self._waiting = columns
         else:
             self._sample.add(*columns, None)
 
     def gradient(self, gradient_TH: torch.Tensor) -> None:
-        """Take the gradient at the output of the last call, with which its tokens are sampled."""
-        self._sample_waiting(gradient_TH[self._valid_T.to(gradient_TH.device)])
+        """Take the gradient that a backward pass gives at the output of the last call."""
+        self._reached = True
+        self._gradients.append(gradient_TH[self._valid_T.to(gradient_TH.device)])
+        if len(self._gradients) == self._draws:
+            self._sample_waiting()
 
-    def _sample_waiting(self, gradient_TH: torch.Tensor | None) -> None:
+    def _sample_waiting(self) -> None:
+        """Sample the tokens of the last call, with the gradients that came."""
         if self._waiting is not None:
-            inputs_TH = self._waiting[0]
-            assert inputs_TH is not None
-            # No gradient arrives where the loss does not depend on the call.
-            self._sample.add(*self._waiting, torch.zeros_like(inputs_TH) if gradient_TH is None else gradient_TH)
-            self._waiting = None
+            first_TH = self._waiting[0]
+            assert first_TH is not None
+            # No gradient comes where the loss does not depend on the call.
+            missing = [torch.zeros_like(first_TH)] * (self._draws - len(self._gradients))
+            self._sample.add(*self._waiting, torch.stack([*self._gradients, *missing], dim=1))
+        self._waiting, self._gradients = None, []
 
     @torch.no_grad()
     def expert(
@@ -116,7 +123,7 @@ class BlockRecorder:
 
     def statistics(self) -> BlockStatistics:
         """What was accumulated so far."""
-        self._sample_waiting(None)
+        self._sample_waiting()
         return BlockStatistics(
             num_tokens=self.num_tokens,
             token_count_E=self.token_count_E,
@@ -130,7 +137,8 @@ class BlockRecorder:
             coactivation_EE=self.coactivation_EE,
             router_gram_EE=self.router_gram_EE,
             router_sum_E=self.router_sum_E,
-            reservoir=self._sample.reservoir(),
+            # Zeros everywhere would say that nothing matters; that no gradient came says nothing.
+            reservoir=self._sample.reservoir(with_gradients=self._reached),
         )
 
     def _valid(self, tokens: int, device: torch.device) -> torch.Tensor:
@@ -171,13 +179,13 @@ class _Sample:
             for was, new in zip(old, columns, strict=True)
         ]
 
-    def reservoir(self) -> Reservoir:
+    def reservoir(self, with_gradients: bool) -> Reservoir:
         if not self._columns:
             empty = torch.empty(0, 0)
             return Reservoir(empty, empty, torch.empty(0, 0, dtype=torch.int64), empty)
-        router_input_SH, experts_input_SH, index_SK, weights_SK, gradient_SH = self._columns
+        router_input_SH, experts_input_SH, index_SK, weights_SK, gradient_SJH = self._columns
         assert router_input_SH is not None
         assert index_SK is not None
         assert weights_SK is not None
         shared = router_input_SH if experts_input_SH is None else experts_input_SH
-        return Reservoir(router_input_SH, shared, index_SK, weights_SK, gradient_SH)
+        return Reservoir(router_input_SH, shared, index_SK, weights_SK, gradient_SJH if with_gradients else None)

@@ -55,9 +55,9 @@ def _dense_failures(held: Any, expert: int, plan: BlockPlan, originals: Mapping[
     kept = None if plan.neurons is None else plan.neurons[expert]
     factored = any(ranks[expert] is not None for ranks in plan.sizes.ranks.values())
     failures = []
-    for projection in () if held.home(expert) is None else plan.sizes.ranks:
+    for projection in () if held.home(expert) is None else originals:
         refitted = projection == "down" and (kept is not None or factored)
-        if plan.sizes.ranks[projection][expert] is not None or refitted:
+        if plan.sizes.base is not None or plan.sizes.rank_of(projection, expert) is not None or refitted:
             continue
         expected = originals[projection][expert]
         expected = expected if kept is None else expected[kept]

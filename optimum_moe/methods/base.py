@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -52,13 +52,14 @@ class BlockContext:
 
     def sample(self) -> SampledTokens:
         """The sampled tokens of the block."""
-        found = self.observed().reservoir
+        observed, experts = self.observed(), self.experts
+        found = observed.reservoir
         return SampledTokens(
-            found.experts_input_SH,
-            found.index_SK,
-            found.weights_SK,
-            found.gradient_SH,
-            self.experts.scales_input,
+            *(found.experts_input_SH, found.index_SK, found.weights_SK),
+            # Behind a norm of each expert's output the gradient at their sum is none of its own.
+            gradient_SJH=found.gradient_SJH if experts.finish is None else None,
+            scales_input=experts.scales_input,
+            share=len(found.index_SK) / max(observed.num_tokens, 1) or 1.0,
         )
 
 
@@ -68,17 +69,19 @@ INDEX_BYTES = 4
 
 @dataclass(frozen=True)
 class ExpertCost:
-    """What the experts of a block cost after a method, as far as config and headers tell.
+    """What the routed experts of a block cost after a method, as far as config and headers tell.
 
     Args:
         parameters: Numbers that all of them store, biases included.
-        indices: Indices of sparse rows beside them.
-        multiply_adds: The fewest and the most that one of them takes for a token.
+        multiply_adds: The fewest and the most that a token takes; they differ where selected experts may coincide.
+        indices: Indices of sparse rows beside the parameters.
+        stock: Whether the stock classes can hold them.
     """
 
     parameters: float
-    indices: float
     multiply_adds: tuple[float, float]
+    indices: float = 0.0
+    stock: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,9 @@ class Method(ABC):
         """Whether calibration data are needed."""
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether a backward pass over the calibration data helps."""
-        return False
+    def gradient_draws(self) -> int:
+        """Backward passes over the calibration data that the method wants."""
+        return 0
 
     @property
     def sample_size(self) -> int:
@@ -143,9 +146,14 @@ class Method(ABC):
 
     def cost(self, model: ModelInfo, block: BlockInfo, count: int) -> ExpertCost:
         """What the `count` remaining experts of a block cost."""
-        each = float(block.expert_multiply_adds)
-        return ExpertCost(count * block.expert_parameters, 0.0, (each, each))
+        return ExpertCost(count * block.expert_parameters, self.active(block, count, block.expert_multiply_adds))
+
+    def active(self, block: BlockInfo, count: int, each: float) -> tuple[float, float]:
+        """The fewest and the most multiply-adds of a token where one of `count` experts takes `each`."""
+        most = min(block.top_k, count)
+        shared = self.block_routing == "map" and count < block.num_experts
+        return (1 if shared else most) * each, most * each
 
     def settings(self) -> Mapping[str, Any]:
         """Name and settings, as they stand in a recipe."""
-        return {"method": self.name, **asdict(self)}
+        return {"method": self.name, **{f.name: getattr(self, f.name) for f in fields(self) if f.init}}

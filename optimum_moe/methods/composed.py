@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import torch
 
 from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
+from optimum_moe.algorithms.factors import PROJECTIONS
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.blocks import BlockInfo, ModelInfo
 from optimum_moe.methods.base import BlockContext, ExpertCost, Method
-from optimum_moe.methods.low_rank_sparse import LowRankSparse
+from optimum_moe.methods.counts import is_selected
+from optimum_moe.methods.low_rank_sparse import LowRankSparse, SharedBases
 from optimum_moe.nn import map_routing
-from optimum_moe.plan import BlockPlan, Routing
+from optimum_moe.plan import BlockPlan, Routing, keep_all
 from optimum_moe.statistics import BlockStatistics, Statistics
 
 _NEURON_AXIS = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0, "down_bias": None}
@@ -40,6 +42,11 @@ class Composed(Method):
     then: LowRankSparse
 
     def __post_init__(self) -> None:
+        if self.then.base is not None and self.first.block_routing == "reduce":
+            raise ValueError(
+                f'base="group" keeps every expert, and {self.first.name} with a smaller router does not. '
+                'Merge with routing="map" in front of it.'
+            )
         if isinstance(self.first, Composed | LowRankSparse):
             raise ValueError(
                 f"A list of methods is one that merges or prunes experts and one that factorises them, got "
@@ -52,9 +59,9 @@ class Composed(Method):
         return self.first.needs_statistics or self.then.needs_statistics
 
     @property
-    def needs_gradients(self) -> bool:
-        """If one of them does."""
-        return self.first.needs_gradients or self.then.needs_gradients
+    def gradient_draws(self) -> int:
+        """As many as one of them wants."""
+        return max(self.first.gradient_draws, self.then.gradient_draws)
 
     @property
     def needs_survey(self) -> bool:
@@ -78,7 +85,7 @@ class Composed(Method):
 
     def counts(self, model: ModelInfo) -> dict[str, int]:
         """The first's."""
-        self.then.counts(model)
+        self.then.check(model)
         return self.first.counts(model)
 
     def allocate(self, model: ModelInfo, statistics: Statistics | None) -> dict[str, int]:
@@ -97,14 +104,29 @@ class Composed(Method):
         return replace(self, then=settled)
 
     def decide(self, context: BlockContext, count: int) -> BlockPlan:
-        """Merge or prune, and factorise what remains."""
-        # A survey may have drawn random numbers; the same seed gives the same plan here.
+        """Merge or prune, and factorise what remains; with shared bases, factorise what sets experts apart."""
         plan = self.first.decide(context, count)
-        return replace(plan, factors=self.then.factorise(after(context, plan)))
+        if self.then.base is None:
+            return replace(plan, factors=self.then.factorise(after(context, plan)))
+        aligned = replace(context, experts=_aligned(context.experts, plan))
+        kept = keep_all(context.info.name, context.info.num_experts, self.block_routing)
+        return replace(kept, factors=self.then.factorise(aligned, _shared(context.experts, plan)))
 
     def cost(self, model: ModelInfo, block: BlockInfo, count: int) -> ExpertCost:
-        """The second's."""
-        return self.then.cost(model, block, count)
+        """Of the first's experts in the second's forms."""
+        if not is_selected(block, len(model.blocks), self.then.layers, self.then.protect):
+            return self.first.cost(model, block, count)
+        least, most, indices = self.then.numbers(model, block)
+        biases, dense = block.expert_parameters - block.expert_multiply_adds, block.expert_multiply_adds
+        if self.then.base is None:
+            low, high = self.active(block, count, least)[0], self.active(block, count, most)[1]
+            stored = count * most
+            if self.then.needs_survey:
+                stored = min(stored, self.then.share(model) * block.num_experts * most)
+            return ExpertCost(stored + count * biases, (low, high), count * indices, stock=False)
+        experts = block.num_experts
+        bounds = dense + block.top_k * least, min(block.top_k, count) * dense + block.top_k * most
+        return ExpertCost(count * dense + experts * (most + biases), bounds, experts * indices, stock=False)
 
     def settings(self) -> Mapping[str, Any]:
         """The first's, with the second's as `then`."""
@@ -124,6 +146,7 @@ def after(context: BlockContext, plan: BlockPlan) -> BlockContext:
 
 
 def _merged(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
+    """The merged experts of all groups, by themselves."""
     merged: dict[str, PerExpert] = {}
     for name, axis in _NEURON_AXIS.items():
         values = getattr(experts, name)
@@ -136,6 +159,26 @@ def _merged(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
             order = [None if plan.permutations_EI is None else plan.permutations_EI[e] for e in members]
             merge_matrices([values[e] for e in members], weights, order, axis, out)
     return replace(experts, **merged)  # type: ignore[arg-type]
+
+
+def _aligned(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
+    """All experts with their neurons in the order of their group."""
+    if plan.permutations_EI is None:
+        return experts
+    ordered: dict[str, PerExpert] = {}
+    for name, axis in _NEURON_AXIS.items():
+        values = getattr(experts, name)
+        if values is not None and axis is not None:
+            pairs = zip(values, plan.permutations_EI, strict=True)
+            ordered[name] = [matrix.index_select(axis, order_I.to(matrix.device)) for matrix, order_I in pairs]
+    return replace(experts, **ordered)  # type: ignore[arg-type]
+
+
+def _shared(experts: ExpertTensors, plan: BlockPlan) -> SharedBases:
+    merged = _merged(experts, plan)
+    matrices = {name: getattr(merged, name) for name in PROJECTIONS}
+    stacked = {name: torch.stack(list(values)) for name, values in matrices.items() if values is not None}
+    return SharedBases(plan.labels_E, stacked, plan.permutations_EI)
 
 
 def _mapped(statistics: BlockStatistics, plan: BlockPlan) -> BlockStatistics:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from optimum_moe.algorithms.experts import PerExpert
-from optimum_moe.algorithms.factors import BlockFactors, FactorSizes, MatrixFactors
+from optimum_moe.algorithms.factors import JOINT, BlockFactors, FactorSizes, MatrixFactors
 from optimum_moe.nn.sparse_part import SparsePart, keep_rows
 
 
@@ -90,11 +90,26 @@ class ExpertProjection(nn.Module):
         self._rank_ends, self._row_ends = ranks, rows
 
     def forward(
-        self, input_TX: torch.Tensor, expert: int | None = None, counts_C: Sequence[int] | None = None
+        self,
+        input_TX: torch.Tensor,
+        expert: int | None = None,
+        counts_C: Sequence[int] | None = None,
+        base: int | None = None,
+        with_base: bool = True,
     ) -> torch.Tensor:
-        """(T, O) outputs of one expert, or of tokens that lie by expert, `counts_C` of each."""
+        """(T, O) outputs of one expert, with or without its base's; of a base; or of tokens that lie by expert.
+
+        Args:
+            input_TX: (T, X).
+            expert: Number in the width class.
+            counts_C: Tokens of each expert.
+            base: Number of a base, for its output alone.
+            with_base: Whether the output of the expert's base is added.
+        """
+        if base is not None:
+            return nn.functional.linear(input_TX, self.base[base])
         if expert is not None:
-            return self._one(expert, input_TX)
+            return self._one(expert, input_TX, with_base)
         assert counts_C is not None
         return self._grouped(input_TX, counts_C)
 
@@ -106,7 +121,7 @@ class ExpertProjection(nn.Module):
         place = self.place_C[expert]
         return slice(self._row_ends[place], self._row_ends[place + 1])
 
-    def _one(self, expert: int, input_PX: torch.Tensor) -> torch.Tensor:
+    def _one(self, expert: int, input_PX: torch.Tensor, with_base: bool) -> torch.Tensor:
         rank = self.ranks_C[expert]
         if rank is None:
             output_PO = nn.functional.linear(input_PX, self.weight[self.place_C[expert]])
@@ -119,7 +134,7 @@ class ExpertProjection(nn.Module):
             part = self._rows_of(expert)
             sparse_PM = nn.functional.linear(input_PX, self.rows[part])
             output_PO = output_PO.index_add(-1, self.row_index[part], sparse_PM.to(output_PO.dtype))
-        if self.base_C is not None:
+        if self.base_C is not None and with_base:
             output_PO = output_PO + nn.functional.linear(input_PX, self.base[self.base_C[expert]])
         return output_PO + self.bias[expert] if hasattr(self, "bias") else output_PO
 
@@ -241,9 +256,9 @@ class WidthClass(nn.Module):
         base_C = None if sizes.base is None else [sizes.base[e] for e in members]
         num_bases = 0 if sizes.base is None else max(sizes.base) + 1
         for name, ranks in sizes.ranks.items():
-            outputs, inputs = (hidden_size, width) if name == "down" else (width, hidden_size)
+            outputs, inputs = sizes.shape(name, width, hidden_size)
             rows_C = [sizes.rows[name][e] if name in sizes.rows else 0 for e in members]
-            ranks_C, bias = [ranks[e] for e in members], name in biases
+            ranks_C, bias = [ranks[e] for e in members], (name if name != JOINT else "up") in biases
             projection = ExpertProjection(outputs, inputs, ranks_C, rows_C, bias, base_C, num_bases, **factory)
             # Short names such as `gate` are patterns that some architectures rename on loading.
             self.add_module(f"{name}_stacks", projection)
@@ -321,6 +336,16 @@ class FactorisedExperts(nn.Module):
         return self._sizes.has_gate
 
     @property
+    def is_joint(self) -> bool:
+        """Whether gate and up are one matrix."""
+        return JOINT in self._sizes.ranks
+
+    @property
+    def shares_bases(self) -> bool:
+        """Whether experts are differences to bases that they share."""
+        return self._sizes.base is not None
+
+    @property
     def num_experts(self) -> int:
         """Experts of the block (G)."""
         return len(self.widths)
@@ -341,6 +366,9 @@ class FactorisedExperts(nn.Module):
             nothing = input_PH.new_zeros(len(input_PH), 0)
             return (nothing if self.has_gate else None), nothing
         found, slot = home
+        if self.is_joint:
+            gate_Pn, up_Pn = found.projection(JOINT)(input_PH, expert=slot).chunk(2, dim=-1)
+            return gate_Pn, up_Pn
         gate_Pn = found.projection("gate")(input_PH, expert=slot) if self.has_gate else None
         return gate_Pn, found.projection("up")(input_PH, expert=slot)
 
@@ -366,11 +394,13 @@ class FactorisedExperts(nn.Module):
                     with torch.no_grad():
                         self.empty.bias[self.empty.members.index(expert)] = biases["down"][expert]
                 continue
-            for name, matrix in form.matrices.items():
-                bias = biases[name][expert] if name in biases else None
-                if bias is not None and form.neurons is not None and name != "down":
-                    bias = bias[form.neurons.to(bias.device)]
-                home[0].projection(name).fill(home[1], matrix, bias)
+            own = {name: values[expert] for name, values in biases.items()}
+            if form.neurons is not None:
+                own = {n: b if n == "down" else b[form.neurons.to(b.device)] for n, b in own.items()}
+            if factors.joint and "up" in own:
+                own[JOINT] = torch.cat([own["gate"], own["up"]])
+            for name, matrix in factors.matrices(expert).items():
+                home[0].projection(name).fill(home[1], matrix, own.get(name))
         with torch.no_grad():
             for name, base in factors.bases.items():
                 for module in self.classes:
@@ -382,4 +412,7 @@ class FactorisedExperts(nn.Module):
         home = self.home(expert)
         if home is None:
             return {}
-        return {name: home[0].projection(name).densified(home[1]) for name in self._sizes.ranks}
+        dense = {name: home[0].projection(name).densified(home[1]) for name in self._sizes.ranks}
+        if JOINT in dense:
+            dense["gate"], dense["up"] = dense.pop(JOINT).chunk(2)
+        return dense

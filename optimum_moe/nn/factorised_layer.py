@@ -12,6 +12,7 @@ from torch import nn
 from optimum_moe.algorithms.experts import Activate
 from optimum_moe.nn.factorised_experts import EmptyExperts, FactorisedExperts, WidthClass
 from optimum_moe.nn.merged_experts import MergedExpertLayer, accumulator, run_routed, sort_pairs, wide
+from optimum_moe.nn.shared_bases import run_shared
 
 
 class FactorisedExpertLayer(MergedExpertLayer):
@@ -37,6 +38,8 @@ class FactorisedExpertLayer(MergedExpertLayer):
         """
         index_TK = top_k_index.masked_fill(top_k_weights == 0, self.num_experts)
         activate = partial(native_activation, self)
+        if self.factors.shares_bases and native_finish(self) is None:
+            return run_shared(self, activate, hidden_states, index_TK, top_k_weights)
         # Grouped matmuls save launches, of which a CPU has none; there one expert after the other is faster.
         grouped = self.config._experts_implementation == "grouped_mm" and hidden_states.device.type != "cpu"
         if grouped and hasattr(nn.functional, "grouped_mm"):
@@ -100,8 +103,12 @@ def run_grouped(
 
 
 def _grouped_class(found: WidthClass, activate: Activate, input_QH: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    gate_Qn = found.projection("gate")(input_QH, counts_C=counts) if hasattr(found, "gate_stacks") else None
-    hidden_Qn = activate(gate_Qn, found.projection("up")(input_QH, counts_C=counts))
+    if hasattr(found, "gate_up_stacks"):
+        gate_Qn, up_Qn = found.projection("gate_up")(input_QH, counts_C=counts).chunk(2, dim=-1)
+    else:
+        gate_Qn = found.projection("gate")(input_QH, counts_C=counts) if hasattr(found, "gate_stacks") else None
+        up_Qn = found.projection("up")(input_QH, counts_C=counts)
+    hidden_Qn = activate(gate_Qn, up_Qn)
     return found.projection("down")(hidden_Qn, counts_C=counts)
 
 

@@ -68,10 +68,14 @@ def routed_multiply_adds(info: BlockInfo, plan: BlockPlan, observed: BlockStatis
         if observed is not None and merged and len(observed.reservoir.index_SK):
             active = observed.mean_distinct(plan.labels_E)
         return active * info.expert_multiply_adds
-    each = [plan.sizes.numbers(g, info.hidden_size, active=True) for g in range(plan.num_groups)]
+    sizes, own = plan.sizes, {plan.labels_E: [0.0] * plan.num_groups}
+    own[plan.labels_E] = [sizes.numbers(g, info.hidden_size, active=True) for g in range(plan.num_groups)]
+    if sizes.base is not None:
+        # A base runs once for the experts of its group that a token selects.
+        own[sizes.base] = [float(info.expert_multiply_adds)] * (max(sizes.base) + 1)
     if observed is None or not len(observed.reservoir.index_SK):
-        return active * sum(each) / len(each)
-    return observed.mean_of_distinct(plan.labels_E, each)
+        return active * sum(sum(each) / len(each) for each in own.values())
+    return sum(observed.mean_of_distinct(labels, each) for labels, each in own.items())
 
 
 def _indices(model: PreTrainedModel) -> list[torch.Tensor]:

@@ -106,7 +106,7 @@ def preview(
     """Costs of a model whose blocks keep `counts` experts, in the forms that the method gives them."""
     removed_parameters, removed_router, indices = 0.0, 0, 0.0
     low, high, full = {}, {}, {}
-    routing, factorised = method.block_routing, False
+    routing, stock = method.block_routing, True
     for found in blocks:
         block, count = found.info, counts[found.info.name]
         gone, cost = block.num_experts - count, method.cost(info, block, count)
@@ -115,10 +115,8 @@ def preview(
         if routing == "reduce":
             removed_router += gone * block.router_parameters
         full[block.name] = float(block.top_k * block.expert_multiply_adds)
-        least, most = cost.multiply_adds
-        factorised |= (least, most) != (block.expert_multiply_adds,) * 2
-        high[block.name] = min(block.top_k, count) * most
-        low[block.name] = least if routing == "map" and gone > 0 else min(block.top_k, count) * least
+        low[block.name], high[block.name] = cost.multiply_adds
+        stock &= cost.stock
     dense_saving = 2.0 * removed_router
     size = int(info.bytes - (removed_parameters + removed_router) * info.expert_itemsize + indices * INDEX_BYTES)
     before = flops_per_token(skeleton, blocks, full)
@@ -134,5 +132,5 @@ def preview(
             flops_per_token(skeleton, blocks, high) - dense_saving,
         ),
         counts={found.info.name: (found.info.num_experts, counts[found.info.name]) for found in blocks},
-        plain=not mapped and not factorised and is_expressible(counts, unchanged, towers),
+        plain=stock and not mapped and is_expressible(counts, unchanged, towers),
     )

@@ -130,10 +130,16 @@ class Surgeon(ABC):
     def watch_gradient(self, block: Block, report: Callable[[torch.Tensor], None]) -> AbstractContextManager[None]:
         """When a backward pass runs, report the (T, H) gradient at the weighted sum of the selected experts."""
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            if output.requires_grad:
-                output.register_hook(lambda gradient: report(gradient.reshape(-1, gradient.shape[-1])))
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            summed = output[0] if isinstance(output, tuple) else output
+            if not torch.is_grad_enabled():
+                return output
+            if not summed.requires_grad:
+                # The first block: gradients end here. What follows may write into its output, so it is no leaf.
+                summed = summed.detach().requires_grad_().clone()
+                output = (summed, *output[1:]) if isinstance(output, tuple) else summed
+            summed.register_hook(lambda gradient: report(gradient.reshape(-1, gradient.shape[-1])))
+            return output
 
         return hooked([self.summing_module(block).register_forward_hook(after)])
 

@@ -1,0 +1,186 @@
+"""The rows of `layer_speed.py` for experts in compressed forms, beside what FLOPs and bytes predict.
+
+Two blocks of one architecture with the same router and the same inputs, so that routing is equal: stock experts, and
+experts in compressed forms with random factors, put in by the surgeon. `ratio` is the median over rounds of the time of
+the compressed block by that of the stock one in the same round, in its faster implementation of `eager` and
+`grouped_mm`. `predicted` is
+
+    prefill (512 tokens)    multiply-adds of the routed (token, expert) pairs and of the router
+    decode (8 and 1 tokens) bytes of the distinct experts that are hit and of the router
+
+of the compressed block by those of the stock one; `quotient` = ratio / predicted. Rounds take turns among inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_moe.algorithms.factors import BlockFactors, ExpertFactors, FactorSizes, MatrixFactors
+from optimum_moe.plan import keep_all
+
+INPUTS, FEWEST_ROUNDS, PREFILL = 16, 11, 64
+RATIO, STEP = 0.25, 8
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the experts of a block are kept."""
+
+    name: str
+    sizes: FactorSizes
+
+
+def uniform(layer: Any, rank: int, density: float) -> FactorSizes:
+    """Every matrix at one rank with the same share of its rows."""
+    count, width, hidden = layer.num_experts, layer.intermediate, layer.hidden
+    rows = {"gate": (int(density * width),), "up": (int(density * width),), "down": (int(density * hidden),)}
+    return FactorSizes(
+        (width,) * count,
+        dict.fromkeys(rows, (rank,) * count),
+        {name: values * count for name, values in rows.items()} if density else {},
+    )
+
+
+def mixed(layer: Any) -> FactorSizes:
+    """What a byte budget gives: dense, narrower and empty experts among others, whose matrices have ranks of their own.
+
+    Ranks are multiples of 8 up to about half of the matrix's bytes; widths are multiples of 8.
+    """
+    draw = random.Random(0)
+    most = layer.hidden * layer.intermediate // (layer.hidden + layer.intermediate) // 2
+    widths: list[int] = []
+    ranks: dict[str, list[int | None]] = {"gate": [], "up": [], "down": []}
+    for expert in range(layer.num_experts):
+        kind = ("dense", "empty", "narrower", "narrower", "narrower, rank", "rank", "rank", "rank")[expert % 8]
+        shares = {"dense": 1.0, "empty": 0.0, "rank": 1.0}
+        width = int(shares.get(kind, draw.uniform(0.1, 0.5)) * layer.intermediate) // STEP * STEP
+        widths.append(width)
+        for values in ranks.values():
+            limit = min(most, width // 2)
+            values.append(draw.randrange(STEP, limit + 1, STEP) if "rank" in kind else None)
+    return FactorSizes(tuple(widths), {name: tuple(values) for name, values in ranks.items()})
+
+
+def forms(layer: Any) -> Iterator[Form]:
+    """The forms to time."""
+    quarter = int(RATIO * layer.hidden * layer.intermediate / (layer.hidden + layer.intermediate)) // STEP * STEP
+    for rank in (quarter, 32):
+        for density in (0.0, 0.1):
+            yield Form(f"rank {rank}, density {density:g}", uniform(layer, rank, density))
+    yield Form("mixture", mixed(layer))
+
+
+def random_factors(sizes: FactorSizes, hidden: int, dtype: torch.dtype) -> BlockFactors:
+    """Random numbers in these sizes."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (0.02 * torch.randn(shape)).to(dtype)
+
+    def matrix(name: str, expert: int) -> MatrixFactors:
+        width, rank = sizes.widths[expert], sizes.ranks[name][expert]
+        outputs, inputs = (hidden, width) if name == "down" else (width, hidden)
+        if rank is None:
+            return MatrixFactors(dense_OX=normal(outputs, inputs))
+        rows = sizes.rows[name][expert] if name in sizes.rows else 0
+        index = torch.randperm(outputs)[:rows].sort().values
+        sparse = (index, normal(rows, inputs)) if rows else (None, None)
+        return MatrixFactors(None, normal(rank, outputs), normal(rank, inputs), *sparse)
+
+    def expert_of(number: int) -> ExpertFactors:
+        made = {name: matrix(name, number) for name in sizes.ranks}
+        return ExpertFactors(made["up"], made["down"], made.get("gate"), torch.arange(sizes.widths[number]))
+
+    return BlockFactors(tuple(expert_of(number) for number in range(len(sizes.widths))))
+
+
+def compressed_block(block: nn.Module, surgeon: Any, sizes: FactorSizes, layer: Any, dtype: torch.dtype) -> nn.Module:
+    """A block with the same router and random experts in compressed forms, made by the surgeon."""
+    experts = block.experts
+    block.experts = None
+    made = copy.deepcopy(block)
+    block.experts = experts
+    with torch.device("meta"):
+        made.experts = type(experts)(experts.config)
+    for name, stacked in experts.named_parameters(recurse=False):
+        # The surgeon reads shapes and dtype only, and then drops them.
+        made.experts._parameters[name] = nn.Parameter(stacked.detach(), requires_grad=False)
+    factors = random_factors(sizes, layer.hidden, dtype)
+    surgeon.carry_out(made, replace(keep_all("block", layer.num_experts), factors=factors))
+    return made.eval().requires_grad_(False)
+
+
+def predicted(layer: Any, sizes: FactorSizes, index_TK: torch.Tensor, prefill: bool) -> float:
+    """Ratio of the multiply-adds, or of the bytes, of the compressed block to those of the stock one."""
+    dense, router = 3 * layer.hidden * layer.intermediate, layer.hidden * layer.num_experts
+    hit = index_TK.flatten().tolist() if prefill else index_TK.unique().tolist()
+    fewer = sum(sizes.numbers(expert, layer.hidden, active=prefill) for expert in hit)
+    router *= len(index_TK) if prefill else 1
+    return (fewer + router) / (dense * len(hit) + router)
+
+
+@torch.no_grad()
+def measure(
+    stock: Any, made: Any, inputs: list[torch.Tensor], repeats: int, limit: float
+) -> tuple[dict[str, list[float]], list[int]]:
+    """Seconds in every round, by block and implementation, and which input the round had."""
+    runs = {"eager": stock, "grouped_mm": stock, "compressed": made}
+    config, names = stock.experts.config, list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    turns: list[int] = []
+
+    def once(name: str, which: int) -> float:
+        config._experts_implementation = "eager" if name == "eager" else "grouped_mm"
+        start = time.perf_counter()
+        runs[name](inputs[which])
+        return time.perf_counter() - start
+
+    for name in names:
+        once(name, 0)
+    rounds = max(FEWEST_ROUNDS, min(repeats, int(limit / sum(once(name, 0) for name in names))))
+    for number in range(rounds):
+        random.shuffle(names)
+        turns.append(number % len(inputs))
+        for name in names:
+            seconds[name].append(once(name, turns[-1]))
+    return seconds, turns
+
+
+def run_compressed(
+    name: str, layer: Any, stock: Any, surgeon: Any, dtype: torch.dtype, args: argparse.Namespace
+) -> None:
+    """Print the rows of one layer."""
+    print(
+        f"\n{name} in compressed forms: {layer.num_experts} experts, top-{layer.top_k}, hidden {layer.hidden}, "
+        f"intermediate {layer.intermediate}, {dtype}\n"
+        f"{'form':<24}{'tokens':>7} |{'stock ms':>10} {'(fastest)':<11}{'compressed ms':>14} |{'ratio':>7}"
+        f"{'predicted':>10}{'quotient':>9}"
+    )
+    for form in forms(layer):
+        made = compressed_block(stock, surgeon, form.sizes, layer, dtype)
+        assert made.experts.factors.sizes == form.sizes
+        for tokens in args.tokens:
+            inputs = [torch.randn(1, tokens, layer.hidden).to(dtype) for _ in range(INPUTS)]
+            seconds, turns = measure(stock, made, inputs, args.repeats, args.seconds)
+            median = {key: statistics.median(values) for key, values in seconds.items()}
+            fastest = min(("eager", "grouped_mm"), key=median.__getitem__)
+            selected = [stock.gate(rows[0])[2] for rows in inputs]
+            expected = [predicted(layer, form.sizes, index_TK, tokens >= PREFILL) for index_TK in selected]
+            ratios = [a / b for a, b in zip(seconds["compressed"], seconds[fastest], strict=True)]
+            quotients = [ratio / expected[turn] for ratio, turn in zip(ratios, turns, strict=True)]
+            print(
+                f"{form.name:<24}{tokens:>7} |{1e3 * median[fastest]:>10.3f} {fastest:<11}"
+                f"{1e3 * median['compressed']:>14.3f} |{statistics.median(ratios):>7.3f}"
+                f"{statistics.median(expected):>10.3f}{statistics.median(quotients):>9.2f}",
+                flush=True,
+            )
+        del made

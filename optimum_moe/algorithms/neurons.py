@@ -1,0 +1,113 @@
+"""Which neurons of an expert can go, when the others take over what they can of their output.
+
+Shape letters: P tokens, H hidden, I intermediate, N kept neurons.
+
+With A = sum q h h^T of the hidden activations and B the metric of the expert's output, a change dW of the down
+projection costs tr(B dW A dW^T). Dropping the neurons outside of a set S and refitting the columns that remain,
+W_S = W A_:S A_SS^-1, costs tr(M (A - A_:S A_SS^-1 A_S:)) with M = W^T B W: the output appears in M alone, so a whole
+elimination needs two I x I matrices (optimal brain surgeon on columns that are removed whole).
+"""
+
+from __future__ import annotations
+
+import torch
+
+DAMPING = 1e-3
+"""Default ridge as a share of a Gram's mean diagonal."""
+
+
+def damped(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """(I, I) float64 the Gram plus its ridge, `damping` times the mean diagonal; a Gram of zeros gives the identity.
+
+    Raises:
+        ValueError: If a value is NaN or infinite.
+    """
+    gram_II = gram_II.double()
+    if not bool(gram_II.isfinite().all()):
+        raise ValueError(
+            "A Gram holds NaN or infinity. Check the checkpoint and the calibration data, and accumulate in float32 or "
+            "better."
+        )
+    mean = float(gram_II.diagonal().mean()) if len(gram_II) else 0.0
+    if mean <= 0.0:
+        return torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
+    return gram_II + damping * mean * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
+
+
+def elimination(
+    gram_II: torch.Tensor, effect_II: torch.Tensor, damping: float = DAMPING
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drop neurons one by one, each time the one whose loss costs the least after the others are refitted.
+
+    Costs of the order of I^3 for all of them. Ties go to the lower index.
+
+    Args:
+        gram_II: (I, I) A, sum of h h^T over (weighted) hidden activations.
+        effect_II: (I, I) M = W^T B W.
+        damping: ridge as a share of A's mean diagonal.
+
+    Returns:
+        (I,) int64 the neurons in the order in which they go, and (I + 1,) float64 the damage when the first k are gone.
+
+    Raises:
+        ValueError: If a value is NaN or infinite.
+    """
+    inner = len(gram_II)
+    if not bool(effect_II.isfinite().all()):
+        raise ValueError("effect_II holds NaN or infinity. Check the down projection and the loss gradients.")
+    inverse_II = torch.linalg.inv(damped(gram_II, damping))
+    effect_II = effect_II.double().clone()
+    gone_I = torch.zeros(inner, dtype=torch.bool, device=gram_II.device)
+    order, damage = [], [0.0]
+    for _ in range(inner):
+        score_I = (effect_II.diagonal().clamp(min=0) / inverse_II.diagonal()).masked_fill(gone_I, torch.inf)
+        neuron = int(score_I.argmin())
+        order.append(neuron)
+        damage.append(damage[-1] + float(score_I[neuron]))
+        gone_I[neuron] = True
+        # The columns change by T = 1 - e_j a^T, so that column j of W T is zero.
+        share_I = inverse_II[neuron] / inverse_II[neuron, neuron]
+        row_I = effect_II[neuron].clone()
+        effect_II.sub_(torch.outer(share_I, row_I)).sub_(torch.outer(row_I, share_I))
+        effect_II.add_(torch.outer(share_I, share_I), alpha=float(row_I[neuron]))
+        inverse_II.sub_(torch.outer(share_I, inverse_II[neuron]))
+        for matrix_II in (effect_II, inverse_II):
+            matrix_II[neuron], matrix_II[:, neuron] = 0.0, 0.0
+        inverse_II[neuron, neuron] = 1.0
+    return torch.tensor(order, dtype=torch.int64), torch.tensor(damage, dtype=torch.float64)
+
+
+def narrowed(
+    down_HI: torch.Tensor, gram_II: torch.Tensor, kept_N: torch.Tensor, damping: float = DAMPING
+) -> torch.Tensor:
+    """(H, N) float64 the down projection on the kept neurons, refitted to do what all of them did.
+
+    Args:
+        down_HI: (H, I) any float dtype.
+        gram_II: (I, I) A of `elimination`.
+        kept_N: (N,) int64.
+        damping: as in `elimination`.
+    """
+    if len(kept_N) == len(gram_II):
+        return down_HI.double()[:, kept_N]
+    ridged_II = damped(gram_II, damping)
+    target_HN = down_HI.double() @ ridged_II[:, kept_N]
+    return torch.linalg.solve(ridged_II[kept_N][:, kept_N], target_HN, left=False)
+
+
+def refitted(
+    cross_HN: torch.Tensor, gram_NN: torch.Tensor, prior_HN: torch.Tensor, damping: float = DAMPING
+) -> torch.Tensor:
+    """(H, N) float64 the down projection that makes of changed hidden activations what is nearest to a target.
+
+    Minimises sum_P |W h - y|^2 + ridge |W - prior|^2; no metric of the output changes the answer (MergeMoE's refit).
+
+    Args:
+        cross_HN: (H, N) sum of y h^T over (weighted) tokens.
+        gram_NN: (N, N) sum of h h^T.
+        prior_HN: (H, N) what it falls back to where the tokens say nothing.
+        damping: as in `elimination`.
+    """
+    prior_HN = prior_HN.double()
+    residual_HN = cross_HN.double() - prior_HN @ gram_NN.double()
+    return prior_HN + torch.linalg.solve(damped(gram_NN, damping), residual_HN, left=False)
