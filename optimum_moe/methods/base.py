@@ -86,9 +86,13 @@ class ExpertCost:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way of deciding what remains of each block; subclasses are frozen dataclasses of their settings."""
+    """A way of deciding what remains of each block; subclasses are frozen dataclasses of their settings.
+
+    `size_fields` are the settings that say how much remains, of which exactly one is given.
+    """
 
     name: ClassVar[str]
+    size_fields: ClassVar[tuple[str, ...]] = ("num_experts", "keep_ratio", "target_size")
 
     @property
     @abstractmethod
