@@ -79,7 +79,7 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         default="budget",
-        help="Preset (`optimum-cli moe inspect --list` shows them), or path of a YAML file; by default the byte budget.",
+        help="Preset (`optimum-cli moe inspect --list` shows them) or YAML file; by default the byte budget.",
     )
     parser.add_argument("--budget", type=float, help="Share of the experts' bytes that remains, in (0, 1].")
     parser.add_argument("--num-experts", type=int, help="Experts that remain in each block, instead of the recipe's.")
