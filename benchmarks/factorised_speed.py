@@ -46,7 +46,7 @@ def uniform(layer: Any, rank: int, density: float) -> FactorSizes:
     rows = {"gate": (int(density * width),), "up": (int(density * width),), "down": (int(density * hidden),)}
     return FactorSizes(
         (width,) * count,
-        {name: (rank,) * count for name in rows},
+        dict.fromkeys(rows, (rank,) * count),
         {name: values * count for name, values in rows.items()} if density else {},
     )
 
@@ -155,7 +155,9 @@ def measure(
     return seconds, turns
 
 
-def run_compressed(name: str, layer: Any, stock: Any, surgeon: Any, dtype: torch.dtype, args: argparse.Namespace) -> None:
+def run_compressed(
+    name: str, layer: Any, stock: Any, surgeon: Any, dtype: torch.dtype, args: argparse.Namespace
+) -> None:
     """Print the rows of one layer."""
     print(
         f"\n{name} in compressed forms: {layer.num_experts} experts, top-{layer.top_k}, hidden {layer.hidden}, "
