@@ -30,13 +30,11 @@ from optimum_moe.engine.run import Run
 from optimum_moe.methods import Method
 from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import CompressionPlan
-from optimum_moe.recipes import Recipe, check_fields, coerce_recipe
+from optimum_moe.recipes import Recipe, calibration_config, coerce_recipe
 from optimum_moe.reporting.card import CardFacts
 from optimum_moe.reporting.description import measured_cost, write_description
 from optimum_moe.reporting.preview import Cost, Preview, preview
 from optimum_moe.statistics import Statistics
-
-_CALIBRATION_SETTINGS = [f for f in CalibrationConfig.__dataclass_fields__ if f != "source"]
 
 
 class MoECompressor:
@@ -137,14 +135,7 @@ class MoECompressor:
         choose_one("engine", engine, ("auto", "memory", "streaming"))
         recipe = coerce_recipe(method)
         seed = next((s for s in (seed, recipe.seed) if s is not None), 0)
-        check_fields(recipe.calibration, [*_CALIBRATION_SETTINGS, "source"])
-        data = calibration if calibration is not None else recipe.calibration.get("source")
-        config = None if data is None else CalibrationConfig.coerce(data)
-        if config is not None and not isinstance(data, CalibrationConfig):
-            settings = {k: v for k, v in recipe.calibration.items() if k != "source"}
-            config = replace(config, **{"seed": seed, **settings})
-        if config is not None and config.reservoir_tokens is None:
-            config = replace(config, reservoir_tokens=recipe.method.sample_size)
+        config = calibration_config(recipe, calibration, seed)
         destination = None if output_dir is None else check_destination(output_dir, overwrite)
         if device_map is not None:
             kwargs["device_map"] = device_map

@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
+from optimum_moe.calibration.data import CalibrationConfig
 from optimum_moe.methods import METHODS, Composed, LowRankSparse, Method
 from optimum_moe.methods.counts import choose_one
 
-_COUNTS = ("num_experts", "keep_ratio", "target_size")
+_SIZES = ("num_experts", "keep_ratio", "target_size", "rank", "rank_ratio", "energy", "budget")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def _settings(method: Method) -> dict[str, Any]:
     """Name and settings of a method that differ from their defaults."""
     if isinstance(method, Composed):
         return {**_settings(method.first), "then": _settings(method.then)}
-    fields = dataclasses.fields(method)
+    fields = [f for f in dataclasses.fields(method) if f.init]
     return {"method": method.name, **{f.name: v for f in fields if (v := getattr(method, f.name)) != f.default}}
 
 
@@ -92,10 +93,10 @@ def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None 
     name = settings.pop("method")
     choose_one("method", name, METHODS)
     overrides = overrides or {}
-    if any(key in _COUNTS for key in overrides):
-        settings = {key: value for key, value in settings.items() if key not in _COUNTS}
+    if any(key in _SIZES for key in overrides):
+        settings = {key: value for key, value in settings.items() if key not in _SIZES}
     settings |= overrides
-    known = [f.name for f in dataclasses.fields(METHODS[name])]
+    known = [f.name for f in dataclasses.fields(METHODS[name]) if f.init]
     check_fields(settings, [*known, "calibration", "seed", "then"])
     then = settings.pop("then", None)
     calibration = settings.pop("calibration", None) or {}
@@ -155,3 +156,30 @@ def coerce_recipe(method: Any) -> Recipe:
         f"method={type(method).__name__} is none. Pass a method such as MSMoE(num_experts=8), the name of a preset, "
         "or the path of a YAML recipe."
     )
+
+
+def calibration_config(recipe: Recipe, calibration: Any, seed: int) -> CalibrationConfig | None:
+    """How to calibrate: what the user says, completed by the recipe and by the sample that its method wants.
+
+    Args:
+        recipe: The recipe.
+        calibration: The user's source or config, None for the recipe's.
+        seed: Of the run.
+
+    Returns:
+        None where there is no source.
+
+    Raises:
+        ValueError: If a field is unknown or out of range.
+    """
+    check_fields(recipe.calibration, [f.name for f in dataclasses.fields(CalibrationConfig)])
+    data = calibration if calibration is not None else recipe.calibration.get("source")
+    if data is None:
+        return None
+    config = CalibrationConfig.coerce(data)
+    if not isinstance(data, CalibrationConfig):
+        settings = {k: v for k, v in recipe.calibration.items() if k != "source"}
+        config = dataclasses.replace(config, **{"seed": seed, **settings})
+    if config.reservoir_tokens is None:
+        config = dataclasses.replace(config, reservoir_tokens=recipe.method.sample_size)
+    return config

@@ -165,7 +165,7 @@ def test_smallest_target_size_that_is_named_works(models) -> None:
     [
         ("method: m-smoe\nkeep_rato: 0.5\n", r"Unknown field 'keep_rato'; did you mean 'keep_ratio'\?"),
         ("method: m-smo\nkeep_ratio: 0.5\n", r"method='m-smo' is unknown; did you mean 'm-smoe'"),
-        ("keep_ratio: 0.5\n", r"A recipe needs a field 'method', one of expert-pruning, m-smoe"),
+        ("keep_ratio: 0.5\n", r"A recipe needs a field 'method', one of expert-pruning, low-rank-sparse, m-smoe"),
         ("- m-smoe\n", r"must be a mapping with a field 'method', got list"),
         ("method: [m-smoe\n", r"(?s)is no valid YAML: .*Correct it"),
         (
@@ -190,7 +190,7 @@ def test_wrong_recipes(models, tmp_path: Path, text: str, message: str) -> None:
     [
         ("m-smoo", {}, r"recipe='m-smoo' is unknown; did you mean 'm-smoe'\?"),
         ("missing.yaml", {}, r"No recipe file missing.yaml. Give an existing one, or a preset: "),
-        ([MSMoE(num_experts=4), MSMoE(num_experts=2)], {}, r"got 2 entries. Pass exactly one"),
+        ([MSMoE(num_experts=4), MSMoE(num_experts=2)], {}, r"got \['m-smoe', 'm-smoe'\]. Pass one of them, or both"),
         (4, {}, r"method=int .*Pass a method such as MSMoE\(num_experts=8\)"),
         ("m-smoe", {"engine": "streeming"}, r"engine='streeming' is unknown"),
         ("m-smoe", {"calibration": {"source": ["text"], "seeds": 1}}, r"Unknown field 'seeds'; did you mean 'seed'"),

@@ -14,7 +14,7 @@ and the steepest steps over all experts of all blocks are taken until the budget
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +23,14 @@ from optimum_moe.algorithms.expert_curves import STEP, Cutter, Expert, ExpertTok
 from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
 from optimum_moe.algorithms.neurons import DAMPING
 
+KINDS = ("neurons", "rank")
+"""What an expert can be between empty and untouched."""
+
 # Widths that are tried, and those among them that are tried with ranks, as shares of all neurons.
 _WIDTHS = 16
 _RANK_WIDTHS = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
-# Ranks that are tried at a width, below the one that stores as much as dense matrices.
-_RANKS = 8
+# Ranks that are tried at a width, as shares of the one that stores as much as dense matrices.
+_RANKS = (0.3, 0.4, 0.5, 0.6, 0.75)
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,17 @@ class Point:
     form: Form
 
 
-def curve(expert: Expert, tokens: ExpertTokens, damping: float = DAMPING) -> list[Point]:
+def curve(
+    expert: Expert, tokens: ExpertTokens, damping: float = DAMPING, kinds: Collection[str] = KINDS
+) -> list[Point]:
     """The lower convex hull of (numbers, damage) over the forms of one expert.
 
     Args:
         expert: its matrices.
         tokens: the sampled tokens routed to it; with none of them nothing is known to be lost by emptying it.
         damping: ridge of every Gram as a share of its mean diagonal.
+        kinds: what is tried between empty and untouched: fewer `"neurons"`, a `"rank"` of gate and up, or both of them
+            together where both are named.
 
     Returns:
         Points of ascending numbers, the empty form first and the untouched one, of damage 0, last.
@@ -63,23 +70,36 @@ def curve(expert: Expert, tokens: ExpertTokens, damping: float = DAMPING) -> lis
     dense = Form(inner)
     if len(tokens.input_PH) == 0:
         return hull([Point(0, 0.0, Form(0)), Point(dense.numbers(hidden, gated), 0.0, dense)])
+    points = [Point(dense.numbers(hidden, gated), 0.0, dense)]
     with torch.no_grad():
         cutter = Cutter(expert, tokens, damping)
-        points = [Point(0, cutter.damage(None), Form(0)), Point(dense.numbers(hidden, gated), 0.0, dense)]
-        widths = _grid(inner, _WIDTHS)
-        rank_widths = {min(inner, max(STEP, round(inner * share / STEP) * STEP)) for share in _RANK_WIDTHS}
-        for width in sorted({*widths, *rank_widths}):
-            _, narrow = cutter.narrowed(width)
+        points.append(Point(0, cutter.empty_damage, Form(0)))
+        widths, rank_widths = set(_grid(inner, _WIDTHS)), {min(inner, _rounded(inner * s)) for s in _RANK_WIDTHS}
+        if "neurons" not in kinds:
+            widths, rank_widths = set(), {inner}
+        if "rank" not in kinds:
+            widths, rank_widths = widths | rank_widths - {inner}, set()
+        for width in sorted(widths | rank_widths):
+            narrow, _, damage = cutter.narrowed(width)
             if width < inner:
                 form = Form(width)
-                points.append(Point(form.numbers(hidden, gated), cutter.damage(narrow), form))
+                points.append(Point(form.numbers(hidden, gated), damage, form))
             if width in rank_widths:
-                rows = len(narrow.stacked)
-                ranks = [rank for rank in _grid(rows * hidden // (rows + hidden), _RANKS) if rank <= min(rows, hidden)]
-                for rank, (cut, _, _) in zip(ranks, cutter.at_ranks(narrow, ranks), strict=True):
+                ranks = _ranks(len(narrow.stacked), hidden)
+                for rank, (_, _, damage) in zip(ranks, cutter.at_ranks(narrow, ranks), strict=True):
                     form = Form(width, rank)
-                    points.append(Point(form.numbers(hidden, gated), cutter.damage(cut), form))
+                    points.append(Point(form.numbers(hidden, gated), damage, form))
     return hull(points)
+
+
+def _rounded(value: float) -> int:
+    return max(STEP, round(value / STEP) * STEP)
+
+
+def _ranks(rows: int, columns: int) -> list[int]:
+    """Ranks worth trying of a matrix: below the one that stores as much as the matrix itself."""
+    most = rows * columns / (rows + columns)
+    return sorted({rank for rank in map(_rounded, (most * share for share in _RANKS)) if rank < most})
 
 
 def _grid(most: int, count: int) -> list[int]:

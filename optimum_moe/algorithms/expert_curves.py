@@ -16,7 +16,7 @@ model. Measured against the plain second order: the same choices, and no sample 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -82,22 +82,18 @@ class Expert:
             None if self.gate_bias_I is None else self.gate_bias_I[kept_N],
         )
 
-    def with_stacked(self, stacked: torch.Tensor) -> Expert:
-        """With other gate and up projections, given as `stacked`."""
-        stacked = stacked.to(self.up_IH.dtype)
+    def preactivations(self, input_PH: torch.Tensor) -> torch.Tensor:
+        """(P, I or 2I) outputs of `stacked`, without biases."""
+        return input_PH @ self.stacked.T
+
+    def activated(self, stacked_PS: torch.Tensor) -> torch.Tensor:
+        """(P, I) hidden activations of the outputs of `stacked`."""
+        up_PI = stacked_PS[:, -self.inner :]
+        up_PI = up_PI if self.up_bias_I is None else up_PI + self.up_bias_I
         if self.gate_IH is None:
-            return replace(self, up_IH=stacked)
-        return replace(self, gate_IH=stacked[: self.inner], up_IH=stacked[self.inner :])
-
-    def preactivations(self, input_PH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(P, I) what `activate` gets."""
-        linear = torch.nn.functional.linear
-        gate_PI = None if self.gate_IH is None else linear(input_PH, self.gate_IH, self.gate_bias_I)
-        return gate_PI, linear(input_PH, self.up_IH, self.up_bias_I)
-
-    def hidden(self, input_PH: torch.Tensor) -> torch.Tensor:
-        """(P, I) hidden activations."""
-        return self.activate(*self.preactivations(input_PH))
+            return self.activate(None, up_PI)
+        gate_PI = stacked_PS[:, : self.inner]
+        return self.activate(gate_PI if self.gate_bias_I is None else gate_PI + self.gate_bias_I, up_PI)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,55 +145,71 @@ class Form:
 
 
 class Cutter:
-    """One expert, what its tokens say, and the forms that can be made of it."""
+    """One expert, what its tokens say, and the forms that can be made of it.
+
+    Tokens are scaled by the root of their weight and multiplied in float32, what is solved is float64.
+    """
 
     def __init__(self, expert: Expert, tokens: ExpertTokens, damping: float = DAMPING) -> None:
         self.expert = expert.float()
         self.damping = damping
         self.input_PH = tokens.input_PH.to(self.expert.up_IH.dtype)
-        self.metric = _Metric.of(tokens)
-        hidden_PI = self.expert.hidden(self.input_PH)
-        self.output_PH = hidden_PI @ self.expert.down_HI.T
-        self.gram_II = hidden_PI.double().T @ (hidden_PI.double() * self.metric.weight_P[:, None])
+        self.metric = Metric.of(tokens)
+        self.root_P1 = self.metric.weight_P.sqrt().to(self.input_PH.dtype)[:, None]
+        self.hidden_PI = self.expert.activated(self.expert.preactivations(self.input_PH)) * self.root_P1
+        self.gram_II = (self.hidden_PI.T @ self.hidden_PI).double()
         down_HI = self.expert.down_HI.double()
+        self.energy_HH = down_HI @ self.gram_II @ down_HI.T
         self.order_I, _ = elimination(self.gram_II, down_HI.T @ self.metric.gram_HH @ down_HI, damping)
 
-    def narrowed(self, neurons: int) -> tuple[torch.Tensor, Expert]:
-        """The neurons that are kept, ascending, and the expert that has them only."""
+    @property
+    def empty_damage(self) -> float:
+        """Of leaving the expert out."""
+        return self.metric.damage(self.energy_HH)
+
+    def narrowed(self, neurons: int) -> tuple[Expert, torch.Tensor, float]:
+        """The expert with so many neurons, refitted; the neurons that it kept, ascending; the damage."""
         kept_N = self.order_I[self.expert.inner - neurons :].sort().values.to(self.gram_II.device)
-        return kept_N, self.expert.narrowed(kept_N, narrowed(self.expert.down_HI, self.gram_II, kept_N, self.damping))
+        down_HN = narrowed(self.expert.down_HI, self.gram_II, kept_N, self.damping)
+        change_HI = -self.expert.down_HI.double()
+        change_HI[:, kept_N] += down_HN
+        damage = self.metric.damage(change_HI @ self.gram_II @ change_HI.T)
+        return self.expert.narrowed(kept_N, down_HN), kept_N, damage
 
-    def at_ranks(self, narrow: Expert, ranks: list[int]) -> Iterator[tuple[Expert, torch.Tensor, torch.Tensor]]:
-        """A narrowed expert with factors of each rank: itself, u (R, I or 2I) and v (R, H); one decomposition."""
+    def at_ranks(self, narrow: Expert, ranks: list[int]) -> Iterator[tuple[MatrixFactors, torch.Tensor, float]]:
+        """A narrowed expert with factors of each rank: gate and up stacked, down (H, N), damage; one decomposition."""
         weight_P, local_SS = self.metric.local(narrow, self.input_PH)
-        rows_PH = self.input_PH.double() * weight_P.sqrt()[:, None]
-        spectrum = decompose(narrow.stacked, input_rows_PX=rows_PH, output_gram_OO=local_SS, damping=self.damping)
+        rows_PH = self.input_PH * weight_P.sqrt().to(self.input_PH.dtype)[:, None]
+        gram_HH = (rows_PH.T @ rows_PH).double() if len(rows_PH) >= rows_PH.shape[1] else None
+        spectrum = decompose(
+            narrow.stacked,
+            input_gram_XX=gram_HH,
+            input_rows_PX=rows_PH if gram_HH is None else None,
+            output_gram_OO=local_SS,
+            damping=self.damping,
+        )
+        down_HI = self.expert.down_HI.double()
+        reduced_PD = self.input_PH @ spectrum.right_DX[: max(ranks, default=0)].T
         for rank in ranks:
-            factors = spectrum.truncated(rank)
-            assert factors.u_RO is not None
-            assert factors.v_RX is not None
-            cut = narrow.with_stacked(factors.densified())
-            hidden_PN = cut.hidden(self.input_PH)
-            down_HN, _ = refitted(self.output_PH, hidden_PN, self.metric.weight_P, narrow.down_HI, self.damping)
-            yield replace(cut, down_HI=down_HN.to(cut.down_HI.dtype)), factors.u_RO, factors.v_RX
-
-    def damage(self, cut: Expert | None) -> float:
-        """Of an expert in place of the original; None for an empty one."""
-        change_PH = -self.output_PH
-        if cut is not None:
-            change_PH = change_PH + cut.hidden(self.input_PH) @ cut.down_HI.T
-        return self.metric.damage(change_PH)
+            hidden_PN = narrow.activated(reduced_PD[:, :rank] @ spectrum.left_OD[:, :rank].T) * self.root_P1
+            gram_NN = (hidden_PN.T @ hidden_PN).double()
+            cross_HN = down_HI @ (self.hidden_PI.T @ hidden_PN).double()
+            down_HN = refitted(cross_HN, gram_NN, narrow.down_HI, self.damping)
+            both_HH = down_HN @ cross_HN.T
+            change_HH = down_HN @ gram_NN @ down_HN.T - both_HH - both_HH.T + self.energy_HH
+            yield spectrum.truncated(rank), down_HN, self.metric.damage(change_HH)
 
 
 @dataclass(frozen=True, eq=False)
-class _Metric:
+class Metric:
     """How much a change of the expert's output costs: q (P,) = |c|^2 and B (H, H) = sum c c^T / sum q."""
 
     weight_P: torch.Tensor
     gram_HH: torch.Tensor
 
     @classmethod
-    def of(cls, tokens: ExpertTokens) -> _Metric:
+    def of(cls, tokens: ExpertTokens) -> Metric:
+        """From gradients, or the squared error of the weighted output without them."""
         gate_P = tokens.weight_P.double()
         hidden = tokens.input_PH.shape[1]
         for name, value in vars(tokens).items():
@@ -215,10 +227,10 @@ class _Metric:
         gram_HH = rows_QH.T @ rows_QH / (total if total > 0 else 1.0)
         return cls(weight_P, gram_HH)
 
-    def damage(self, change_PH: torch.Tensor) -> float:
-        change_PH = change_PH.double()
-        # B is a sum of squares; a rounding error below zero must not reach the curves.
-        return max(0.0, 0.5 * float(((change_PH @ self.gram_HH * change_PH).sum(1) * self.weight_P).sum()))
+    def damage(self, change_HH: torch.Tensor) -> float:
+        """Of a change d of the output, given as sum q d d^T."""
+        # A sum of squares: a rounding error below zero must not reach the curves.
+        return max(0.0, 0.5 * float((change_HH * self.gram_HH).sum()))
 
     def local(self, narrow: Expert, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same at the outputs of gate and up: (P,) weights and their (S, S) metric, S = I or 2I, of trace 1."""
@@ -238,17 +250,15 @@ def _wide(value: torch.Tensor) -> torch.Tensor:
 
 def _slopes(expert: Expert, input_PH: torch.Tensor) -> torch.Tensor:
     """(P, I or 2I) derivative of every hidden activation by its own gate and up value."""
-    values = [value for value in expert.preactivations(input_PH) if value is not None]
     with torch.enable_grad():
-        leaves = [value.detach().requires_grad_(True) for value in values]
-        gate_PI = leaves[0] if expert.gate_IH is not None else None
-        total = expert.activate(gate_PI, leaves[-1]).sum()
-        return torch.cat(torch.autograd.grad(total, leaves), dim=1)
+        stacked_PS = expert.preactivations(input_PH).detach().requires_grad_(True)
+        (slope_PS,) = torch.autograd.grad(expert.activated(stacked_PS).sum(), stacked_PS)
+    return slope_PS
 
 
 def factors_of(cutter: Cutter, form: Form, dtype: torch.dtype) -> ExpertFactors:
     """The expert in a form, in the dtype that is stored."""
-    kept_N, narrow = cutter.narrowed(form.neurons)
+    narrow, kept_N, _ = cutter.narrowed(form.neurons)
     neurons = None if form.neurons == cutter.expert.inner else kept_N
     if form.input_rank is None:
         return ExpertFactors(
@@ -257,12 +267,14 @@ def factors_of(cutter: Cutter, form: Form, dtype: torch.dtype) -> ExpertFactors:
             gate=None if narrow.gate_IH is None else MatrixFactors(dense_OX=narrow.gate_IH.to(dtype)),
             neurons=neurons,
         )
-    ((cut, u_RS, v_RH),) = cutter.at_ranks(narrow, [form.input_rank])
-    v_RH = v_RH.to(dtype)
-    parts = [part.to(dtype).contiguous() for part in u_RS.split(form.neurons, dim=1)]
+    ((stacked, down_HN, _),) = cutter.at_ranks(narrow, [form.input_rank])
+    assert stacked.u_RO is not None
+    assert stacked.v_RX is not None
+    v_RH = stacked.v_RX.to(dtype)
+    parts = [part.to(dtype).contiguous() for part in stacked.u_RO.split(form.neurons, dim=1)]
     return ExpertFactors(
         up=MatrixFactors(u_RO=parts[-1], v_RX=v_RH),
-        down=MatrixFactors(dense_OX=cut.down_HI.to(dtype)),
+        down=MatrixFactors(dense_OX=down_HN.to(dtype)),
         gate=MatrixFactors(u_RO=parts[0], v_RX=v_RH) if len(parts) == 2 else None,
         neurons=neurons,
     )

@@ -96,30 +96,18 @@ def narrowed(
 
 
 def refitted(
-    target_PH: torch.Tensor,
-    hidden_PN: torch.Tensor,
-    weight_P: torch.Tensor,
-    prior_HN: torch.Tensor,
-    damping: float = DAMPING,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The down projection that makes of changed hidden activations what is nearest to the original output.
+    cross_HN: torch.Tensor, gram_NN: torch.Tensor, prior_HN: torch.Tensor, damping: float = DAMPING
+) -> torch.Tensor:
+    """(H, N) float64 the down projection that makes of changed hidden activations what is nearest to a target.
 
-    Minimises sum_P weight |W hidden - target|^2 + ridge |W - prior|^2; no metric of the output changes the answer
-    (MergeMoE's refit, weighted).
+    Minimises sum_P |W h - y|^2 + ridge |W - prior|^2; no metric of the output changes the answer (MergeMoE's refit).
 
     Args:
-        target_PH: (P, H) the expert's original output, without its bias.
-        hidden_PN: (P, N) its hidden activations now.
-        weight_P: (P,) weight of each token.
+        cross_HN: (H, N) sum of y h^T over (weighted) tokens.
+        gram_NN: (N, N) sum of h h^T.
         prior_HN: (H, N) what it falls back to where the tokens say nothing.
         damping: as in `elimination`.
-
-    Returns:
-        (H, N) float64, and the (N, N) weighted Gram of the hidden activations.
     """
-    hidden_PN, prior_HN = hidden_PN.double(), prior_HN.double()
-    weighted_PN = hidden_PN * weight_P.double()[:, None]
-    gram_NN = hidden_PN.T @ weighted_PN
-    # Only what the prior leaves over is fitted, and nothing where no token says anything.
-    residual_HN = target_PH.double().T @ weighted_PN - prior_HN @ gram_NN
-    return prior_HN + torch.linalg.solve(damped(gram_NN, damping), residual_HN, left=False), gram_NN
+    prior_HN = prior_HN.double()
+    residual_HN = cross_HN.double() - prior_HN @ gram_NN.double()
+    return prior_HN + torch.linalg.solve(damped(gram_NN, damping), residual_HN, left=False)

@@ -24,8 +24,9 @@ def row_energy(
     input_gram_XX: torch.Tensor | None = None,
     input_rows_PX: torch.Tensor | None = None,
     output_gram_OO: torch.Tensor | None = None,
+    ridge: float = 0.0,
 ) -> torch.Tensor:
-    """Squared output of each row of S on the calibration inputs: diag(S A S^T), A = sum x x^T.
+    """Squared output of each row of S on the calibration inputs: diag(S (A + ridge) S^T), A = sum x x^T.
 
     Args:
         residual_OX: (O, X) W - U V, any float dtype.
@@ -33,6 +34,8 @@ def row_energy(
         input_rows_PX: (P, X) the inputs in place of their Gram.
         output_gram_OO: (O, O) sum of g g^T over loss gradients at the output; its diagonal turns a row's energy into
             the loss that dropping this row alone would cost.
+        ridge: what the whitening of U and V added to the diagonal of A. Where they reproduce all tokens (no more than
+            their rank) the rows differ by rounding alone without it.
 
     Returns:
         (O,) float64.
@@ -49,6 +52,8 @@ def row_energy(
         energy_O = ((wide_OX @ input_gram_XX.to(wide_OX)) * wide_OX).sum(1)
     else:
         energy_O = wide_OX.square().sum(1)
+    if ridge:
+        energy_O = energy_O + ridge * wide_OX.square().sum(1)
     if output_gram_OO is not None:
         energy_O = energy_O * output_gram_OO.diagonal().to(energy_O)
     if not bool(energy_O.isfinite().all()):

@@ -55,7 +55,8 @@ def factorise_expert(
         low_rank, num_rows = spectrum.truncated(rank), density_rows(len(matrix_OX))
         if num_rows:
             left_OX = residual(matrix_OX, low_rank)
-            low_rank = add_rows(matrix_OX, low_rank, row_energy(left_OX, input_rows_PX=rows_PX), num_rows)
+            energy_O = row_energy(left_OX, input_rows_PX=rows_PX, ridge=spectrum.input_ridge)
+            low_rank = add_rows(matrix_OX, low_rank, energy_O, num_rows)
         made[name] = low_rank
     return ExpertFactors(made["up"], made["down"], made.get("gate"), neurons)
 
@@ -64,5 +65,5 @@ def weighted_inputs(expert: Expert, tokens: ExpertTokens, name: str) -> torch.Te
     """(P, X) routing weight times input of a projection on the expert's tokens; None without any."""
     if len(tokens.input_PH) == 0:
         return None
-    inputs_PX = expert.hidden(tokens.input_PH) if name == "down" else tokens.input_PH
+    inputs_PX = expert.activated(expert.preactivations(tokens.input_PH)) if name == "down" else tokens.input_PH
     return inputs_PX * tokens.weight_P[:, None]

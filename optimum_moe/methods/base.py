@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -52,14 +52,19 @@ class BlockContext:
 
     def sample(self) -> SampledTokens:
         """The sampled tokens of the block."""
-        found = self.observed().reservoir
+        observed, experts = self.observed(), self.experts
+        found = observed.reservoir
         return SampledTokens(
-            found.experts_input_SH,
-            found.index_SK,
-            found.weights_SK,
-            found.gradient_SJH,
-            self.experts.scales_input,
+            *(found.experts_input_SH, found.index_SK, found.weights_SK),
+            # Behind a norm of each expert's output the gradient at their sum is none of its own.
+            gradient_SJH=found.gradient_SJH if experts.finish is None else None,
+            scales_input=experts.scales_input,
+            share=len(found.index_SK) / max(observed.num_tokens, 1) or 1.0,
         )
+
+
+INDEX_BYTES = 4
+"""Bytes of the index of a sparse row."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,13 @@ class ExpertCost:
     Args:
         parameters: Numbers that all of them store, biases included.
         multiply_adds: The fewest and the most that a token takes; they differ where selected experts may coincide.
-        index_bytes: Bytes of the indices beside the parameters.
+        indices: Indices of sparse rows beside the parameters.
         stock: Whether the stock classes can hold them.
     """
 
     parameters: float
     multiply_adds: tuple[float, float]
-    index_bytes: float = 0.0
+    indices: float = 0.0
     stock: bool = True
 
 
@@ -151,4 +156,4 @@ class Method(ABC):
 
     def settings(self) -> Mapping[str, Any]:
         """Name and settings, as they stand in a recipe."""
-        return {"method": self.name, **asdict(self)}
+        return {"method": self.name, **{f.name: getattr(self, f.name) for f in fields(self) if f.init}}

@@ -116,14 +116,17 @@ class Composed(Method):
         """Of the first's experts in the second's forms."""
         if not is_selected(block, len(model.blocks), self.then.layers, self.then.protect):
             return self.first.cost(model, block, count)
-        least, most, index_bytes = self.then.numbers(block)
+        least, most, indices = self.then.numbers(model, block)
         biases, dense = block.expert_parameters - block.expert_multiply_adds, block.expert_multiply_adds
         if self.then.base is None:
             low, high = self.active(block, count, least)[0], self.active(block, count, most)[1]
-            return ExpertCost(count * (most + biases), (low, high), count * index_bytes, stock=False)
+            stored = count * most
+            if self.then.needs_survey:
+                stored = min(stored, self.then.share(model) * block.num_experts * most)
+            return ExpertCost(stored + count * biases, (low, high), count * indices, stock=False)
         experts = block.num_experts
         bounds = dense + block.top_k * least, min(block.top_k, count) * dense + block.top_k * most
-        return ExpertCost(count * dense + experts * (most + biases), bounds, experts * index_bytes, stock=False)
+        return ExpertCost(count * dense + experts * (most + biases), bounds, experts * indices, stock=False)
 
     def settings(self) -> Mapping[str, Any]:
         """The first's, with the second's as `then`."""

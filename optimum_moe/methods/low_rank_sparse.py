@@ -1,17 +1,19 @@
-"""MC-SMoE's second step: experts as low rank + structured sparse, by calibration alone.
+"""Experts in smaller forms: low rank + structured sparse at one size, or what a byte budget buys the most with.
 
-"Merge, Then Compress" (Li et al., ICLR 2024, arXiv:2310.01334), section 3.3, with factors whitened by the activations
-(SVD-LLM, arXiv:2403.07378) and rows chosen by their energy on calibration inputs.
+One size is MC-SMoE's second step ("Merge, Then Compress", Li et al., ICLR 2024, arXiv:2310.01334, section 3.3), with
+factors whitened by the activations (SVD-LLM, arXiv:2403.07378) and rows chosen by their energy on calibration inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 
+from optimum_moe.algorithms.byte_budget import KINDS
+from optimum_moe.algorithms.expert_curves import Form
 from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.factors import BlockFactors
 from optimum_moe.algorithms.low_rank import Spectrum
@@ -20,11 +22,11 @@ from optimum_moe.algorithms.structured_sparse import rows_from_density
 from optimum_moe.algorithms.uniform_factors import factorise_expert
 from optimum_moe.blocks import BlockInfo, ModelInfo
 from optimum_moe.methods.base import BlockContext, ExpertCost, Method
-from optimum_moe.methods.counts import choose_one, exactly_one, is_selected, selected_blocks
+from optimum_moe.methods.byte_budget import BlockSurvey, build_block, spend_budget, survey_block
+from optimum_moe.methods.counts import choose_one, exactly_one, is_selected, parse_size, selected_blocks
 from optimum_moe.plan import BlockPlan, Routing, keep_all
 
-INDEX_BYTES = 4
-"""Bytes of the index of a sparse row."""
+_SIZES = ("rank", "rank_ratio", "energy", "budget", "target_size")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +51,25 @@ class SharedBases:
 
 @dataclass(frozen=True)
 class LowRankSparse(Method):
-    """Keep every matrix of the experts as U V + S; composes after any method that merges or prunes.
+    """Keep experts in smaller forms; composes after any method that merges or prunes.
+
+    With `rank`, `rank_ratio` or `energy` every matrix becomes U V + S. With `budget` or `target_size` every expert of
+    the whole model becomes one of: empty, some of its neurons, gate and up of a low rank, or as it is, wherever a byte
+    saves the most loss (`optimum_moe.algorithms.byte_budget`).
 
     Args:
-        rank: Rank of every matrix, a multiple of 8. Exactly one of this, `rank_ratio` and `energy`.
-        rank_ratio: Share of a matrix's numbers that U and V may store, in (0, 1].
+        rank: Rank of every matrix, a multiple of 8. Exactly one of this and the next four.
+        rank_ratio: Share of a matrix's numbers that U and V may store, in (0, 1]. A matrix whose factors and sparse
+            rows would be no smaller than it is stays dense, with this and the next.
         energy: Share of the squared singular values to keep, in (0, 1]; ranks then differ.
+        budget: Share of the bytes of the experts' matrices that remains, in (0, 1].
+        target_size: Size of the checkpoint, for example `"16GB"`.
         density: Share of the rows (output neurons) of each matrix that the sparse part keeps, default 0.1 (the
-            paper's); None for no sparse part.
+            paper's); None for no sparse part. A budget makes no sparse parts.
         whiten: Weigh the error by the calibration tokens (default); False gives the plain SVD and needs no data.
+        curvature: Measure damage in the loss, by backward passes over the calibration data (default); False measures
+            output errors, as where no backward pass is possible. For budgets only.
+        kinds: What a budget may make of an expert between empty and untouched: `"neurons"` and `"rank"` (default).
         base: `"group"` keeps every expert apart, as a factorised difference to the merged expert of its group, which
             a method in front of this one makes: rank 0 is that merge, the full rank the original.
         layers: Positions of the MoE blocks to factorise, None for all.
@@ -72,15 +84,21 @@ class LowRankSparse(Method):
     rank: int | None = None
     rank_ratio: float | None = None
     energy: float | None = None
+    budget: float | None = None
+    target_size: str | int | None = None
     density: float | None = 0.1
     whiten: bool = True
+    curvature: bool = True
+    kinds: Sequence[str] = KINDS
     base: Literal["group"] | None = None
     layers: Sequence[int] | None = None
     protect: Sequence[str] | None = None
+    forms: Mapping[str, Sequence[Form]] | None = field(default=None, init=False, repr=False)
+    """The form of every expert by block, once a budget is spent; no setting."""
 
     def __post_init__(self) -> None:
-        exactly_one(rank=self.rank, rank_ratio=self.rank_ratio, energy=self.energy)
-        for name in ("rank_ratio", "energy", "density"):
+        exactly_one(**{name: getattr(self, name) for name in _SIZES})
+        for name in ("rank_ratio", "energy", "budget", "density"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -89,8 +107,29 @@ class LowRankSparse(Method):
                 raise ValueError(f"{name}={value!r} must be a number in (0, 1].{hint}")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int)):
             raise ValueError(f"rank={self.rank!r} must be an integer. For a share of the numbers use rank_ratio.")
+        if self.target_size is not None:
+            parse_size(self.target_size)
         if self.base is not None:
             choose_one("base", self.base, ("group",))
+        if isinstance(self.kinds, str):
+            raise ValueError(f"kinds={self.kinds!r} must be a list, for example ['neurons'].")
+        for kind in self.kinds:
+            choose_one("kinds", kind, KINDS)
+        if self.needs_survey and (self.density not in (None, 0.1) or not self.whiten or self.base is not None):
+            raise ValueError(
+                "density=, whiten=False and base= are for one rank of all matrices, and a byte budget chooses its own "
+                "forms. Leave them out, or use rank=, rank_ratio= or energy=."
+            )
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether bytes are spent over all blocks at once."""
+        return self.budget is not None or self.target_size is not None
+
+    @property
+    def gradient_draws(self) -> int:
+        """Enough that more would change little."""
+        return 4 if self.needs_survey and self.curvature else 0
 
     @property
     def needs_statistics(self) -> bool:
@@ -100,7 +139,7 @@ class LowRankSparse(Method):
     @property
     def sample_size(self) -> int:
         """Enough tokens for Grams of single experts."""
-        return 16384
+        return 32768
 
     @property
     def block_routing(self) -> Routing:
@@ -115,6 +154,8 @@ class LowRankSparse(Method):
                 'that merges in front: [MSMoE(num_experts=8), LowRankSparse(rank=16, base="group")].'
             )
         self.check(model)
+        if self.target_size is not None:
+            self._budget(model)
         return {block.name: block.num_experts for block in model.blocks}
 
     def check(self, model: ModelInfo) -> None:
@@ -127,12 +168,38 @@ class LowRankSparse(Method):
                 )
             if self.rank is not None:
                 self._rank(shape)
-            for size in shape:
+            for size in shape if not self.needs_survey else ():
                 self._rows(size)
 
     def applies(self, context: BlockContext) -> bool:
         """Whether a block is one of those to factorise."""
         return is_selected(context.info, context.num_blocks, self.layers, self.protect)
+
+    def survey(self, context: BlockContext, count: int) -> BlockSurvey | None:
+        """What each expert loses in each form; None for a block that stays as it is."""
+        return survey_block(context, self.kinds) if self.applies(context) else None
+
+    def settled(self, model: ModelInfo, surveys: Mapping[str, BlockSurvey | None]) -> LowRankSparse:
+        """With the forms that the budget buys."""
+        settled = replace(self)
+        object.__setattr__(settled, "forms", spend_budget(model, surveys, self._budget(model)))
+        return settled
+
+    def _budget(self, model: ModelInfo) -> int:
+        """Numbers that the matrices of all experts may store."""
+        chosen = selected_blocks(model, self.layers, self.protect)
+        dense = sum(block.num_experts * block.expert_multiply_adds for block in chosen)
+        if self.target_size is None:
+            assert self.budget is not None
+            return int(self.budget * dense)
+        rest = model.bytes - dense * model.expert_itemsize
+        left = int((parse_size(self.target_size) - rest) / model.expert_itemsize)
+        if left < 0:
+            raise ValueError(
+                f"target_size={self.target_size!r} cannot be reached: without any expert {rest:,.0f} of "
+                f"{model.bytes:,} bytes are left. Ask for more than that."
+            )
+        return min(left, dense)
 
     def decide(self, context: BlockContext, count: int) -> BlockPlan:
         """Factorise the experts of one block."""
@@ -148,6 +215,8 @@ class LowRankSparse(Method):
         """
         if not self.applies(context):
             return None
+        if self.forms is not None:
+            return build_block(context, self.forms[context.info.name])
         sample = context.sample() if self.whiten else None
         experts = []
         for index in range(context.experts.num_experts):
@@ -160,39 +229,55 @@ class LowRankSparse(Method):
         return BlockFactors(tuple(experts), shared.labels_E, shared.matrices)
 
     def cost(self, model: ModelInfo, block: BlockInfo, count: int) -> ExpertCost:
-        """Exact for a rank or a ratio; for an energy the bounds, and the bytes of the upper one."""
+        """Exact for a rank or a ratio; the bounds for an energy, with the bytes of the upper one, and for a budget."""
         if not is_selected(block, len(model.blocks), self.layers, self.protect):
             return super().cost(model, block, count)
-        least, most, index_bytes = self.numbers(block)
+        least, most, indices = self.numbers(model, block)
         biases = block.expert_parameters - block.expert_multiply_adds
         low, high = self.active(block, count, least)[0], self.active(block, count, most)[1]
-        return ExpertCost(count * (most + biases), (low, high), count * index_bytes, stock=False)
+        stored = self.share(model) * block.num_experts * most if self.needs_survey else count * most
+        return ExpertCost(stored + count * biases, (low, high), count * indices, stock=False)
 
-    def numbers(self, block: BlockInfo) -> tuple[float, float, float]:
-        """The fewest and the most numbers that one expert's matrices store, and the bytes of its indices."""
-        shape = block.intermediate_size, block.hidden_size
-        dense = shape[0] * shape[1]
-        matrices = round(block.expert_multiply_adds / dense)
-        smallest = RANK_STEP if self.energy is not None else self._rank(shape)
-        if smallest is None:
-            return block.expert_multiply_adds, block.expert_multiply_adds, 0.0
-        outputs = [shape[0]] * (matrices - 1) + [shape[1]]
-        rows = [self._rows(count) for count in outputs]
-        sparse = sum(count * dense // size for count, size in zip(rows, outputs, strict=True))
-        factored = matrices * smallest * sum(shape) + sparse
-        most = block.expert_multiply_adds if self.energy is not None else factored
-        return factored, most, sum(rows) * INDEX_BYTES
+    def share(self, model: ModelInfo) -> float:
+        """Share of the original experts' numbers that a budget leaves."""
+        chosen = selected_blocks(model, self.layers, self.protect)
+        return self._budget(model) / sum(block.num_experts * block.expert_multiply_adds for block in chosen)
+
+    def numbers(self, model: ModelInfo, block: BlockInfo) -> tuple[float, float, float]:
+        """The fewest and the most numbers that one expert's matrices store, and its indices of sparse rows."""
+        if self.needs_survey:
+            return 0.0, block.expert_multiply_adds, 0.0
+        matrices = round(block.expert_multiply_adds / (block.intermediate_size * block.hidden_size))
+        shapes = [(block.intermediate_size, block.hidden_size)] * (matrices - 1)
+        shapes.append((block.hidden_size, block.intermediate_size))
+        factored, indices = 0, 0
+        for shape in shapes:
+            rank = self._unless_larger(shape, RANK_STEP) if self.energy is not None else self._rank(shape)
+            rows = 0 if rank is None else self._rows(shape[0])
+            factored += shape[0] * shape[1] if rank is None else rank * sum(shape) + rows * shape[1]
+            indices += rows
+        if self.energy is not None:
+            return factored, block.expert_multiply_adds, 0.0
+        return factored, factored, indices
 
     def _rank(self, shape: tuple[int, int]) -> int | None:
         if self.rank_ratio is not None:
-            return rank_from_ratio(shape, self.rank_ratio)
+            return self._unless_larger(shape, rank_from_ratio(shape, self.rank_ratio))
         assert self.rank is not None
         return rank_from_number(shape, self.rank, lowest=1 if self.base is None else 0)
 
     def _rank_of(self, spectrum: Spectrum) -> int | None:
         if self.energy is not None:
-            return rank_from_energy(spectrum.shape, spectrum.singular_values, self.energy)
+            rank = rank_from_energy(spectrum.shape, spectrum.singular_values, self.energy)
+            return self._unless_larger(spectrum.shape, rank)
         return self._rank(spectrum.shape)
+
+    def _unless_larger(self, shape: tuple[int, int], rank: int | None) -> int | None:
+        """The rank, None where factors and sparse rows together are no smaller than the matrix: it then stays dense."""
+        if rank is None:
+            return None
+        numbers = rank * sum(shape) + self._rows(shape[0]) * (shape[1] + 1)
+        return rank if numbers < shape[0] * shape[1] else None
 
     def _rows(self, outputs: int) -> int:
         return 0 if self.density is None else rows_from_density(outputs, self.density)

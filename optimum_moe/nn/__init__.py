@@ -6,7 +6,7 @@ from optimum_moe.nn.factorised_layer import FactorisedExpertLayer
 from optimum_moe.nn.low_rank_sparse import LowRankSparseLinear
 from optimum_moe.nn.merged_experts import MergedExpertLayer
 from optimum_moe.nn.routing import MappedRouter, map_routing
-from optimum_moe.nn.sparse_part import HasSparseRows, SparsePart
+from optimum_moe.nn.sparse_part import HasSparseRows, SparsePart, keep_rows
 
 __all__ = [
     "FactorisedExpertLayer",
@@ -17,6 +17,7 @@ __all__ = [
     "MergedExpertLayer",
     "SparsePart",
     "SwappedModule",
+    "keep_rows",
     "map_routing",
     "swapped_class",
 ]

@@ -237,13 +237,16 @@ class ExpertProjection(nn.Module):
         return {"rows": SparsePart(self.rows, tall, self.outputs * len(factored))}
 
     def keep_rows(self, mask: torch.Tensor, name: str = "rows") -> None:
-        """Store fewer rows; experts may keep different numbers of them."""
+        """Store fewer rows; experts may keep different numbers of them, or none."""
         part = self.sparse_parts()[name]
         kept = keep_rows(part, mask)
         flat = mask.to(kept.device, torch.bool)
         self.row_index = (kept % self.outputs).to(torch.int32)
         counts = [int(flat[self._rows_of(expert)].sum()) for expert in range(len(self.ranks_C))]
         self._set_rows(counts)
+        if not sum(counts):
+            # What is built from the sizes has neither of the two.
+            del self.rows, self.row_index
 
     def extra_repr(self) -> str:
         """Sizes."""

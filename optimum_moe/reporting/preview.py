@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_moe.blocks import ModelInfo
 from optimum_moe.methods import Method
+from optimum_moe.methods.base import INDEX_BYTES
 from optimum_moe.plan import is_expressible
 from optimum_moe.surgeons import FoundBlock, tower_of
 
@@ -103,21 +104,21 @@ def preview(
     skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo, counts: Mapping[str, int], method: Method
 ) -> Preview:
     """Costs of a model whose blocks keep `counts` experts, in the forms that the method gives them."""
-    removed_parameters, removed_router, index_bytes = 0.0, 0, 0.0
+    removed_parameters, removed_router, indices = 0.0, 0, 0.0
     low, high, full = {}, {}, {}
     routing, stock = method.block_routing, True
     for found in blocks:
         block, count = found.info, counts[found.info.name]
         gone, cost = block.num_experts - count, method.cost(info, block, count)
         removed_parameters += block.num_experts * block.expert_parameters - cost.parameters
-        index_bytes += cost.index_bytes
+        indices += cost.indices
         if routing == "reduce":
             removed_router += gone * block.router_parameters
         full[block.name] = float(block.top_k * block.expert_multiply_adds)
         low[block.name], high[block.name] = cost.multiply_adds
         stock &= cost.stock
     dense_saving = 2.0 * removed_router
-    size = int(info.bytes - (removed_parameters + removed_router) * info.expert_itemsize + index_bytes)
+    size = int(info.bytes - (removed_parameters + removed_router) * info.expert_itemsize + indices * INDEX_BYTES)
     before = flops_per_token(skeleton, blocks, full)
     unchanged = {found.info.name for found in blocks if counts[found.info.name] == found.info.num_experts}
     towers = {found.info.name: tower_of(skeleton, found) for found in blocks}
@@ -125,7 +126,7 @@ def preview(
     return Preview(
         before=Cost(info.parameters, info.bytes, before, before),
         after=Cost(
-            int(info.parameters - removed_parameters - removed_router),
+            int(info.parameters - removed_parameters - removed_router + indices),
             size,
             flops_per_token(skeleton, blocks, low) - dense_saving,
             flops_per_token(skeleton, blocks, high) - dense_saving,

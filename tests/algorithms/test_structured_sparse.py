@@ -52,6 +52,17 @@ def test_pruning_matches_losparse(parity):
     assert [int(rows[name].any(1).sum()) for name in "ab"] == [16, 3]
 
 
+def test_with_the_ridge_the_energies_of_all_rows_are_the_dropped_energy():
+    """Also where the low rank reproduces every token, so that the tokens alone tell no row from another."""
+    matrix_OX, rows_PX = torch.randn(12, 20).double(), torch.randn(3, 20).double()
+    spectrum = decompose(matrix_OX, input_rows_PX=rows_PX)
+    left_OX = residual(matrix_OX, spectrum.truncated(4))
+    energy_O = row_energy(left_OX, input_rows_PX=rows_PX, ridge=spectrum.input_ridge)
+    assert float(energy_O.sum()) == pytest.approx(spectrum.dropped_energy(4), rel=1e-9)
+    alone_O = row_energy(left_OX, input_rows_PX=rows_PX)
+    assert float(alone_O.sum()) < 1e-3 * float(energy_O.sum())
+
+
 @pytest.mark.parametrize("tokens", [5, 60])
 def test_energy_is_the_output_of_each_row(tokens):
     residual_OX, rows_PX = torch.randn(12, 20), torch.randn(tokens, 20).double()

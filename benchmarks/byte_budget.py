@@ -1,0 +1,277 @@
+"""Scores against stored bytes: merging, MC-SMoE, shared bases, uniform ranks, pruning, and the byte budget.
+
+    python benchmarks/byte_budget.py [--on reference] [--seeds 0 1 2] [--output benchmarks/results/byte_budget]
+    python benchmarks/smollm2.py && python benchmarks/byte_budget.py --on smollm2
+
+For 75 to 10% of the bytes of the experts' matrices and every variant that reaches them: perplexity relative to the
+original, KL and top-1 agreement on held-out text, multiple choice, generation agreement and loop rate, as the mean over
+calibration seeds and the spread (largest minus smallest); one table, and one plot of KL and perplexity. Nothing is
+trained. Results are kept in `.cache/byte_budget`, so that an interrupted run continues. The plot needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import statistics as stats
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from reference import CALIBRATION, HELD_OUT, MODEL, NUM_EXPERTS, ROOT, source_line
+from smollm2 import CHECKPOINT, SOURCE
+
+from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, Statistics
+from optimum_moe.evaluation import EvaluationResult, evaluate_many
+from optimum_moe.methods import Method
+
+COLUMNS = ("perplexity", "kl", "top1_agreement", "choice_accuracy", "generation_agreement", "loop_rate")
+ORIGINAL = "original"
+SHARES = (75, 50, 25, 20, 15, 10)
+BUDGET = "byte budget"
+
+Variant = Callable[[float], "Method | list[Method] | None"]
+"""From a share of the experts' bytes to what is left of that size; None where the variant cannot be so small."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Args:
+        model: Checkpoint.
+        source: What it is, and its licence.
+        variants: What is compared.
+        smallest: Share of a matrix that its factors of rank 8 store.
+        evaluation: Settings of `evaluate`.
+        at_once: Models in memory at a time.
+    """
+
+    model: Path
+    source: str
+    variants: dict[str, Variant]
+    smallest: float
+    evaluation: dict[str, Any]
+    at_once: int = 8
+
+
+def pruned(share: float) -> Method | None:
+    """REAP, down to the number of experts that the router selects."""
+    count = int(NUM_EXPERTS * share)
+    return ExpertPruning(num_experts=count) if count >= 4 else None
+
+
+def merged(share: float) -> Method:
+    return MSMoE(num_experts=max(1, int(NUM_EXPERTS * share)))
+
+
+def merged_and_factorised(share: float) -> list[Method]:
+    """Of equal parts: the share of the experts and the share of the numbers of each, which has a tenth of its rows."""
+    each = max(share**0.5, REFERENCE_SMALLEST + 0.12)
+    count = max(1, int(NUM_EXPERTS * share / each))
+    return [MSMoE(num_experts=count), LowRankSparse(rank_ratio=NUM_EXPERTS * share / count - 0.11, density=0.1)]
+
+
+def based(share: float) -> list[Method] | None:
+    """Bases and differences of equal parts."""
+    delta = max(share / 2, REFERENCE_SMALLEST)
+    count = int(NUM_EXPERTS * (share - delta))
+    ratio = share - count / NUM_EXPERTS
+    return [MSMoE(num_experts=count), LowRankSparse(rank_ratio=ratio, density=None, base="group")] if count > 0 else None
+
+
+def uniform(smallest: float, whiten: bool) -> Variant:
+    def variant(share: float) -> Method | None:
+        return LowRankSparse(rank_ratio=share, density=None, whiten=whiten) if share >= smallest else None
+
+    return variant
+
+
+REFERENCE_SMALLEST = 8 * (80 + 128) / (80 * 128)
+SMOLLM2_SMALLEST = 8 * (192 + 576) / (192 * 576)
+SETTINGS = {
+    "reference": Setting(
+        MODEL,
+        source_line(),
+        {
+            "M-SMoE": merged,
+            "MC-SMoE": merged_and_factorised,
+            "base + delta": based,
+            "plain SVD": uniform(REFERENCE_SMALLEST, whiten=False),
+            "whitened SVD": uniform(REFERENCE_SMALLEST, whiten=True),
+            "REAP pruning": pruned,
+            BUDGET: lambda share: LowRankSparse(budget=share),
+        },
+        REFERENCE_SMALLEST,
+        {"max_tokens": 32768, "num_questions": 200, "num_prompts": 32},
+        at_once=24,
+    ),
+    "smollm2": Setting(
+        CHECKPOINT,
+        SOURCE,
+        {
+            "plain SVD": uniform(SMOLLM2_SMALLEST, whiten=False),
+            "whitened SVD": uniform(SMOLLM2_SMALLEST, whiten=True),
+            "experts only": lambda share: LowRankSparse(budget=share, kinds=[]),
+            "ranks only": lambda share: LowRankSparse(budget=share, kinds=["rank"]),
+            "neurons only": lambda share: LowRankSparse(budget=share, kinds=["neurons"]),
+            BUDGET: lambda share: LowRankSparse(budget=share),
+        },
+        SMOLLM2_SMALLEST,
+        {"max_tokens": 8192, "num_questions": 50, "num_prompts": 8, "new_tokens": 16},
+        at_once=3,
+    ),
+}
+
+
+def key_of(setting: Setting, arguments: argparse.Namespace) -> str:
+    """Distinguishes results of another model, text or amount of evaluation."""
+    digest = hashlib.sha256()
+    for path in (*sorted(setting.model.glob("*.safetensors")), CALIBRATION, HELD_OUT):
+        digest.update(path.read_bytes())
+    digest.update(f"{setting.evaluation} {arguments.calibration_tokens}".encode())
+    return digest.hexdigest()[:12]
+
+
+def statistics_of(setting: Setting, seed: int, folder: Path, arguments: argparse.Namespace) -> Statistics:
+    """Observed once for all variants of a seed, with the backward passes that the byte budget wants."""
+    kept = folder / "statistics"
+    if not (kept / "statistics.json").is_file():
+        config = CalibrationConfig(
+            str(CALIBRATION), sequence_length=256, max_tokens=arguments.calibration_tokens, seed=seed
+        )
+        MoECompressor.from_pretrained(
+            setting.model, LowRankSparse(budget=0.5), config, seed=seed, progress=False
+        ).calibrate().save_pretrained(kept)
+    return Statistics.from_pretrained(kept)
+
+
+def run_seed(setting: Setting, seed: int, shares: list[int], arguments: argparse.Namespace) -> None:
+    """Measure everything of one calibration seed that was not measured yet."""
+    folder = arguments.cache / key_of(setting, arguments) / f"seed{seed}"
+    wanted = [(share, name) for share in shares for name in setting.variants if name in arguments.variants]
+    missing = [(s, n) for s, n in wanted if not file_of(folder, s, n).is_file() and setting.variants[n](s / 100)]
+    if not missing and file_of(folder, 100, ORIGINAL).is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    statistics = statistics_of(setting, seed, folder, arguments)
+    original = transformers.AutoModelForCausalLM.from_pretrained(setting.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(setting.model)
+    for start in range(0, max(len(missing), 1), setting.at_once):
+        models = {(100, ORIGINAL): original} if start == 0 else {}
+        for share, name in missing[start : start + setting.at_once]:
+            method = setting.variants[name](share / 100)
+            compressor = MoECompressor.from_pretrained(setting.model, method, seed=seed, progress=False)
+            models[share, name] = compressor.apply(statistics=statistics)
+            print(f"seed {seed}: {name} at {share}% made", file=sys.stderr, flush=True)
+        results = evaluate_many(
+            {f"{share} {name}": model for (share, name), model in models.items()},
+            str(HELD_OUT),
+            reference=original,
+            tokenizer=tokenizer,
+            calibration=str(CALIBRATION),
+            progress=sys.stderr.isatty(),
+            **setting.evaluation,
+        )
+        for (share, name), result in zip(models, results.values(), strict=True):
+            result.save(file_of(folder, share, name))
+        del models
+        gc.collect()
+
+
+def file_of(folder: Path, share: int, name: str) -> Path:
+    return folder / f"{share}-{name.replace(' ', '_').replace('+', 'and')}.json"
+
+
+def read(setting: Setting, arguments: argparse.Namespace) -> dict[tuple[int, str], list[EvaluationResult]]:
+    """All results by share and variant, one for each seed."""
+    found: dict[tuple[int, str], list[EvaluationResult]] = {}
+    for seed in arguments.seeds:
+        folder = arguments.cache / key_of(setting, arguments) / f"seed{seed}"
+        for share, name in [(100, ORIGINAL), *((s, n) for s in arguments.shares for n in setting.variants)]:
+            if file_of(folder, share, name).is_file():
+                found.setdefault((share, name), []).append(EvaluationResult.load(file_of(folder, share, name)))
+    return found
+
+
+def values_of(results: list[EvaluationResult], column: str, base: float) -> list[float]:
+    values = [result.scores[column].value for result in results]
+    return [value / base for value in values] if column == "perplexity" else values
+
+
+def table(setting: Setting, found: dict[tuple[int, str], list[EvaluationResult]], shares: list[int]) -> list[str]:
+    """Markdown."""
+    base = found[100, ORIGINAL][0].scores["perplexity"].value
+    lines = ["| expert bytes | variant | perplexity | KL | top-1 | choice | generation | loops |", "|---" * 8 + "|"]
+    for share in shares:
+        for name in setting.variants:
+            if (share, name) not in found:
+                continue
+            cells = []
+            for column in COLUMNS:
+                values = values_of(found[share, name], column, base)
+                digits, factor = (4, "") if column == "kl" else (3, "x" if column == "perplexity" else "")
+                cells.append(f"{factor}{stats.mean(values):.{digits}f} ({max(values) - min(values):.{digits}f})")
+            lines.append(f"| {share}% | {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot(setting: Setting, found: dict[tuple[int, str], list[EvaluationResult]], shares: list[int], path: Path) -> None:
+    """KL and perplexity against the share of the experts' bytes."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    base = found[100, ORIGINAL][0].scores["perplexity"].value
+    for axis, column, label in zip(
+        axes, ("kl", "perplexity"), ("KL (nats a token)", "perplexity / original"), strict=True
+    ):
+        for name in setting.variants:
+            have = [share for share in shares if (share, name) in found]
+            means = [stats.mean(values_of(found[share, name], column, base)) for share in have]
+            axis.plot(have, means, marker="o", label=name, linewidth=2.5 if name == BUDGET else 1.2)
+        axis.set(xlabel="bytes of the experts (%)", ylabel=label, yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--on", choices=SETTINGS, default="reference")
+    parser.add_argument("--shares", type=int, nargs="+", default=list(SHARES), help="per cent of the experts' bytes")
+    parser.add_argument("--variants", nargs="+", help="default all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "byte_budget")
+    parser.add_argument("--output", type=Path, help="also write the table (.md) and the plot (.png) there")
+    arguments = parser.parse_args()
+    setting = SETTINGS[arguments.on]
+    arguments.variants = arguments.variants or list(setting.variants)
+    torch.set_num_threads(arguments.threads)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Calibration gave no token")
+    for seed in arguments.seeds:
+        run_seed(setting, seed, arguments.shares, arguments)
+    found = read(setting, arguments)
+    original = found[100, ORIGINAL][0].scores
+    names = ("perplexity", "choice_accuracy", "loop_rate")
+    scores = ", ".join(f"{n} {original[n].value:.3f} [{original[n].low:.3f}, {original[n].high:.3f}]" for n in names)
+    amount = f"{len(arguments.seeds)} calibration seeds of {arguments.calibration_tokens:,} tokens"
+    lines = [setting.source, "", f"Original: {scores}. {amount}; nothing is trained.", ""]
+    lines += table(setting, found, arguments.shares)
+    print("\n".join(lines))
+    if arguments.output:
+        arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        plot(setting, found, arguments.shares, arguments.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The byte budget over all experts of a model: what a block says of its experts, and how the bytes are spent."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from optimum_moe.algorithms.byte_budget import Point, build, curve, spend
+from optimum_moe.algorithms.expert_curves import Form
+from optimum_moe.algorithms.expert_tokens import single_expert
+from optimum_moe.algorithms.factors import BlockFactors
+from optimum_moe.blocks import ModelInfo
+from optimum_moe.methods.base import BlockContext
+
+
+@dataclass(frozen=True)
+class BlockSurvey:
+    """The curves of one block's experts.
+
+    Args:
+        curves: For each expert its points, see `optimum_moe.algorithms.byte_budget.curve`.
+        in_loss: Whether damages are changes of the loss; else squared output errors, in a unit of the block's own.
+    """
+
+    curves: tuple[tuple[Point, ...], ...]
+    in_loss: bool
+
+
+def survey_block(context: BlockContext, kinds: Sequence[str]) -> BlockSurvey:
+    """The curves of all experts of a block, damages summed over all tokens that the block saw.
+
+    Neurons that have a meaning outside of their expert are kept all or none. An expert without tokens costs nothing to
+    empty, unless `unseen` says that it is kept or pruned.
+    """
+    sample, found = context.sample(), []
+    kinds = [kind for kind in kinds if kind != "neurons" or not context.experts.fixed_neurons]
+    for index in range(context.experts.num_experts):
+        expert, tokens = single_expert(context.experts, index), sample.of_expert(index)
+        points = curve(expert, tokens, kinds=kinds)
+        if len(tokens.input_PH) == 0 and context.unseen in ("keep", "prune"):
+            points = points[-1:] if context.unseen == "keep" else points[:1]
+        found.append(tuple(replace(point, damage=point.damage / sample.share) for point in points))
+    return BlockSurvey(tuple(found), sample.gradient_SJH is not None)
+
+
+def spend_budget(
+    model: ModelInfo, surveys: Mapping[str, BlockSurvey | None], numbers: int
+) -> dict[str, tuple[Form, ...]]:
+    """The form of every expert of every block, with which all of them store at most `numbers`.
+
+    Args:
+        model: The model.
+        surveys: By block; None for one that stays as it is.
+        numbers: The budget.
+
+    Raises:
+        ValueError: If the experts that have to stay take more.
+    """
+    taken = {block.name: survey for block in model.blocks if (survey := surveys[block.name]) is not None}
+    without = [name for name, survey in taken.items() if not survey.in_loss]
+    if without:
+        warnings.warn(
+            f"No gradient of the loss was observed at {len(without)} of {len(taken)} blocks ({without[0]}, ...): "
+            "damage is measured by output errors, and every block counts as much as any other. A backward pass needs "
+            'engine="memory" without error propagation, and a model that gives logits.',
+            stacklevel=2,
+        )
+    curves, owners = [], []
+    for name, survey in taken.items():
+        # Squared errors of different blocks have nothing in common but the share of what would be lost.
+        total = sum(points[0].damage for points in survey.curves) or 1.0
+        for points in survey.curves:
+            curves.append([replace(p, damage=p.damage / total) for p in points] if without else list(points))
+            owners.append(name)
+    forms: dict[str, list[Form]] = {name: [] for name in taken}
+    for name, point in zip(owners, spend(curves, numbers), strict=True):
+        forms[name].append(point.form)
+    return {name: tuple(found) for name, found in forms.items()}
+
+
+def build_block(context: BlockContext, forms: Sequence[Form]) -> BlockFactors:
+    """All experts of a block in the forms that were chosen."""
+    sample = context.sample()
+    return BlockFactors(
+        tuple(
+            build(single_expert(context.experts, index), sample.of_expert(index), form)
+            for index, form in enumerate(forms)
+        )
+    )

@@ -1,0 +1,237 @@
+"""The byte budget: convex curves, exact spending, and forms that are what their points say."""
+
+import itertools
+import pickle
+
+import pytest
+import torch
+
+from optimum_moe.algorithms.byte_budget import Point, build, curve, hull, spend
+from optimum_moe.algorithms.expert_curves import Expert, ExpertTokens, Form
+
+HIDDEN, INNER, TOKENS = 24, 32, 200
+
+
+def swiglu(gate_PI, up_PI):
+    return torch.nn.functional.silu(gate_PI) * up_PI
+
+
+def relu_squared(gate_PI, up_PI):
+    assert gate_PI is None
+    return up_PI.relu().square()
+
+
+def make_expert(seed=0, gated=True, bias=False, inner=INNER, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype) / shape[-1] ** 0.5
+
+    return Expert(
+        draw(inner, HIDDEN),
+        draw(HIDDEN, inner),
+        swiglu if gated else relu_squared,
+        draw(inner, HIDDEN) if gated else None,
+        draw(inner) if bias else None,
+        draw(inner) if bias and gated else None,
+    )
+
+
+def make_tokens(seed=0, tokens=TOKENS, draws=1, gradient=True):
+    generator = torch.Generator().manual_seed(100 + seed)
+    gradient_JPH = torch.randn(draws, tokens, HIDDEN, generator=generator) * torch.linspace(0.1, 1, HIDDEN)
+    return ExpertTokens(
+        torch.randn(tokens, HIDDEN, generator=generator),
+        torch.rand(tokens, generator=generator),
+        gradient_JPH if gradient else None,
+    )
+
+
+def output(expert, factors, input_PH):
+    """What the module that the factors stand for computes."""
+    linear = torch.nn.functional.linear
+    kept = slice(None) if factors.neurons is None else factors.neurons
+    up_bias = None if expert.up_bias_I is None else expert.up_bias_I[kept]
+    gate_bias = None if expert.gate_bias_I is None else expert.gate_bias_I[kept]
+    gate_PN = None if factors.gate is None else linear(input_PH, factors.gate.densified(), gate_bias)
+    hidden_PN = expert.activate(gate_PN, linear(input_PH, factors.up.densified(), up_bias))
+    return linear(hidden_PN, factors.down.densified())
+
+
+def measured(expert, tokens, factors):
+    """1/2 sum q d^T B d of the output's change, from the definition."""
+    change_PH = (output(expert, factors, tokens.input_PH) - output(expert, whole(expert), tokens.input_PH)).double()
+    gradient_JPH = tokens.gradient_JPH
+    if gradient_JPH is None:
+        return 0.5 * float((change_PH * tokens.weight_P[:, None]).square().sum())
+    c_JPH = (gradient_JPH.reshape(-1, *tokens.input_PH.shape) * tokens.weight_P[:, None]).double()
+    q_P = c_JPH.square().sum(-1).mean(0)
+    b_HH = torch.einsum("jph,jpi->hi", c_JPH, c_JPH) / c_JPH.square().sum()
+    return 0.5 * float((q_P * torch.einsum("ph,hi,pi->p", change_PH, b_HH, change_PH)).sum())
+
+
+def whole(expert):
+    return build(expert, make_tokens(), Form(expert.inner))
+
+
+def is_convex(points):
+    slopes = [(a.damage - b.damage) / (b.numbers - a.numbers) for a, b in itertools.pairwise(points)]
+    return all(a > b or a == b == 0 for a, b in itertools.pairwise(slopes)) and all(s >= 0 for s in slopes)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True), (False, False), (False, True)])
+def test_points_are_what_build_makes_of_them(gated, bias, gradient):
+    expert, tokens = make_expert(gated=gated, bias=bias), make_tokens(draws=2, gradient=gradient)
+    points = curve(expert, tokens)
+    dense_numbers = (3 if gated else 2) * HIDDEN * INNER
+    assert (points[0].numbers, points[0].form) == (0, Form(0))
+    assert (points[-1].numbers, points[-1].damage, points[-1].form) == (dense_numbers, 0.0, Form(INNER))
+    assert is_convex(points)
+    assert len(points) > 4
+    for point in points:
+        factors = build(expert, tokens, pickle.loads(pickle.dumps(point)).form)
+        assert factors.numbers == point.numbers == point.form.numbers(HIDDEN, gated)
+        assert measured(expert, tokens, factors) == pytest.approx(point.damage, rel=1e-3, abs=1e-5 * points[0].damage)
+
+
+def test_ranks_share_the_right_factor():
+    expert, tokens = make_expert(), make_tokens()
+    factors = build(expert, tokens, Form(16, 8))
+    assert factors.shares_right
+    assert factors.gate.rank == factors.up.rank == 8
+    assert factors.width == len(factors.neurons) == 16
+    assert factors.numbers == 8 * (2 * 16 + HIDDEN) + 16 * HIDDEN
+    assert not whole(expert).shares_right
+
+
+def test_one_neuron_and_one_token_is_the_second_order_change():
+    expert, tokens = make_expert(inner=1), make_tokens(tokens=1)
+    points = curve(expert, tokens)
+    change_H = -tokens.weight_P[0] * output(expert, whole(expert), tokens.input_PH)[0]
+    assert points[0].damage == pytest.approx(0.5 * float(tokens.gradient_JPH[0, 0] @ change_H) ** 2, rel=1e-5)
+
+
+def test_whole_budget_changes_nothing():
+    experts = [make_expert(seed, dtype=torch.bfloat16) for seed in range(3)]
+    tokens = [make_tokens(0), make_tokens(1, tokens=0), make_tokens(2, tokens=3)]
+    curves = [curve(expert, seen) for expert, seen in zip(experts, tokens, strict=True)]
+    chosen = spend(curves, 3 * 3 * HIDDEN * INNER)
+    for expert, seen, point in zip(experts, tokens, chosen, strict=True):
+        factors = build(expert, seen, point.form)
+        assert factors.neurons is None
+        for name, original in (("gate", expert.gate_IH), ("up", expert.up_IH), ("down", expert.down_HI)):
+            assert torch.equal(factors.matrices[name].dense_OX, original)
+
+
+@pytest.mark.parametrize("numbers", [0, 1, 999, 2500, 5000, 6911, 6912, 10**6])
+def test_spend_stays_within_the_budget_and_wastes_less_than_a_step(numbers):
+    curves = [curve(make_expert(seed), make_tokens(seed)) for seed in range(3)]
+    chosen = spend(curves, numbers)
+    left = numbers - sum(point.numbers for point in chosen)
+    assert left >= 0
+    for points, point in zip(curves, chosen, strict=True):
+        at = points.index(point)
+        assert at + 1 == len(points) or points[at + 1].numbers - point.numbers > left
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_spend_is_the_best_there_is_where_steps_are_alike(seed):
+    generator = torch.Generator().manual_seed(seed)
+    curves = []
+    for _ in range(4):
+        gains = torch.rand(3, generator=generator).sort(descending=True).values.tolist()
+        curves.append(hull([Point(8 * k, sum(gains[k:]), Form(8 * k)) for k in range(4)]))
+    for numbers in range(0, 97, 8):
+        best = min(
+            sum(point.damage for point in chosen)
+            for chosen in itertools.product(*curves)
+            if sum(point.numbers for point in chosen) <= numbers
+        )
+        assert sum(point.damage for point in spend(curves, numbers)) == pytest.approx(best, abs=1e-9)
+
+
+def test_a_step_that_does_not_fit_leaves_room_for_smaller_ones():
+    large = [Point(0, 10.0, Form(0)), Point(100, 0.0, Form(8))]
+    small = [Point(0, 1.0, Form(0)), Point(60, 0.0, Form(8))]
+    assert [point.numbers for point in spend([large, small], 99)] == [0, 60]
+    assert [point.numbers for point in spend([large, small], 100)] == [100, 0]
+
+
+def test_order_of_experts_does_not_matter():
+    experts = [(make_expert(seed), make_tokens(seed)) for seed in range(5)]
+    curves = [curve(*pair) for pair in experts]
+    order = [3, 0, 4, 2, 1]
+    chosen, permuted = spend(curves, 4000), spend([curves[index] for index in order], 4000)
+    assert permuted == [chosen[index] for index in order]
+
+
+def test_order_of_neurons_does_not_matter():
+    expert, tokens = make_expert(), make_tokens()
+    order = torch.randperm(INNER, generator=torch.Generator().manual_seed(5))
+    mixed = Expert(expert.up_IH[order], expert.down_HI[:, order], swiglu, expert.gate_IH[order])
+    for point, other in zip(curve(expert, tokens), curve(mixed, tokens), strict=True):
+        assert other.form == point.form
+        assert other.damage == pytest.approx(point.damage, rel=1e-3, abs=1e-4)
+
+
+def test_an_expert_without_tokens_goes_first_and_comes_back_last():
+    unseen = curve(make_expert(), make_tokens(tokens=0))
+    assert [(point.numbers, point.damage) for point in unseen] == [(0, 0.0), (3 * HIDDEN * INNER, 0.0)]
+    seen = curve(make_expert(1), make_tokens(1))
+    chosen = spend([unseen, seen], seen[-1].numbers)
+    assert chosen == [unseen[0], seen[-1]]
+    empty = build(make_expert(), make_tokens(tokens=0), Form(0))
+    assert empty.numbers == empty.width == 0
+
+
+def test_zero_gradients_cost_nothing_and_give_no_nan():
+    tokens = make_tokens()
+    tokens = ExpertTokens(tokens.input_PH, tokens.weight_P, torch.zeros(TOKENS, HIDDEN))
+    points = curve(make_expert(), tokens)
+    assert {point.damage for point in points} == {0.0}
+    factors = build(make_expert(), tokens, Form(16, 8))
+    assert all(matrix.densified().isfinite().all() for matrix in factors.matrices.values())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_singular_grams(tokens):
+    expert, seen = make_expert(), make_tokens(tokens=tokens)
+    points = curve(expert, seen)
+    assert is_convex(points)
+    # So few tokens are reproduced by a few neurons.
+    assert min(point.damage for point in points if 0 < point.numbers < points[-1].numbers) < 1e-2 * points[0].damage
+    for point in points:
+        factors = build(expert, seen, point.form)
+        assert all(matrix.densified().isfinite().all() for matrix in factors.matrices.values())
+
+
+def test_dead_neurons_are_free():
+    expert, tokens = make_expert(), make_tokens()
+    expert.down_HI[:, 8:] = 0
+    points = curve(expert, tokens)
+    assert points[-2].damage < 1e-8 * points[0].damage
+    factors = build(expert, tokens, Form(8))
+    assert factors.neurons.tolist() == list(range(8))
+    assert torch.allclose(factors.down.dense_OX, expert.down_HI[:, :8], atol=1e-5)
+
+
+def test_refused():
+    expert, tokens = make_expert(), make_tokens()
+    with pytest.raises(ValueError, match=r"must be 0 or more"):
+        hull([Point(0, float("nan"), Form(0))])
+    broken = tokens.gradient_JPH.clone()
+    broken[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"gradient_JPH holds NaN"):
+        curve(expert, ExpertTokens(tokens.input_PH, tokens.weight_P, broken))
+    expert.up_IH[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN"):
+        curve(expert, tokens)
+    with pytest.raises(ValueError, match=r"Pass \(P, H\)"):
+        ExpertTokens(tokens.input_PH, tokens.weight_P[1:], tokens.gradient_JPH)
+    with pytest.raises(ValueError, match=r"below the least"):
+        spend([[Point(8, 0.0, Form(8))]], 7)
+    with pytest.raises(ValueError, match=r"does not fit an expert of 32 neurons"):
+        build(make_expert(), tokens, Form(40))
+    with pytest.raises(ValueError, match=r"without tokens can be empty or whole"):
+        build(make_expert(), make_tokens(tokens=0), Form(8))

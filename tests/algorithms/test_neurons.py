@@ -1,0 +1,73 @@
+"""Elimination of neurons with refit, against its definition."""
+
+import pytest
+import torch
+
+from optimum_moe.algorithms.neurons import damped, elimination, narrowed, refitted
+
+HIDDEN, INNER = 6, 10
+
+
+def problem(seed=0, tokens=50):
+    generator = torch.Generator().manual_seed(seed)
+    hidden_PI = torch.randn(tokens, INNER, generator=generator, dtype=torch.float64)
+    down_HI = torch.randn(HIDDEN, INNER, generator=generator, dtype=torch.float64)
+    root_HH = torch.randn(HIDDEN, HIDDEN, generator=generator, dtype=torch.float64)
+    return hidden_PI.T @ hidden_PI, down_HI, root_HH @ root_HH.T
+
+
+def cost(gram_II, down_HI, metric_HH, kept):
+    change_HI = -down_HI.clone()
+    change_HI[:, kept] += narrowed(down_HI, gram_II, torch.tensor(kept), damping=0.0)
+    return float(torch.trace(metric_HH @ change_HI @ gram_II @ change_HI.T))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_step_is_the_cheapest_after_a_refit(seed):
+    gram_II, down_HI, metric_HH = problem(seed)
+    order_I, damage_I = elimination(gram_II, down_HI.T @ metric_HH @ down_HI, damping=0.0)
+    assert sorted(order_I.tolist()) == list(range(INNER))
+    kept = list(range(INNER))
+    for step, neuron in enumerate(order_I.tolist()[:-1]):
+        costs = {j: cost(gram_II, down_HI, metric_HH, [k for k in kept if k != j]) for j in kept}
+        assert min(costs, key=costs.get) == neuron
+        assert float(damage_I[step + 1]) == pytest.approx(costs[neuron], rel=1e-6)
+        kept.remove(neuron)
+    total = float(torch.trace(metric_HH @ down_HI @ gram_II @ down_HI.T))
+    assert float(damage_I[-1]) == pytest.approx(total, rel=1e-6)
+
+
+def test_a_copy_of_a_neuron_goes_for_nothing():
+    gram_II, down_HI, metric_HH = problem()
+    copy = torch.eye(INNER, dtype=torch.float64)
+    copy[3] = copy[7]
+    order_I, damage_I = elimination(copy @ gram_II @ copy.T, down_HI.T @ metric_HH @ down_HI, damping=1e-9)
+    assert order_I[0].item() in (3, 7)
+    assert float(damage_I[1]) < 1e-6 * float(damage_I[-1])
+
+
+def test_singular_grams_give_finite_numbers():
+    gram_II, down_HI, metric_HH = problem(tokens=2)
+    order_I, damage_I = elimination(gram_II, down_HI.T @ metric_HH @ down_HI)
+    assert damage_I.isfinite().all()
+    assert narrowed(down_HI, gram_II, order_I[-3:]).isfinite().all()
+    zero_II = torch.zeros_like(gram_II)
+    assert torch.equal(damped(zero_II), torch.eye(INNER, dtype=torch.float64))
+    assert torch.equal(narrowed(down_HI, zero_II, torch.tensor([1, 4])), down_HI[:, [1, 4]])
+
+
+def test_refit_finds_what_made_the_target_and_else_the_prior():
+    gram_NN, down_HN, _ = problem()
+    found_HN = refitted(down_HN @ gram_NN, gram_NN, torch.zeros_like(down_HN), damping=1e-12)
+    assert torch.allclose(found_HN, down_HN, atol=1e-8)
+    zero_NN = torch.zeros_like(gram_NN)
+    assert torch.equal(refitted(torch.zeros_like(down_HN), zero_NN, down_HN), down_HN)
+
+
+def test_nan_is_refused():
+    gram_II, down_HI, _ = problem()
+    gram_II[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"Gram holds NaN"):
+        elimination(gram_II, down_HI.T @ down_HI)
+    with pytest.raises(ValueError, match=r"effect_II holds NaN"):
+        elimination(torch.eye(INNER), torch.full((INNER, INNER), torch.nan))
