@@ -43,6 +43,9 @@ class BlockSource(Protocol):
     def finish(self, unit: Unit, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
         """Take a unit that was cut, while it is loaded."""
 
+    def restore(self, unit: Unit) -> None:
+        """Make of a loaded unit what an earlier run made of it."""
+
     def plans(self) -> dict[str, BlockPlan]:
         """What was carried out so far, by block, in the order of the model."""
 

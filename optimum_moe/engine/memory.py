@@ -50,6 +50,9 @@ class MemorySource:
         self._finished.add(unit.name)
         self._plans |= plans
 
+    def restore(self, unit: Unit) -> None:
+        """It is what was made of it."""
+
     def plans(self) -> dict[str, BlockPlan]:
         """See `BlockSource.plans`."""
         order = [found.info.name for found in self.blocks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from optimum_moe.blocks import ModelInfo
@@ -225,5 +225,4 @@ class _Cut:
         if not source.is_finished(unit):
             source.finish(unit, {}, None)
         elif self.run.propagate and unit.blocks:
-            done = CompressionPlan(source.plans())
-            replace(self.cutter, plan=done).cut(unit)
+            source.restore(unit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from optimum_moe.checkpoint.headers import INDEX_FILE
+from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader
 from optimum_moe.checkpoint.shards import write_shard
 from optimum_moe.checkpoint.streamed import StreamedModel
 from optimum_moe.engine.cutting import Observed
 from optimum_moe.engine.units import Unit, find_units, is_in
 from optimum_moe.engine.working import WorkingFolder
 from optimum_moe.plan import BlockPlan
-from optimum_moe.surgeons import FoundBlock
+from optimum_moe.surgeons import FoundBlock, factors_digest
 
 SHARD_SIZE = 5 * 10**9
 
@@ -118,6 +120,39 @@ class StreamingSource:
             unit.name, shard=shard, size=size, record=record, observed=observed is not None, weights=weights
         )
         self._plans |= plans
+
+    def restore(self, unit: Unit) -> None:
+        """Cut a unit as its plans say; experts that were factorised are read from its shard.
+
+        Raises:
+            ValueError: If the shard holds other factors than when it was written.
+        """
+        for found in unit.blocks:
+            plan, block = self._plans[found.info.name], found.module(self.model)
+            # A plan that was read has no factors to carry out.
+            found.surgeon.carry_out(block, replace(plan, sizes=None, neurons=None))
+            if plan.sizes is not None:
+                found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
+                self._read_factors(unit, found, plan)
+
+    def _read_factors(self, unit: Unit, found: FoundBlock, plan: BlockPlan) -> None:
+        assert self.folder is not None
+        done = self.folder.finished[unit.name]
+        block = found.module(self.model)
+        held = found.surgeon.factors(block)
+        assert held is not None
+        path = f"{found.info.name}.{next(path for path, module in block.named_modules() if module is held)}"
+        reader = CheckpointReader(self.model, done["weights"])
+        shard = self.folder.checkpoint / done["shard"]
+        with ShardReader(dict.fromkeys(done["weights"], shard)) as get:
+            tensors = reader.read(path, get)
+            for name, tensor in held.state_dict(prefix=f"{path}.").items():
+                tensor.copy_(tensors[name])
+        if factors_digest(held) != plan.digest:
+            raise ValueError(
+                f"{shard} does not hold the factors of {plan.name} that were written. Pass overwrite=True "
+                "(--overwrite) to begin anew."
+            )
 
     def plans(self) -> dict[str, BlockPlan]:
         """See `BlockSource.plans`."""
