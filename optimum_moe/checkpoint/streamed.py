@@ -12,8 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_moe.checkpoint.contents import Contents, meta_tensor
+from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.quantised import load_dequantised
-from optimum_moe.checkpoint.reader import take_dtypes
+from optimum_moe.checkpoint.reader import Entries, take_dtypes
+from optimum_moe.checkpoint.shards import bytes_of
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.writer import without_bars
 
@@ -55,6 +57,7 @@ class StreamedModel:
             raise ValueError(f"{source.name} does not give {name} ({reason}). Copy or download the checkpoint again.")
         self._tie_equal_pairs()
         self._aliases = self._find_aliases()
+        self._entries: dict[str, Entries | None] = {}
         self.resident = _initialise(self.model, set(self._aliases), device)
         self._lent: set[str] = set()
 
@@ -69,12 +72,39 @@ class StreamedModel:
 
     def load(self, names: Iterable[str]) -> None:
         """Read tensors of the model, all that are still on the meta device."""
-        wanted = {self._aliases[name][0] for name in names if self.at(name).is_meta}
-        for name, tensor in self.contents.read(sorted(wanted)).items():
+        wanted = sorted({self._aliases[name][0] for name in names if self.at(name).is_meta})
+        whole = {name: entries for name in wanted if (entries := self.entries(name)) is not None}
+        for name, entries in whole.items():
+            self._set(name, self._in_one(name, entries).to(self.device))
+        for name, tensor in self.contents.read(name for name in wanted if name not in whole).items():
             # What no conversion made anew lies in the file, at any address there.
             mapped = tensor.untyped_storage().data_ptr() in self._mapped
             self._set(name, (tensor.clone() if mapped else tensor).to(self.device))
         self._mapped.clear()
+
+    def entries(self, name: str) -> Entries | None:
+        """The stored tensors that a tensor of the model consists of, one behind the other; None where it does not."""
+        if name not in self._aliases:
+            return None
+        first = self._aliases[name][0]
+        if first not in self._entries:
+            self._entries[first] = self.contents.entries(first)
+        return self._entries[first]
+
+    def place(self, stored: str) -> Place:
+        """Where the bytes of a stored tensor are."""
+        return self._shards.place(stored)
+
+    def _in_one(self, name: str, entries: Entries) -> torch.Tensor:
+        """Read stored tensors to where they belong, without a copy on the way."""
+        like = self.contents.tensors[name]
+        tensor, done = torch.empty(like.shape, dtype=like.dtype), 0
+        if tensor.numel():
+            memory = bytes_of(tensor)
+            for place in (self.place(stored) for entry in entries for stored in entry):
+                place.read_into(memory[done : done + place.size])
+                done += place.size
+        return tensor
 
     def free(self, module: str) -> None:
         """Put every tensor of a module back on the meta device, also those that a cut made."""
