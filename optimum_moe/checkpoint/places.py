@@ -27,6 +27,10 @@ class Place:
     start: int
     size: int
 
+    def expect(self) -> None:
+        """Have the system fetch the bytes meanwhile."""
+        os.posix_fadvise(self.descriptor, self.start, self.size, os.POSIX_FADV_WILLNEED)
+
     def read_into(self, buffer: memoryview) -> None:
         """Fill a buffer of `size` bytes.
 

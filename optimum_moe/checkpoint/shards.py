@@ -76,7 +76,7 @@ def write_shard(file: Path, tensors: Mapping[str, torch.Tensor], copied: Mapping
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor, which must not be empty."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
 def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:

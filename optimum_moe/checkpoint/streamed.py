@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from optimum_moe.checkpoint.buffers import Buffers
 from optimum_moe.checkpoint.contents import Contents, meta_tensor
 from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.quantised import load_dequantised
@@ -30,6 +31,8 @@ _LOCAL: dict[str, Any] = {
     "subfolder": "",
 }
 _ALIGNMENT = 64
+_AHEAD = 1 << 30
+"""Bytes that are fetched ahead at most: far less than the memory that is free."""
 
 
 class StreamedModel:
@@ -60,6 +63,7 @@ class StreamedModel:
         self._entries: dict[str, Entries | None] = {}
         self.resident = _initialise(self.model, set(self._aliases), device)
         self._lent: set[str] = set()
+        self._buffers = Buffers()
 
     def close(self) -> None:
         """Close the files of the checkpoint."""
@@ -91,6 +95,15 @@ class StreamedModel:
             self._entries[first] = self.contents.entries(first)
         return self._entries[first]
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system fetch tensors of the model while something else is done, to where it may drop them again."""
+        begun = 0
+        for entries in (self.entries(name) for name in names):
+            for place in (self.place(stored) for entry in entries or () for stored in entry):
+                if begun < _AHEAD:
+                    place.expect()
+                begun += place.size
+
     def place(self, stored: str) -> Place:
         """Where the bytes of a stored tensor are."""
         return self._shards.place(stored)
@@ -98,7 +111,7 @@ class StreamedModel:
     def _in_one(self, name: str, entries: Entries) -> torch.Tensor:
         """Read stored tensors to where they belong, without a copy on the way."""
         like = self.contents.tensors[name]
-        tensor, done = torch.empty(like.shape, dtype=like.dtype), 0
+        tensor, done = self._buffers.empty(like.shape, like.dtype), 0
         if tensor.numel():
             memory = bytes_of(tensor)
             for place in (self.place(stored) for entry in entries for stored in entry):

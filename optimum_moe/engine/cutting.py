@@ -80,7 +80,8 @@ class Cutter:
         """Cut the blocks of a loaded unit, each when its plan is complete; returns the plans."""
         plans = {}
         for found in unit.blocks:
-            self.source.provide(found, experts=self.plan is None and self.method.reads_experts)
+            decides = self.method if self.plan is None else None
+            self.source.provide(found, experts=decides is not None and decides.reads_experts)
             plans[found.info.name] = plan = self._plan(found, observed)
             self.source.provide(found, experts=not (plan.is_identity or plan.keeps_experts))
             if not plan.is_identity:

@@ -53,6 +53,7 @@ class StreamingSource:
         """Bytes that the largest unit takes while it is read, cut and written."""
         self._files = [unit.name for unit in self.units if sizes[unit.name]]
         self._plans: dict[str, BlockPlan] = {}
+        self._unit: Unit | None = None
         self._runs = False
         self._to_rebuild: list[Unit] = []
         for unit in self.units:
@@ -92,20 +93,26 @@ class StreamingSource:
                 continue
             if id(tensor) in names:
                 self._saved_as[name] = names[id(tensor)]
-            elif all(part in stored and stored[part].dtype == tensor.dtype for entry in entries for part in entry):
+            elif all(self._comes_back(part, tensor.dtype, stored) for entry in entries for part in entry):
                 self._stacked.add(name)
+
+    def _comes_back(self, part: str, dtype: torch.dtype, stored: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a part of a stack is saved under the name that it is stored under."""
+        size = self.streamed.contents.headers.tensors[part][2]
+        return part in stored and stored[part].dtype == dtype and _bytes(stored[part]) == size
 
     @contextmanager
     def loaded(self, unit: Unit) -> Iterator[None]:
         """Read the unit, and free it at the end."""
         with self.opened(unit):
-            self.streamed.load(unit.tensors or self.streamed.names(unit.name))
+            self._load(unit.tensors or self.streamed.names(unit.name))
             self._runs = True
             yield
 
     @contextmanager
     def opened(self, unit: Unit) -> Iterator[None]:
         """Free the unit at the end."""
+        self._unit = unit
         try:
             yield
         finally:
@@ -119,11 +126,23 @@ class StreamingSource:
         """Read the block, or free those experts that can be copied from file to file."""
         if self._runs:
             return
-        own = {id(parameter) for parameter in found.surgeon.expert_parameters(found.module(self.model))}
         names = self.streamed.names(found.info.name)
-        left = [name for name in names if name in self._stacked and id(self.streamed.at(name)) in own and not experts]
+        if experts:
+            self._load(names)
+            return
+        own = {id(parameter) for parameter in found.surgeon.expert_parameters(found.module(self.model))}
+        left = [name for name in names if name in self._stacked and id(self.streamed.at(name)) in own]
         self.streamed.free_named(left)
         self.streamed.load(name for name in names if name not in left)
+
+    def _load(self, names: Sequence[str]) -> None:
+        """Read most of the open unit, and let the disk go on with the next one."""
+        self.streamed.expect(names)
+        self.streamed.load(names)
+        assert self._unit is not None
+        following = self.units[self.units.index(self._unit) + 1 :]
+        if following and following[0].blocks and not self.is_finished(following[0]):
+            self.streamed.expect(self.streamed.names(following[0].name))
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -142,15 +161,14 @@ class StreamingSource:
     def finish(self, unit: Unit, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
         """Write the unit, and remember that it is done."""
         assert self.folder is not None
-        state = self._state(unit)
-        self.streamed.load(n for n, t in state.items() if t.is_meta and not {n} & (self._stacked | set(self._saved_as)))
+        copyable = self._stacked | self._saved_as.keys()
+        self.streamed.load(name for name in self._unread(self._state(unit)) if name not in copyable)
         state = self._state(unit)
         tensors = revert_weight_conversion(self.model, state)
         shard, size = None, 0
         if tensors:
             shard = self._shard(unit)
-            copied = {name: place for name, place in self._copies(state, plans) if name in tensors}
-            size = write_shard(self.folder.checkpoint / shard, tensors, copied)
+            size = write_shard(self.folder.checkpoint / shard, tensors, dict(self._copies(state, plans)))
         record = None
         if unit.blocks:
             record = self.folder.write_record(f"unit-{self.units.index(unit):05d}", plans, observed)
@@ -195,7 +213,7 @@ class StreamingSource:
 
     def _copies(self, state: Mapping[str, torch.Tensor], plans: Mapping[str, BlockPlan]) -> Iterator[tuple[str, Place]]:
         """Where the bytes of those tensors are that are still on the meta device, by the names they are saved as."""
-        for name in (name for name, tensor in state.items() if tensor.is_meta):
+        for name in self._unread(state):
             entries = self.streamed.entries(name)
             assert entries is not None
             if name in self._saved_as:
@@ -208,6 +226,9 @@ class StreamingSource:
             for slot, expert in enumerate([*kept, *rest]):
                 for saved, stored in zip(entries[slot], entries[expert], strict=True):
                     yield saved, self.streamed.place(stored)
+
+    def _unread(self, state: Mapping[str, torch.Tensor]) -> list[str]:
+        return [name for name, tensor in state.items() if tensor.is_meta]
 
     def _shard(self, unit: Unit) -> str:
         return f"model-{self._files.index(unit.name) + 1:05d}-of-{len(self._files):05d}.safetensors"

@@ -47,7 +47,8 @@ def register_saliency(
     Args:
         name: Its name.
         needs: What the function takes as keyword arguments: `"statistics"` (a `BlockStatistics`), `"experts"` (an
-            `ExpertTensors`), `"info"` (its `BlockInfo`), `"generator"` (a seeded `torch.Generator`). Without `"statistics"` it is data-free.
+            `ExpertTensors`), `"info"` (a `BlockInfo`), `"generator"` (a seeded `torch.Generator`). Without
+            `"statistics"` it is data-free; without `"experts"` a streaming run does not read experts that go.
 
     Raises:
         ValueError: If the name is taken or a need is unknown.
