@@ -42,7 +42,8 @@ class MatrixFactors:
             raise ValueError("A dense matrix has no sparse part. Add it to the matrix.")
         if self.u_RO is not None and self.v_RX is not None and len(self.u_RO) != len(self.v_RX):
             raise ValueError(
-                f"The factors have ranks {len(self.u_RO)} and {len(self.v_RX)}: they must agree. Pass (R, O) and (R, X)."
+                f"The factors have ranks {len(self.u_RO)} and {len(self.v_RX)}: they must agree. "
+                "Pass (R, O) and (R, X)."
             )
 
     @property
