@@ -120,6 +120,11 @@ class Method(ABC):
         return False
 
     @property
+    def reads_experts(self) -> bool:
+        """Whether `decide` looks at the weights of the experts."""
+        return True
+
+    @property
     @abstractmethod
     def block_routing(self) -> Routing:
         """How the router reaches what remains."""
