@@ -1,7 +1,6 @@
 """After the cut, the experts of a block together make up for what each of them lost.
 
-Shape letters: S sampled tokens of the block, K top-k, J draws of labels, P routed tokens of one expert, H hidden,
-N kept neurons.
+Shape letters: S sampled tokens of the block, P routed tokens of one expert, H hidden, N kept neurons.
 
 A token's experts add up, so what one lost (an empty one: all of it) can be made up for by the others that the token
 selected. The down projections of all experts that were cut are refitted to the block's original output, by least
@@ -12,11 +11,12 @@ squares weighted with the size of the loss gradient. Expert by expert, each to w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from optimum_moe.algorithms.expert_curves import Expert, ExpertTokens
+from optimum_moe.algorithms.expert_curves import Expert
+from optimum_moe.algorithms.expert_tokens import SampledTokens
 from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
 from optimum_moe.algorithms.neurons import DAMPING, damped
 
@@ -24,54 +24,11 @@ SWEEPS = 4
 """Default number of times that every expert is refitted."""
 
 
-@dataclass(frozen=True, eq=False)
-class BlockTokens:
-    """The sampled tokens of one block.
-
-    Args:
-        input_SH: (S, H) inputs of the experts call.
-        index_SK: (S, K) int64 ids of the selected experts. Ids that are no expert's never count.
-        weight_SK: (S, K) routing weights. Slots of weight 0 never count.
-        gradient_JSH: (J, S, H) or (S, H) gradients of the loss summed over tokens with respect to the output of the
-            call, None where no backward pass ran.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-    """
-
-    input_SH: torch.Tensor
-    index_SK: torch.Tensor
-    weight_SK: torch.Tensor
-    gradient_JSH: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        sampled = len(self.input_SH)
-        fits = self.index_SK.shape == self.weight_SK.shape and len(self.index_SK) == sampled
-        if not fits or (self.gradient_JSH is not None and self.gradient_JSH.shape[-2:] != self.input_SH.shape):
-            gradient = None if self.gradient_JSH is None else tuple(self.gradient_JSH.shape)
-            raise ValueError(
-                f"Tokens of shape {tuple(self.input_SH.shape)} have ids {tuple(self.index_SK.shape)}, weights "
-                f"{tuple(self.weight_SK.shape)} and gradients {gradient}. Pass (S, H), (S, K), (S, K), (J, S, H)."
-            )
-
-    def routed(self, expert: int) -> tuple[torch.Tensor, ExpertTokens]:
-        """(P,) int64 the tokens routed to an expert, and what it saw of them."""
-        token_P, slot_P = torch.where((self.index_SK == expert) & (self.weight_SK != 0))
-        gradient_JPH = None if self.gradient_JSH is None else self.gradient_JSH[..., token_P, :]
-        return token_P, ExpertTokens(self.input_SH[token_P], self.weight_SK[token_P, slot_P], gradient_JPH)
-
-    def importance(self) -> torch.Tensor:
-        """(S,) float32 squared size of each token's gradient, 1 without gradients."""
-        if self.gradient_JSH is None:
-            return torch.ones(len(self.input_SH), device=self.input_SH.device)
-        return self.gradient_JSH.reshape(-1, *self.input_SH.shape).float().square().sum((0, 2))
-
-
 @torch.no_grad()
 def refit_block(
     experts: Sequence[Expert],
     factors: Sequence[ExpertFactors],
-    tokens: BlockTokens,
+    tokens: SampledTokens,
     sweeps: int = SWEEPS,
     damping: float = DAMPING,
 ) -> list[ExpertFactors]:
@@ -90,7 +47,7 @@ def refit_block(
     if len(experts) != len(factors):
         raise ValueError(f"Got {len(experts)} experts and {len(factors)} forms: pass one form of each expert.")
     root_S = tokens.importance().sqrt()
-    left_SH = torch.zeros_like(tokens.input_SH, dtype=torch.float32)
+    left_SH = torch.zeros(tokens.input_SH.shape, device=tokens.input_SH.device)
     parts: dict[int, _Part] = {}
     for index, (expert, kept) in enumerate(zip(experts, factors, strict=True)):
         if kept.neurons is None and kept.up.is_dense and kept.down.dense_OX is expert.down_HI:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from test_byte_budget import HIDDEN, INNER, make_expert, output
 
-from optimum_moe.algorithms.block_refit import BlockTokens, refit_block
+from optimum_moe.algorithms.block_refit import refit_block
 from optimum_moe.algorithms.byte_budget import build
 from optimum_moe.algorithms.expert_curves import Form
+from optimum_moe.algorithms.expert_tokens import SampledTokens
 
 SAMPLED, TOP_K = 400, 2
 FORMS = (Form(0), Form(8), Form(16, 8), Form(INNER))
@@ -16,11 +17,11 @@ def make_block(gradient=True, bias=False):
     generator = torch.Generator().manual_seed(0)
     experts = [make_expert(seed, bias=bias) for seed in range(len(FORMS))]
     index_SK = torch.rand(SAMPLED, len(FORMS), generator=generator).topk(TOP_K, dim=1).indices
-    tokens = BlockTokens(
+    tokens = SampledTokens(
         torch.randn(SAMPLED, HIDDEN, generator=generator),
         index_SK,
         torch.rand(SAMPLED, TOP_K, generator=generator),
-        torch.randn(2, SAMPLED, HIDDEN, generator=generator) if gradient else None,
+        torch.randn(SAMPLED, 2, HIDDEN, generator=generator) if gradient else None,
     )
     factors = [build(e, tokens.routed(i)[1], form) for i, (e, form) in enumerate(zip(experts, FORMS, strict=True))]
     return experts, factors, tokens
@@ -73,7 +74,7 @@ def output_hidden(expert, factors, input_PH):
 
 
 def shifted(tokens, by):
-    return BlockTokens(tokens.input_SH, tokens.index_SK - by, tokens.weight_SK, tokens.gradient_JSH)
+    return SampledTokens(tokens.input_SH, tokens.index_SK - by, tokens.weights_SK, tokens.gradient_SJH)
 
 
 def test_untouched_and_empty_experts_and_all_sizes_stay():
@@ -89,15 +90,15 @@ def test_untouched_and_empty_experts_and_all_sizes_stay():
 def test_slots_that_do_not_count():
     experts, factors, tokens = make_block()
     index_SK = torch.cat([tokens.index_SK, torch.full((SAMPLED, 1), len(FORMS)), tokens.index_SK[:, :1]], 1)
-    weight_SK = torch.cat([tokens.weight_SK, torch.ones(SAMPLED, 1), torch.zeros(SAMPLED, 1)], 1)
-    padded = BlockTokens(tokens.input_SH, index_SK, weight_SK, tokens.gradient_JSH)
+    weights_SK = torch.cat([tokens.weights_SK, torch.ones(SAMPLED, 1), torch.zeros(SAMPLED, 1)], 1)
+    padded = SampledTokens(tokens.input_SH, index_SK, weights_SK, tokens.gradient_SJH)
     for one, other in zip(refit_block(experts, factors, tokens), refit_block(experts, factors, padded), strict=True):
         assert torch.equal(one.down.densified(), other.down.densified())
 
 
 def test_an_expert_without_tokens_stays():
     experts, factors, tokens = make_block()
-    unseen = BlockTokens(tokens.input_SH, torch.full_like(tokens.index_SK, 3), tokens.weight_SK)
+    unseen = SampledTokens(tokens.input_SH, torch.full_like(tokens.index_SK, 3), tokens.weights_SK)
     assert refit_block(experts, factors, unseen) == factors
 
 
@@ -106,7 +107,7 @@ def test_refused():
     with pytest.raises(ValueError, match=r"Got 4 experts and 3 forms"):
         refit_block(experts, factors[1:], tokens)
     with pytest.raises(ValueError, match=r"Pass \(S, H\)"):
-        BlockTokens(tokens.input_SH, tokens.index_SK[1:], tokens.weight_SK)
+        SampledTokens(tokens.input_SH, tokens.index_SK[1:], tokens.weights_SK)
     tokens.input_SH[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaN"):
         refit_block(experts, factors, tokens)
