@@ -83,7 +83,9 @@ def based(share: float) -> list[Method] | None:
     delta = max(share / 2, REFERENCE_SMALLEST)
     count = int(NUM_EXPERTS * (share - delta))
     ratio = share - count / NUM_EXPERTS
-    return [MSMoE(num_experts=count), LowRankSparse(rank_ratio=ratio, density=None, base="group")] if count > 0 else None
+    return (
+        [MSMoE(num_experts=count), LowRankSparse(rank_ratio=ratio, density=None, base="group")] if count > 0 else None
+    )
 
 
 def uniform(smallest: float, whiten: bool) -> Variant:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.utils import logging
@@ -102,11 +102,9 @@ def share_of_zeros(folder: Path) -> float:
     """Of the stored numbers, indices excluded."""
     zeros = numbers = 0
     for file in folder.glob("model*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():
-                tensor = opened.get_tensor(name)
-                if tensor.is_floating_point():
-                    zeros, numbers = zeros + tensor.numel() - int(tensor.count_nonzero()), numbers + tensor.numel()
+        for tensor in load_file(file).values():
+            if tensor.is_floating_point():
+                zeros, numbers = zeros + tensor.numel() - int(tensor.count_nonzero()), numbers + tensor.numel()
     return zeros / numbers
 
 
@@ -175,7 +173,8 @@ def main() -> None:
         f"{args.tokens} (none dropped), attention scores {scores:,.0f} a token excluded\n"
     )
     print(
-        f"{'':<14}{'file bytes':>15}{'preview':>15}{'off':>7}{'FLOPs, package':>16}{'counted':>14}{'off':>7}{'zeros':>8}"
+        f"{'':<14}{'file bytes':>15}{'preview':>15}{'off':>7}{'FLOPs, package':>16}{'counted':>14}{'off':>7}"
+        f"{'zeros':>8}"
     )
     missed = []
     for preset in args.presets:

@@ -31,6 +31,15 @@ class BlockSource(Protocol):
     def loaded(self, unit: Unit) -> AbstractContextManager[None]:
         """While it is open the unit has its tensors."""
 
+    def opened(self, unit: Unit) -> AbstractContextManager[None]:
+        """While it is open the unit can be cut, though it cannot run: it has what `provide` is asked for."""
+
+    def provide(self, found: FoundBlock, experts: bool) -> None:
+        """Have what a block of an open unit is cut by, and its experts if they are wanted.
+
+        Experts that are not wanted may be on the meta device, where those that remain keep their order.
+        """
+
     def running(self) -> AbstractContextManager[None]:
         """While it is open the model runs."""
 
@@ -74,7 +83,10 @@ class Cutter:
         """Cut the blocks of a loaded unit, each when its plan is complete; returns the plans."""
         plans = {}
         for found in unit.blocks:
+            decides = self.method if self.plan is None else None
+            self.source.provide(found, experts=decides is not None and decides.reads_experts)
             plan = self._plan(found, observed)
+            self.source.provide(found, experts=not (plan.is_identity or plan.keeps_experts))
             plans[found.info.name] = found.surgeon.carry_out(found.module(self.source.model), plan)
         return plans
 
@@ -125,7 +137,7 @@ def cut_units(source: BlockSource, cutter: Cutter, observed: Observed | None, pr
         if source.is_finished(unit):
             progress.skip()
             continue
-        with progress.unit(unit) as report, source.loaded(unit):
+        with progress.unit(unit) as report, source.opened(unit):
             own = None if observed is None else {f.info.name: observed[f.info.name] for f in unit.blocks}
             report.plans = cutter.cut(unit, own)
             source.finish(unit, report.plans, own)

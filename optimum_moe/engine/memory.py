@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -32,6 +32,13 @@ class MemorySource:
     def loaded(self, unit: Unit) -> Iterator[None]:
         """It always is."""
         yield
+
+    def opened(self, unit: Unit) -> AbstractContextManager[None]:
+        """It always is."""
+        return self.loaded(unit)
+
+    def provide(self, found: FoundBlock, experts: bool) -> None:
+        """It has everything."""
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -86,9 +86,13 @@ class ExpertCost:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way of deciding what remains of each block; subclasses are frozen dataclasses of their settings."""
+    """A way of deciding what remains of each block; subclasses are frozen dataclasses of their settings.
+
+    `size_fields` are the settings that say how much remains, of which exactly one is given.
+    """
 
     name: ClassVar[str]
+    size_fields: ClassVar[tuple[str, ...]] = ("num_experts", "keep_ratio", "target_size")
 
     @property
     @abstractmethod
@@ -114,6 +118,11 @@ class Method(ABC):
     def needs_survey(self) -> bool:
         """Whether all blocks are looked at before the first one is decided."""
         return False
+
+    @property
+    def reads_experts(self) -> bool:
+        """Whether `decide` looks at the weights of the experts."""
+        return True
 
     @property
     @abstractmethod

@@ -4,230 +4,21 @@ Experts of one width lie in one `WidthClass`; in it the factors of a projection 
 those of one rank as a regular stack, so that a few grouped matmuls serve any mixture, and every size is known before a
 weight is read.
 
-Shape letters: C experts of a class, O outputs and X inputs of a projection, R rank, M sparse rows, n neurons kept,
-P tokens of one expert, T all of them by expert, H hidden.
+Shape letters: C experts of a width class, n neurons kept, P tokens of one expert, H hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch import nn
 
 from optimum_moe.algorithms.experts import PerExpert
-from optimum_moe.algorithms.factors import JOINT, BlockFactors, FactorSizes, MatrixFactors
-from optimum_moe.nn.sparse_part import SparsePart, keep_rows
-
-
-class ExpertProjection(nn.Module):
-    """One projection (gate, up or down) of all experts of a width class.
-
-    Experts lie in the order of their rank, dense ones first, so that the factors of those of one rank are a regular
-    stack. Parameters, where there is something to hold: `weight` (dense experts, O, X), `u` (sum of R, O), `v` (sum of
-    R, X), `rows` (sum of M, X) with the buffer `row_index` (sum of M,), `bias` (C, O), `base` (bases, O, X).
-
-    Args:
-        outputs: O.
-        inputs: X.
-        ranks_C: Rank of each expert, None for dense.
-        rows_C: Sparse rows of each expert.
-        bias: Whether there are biases.
-        base_C: Base of each expert, where they share some.
-        num_bases: Number of bases.
-        factory: Device and dtype.
-    """
-
-    row_index: torch.Tensor
-
-    def __init__(
-        self,
-        outputs: int,
-        inputs: int,
-        ranks_C: Sequence[int | None],
-        rows_C: Sequence[int],
-        bias: bool,
-        base_C: Sequence[int] | None = None,
-        num_bases: int = 0,
-        **factory: Any,
-    ) -> None:
-        super().__init__()
-        self.outputs, self.inputs, self.ranks_C = outputs, inputs, tuple(ranks_C)
-        self.base_C = base_C
-        # A number below 0 stands for dense.
-        keys = [-1 if rank is None else rank for rank in ranks_C]
-        self.order_C = sorted(range(len(keys)), key=lambda expert: (keys[expert], expert))
-        self.place_C = [self.order_C.index(expert) for expert in range(len(keys))]
-        self._set_rows(rows_C)
-        total = sum(rank for rank in ranks_C if rank is not None)
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, **factory))
-
-        if None in ranks_C:
-            self.weight = parameter(keys.count(-1), outputs, inputs)
-        if total:
-            self.u, self.v = parameter(total, outputs), parameter(total, inputs)
-        if sum(rows_C):
-            self.rows = parameter(sum(rows_C), inputs)
-            index = torch.zeros(sum(rows_C), dtype=torch.int32, device=factory.get("device"))
-            self.register_buffer("row_index", index)
-        if bias:
-            self.bias = parameter(len(keys), outputs)
-        if base_C is not None:
-            self.base = parameter(num_bases, outputs, inputs)
-
-    def _set_rows(self, rows_C: Sequence[int]) -> None:
-        self.rows_C = tuple(rows_C)
-        ranks, rows = [0], [0]
-        for expert in self.order_C:
-            ranks.append(ranks[-1] + (self.ranks_C[expert] or 0))
-            rows.append(rows[-1] + rows_C[expert])
-        # Where the factors and rows of the expert at a place begin.
-        self._rank_ends, self._row_ends = ranks, rows
-
-    def forward(
-        self,
-        input_TX: torch.Tensor,
-        expert: int | None = None,
-        counts_C: Sequence[int] | None = None,
-        base: int | None = None,
-        with_base: bool = True,
-    ) -> torch.Tensor:
-        """(T, O) outputs of one expert, with or without its base's; of a base; or of tokens that lie by expert.
-
-        Args:
-            input_TX: (T, X).
-            expert: Number in the width class.
-            counts_C: Tokens of each expert.
-            base: Number of a base, for its output alone.
-            with_base: Whether the output of the expert's base is added.
-        """
-        if base is not None:
-            return nn.functional.linear(input_TX, self.base[base])
-        if expert is not None:
-            return self._one(expert, input_TX, with_base)
-        assert counts_C is not None
-        return self._grouped(input_TX, counts_C)
-
-    def _factors_of(self, expert: int) -> slice:
-        place = self.place_C[expert]
-        return slice(self._rank_ends[place], self._rank_ends[place + 1])
-
-    def _rows_of(self, expert: int) -> slice:
-        place = self.place_C[expert]
-        return slice(self._row_ends[place], self._row_ends[place + 1])
-
-    def _one(self, expert: int, input_PX: torch.Tensor, with_base: bool) -> torch.Tensor:
-        rank = self.ranks_C[expert]
-        if rank is None:
-            output_PO = nn.functional.linear(input_PX, self.weight[self.place_C[expert]])
-        elif rank:
-            part = self._factors_of(expert)
-            output_PO = nn.functional.linear(input_PX, self.v[part]) @ self.u[part]
-        else:
-            output_PO = input_PX.new_zeros(len(input_PX), self.outputs)
-        if self.rows_C[expert]:
-            part = self._rows_of(expert)
-            sparse_PM = nn.functional.linear(input_PX, self.rows[part])
-            output_PO = output_PO.index_add(-1, self.row_index[part], sparse_PM.to(output_PO.dtype))
-        if self.base_C is not None and with_base:
-            output_PO = output_PO + nn.functional.linear(input_PX, self.base[self.base_C[expert]])
-        return output_PO + self.bias[expert] if hasattr(self, "bias") else output_PO
-
-    def _grouped(self, input_TX: torch.Tensor, counts_C: Sequence[int]) -> torch.Tensor:
-        """One grouped matmul for each rank and factor; rows, bases and biases expert by expert."""
-        parts = input_TX.split(list(counts_C))
-        outputs: dict[int, torch.Tensor] = {}
-        for rank, run in groupby(self.order_C, key=lambda expert: self.ranks_C[expert]):
-            members = list(run)
-            counts = [counts_C[expert] for expert in members]
-            rows_QX = torch.cat([parts[expert] for expert in members])
-            output_QO = self._of_rank(rank, members, rows_QX, counts)
-            outputs |= zip(members, output_QO.split(counts), strict=True)
-        for expert, output_PO in outputs.items():
-            if len(output_PO) and self.rows_C[expert]:
-                part = self._rows_of(expert)
-                sparse_PM = nn.functional.linear(parts[expert], self.rows[part])
-                output_PO = output_PO.index_add(-1, self.row_index[part], sparse_PM.to(output_PO.dtype))
-            if len(output_PO) and self.base_C is not None:
-                output_PO = output_PO + nn.functional.linear(parts[expert], self.base[self.base_C[expert]])
-            outputs[expert] = output_PO + self.bias[expert] if hasattr(self, "bias") else output_PO
-        return torch.cat([outputs[expert] for expert in range(len(outputs))])
-
-    def _of_rank(
-        self, rank: int | None, members: Sequence[int], input_QX: torch.Tensor, counts: Sequence[int]
-    ) -> torch.Tensor:
-        if rank == 0:
-            return input_QX.new_zeros(len(input_QX), self.outputs)
-        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=input_QX.device)
-
-        def multiply(rows_QX: torch.Tensor, matrices_CXO: torch.Tensor) -> torch.Tensor:
-            return nn.functional.grouped_mm(rows_QX.to(matrices_CXO.dtype), matrices_CXO, offs=ends)
-
-        if rank is None:
-            return multiply(input_QX, self.weight.transpose(1, 2))
-        part = slice(self._factors_of(members[0]).start, self._factors_of(members[-1]).stop)
-        u_CRO, v_CRX = self.u[part].unflatten(0, (-1, rank)), self.v[part].unflatten(0, (-1, rank))
-        return multiply(multiply(input_QX, v_CRX.transpose(1, 2)), u_CRO)
-
-    @torch.no_grad()
-    def fill(self, expert: int, matrix: MatrixFactors, bias_O: torch.Tensor | None) -> None:
-        """Take over one expert's matrix."""
-        if self.ranks_C[expert] is None:
-            self.weight[self.place_C[expert]] = matrix.densified()
-        elif self.ranks_C[expert]:
-            assert matrix.u_RO is not None
-            assert matrix.v_RX is not None
-            self.u[self._factors_of(expert)], self.v[self._factors_of(expert)] = matrix.u_RO, matrix.v_RX
-        if matrix.row_index_M is not None and matrix.rows_MX is not None and self.rows_C[expert]:
-            self.rows[self._rows_of(expert)] = matrix.rows_MX
-            self.row_index[self._rows_of(expert)] = matrix.row_index_M.to(self.row_index)
-        if bias_O is not None:
-            self.bias[expert] = bias_O
-
-    def densified(self, expert: int) -> torch.Tensor:
-        """(O, X) one expert's matrix, its base included."""
-        rank = self.ranks_C[expert]
-        if rank is None:
-            dense_OX = self.weight[self.place_C[expert]]
-        else:
-            first = next(self.parameters())
-            dense_OX = first.new_zeros(self.outputs, self.inputs)
-            if rank:
-                dense_OX = self.u[self._factors_of(expert)].T @ self.v[self._factors_of(expert)]
-        if self.rows_C[expert]:
-            part = self._rows_of(expert)
-            dense_OX = dense_OX.index_add(0, self.row_index[part], self.rows[part])
-        return dense_OX if self.base_C is None else dense_OX + self.base[self.base_C[expert]]
-
-    def sparse_parts(self) -> dict[str, SparsePart]:
-        """The sparse rows of all experts, as those of one tall matrix; see `HasSparseRows`."""
-        if not sum(self.rows_C):
-            return {}
-        offsets = [self.outputs * self.place_C[expert] for expert in self.order_C for _ in range(self.rows_C[expert])]
-        tall = self.row_index.long() + torch.tensor(offsets, device=self.row_index.device)
-        factored = [rank for rank in self.ranks_C if rank is not None]
-        return {"rows": SparsePart(self.rows, tall, self.outputs * len(factored))}
-
-    def keep_rows(self, mask: torch.Tensor, name: str = "rows") -> None:
-        """Store fewer rows; experts may keep different numbers of them, or none."""
-        part = self.sparse_parts()[name]
-        kept = keep_rows(part, mask)
-        flat = mask.to(kept.device, torch.bool)
-        self.row_index = (kept % self.outputs).to(torch.int32)
-        counts = [int(flat[self._rows_of(expert)].sum()) for expert in range(len(self.ranks_C))]
-        self._set_rows(counts)
-        if not sum(counts):
-            # What is built from the sizes has neither of the two.
-            del self.rows, self.row_index
-
-    def extra_repr(self) -> str:
-        """Sizes."""
-        return f"{self.inputs} to {self.outputs}, ranks={self.ranks_C}, rows={self.rows_C}"
+from optimum_moe.algorithms.factors import JOINT, BlockFactors, FactorSizes
+from optimum_moe.nn.expert_projection import ExpertProjection, Opened
 
 
 class WidthClass(nn.Module):
@@ -265,7 +56,7 @@ class WidthClass(nn.Module):
 
     def projection(self, name: str) -> ExpertProjection:
         """Gate, up or down."""
-        found = self.get_submodule(f"{name}_stacks")
+        found = self._modules[f"{name}_stacks"]
         assert isinstance(found, ExpertProjection)
         return found
 
@@ -359,24 +150,32 @@ class FactorisedExperts(nn.Module):
         assert isinstance(found, WidthClass)
         return found, slot
 
-    def project_in(self, expert: int, input_PH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Gate (P, n), None for experts without one, and up (P, n) of an expert's tokens."""
+    def project_in(
+        self, expert: int, input_PH: torch.Tensor, opened: Opened | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Gate (P, n), None for experts without one, and up (P, n) of an expert's tokens.
+
+        Args:
+            expert: Its number.
+            input_PH: (P, H).
+            opened: As in `ExpertProjection.forward`.
+        """
         home = self.home(expert)
         if home is None:
             nothing = input_PH.new_zeros(len(input_PH), 0)
             return (nothing if self.has_gate else None), nothing
         found, slot = home
         if self.is_joint:
-            gate_Pn, up_Pn = found.projection(JOINT)(input_PH, expert=slot).chunk(2, dim=-1)
+            gate_Pn, up_Pn = found.projection(JOINT)(input_PH, expert=slot, opened=opened).chunk(2, dim=-1)
             return gate_Pn, up_Pn
-        gate_Pn = found.projection("gate")(input_PH, expert=slot) if self.has_gate else None
-        return gate_Pn, found.projection("up")(input_PH, expert=slot)
+        gate_Pn = found.projection("gate")(input_PH, expert=slot, opened=opened) if self.has_gate else None
+        return gate_Pn, found.projection("up")(input_PH, expert=slot, opened=opened)
 
-    def project_out(self, expert: int, hidden_Pn: torch.Tensor) -> torch.Tensor:
-        """(P, H) output of an expert from its hidden neurons."""
+    def project_out(self, expert: int, hidden_Pn: torch.Tensor, opened: Opened | None = None) -> torch.Tensor:
+        """(P, H) output of an expert from its hidden neurons; `opened` as in `ExpertProjection.forward`."""
         home = self.home(expert)
         if home is not None:
-            return home[0].projection("down")(hidden_Pn, expert=home[1])
+            return home[0].projection("down")(hidden_Pn, expert=home[1], opened=opened)
         output_PH = hidden_Pn.new_zeros(len(hidden_Pn), self.hidden_size)
         return output_PH if self.empty is None else output_PH + self.empty(expert)
 

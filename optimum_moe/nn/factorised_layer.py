@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from optimum_moe.algorithms.experts import Activate
-from optimum_moe.nn.factorised_experts import EmptyExperts, FactorisedExperts, WidthClass
+from optimum_moe.nn.factorised_experts import EmptyExperts, FactorisedExperts, Opened, WidthClass
 from optimum_moe.nn.merged_experts import MergedExpertLayer, accumulator, run_routed, sort_pairs, wide
 from optimum_moe.nn.shared_bases import run_shared
 
@@ -44,7 +44,7 @@ class FactorisedExpertLayer(MergedExpertLayer):
         grouped = self.config._experts_implementation == "grouped_mm" and hidden_states.device.type != "cpu"
         if grouped and hasattr(nn.functional, "grouped_mm"):
             return run_grouped(self, activate, hidden_states, index_TK, top_k_weights)
-        run = partial(run_factorised, self.factors, activate, native_finish(self))
+        run = partial(run_factorised, self.factors, activate, native_finish(self), opened={})
         return run_routed(run, self.num_experts, hidden_states, index_TK, top_k_weights)
 
 
@@ -54,10 +54,21 @@ def run_factorised(
     finish: Callable[[torch.Tensor], torch.Tensor] | None,
     expert: int,
     input_PH: torch.Tensor,
+    opened: Opened | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One expert on its tokens: (hidden neurons (P, n), output (P, H))."""
-    hidden_Pn = activate(*factors.project_in(expert, input_PH))
-    output_PH = factors.project_out(expert, hidden_Pn)
+    """One expert on its tokens: (hidden neurons (P, n), output (P, H)).
+
+    Args:
+        factors: Of all experts.
+        activate: Their gate function.
+        finish: What is done to the output, None for nothing.
+        expert: Its number.
+        input_PH: (P, H).
+        opened: One dictionary for all experts of a forward pass, empty at its start: makes training several times
+            faster.
+    """
+    hidden_Pn = activate(*factors.project_in(expert, input_PH, opened))
+    output_PH = factors.project_out(expert, hidden_Pn, opened)
     return hidden_Pn, output_PH if finish is None else finish(output_PH)
 
 
@@ -120,6 +131,9 @@ def native_activation(experts: Any, gate_Pn: torch.Tensor | None, up_Pn: torch.T
     """The gate function of an experts module, which wants gate and up in one tensor of its own layout."""
     if gate_Pn is None:
         return experts.act_fn(up_Pn)
+    if type(experts)._apply_gate.__name__ == "_default_apply_gate":
+        # What transformers gives to classes without one of their own; no need to copy both into one tensor for it.
+        return experts.act_fn(gate_Pn) * up_Pn
     if experts.is_concatenated:
         return experts._apply_gate(torch.cat([gate_Pn, up_Pn], dim=-1))
     return experts._apply_gate(torch.stack([gate_Pn, up_Pn], dim=-1).flatten(-2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -105,20 +106,19 @@ def run_routed(
 ) -> torch.Tensor:
     """`eager_experts_forward` for experts of any kind."""
     order_S, ends_G, _ = sort_pairs(index_TK, num_experts)
-    ends = ends_G.tolist()
-    counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    counts = [end - start for start, end in pairwise([0, *ends_G.tolist()])]
+    # A process of expert parallelism that gets no token still has to take part in the backward collectives.
+    hit = [expert for expert, count in enumerate(counts) if count] or [0]
+    counts = [counts[expert] for expert in hit]
     token_S = order_S // index_TK.shape[-1]
     weight_S1 = weights_TK.reshape(-1).index_select(0, order_S).unsqueeze(-1)
     # index_select copies whole rows, several times faster on a CPU than indexing.
     input_SH = hidden_TH.index_select(0, token_S)
-    rows = zip(token_S.split(counts), weight_S1.split(counts), input_SH.split(counts), strict=True)
+    rows = zip(hit, token_S.split(counts), weight_S1.split(counts), input_SH.split(counts), strict=True)
     output_TH = accumulator(hidden_TH)
-    for expert, (token_P, weight_P1, input_PH) in enumerate(rows):
-        # A process of expert parallelism that gets no token still has to take part in the backward collectives.
-        if counts[expert] == 0 and (expert > 0 or len(order_S) > 0):
-            continue
+    for expert, token_P, weight_P1, input_PH in rows:
         hidden_PI, output_PH = run(expert, input_PH)
-        if watch is not None and counts[expert]:
+        if watch is not None and len(token_P):
             watch(expert, token_P, weight_P1[:, 0], input_PH, hidden_PI, output_PH)
         output_TH.index_add_(0, token_P, wide(output_PH * weight_P1))
     return output_TH.to(hidden_TH.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from optimum_moe.algorithms.experts import Activate
-from optimum_moe.nn.factorised_experts import FactorisedExperts, WidthClass
+from optimum_moe.nn.factorised_experts import FactorisedExperts, Opened, WidthClass
 from optimum_moe.nn.merged_experts import accumulator, sort_pairs, wide
 
 
@@ -53,6 +53,7 @@ def run_shared(
     based = [torch.cat([p(input_QH[rows], base=g) for g, rows in enumerate(groups)]) for p in projections]
     weight_P1 = weights_TK.reshape(-1).index_select(0, order_P).unsqueeze(-1)
     summed_QI = torch.zeros_like(based[-1], dtype=torch.promote_types(based[-1].dtype, torch.float32))
+    opened: Opened = {}
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
         rows = slice(start, end)
@@ -62,11 +63,11 @@ def run_shared(
         place, weight, token = place_P[rows], weight_P1[rows], token_P[rows]
         input_PH = hidden_TH.index_select(0, token)
         own = [
-            shared[place] + projection(input_PH, expert=expert, with_base=False)
+            shared[place] + projection(input_PH, expert=expert, with_base=False, opened=opened)
             for shared, projection in zip(based, projections, strict=True)
         ]
         hidden_PI = activate(own[0] if factors.has_gate else None, own[-1])
-        output_TH.index_add_(0, token, wide(down(hidden_PI, expert=expert, with_base=False) * weight))
+        output_TH.index_add_(0, token, wide(down(hidden_PI, expert=expert, with_base=False, opened=opened) * weight))
         summed_QI = summed_QI.index_add(0, place, wide(hidden_PI * weight))
     summed_QI = summed_QI.to(hidden_TH.dtype)
     shared_QH = torch.cat([down(summed_QI[rows], base=g) for g, rows in enumerate(groups)])

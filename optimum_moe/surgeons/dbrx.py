@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from optimum_moe.nn import FactorisedExperts, SwappedModule, map_routing, swapped_class
+from optimum_moe.nn.factorised_experts import Opened
 from optimum_moe.nn.factorised_layer import run_factorised
 from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing
@@ -42,7 +43,7 @@ class MergedDbrxExperts(SwappedModule):
         """Weighted sum of the selected experts, in the shape of `hidden_states`."""
         index_TK = top_k_index.masked_fill(top_k_weights == 0, self.num_experts)
         hidden_TH = hidden_states.reshape(-1, self.hidden_size)
-        run = partial(_run_expert, self)
+        run = partial(_run_expert, self, opened={})
         return run_routed(run, self.num_experts, hidden_TH, index_TK, top_k_weights).view(hidden_states.shape)
 
 
@@ -117,9 +118,11 @@ def _activate(experts: Any, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -
     return experts.mlp.activation_fn(gate_PI) * up_PI
 
 
-def _run_expert(experts: Any, expert: int, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _run_expert(
+    experts: Any, expert: int, input_PH: torch.Tensor, opened: Opened | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     if hasattr(experts, "factors"):
-        return run_factorised(experts.factors, partial(_activate, experts), None, expert, input_PH)
+        return run_factorised(experts.factors, partial(_activate, experts), None, expert, input_PH, opened)
     mlp = experts.mlp
     w1, v1, w2 = (
         tensor.view(experts.num_experts, -1, experts.hidden_size)[expert] for tensor in (mlp.w1, mlp.v1, mlp.w2)

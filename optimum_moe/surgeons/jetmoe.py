@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from optimum_moe.nn import FactorisedExperts, SwappedModule, map_routing, swapped_class
+from optimum_moe.nn.factorised_experts import Opened
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import Block, BlockWatcher, hooked
@@ -55,9 +56,10 @@ class FactorisedJetMoeInput(SwappedModule):
         """(P, 2 I) gate and up, or (P, I) where there is no gate, of pairs that lie by expert."""
         factors = self.shared[0]
         width = self.output_size // (1 + factors.has_gate)
-        outputs = []
+        outputs: list[torch.Tensor] = []
+        opened: Opened = {}
         for expert, rows in enumerate(inputs.split(expert_size)):
-            parts = [part for part in factors.project_in(expert, rows) if part is not None]
+            parts = [part for part in factors.project_in(expert, rows, opened) if part is not None]
             padded = [nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
             outputs.append(torch.cat(padded, dim=-1))
         return torch.cat(outputs)
@@ -72,8 +74,9 @@ class FactorisedJetMoeOutput(SwappedModule):
         """(P, H) outputs of pairs that lie by expert."""
         factors = self.shared[0]
         widths = factors.widths
+        opened: Opened = {}
         rows = enumerate(inputs.split(expert_size))
-        return torch.cat([factors.project_out(expert, hidden[:, : widths[expert]]) for expert, hidden in rows])
+        return torch.cat([factors.project_out(expert, hidden[:, : widths[expert]], opened) for expert, hidden in rows])
 
 
 class JetMoeSurgeon(StackedSurgeon):

@@ -52,11 +52,12 @@ class FactorisedLlama4Experts(SwappedModule):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(E * T, H) outputs of scaled inputs that lie by expert."""
         inputs_ETH = hidden_states.view(self.factors.num_experts, -1, self.hidden_size)
+        run = partial(run_factorised, self.factors, partial(_activate, self), None, opened={})
         outputs = []
         for expert, input_TH in enumerate(inputs_ETH):
             token_P = (input_TH != 0).any(-1).nonzero()[:, 0]
-            run = run_factorised(self.factors, partial(_activate, self), None, expert, input_TH[token_P])
-            outputs.append(torch.zeros_like(input_TH).index_copy(0, token_P, run[1]))
+            _, output_PH = run(expert, input_TH[token_P])
+            outputs.append(torch.zeros_like(input_TH).index_copy(0, token_P, output_PH))
         return torch.cat(outputs)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from optimum_moe.nn import FactorisedExperts, MappedRouter, SwappedModule, swapped_class
+from optimum_moe.nn.factorised_experts import Opened
 from optimum_moe.nn.factorised_layer import run_factorised
 from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing
@@ -38,7 +39,7 @@ class MergedLongcatExperts(SwappedModule):
         """
         groups = self.num_routed_experts
         index_TK = top_k_index.masked_fill(top_k_weights == 0, groups)
-        routed_TH = run_routed(partial(_run_expert, self), groups, hidden_states, index_TK, top_k_weights)
+        routed_TH = run_routed(partial(_run_expert, self, opened={}), groups, hidden_states, index_TK, top_k_weights)
         identity_T1 = top_k_weights.masked_fill(top_k_index < groups, 0).sum(-1, keepdim=True)
         return routed_TH + (hidden_states * identity_T1).to(hidden_states.dtype)
 
@@ -108,8 +109,10 @@ def _activate(experts: Any, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -
     return experts.act_fn(gate_PI) * up_PI
 
 
-def _run_expert(experts: Any, expert: int, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _run_expert(
+    experts: Any, expert: int, input_PH: torch.Tensor, opened: Opened | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     if hasattr(experts, "factors"):
-        return run_factorised(experts.factors, partial(_activate, experts), None, expert, input_PH)
+        return run_factorised(experts.factors, partial(_activate, experts), None, expert, input_PH, opened)
     hidden_PI = _activate(experts, *nn.functional.linear(input_PH, experts.gate_up_proj[expert]).chunk(2, dim=-1))
     return hidden_PI, nn.functional.linear(hidden_PI, experts.down_proj[expert])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from optimum_moe.nn import FactorisedExperts, MappedRouter, SwappedModule, swapped_class
+from optimum_moe.nn.factorised_experts import Opened
 from optimum_moe.nn.factorised_layer import run_factorised
 from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing
@@ -28,7 +29,9 @@ class MergedStep3p7Experts(SwappedModule):
     ) -> torch.Tensor:
         """(T, H) weighted sum of the selected experts."""
         index_TK = top_k_index.masked_fill(top_k_weights == 0, self.num_experts)
-        return run_routed(partial(_run_expert, self), self.num_experts, hidden_states, index_TK, top_k_weights)
+        return run_routed(
+            partial(_run_expert, self, opened={}), self.num_experts, hidden_states, index_TK, top_k_weights
+        )
 
 
 class Step3p7Surgeon(StackedSurgeon):
@@ -91,8 +94,10 @@ def _activate(experts: Any, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -
     return experts._apply_gate(torch.cat([gate_PI, up_PI], dim=-1))
 
 
-def _run_expert(experts: Any, expert: int, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _run_expert(
+    experts: Any, expert: int, input_PH: torch.Tensor, opened: Opened | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     if hasattr(experts, "factors"):
-        return run_factorised(experts.factors, partial(_activate, experts), None, expert, input_PH)
+        return run_factorised(experts.factors, partial(_activate, experts), None, expert, input_PH, opened)
     hidden_PI = experts._apply_gate(nn.functional.linear(input_PH, experts.gate_up_proj[expert]))
     return hidden_PI, nn.functional.linear(hidden_PI, experts.down_proj[expert])

@@ -65,7 +65,7 @@ class FactorisedSwitchExperts(SwappedModule):
         """
         dropped_T = selected_experts.sum((1, 2)) == 0
         index_T1 = selected_experts.argmax(-1).masked_fill(dropped_T.unsqueeze(-1), self.factors.num_experts)
-        run = partial(run_factorised, self.factors, self._activate, None)
+        run = partial(run_factorised, self.factors, self._activate, None, opened={})
         return run_routed(run, self.factors.num_experts, hidden_states, index_T1, routing_weights)
 
     def _activate(self, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
