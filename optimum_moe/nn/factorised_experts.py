@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,9 +55,14 @@ class WidthClass(nn.Module):
             self.add_module(f"{name}_stacks", projection)
 
     def projection(self, name: str) -> ExpertProjection:
-        """Gate, up or down."""
-        found = self._modules[f"{name}_stacks"]
-        assert isinstance(found, ExpertProjection)
+        """Gate, up or down to be called, which may be an adapter (PEFT) around it."""
+        return cast(ExpertProjection, self._modules[f"{name}_stacks"])
+
+    def stored(self, name: str) -> ExpertProjection:
+        """Gate, up or down inside of all adapters."""
+        found: Any = self._modules[f"{name}_stacks"]
+        while not isinstance(found, ExpertProjection):
+            found = found.base_layer
         return found
 
 
@@ -113,7 +118,7 @@ class FactorisedExperts(nn.Module):
             found = self.classes[number]
             assert isinstance(found, WidthClass)
             for name in rows:
-                rows[name][expert] = found.projection(name).rows_C[slot]
+                rows[name][expert] = found.stored(name).rows_C[slot]
         return replace(self._sizes, rows={name: tuple(counts) for name, counts in rows.items() if any(counts)})
 
     @property
@@ -199,19 +204,19 @@ class FactorisedExperts(nn.Module):
             if factors.joint and "up" in own:
                 own[JOINT] = torch.cat([own["gate"], own["up"]])
             for name, matrix in factors.matrices(expert).items():
-                home[0].projection(name).fill(home[1], matrix, own.get(name))
+                home[0].stored(name).fill(home[1], matrix, own.get(name))
         with torch.no_grad():
             for name, base in factors.bases.items():
                 for module in self.classes:
                     assert isinstance(module, WidthClass)
-                    module.projection(name).base.copy_(base)
+                    module.stored(name).base.copy_(base)
 
     def densified(self, expert: int) -> dict[str, torch.Tensor]:
         """The matrices of one expert by projection, of the neurons that are kept; `{}` for an empty one."""
         home = self.home(expert)
         if home is None:
             return {}
-        dense = {name: home[0].projection(name).densified(home[1]) for name in self._sizes.ranks}
+        dense = {name: home[0].stored(name).densified(home[1]) for name in self._sizes.ranks}
         if JOINT in dense:
             dense["gate"], dense["up"] = dense.pop(JOINT).chunk(2)
         return dense
