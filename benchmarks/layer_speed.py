@@ -20,7 +20,10 @@ The three blocks are timed in turns, in a random order; the figures are medians 
 within one turn, for these machines are noisy. The last column is the same ratio for stock against itself, a second
 block with the same weights: what it differs from 0 is noise.
 
+Below them experts in compressed forms are timed beside dense ones: see factorised_speed.py.
+
     python benchmarks/layer_speed.py [--threads 2] [--dtype float32] [--repeats 300] [--seconds 20]
+    python benchmarks/layer_speed.py --layers --threads 1 --clock cpu --seconds 5     # compressed forms only
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from typing import Any
 
 import torch
 import transformers
+from factorised_speed import NOTES, run_compressed
 from torch import nn
 
 from optimum_moe.plan import BlockPlan
@@ -60,6 +64,13 @@ LAYERS = {
     "qwen3_moe": Layer("Qwen3MoeForCausalLM", "Qwen3MoeConfig", 64, 8, 16, 1024, 768, (8, 4)),
     "mixtral": Layer("MixtralForCausalLM", "MixtralConfig", 8, 2, 4, 1024, 3584, (2, 1)),
 }
+COMPRESSED = {
+    "wide": (Layer("Qwen3MoeForCausalLM", "Qwen3MoeConfig", 32, 4, 32, 2048, 1024, ()), ("float32", "bfloat16")),
+    "qwen3_moe": (LAYERS["qwen3_moe"], ("float32",)),
+    "mixtral": (LAYERS["mixtral"], ("float32",)),
+}
+"""Layers whose experts are timed in compressed forms, and in which dtypes."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def build_block(layer: Layer, num_experts: int, top_k: int, dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -208,7 +219,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=300, help="most rounds of a line")
     parser.add_argument("--seconds", type=float, default=20.0, help="most seconds of a line, but for the fewest rounds")
-    parser.add_argument("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS))
+    parser.add_argument("--layers", nargs="*", choices=list(LAYERS), default=list(LAYERS))
+    parser.add_argument("--compressed", nargs="*", choices=list(COMPRESSED), default=list(COMPRESSED))
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: of compressed forms, where others use the machine"
+    )
     parser.add_argument("--implementations", nargs="+", default=["eager", "grouped_mm", "batched_mm"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1, 8], help="512 is prefill, 1 and 8 decode")
     parser.add_argument("--distinct", nargs="+", type=int, help="groups that a token's experts lie in (D)")
@@ -225,12 +240,27 @@ def main() -> None:
         given = {size: getattr(args, size) for size in sizes if getattr(args, size) is not None}
         layer = Layer(**(vars(LAYERS[name]) | given))
         run_layer(name, layer, args)
-    print(
-        "\nWhat bounds the speed-up: one token costs the reading of its D experts' weights, so only D < k makes it "
-        "cheaper; a few tokens that of all distinct experts of the batch, at most G instead of N; many tokens the "
-        "multiply-adds of the distinct (token, expert) pairs, k / D times fewer, and the rows of an expert's matmul, "
-        "N / G times more. What bounds the overhead: a dozen small operations, whatever the size of the experts."
-    )
+    if args.layers:
+        print(
+            "\nWhat bounds the speed-up: one token costs the reading of its D experts' weights, so only D < k makes it "
+            "cheaper; a few tokens that of all distinct experts of the batch, at most G instead of N; many tokens the "
+            "multiply-adds of the distinct (token, expert) pairs, k / D times fewer, and the rows of an expert's matmul, "
+            "N / G times more. What bounds the overhead: a dozen small operations, whatever the size of the experts."
+        )
+    for name in args.compressed:
+        layer, dtypes = COMPRESSED[name]
+        for dtype in dtypes:
+            run_compressed(name, layer, *random_block(layer, getattr(torch, dtype)), args, CLOCKS[args.clock])
+    print(NOTES)
+
+
+@torch.no_grad()
+def random_block(layer: Layer, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A stock block with random numbers, and its surgeon."""
+    block, surgeon = build_block(layer, layer.num_experts, layer.top_k, dtype)
+    for parameter in block.parameters():
+        parameter.normal_(0, 0.02)
+    return block, surgeon
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One projection of experts whose matrices are dense or U V + S, each with sizes of its own.
+"""One projection (gate, up or down) of many experts, whose matrices are dense or U V + S, each with a rank of its own.
 
-Shape letters: C experts of a width class, O outputs and X inputs of the projection, R rank, M sparse rows, P tokens of
-one expert, T all of them by expert, Q those of the experts of one rank.
+Shape letters: C experts of a class, O outputs and X inputs of a projection, R rank, M sparse rows, P tokens of one
+expert, T all of them by expert, Q those of all experts of one rank.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Experts of one width lie in one `WidthClass`; in it the factors of a projection 
 those of one rank as a regular stack, so that a few grouped matmuls serve any mixture, and every size is known before a
 weight is read.
 
-Shape letters: C experts of a width class, n neurons kept, P tokens of one expert, H hidden.
+Shape letters: C experts of a class, O outputs and X inputs of a projection, R rank, M sparse rows, n neurons kept,
+P tokens of one expert, T all of them by expert, H hidden.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from optimum_moe.algorithms.experts import Activate
-from optimum_moe.nn.factorised_experts import EmptyExperts, FactorisedExperts, Opened, WidthClass
+from optimum_moe.nn.expert_projection import Opened
+from optimum_moe.nn.factorised_experts import EmptyExperts, FactorisedExperts, WidthClass
 from optimum_moe.nn.merged_experts import MergedExpertLayer, accumulator, run_routed, sort_pairs, wide
 from optimum_moe.nn.shared_bases import run_shared
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from optimum_moe.algorithms.experts import Activate
-from optimum_moe.nn.factorised_experts import FactorisedExperts, Opened, WidthClass
+from optimum_moe.nn.expert_projection import Opened
+from optimum_moe.nn.factorised_experts import FactorisedExperts, WidthClass
 from optimum_moe.nn.merged_experts import accumulator, sort_pairs, wide
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from optimum_moe.nn import FactorisedExperts, MappedRouter, SwappedModule, swapped_class
-from optimum_moe.nn.factorised_experts import Opened
+from optimum_moe.nn.expert_projection import Opened
 from optimum_moe.nn.factorised_layer import run_factorised
 from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing
