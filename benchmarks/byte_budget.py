@@ -58,7 +58,7 @@ class Setting:
     variants: dict[str, Variant]
     smallest: float
     evaluation: dict[str, Any]
-    at_once: int = 8
+    at_once: int = 12
 
 
 def pruned(share: float) -> Method | None:
@@ -111,8 +111,7 @@ SETTINGS = {
             BUDGET: lambda share: LowRankSparse(budget=share),
         },
         REFERENCE_SMALLEST,
-        {"max_tokens": 32768, "num_questions": 200, "num_prompts": 32},
-        at_once=24,
+        {"max_tokens": 16384, "num_questions": 100, "num_prompts": 16},
     ),
     "smollm2": Setting(
         CHECKPOINT,
@@ -126,7 +125,7 @@ SETTINGS = {
             BUDGET: lambda share: LowRankSparse(budget=share),
         },
         SMOLLM2_SMALLEST,
-        {"max_tokens": 8192, "num_questions": 50, "num_prompts": 8, "new_tokens": 16},
+        {"max_tokens": 8192, "num_questions": 40, "num_prompts": 4, "new_tokens": 16},
         at_once=3,
     ),
 }

@@ -127,8 +127,8 @@ class LowRankSparse(Method):
 
     @property
     def gradient_draws(self) -> int:
-        """Enough that more would change little."""
-        return 4 if self.needs_survey and self.curvature else 0
+        """One: four gave hardly better forms, and take four times the backward passes and the memory."""
+        return 1 if self.needs_survey and self.curvature else 0
 
     @property
     def needs_statistics(self) -> bool:
