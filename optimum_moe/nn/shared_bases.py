@@ -44,7 +44,7 @@ def run_shared(
     order_P, ends_E, expert_P = sort_pairs(index_TK, factors.num_experts)
     output_TH = accumulator(hidden_TH)
     if len(order_P) == 0:
-        return output_TH.to(hidden_TH.dtype)
+        return factors.in_step(output_TH.to(hidden_TH.dtype))
     token_P, tokens = order_P // index_TK.shape[-1], len(hidden_TH)
     group_E = torch.tensor(held.base_C, device=hidden_TH.device)
     key_Q, place_P = (group_E[expert_P] * tokens + token_P).unique(return_inverse=True)
@@ -73,4 +73,4 @@ def run_shared(
         summed_QI = summed_QI.index_add(0, place, wide(hidden_PI * weight))
     summed_QI = summed_QI.to(hidden_TH.dtype)
     shared_QH = torch.cat([down(summed_QI[rows], base=g) for g, rows in enumerate(groups)])
-    return output_TH.index_add_(0, token_Q, wide(shared_QH)).to(hidden_TH.dtype)
+    return factors.in_step(output_TH.index_add_(0, token_Q, wide(shared_QH)).to(hidden_TH.dtype))
