@@ -3,48 +3,82 @@
     python benchmarks/streaming.py --folder /data/scratch                    # four small sizes
     python benchmarks/streaming.py --folder /data/scratch --large            # also more than 30 GB, streaming only
 
-Each run is a process of its own, whose anonymous memory is sampled from outside; seconds are without imports. The row
-`copy` copies the files of the original.
+Half of the experts remain: `random` and `aimer` prune without data, `merge` merges by statistics that are given
+(without alignment), `calibrated` prunes by what it observes. Each run is a process of its own, whose anonymous memory
+is sampled from outside; seconds are without imports. `copy` copies the files of the original right before the run that
+it is compared with, `synced` also waits for the disk, as every run does for every shard. What is checked stands at the
+end.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from synthetic_checkpoint import write
+import psutil
+from synthetic_checkpoint import layer_bytes, write
 
-LARGE = {"layers": 52, "hidden": 2048, "intermediate": 384}
+LARGE = {"layers": 49, "hidden": 2048, "intermediate": 384}
+DATA_FREE = ("random", "aimer")
+LEAST_SPEED, MOST_GROWTH = 0.5, 1.05
 RUN = """
 import sys, time, torch
 import transformers.models.qwen3_moe.modeling_qwen3_moe
 from transformers.utils import logging
-from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor
-model, out, engine, kind = sys.argv[1:]
-data, saliency = None, "random"
-if kind == "calibrated":
-    generator, saliency = torch.Generator().manual_seed(0), "reap"
-    data = [{"input_ids": torch.randint(0, 2048, (4, 256), generator=generator)} for _ in range(8)]
-    data = CalibrationConfig(data, reservoir_tokens=256, unseen="keep")
-elif kind == "aimer":
-    saliency = "aimer"
+from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
+model, out, engine, kind, batches, sequences = sys.argv[1:]
+generator = torch.Generator().manual_seed(0)
+data = [{"input_ids": torch.randint(0, 2048, (int(sequences), 256), generator=generator)} for _ in range(int(batches))]
+data = CalibrationConfig(data, reservoir_tokens=256, unseen="keep")
+method = ExpertPruning(keep_ratio=0.5, saliency="reap" if kind == "calibrated" else kind) if kind != "merge" else None
+method = method or MSMoE(keep_ratio=0.5, align=False)
 logging.disable_progress_bar()
 began = time.monotonic()
-MoECompressor.from_pretrained(
-    model, ExpertPruning(keep_ratio=0.5, saliency=saliency), data, engine=engine, output_dir=out, progress=False
-).apply()
-print(time.monotonic() - began)
+compressor = MoECompressor.from_pretrained(
+    model, method, data if method.needs_statistics else None, engine=engine, output_dir=out, progress=False
+)
+opened = time.monotonic() - began
+statistics = compressor.calibrate() if kind == "merge" else None
+began = time.monotonic()
+compressor.apply(statistics)
+print(opened + time.monotonic() - began)
 """
 COPY = """
-import shutil, sys, time
+import os, shutil, sys, time
 began = time.monotonic()
 shutil.copytree(sys.argv[1], sys.argv[2])
+for name in os.listdir(sys.argv[2]) if sys.argv[3] == "synced" else []:
+    descriptor = os.open(os.path.join(sys.argv[2], name), os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 print(time.monotonic() - began)
 """
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    layers: int
+    size: int
+    engine: str
+    kind: str
+    seconds: float
+    peak: int
+    limit: float
+    copy: float
+
+    def __str__(self) -> str:
+        text = f"{self.layers:6d}  {self.size / 1e9:9.2f}  {self.engine:9}  {self.kind:10}  {self.seconds:7.1f}"
+        text += f"  {self.peak / 1e9:7.2f}"
+        text += f"  {self.limit / 1e9:8.2f}  {self.peak / self.limit:10.2f}" if self.limit else " " * 22
+        return f"{text}  {self.copy / self.seconds:16.2f}"
 
 
 def anonymous(process: int) -> int:
@@ -70,18 +104,66 @@ def measured(code: str, *arguments: str) -> tuple[float, int]:
     return float(printed), peak
 
 
-def rows_for(original: Path, size: int, layers: int, engines: list[str], kinds: list[str]) -> None:
-    """Print what each engine takes on one checkpoint."""
-    out = original.parent / "out"
+def rows_for(
+    original: Path, size: int, shape: tuple[int, int, int], engines: list[str], kinds: list[str], data: tuple[str, str]
+) -> list[Row]:
+    """What each engine takes on one checkpoint; printed as they come."""
+    layers, hidden, intermediate = shape
+    out, rows = original.parent / "out", []
     shutil.rmtree(out, ignore_errors=True)
-    copy, peak = measured(COPY, str(original), str(out))
-    for kind, engine in [("", "copy"), *((kind, engine) for kind in kinds for engine in engines)]:
-        seconds = copy
-        if kind:
-            seconds, peak = measured(RUN, str(original), str(out), engine, kind)
+    limit = 1.5 * layer_bytes(layers, hidden, intermediate) + 1e9
+
+    def run(engine: str, kind: str, copy: float) -> float:
+        code, arguments = (RUN, (engine, kind, *data)) if kind in kinds else (COPY, (kind,))
+        seconds, peak = measured(code, str(original), str(out), *arguments)
         shutil.rmtree(out)
-        row = f"{layers:6d}  {size / 1e9:9.2f}  {engine:9}  {kind:10}  {seconds:7.1f}  {peak / 1e9:7.2f}"
-        print(f"{row}  {copy / seconds:16.2f}", flush=True)
+        rows.append(Row(layers, size, engine, kind, seconds, peak, limit * (engine == "streaming"), copy or seconds))
+        return seconds
+
+    if size < psutil.virtual_memory().total / 4:
+        # Not shown: memory that was never used is slow the first time.
+        run("copy", "plain", 0.0)
+        rows.clear()
+    for kind in kinds:
+        for engine in engines:
+            copy = run("copy", "plain", 0.0)
+            print(rows[-1], flush=True)
+            run(engine, kind, copy)
+            print(rows[-1], flush=True)
+    run("copy", "synced", copy)
+    print(rows[-1], flush=True)
+    return rows
+
+
+def checks(rows: list[Row]) -> list[str]:
+    """What must hold, the figure, and whether it does."""
+    streamed = [row for row in rows if row.engine == "streaming"]
+    share = max(streamed, key=lambda row: row.peak / row.limit)
+    found = [
+        f"peak anonymous memory at most 1.5 x the largest layer + 1 GB: largest share {share.peak / share.limit:.2f} "
+        f"({share.kind}, {share.size / 1e9:.1f} GB): {_verdict(share.peak <= share.limit)}"
+    ]
+    small = sorted((row for row in streamed if row.layers != LARGE["layers"]), key=lambda row: row.layers)
+    pairs = [(a, b) for a in small for b in small if a.kind == b.kind and b.layers == 2 * a.layers]
+    if pairs:
+        one, other = max(pairs, key=lambda pair: pair[1].peak / pair[0].peak)
+        growth = other.peak / one.peak
+        found.append(
+            f"memory less than 5% more when the depth doubles: at most x{growth:.3f} ({one.kind}, {one.layers} to "
+            f"{other.layers} layers): {_verdict(growth < MOST_GROWTH)}"
+        )
+    for row in streamed:
+        if row.kind in (*DATA_FREE, "merge"):
+            speed = row.copy / row.seconds
+            found.append(
+                f"{row.kind} at least half as fast as a copy: {row.size / 1e9:.2f} GB {speed:.2f}: "
+                f"{_verdict(speed >= LEAST_SPEED)}"
+            )
+    return found
+
+
+def _verdict(holds: bool) -> str:
+    return "yes" if holds else "NO"
 
 
 def main() -> None:
@@ -90,24 +172,35 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=[2, 4, 8, 16])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--intermediate", type=int, default=384)
-    parser.add_argument("--kinds", nargs="*", default=["random", "aimer", "calibrated"])
+    parser.add_argument("--kinds", nargs="*", default=["random", "aimer", "merge", "calibrated"])
+    parser.add_argument("--engines", nargs="*", default=["memory", "streaming"])
     parser.add_argument("--large", action="store_true", help="Also a checkpoint of more than 30 GB, streaming only.")
+    parser.add_argument("--large-kinds", nargs="*", default=["random", "aimer", "calibrated"])
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    sizes = [(number, args.hidden, args.intermediate, ["memory", "streaming"]) for number in args.layers]
+    # 8 batches of 4 x 256 tokens; the large one gets 2 of 1 x 256.
+    sizes = [((number, args.hidden, args.intermediate), args.engines, args.kinds, ("8", "4")) for number in args.layers]
     if args.large:
-        sizes.append((*LARGE.values(), ["streaming"]))
+        large = LARGE["layers"], LARGE["hidden"], LARGE["intermediate"]
+        sizes.append((large, ["streaming"], args.large_kinds, ("2", "1")))
     # The original beside a copy of it.
-    needed = max(2 * 2 * number * 128 * 3 * hidden * width for number, hidden, width, _ in sizes) * 1.1
+    needed = max(2.1 * shape[0] * layer_bytes(*shape) for shape, *_ in sizes)
     free = shutil.disk_usage(args.folder).free
     if free < needed:
         raise SystemExit(f"{args.folder} has {free / 1e9:.1f} GB left, this takes {needed / 1e9:.1f}.")
-    print("layers  GB before  engine     saliency    seconds  GB peak  speed over copy")
-    for number, hidden, width, engines in sizes:
+    memory = psutil.virtual_memory().total
+    print(f"{os.cpu_count()} cores, {memory / 2**30:.0f} GB of memory, load {os.getloadavg()[0]:.1f} at the start")
+    print("layers  GB before  engine     kind        seconds  GB peak  GB limit  peak/limit  speed over copy")
+    rows: list[Row] = []
+    for shape, engines, kinds, data in sizes:
         original = args.folder / "original"
-        size = write(original, number, hidden, width)
-        rows_for(original, size, number, engines, args.kinds)
-        shutil.rmtree(original)
+        size = write(original, *shape)
+        try:
+            rows += rows_for(original, size, shape, engines, kinds, data)
+        finally:
+            shutil.rmtree(original)
+            shutil.rmtree(args.folder / "out", ignore_errors=True)
+    print(f"\nload {os.getloadavg()[0]:.1f} at the end", *checks(rows), sep="\n")
 
 
 if __name__ == "__main__":

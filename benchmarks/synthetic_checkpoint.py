@@ -55,6 +55,12 @@ def layer_shapes(made: Qwen3MoeConfig, layer: int) -> Iterator[tuple[str, tuple[
         yield f"{prefix}.mlp.experts.{expert}.down_proj.weight", (hidden, made.moe_intermediate_size)
 
 
+def layer_bytes(layers: int, hidden: int, intermediate: int) -> int:
+    """Bytes of one decoder layer."""
+    shapes = layer_shapes(config(layers, hidden, intermediate), 0)
+    return 2 * sum(torch.Size(shape).numel() for _, shape in shapes)
+
+
 def write(folder: Path, layers: int, hidden: int = 1024, intermediate: int = 384) -> int:
     """Write the checkpoint; returns its bytes."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -129,6 +129,20 @@ class BlockPlan:
         """True if every expert stays as it is."""
         return self.keeps_all and self.sizes is None
 
+    @property
+    def keeps_experts(self) -> bool:
+        """True if every expert that remains is one of the originals, unmixed and with its neurons in their order."""
+        if self.sizes is not None:
+            return False
+        alone_E = torch.zeros(self.num_experts, dtype=torch.float64)
+        alone_E[list(self.dominants_G)] = 1.0
+        if not torch.equal(self.merge_weights_E.double(), alone_E):
+            return False
+        if self.permutations_EI is None:
+            return True
+        kept_GI = self.permutations_EI[list(self.dominants_G)].long()
+        return torch.equal(kept_GI, torch.arange(kept_GI.shape[-1]).expand_as(kept_GI))
+
     def members(self, group: int) -> list[int]:
         """The experts of a group, its dominant expert first."""
         dominant = self.dominants_G[group]

@@ -16,8 +16,6 @@ from optimum_moe.calibration.data import CalibrationConfig
 from optimum_moe.methods import METHODS, Composed, LowRankSparse, Method
 from optimum_moe.methods.counts import choose_one
 
-_SIZES = ("num_experts", "keep_ratio", "target_size", "rank", "rank_ratio", "energy", "budget")
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -93,8 +91,9 @@ def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None 
     name = settings.pop("method")
     choose_one("method", name, METHODS)
     overrides = overrides or {}
-    if any(key in _SIZES for key in overrides):
-        settings = {key: value for key, value in settings.items() if key not in _SIZES}
+    sizes = METHODS[name].size_fields
+    if any(key in sizes for key in overrides):
+        settings = {key: value for key, value in settings.items() if key not in sizes}
     settings |= overrides
     known = [f.name for f in dataclasses.fields(METHODS[name]) if f.init]
     check_fields(settings, [*known, "calibration", "seed", "then"])

@@ -14,13 +14,18 @@ from pathlib import Path
 
 import torch
 
-from optimum_moe import CalibrationConfig, MoECompressor, MSMoE
+from optimum_moe import CalibrationConfig, LowRankSparse, MoECompressor, MSMoE
 from tests.tiny_models import inputs_for
 
 
 def stream(checkpoint: Path, out: Path) -> None:
     data = CalibrationConfig([inputs_for("qwen3_moe", seed=seed) for seed in range(3)])
-    method = MSMoE(num_experts=4, budget="adaptive" if "adaptive" in out.parts[-2] else "uniform")
+    kind = out.parts[-2].partition("-")[0]
+    method = {
+        "uniform": MSMoE(num_experts=4),
+        "adaptive": MSMoE(num_experts=4, budget="adaptive"),
+        "factorised": [MSMoE(num_experts=4), LowRankSparse(rank=8)],
+    }[kind]
     MoECompressor.from_pretrained(checkpoint, method, data, engine="streaming", output_dir=out, progress=False).apply()
 
 
@@ -37,10 +42,10 @@ def start(checkpoint: Path, out: Path) -> int:
     return process
 
 
-def main(checkpoint: Path, folder: Path, kills: int) -> None:
+def main(checkpoint: Path, folder: Path, kills: int, *kinds: str) -> None:
     torch.set_num_threads(1)
     rng = random.Random(kills)
-    for kind in ("uniform", "adaptive"):
+    for kind in kinds or ("uniform", "adaptive"):
         began = time.monotonic()
         assert os.waitpid(start(checkpoint, folder / f"{kind}-undisturbed" / "out"), 0)[1] == 0
         seconds = time.monotonic() - began
@@ -62,4 +67,4 @@ def main(checkpoint: Path, folder: Path, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,18 +128,6 @@ def test_overwriting_replaces_everything(original: Path, tmp_path: Path) -> None
     assert link.is_symlink()
     assert [path.name for path in real.parent.iterdir()] == ["out"]
     assert AutoModelForCausalLM.from_pretrained(link).config.num_experts == 4
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
-    if mount is None or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root and the permission to mount")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_disk_that_is_really_too_small(original: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

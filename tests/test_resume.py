@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
-from optimum_moe.checkpoint import shards
+from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE, records
+from optimum_moe.checkpoint import shards, writer
+from optimum_moe.engine import job
 from optimum_moe.engine.lockstep import Runner
 from optimum_moe.surgeons.generic import GenericSurgeon
 from tests.tiny_models import build, inputs_for
@@ -25,6 +27,8 @@ from tests.tiny_models import build, inputs_for
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
 
 METHOD = MSMoE(num_experts=4)
+COPYING = ExpertPruning(num_experts=4, saliency="random")
+"""Its experts go from file to file."""
 
 
 @pytest.fixture(scope="module")
@@ -86,24 +90,97 @@ def test_killed_at_random_moments(checkpoint: Path, tmp_path: Path, kills: int) 
             assert [path.name for path in folder.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("first", ["write_all", "put_in_place"])
-def test_a_full_disk_at_every_write(
-    first: str, checkpoint: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def assert_stops_and_resumes(
+    patch_disk: Callable[[pytest.MonkeyPatch], Any],
+    out: Path,
+    run: Callable[[Path], Path],
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        calls = stop_at(patch, shards, first, 0, ValueError())
-        stream(checkpoint, tmp_path / "count" / "out")
-    assert calls[0] > 7
-    for call in range(1, calls[0] + 1, 1 if first == "put_in_place" else 7):
-        out = tmp_path / str(call) / "out"
-        with monkeypatch.context() as patch:
-            stop_at(patch, shards, first, call, OSError(errno.ENOSPC, "No space left on device"))
-            with pytest.raises(ValueError, match=r"The disk is full; \d parts are finished and stay in .*out.stream"):
-                stream(checkpoint, out)
-        assert not out.exists()
-        assert not list(out.parent.rglob("*.part"))
-        assert contents(stream(checkpoint, out)) == undisturbed
-        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        patch_disk(patch)
+        with pytest.raises(ValueError, match=r"The disk is full; \d parts are finished and stay in .*out.stream"):
+            run(out)
+    assert not out.exists()
+    assert not list(out.parent.rglob("*.part"))
+    assert contents(run(out)) == expected
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("method", [METHOD, COPYING], ids=["merged", "copied"])
+@pytest.mark.parametrize(
+    ("place", "name", "step"),
+    [
+        (shards, "write_all", 11),
+        (shards, "put_in_place", 3),
+        pytest.param(shards, "write_all", 1, marks=pytest.mark.full),
+        pytest.param(shards, "put_in_place", 1, marks=pytest.mark.full),
+        pytest.param(os, "fsync", 1, marks=pytest.mark.full),
+        pytest.param(records, "save_file", 1, marks=pytest.mark.full),
+        pytest.param(Path, "write_text", 1, marks=pytest.mark.full),
+    ],
+    ids=["writes", "renames", "every write", "every rename", "every flush", "every record", "every text"],
+)
+def test_a_full_disk_at_every_write(
+    place: Any, name: str, step: int, method: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(out: Path) -> Path:
+        return stream(checkpoint, out, method)
+
+    with monkeypatch.context() as patch:
+        calls = stop_at(patch, place, name, 0, ValueError())
+        expected = contents(run(tmp_path / "count" / "out"))
+    assert calls[0] > 2
+    for call in range(1, calls[0] + 1, step):
+        disk = partial(stop_at, place=place, name=name, call=call, error=FULL)
+        assert_stops_and_resumes(disk, tmp_path / str(call) / "out", run, expected, monkeypatch)
+
+
+@pytest.mark.parametrize("method", [METHOD, COPYING], ids=["merged", "copied"])
+def test_a_disk_that_is_full_in_the_middle_of_a_tensor(
+    method: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(out: Path) -> Path:
+        return stream(checkpoint, out, method)
+
+    expected = contents(run(tmp_path / "whole" / "out"))
+    real = os.write
+
+    def limited(patch: pytest.MonkeyPatch, room: int) -> None:
+        left = [room]
+
+        def write(descriptor: int, data: memoryview) -> int:
+            if not left[0]:
+                raise FULL
+            done = real(descriptor, data[: left[0]])
+            left[0] -= done
+            return done
+
+        patch.setattr(shards.os, "write", write)
+
+    for room in (1, 70_001, 150_003):
+        assert_stops_and_resumes(partial(limited, room=room), tmp_path / str(room) / "out", run, expected, monkeypatch)
+
+
+@pytest.mark.parametrize("method", [METHOD, COPYING], ids=["merged", "copied"])
+def test_a_disk_that_is_really_full(
+    method: Any, checkpoint: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = small_disk / "out"
+    with pytest.raises(ValueError, match=r"disk has [\d,]+ bytes left, the checkpoint takes [\d,]+. Free some space"):
+        stream(checkpoint, out, method)
+    monkeypatch.setattr(job, "check_space", lambda *_: None)
+    with pytest.raises(ValueError, match=r"The disk is full; [12] parts are finished and stay in .*out.stream"):
+        stream(checkpoint, out, method)
+    assert not out.exists()
+    assert not list(small_disk.rglob("*.part"))
+    # What was finished there is of use on a larger disk.
+    shutil.copytree(small_disk / ".out.streaming", tmp_path / "larger" / ".out.streaming")
+    expected = contents(stream(checkpoint, tmp_path / "whole" / "out", method))
+    assert contents(stream(checkpoint, tmp_path / "larger" / "out", method)) == expected
 
 
 @pytest.mark.parametrize("propagate", [False, True])
@@ -268,7 +345,24 @@ def test_broken_progress_is_refused(checkpoint: Path, tmp_path: Path, monkeypatc
 def test_read_only_output(checkpoint: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="No permission to write in"):
-        stream(checkpoint, tmp_path / "out", ExpertPruning(num_experts=4, saliency="aimer"))
+        stream(checkpoint, tmp_path / "out", COPYING)
+
+
+def test_output_that_turns_out_to_be_read_only(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write anywhere, so the system's answer is replaced.
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.os, "access", lambda path, mode: False)
+        with pytest.raises(ValueError, match=r"No permission to write in .*. Choose another folder"):
+            stream(checkpoint, tmp_path / "out", COPYING)
+    for error in (PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "Read-only file system")):
+        with monkeypatch.context() as patch:
+            stop_at(patch, shards, "write_all", 5, error)
+            with pytest.raises(ValueError, match=r"refused to write or read \(.*(denied|Read-only).*\); \d parts"):
+                stream(checkpoint, tmp_path / "out", COPYING)
+        assert not list(tmp_path.rglob("*.part"))
+    assert stream(checkpoint, tmp_path / "out", COPYING) == tmp_path / "out"
 
 
 def test_a_failed_run_can_be_repeated_by_the_same_compressor(

@@ -200,12 +200,14 @@ def build(expert: Expert, tokens: ExpertTokens, form: Form, damping: float = DAM
 
 
 def _kept(expert: Expert, neurons: torch.Tensor | None) -> ExpertFactors:
-    """The expert as it is, with all neurons or none."""
-    rows = slice(None) if neurons is None else neurons
-    gate_IH = expert.gate_IH
+    """The expert as it is (its own tensors), or with these neurons."""
+    up_NH, down_HN, gate_NH = expert.up_IH, expert.down_HI, expert.gate_IH
+    if neurons is not None:
+        up_NH, down_HN = up_NH[neurons], down_HN[:, neurons]
+        gate_NH = None if gate_NH is None else gate_NH[neurons]
     return ExpertFactors(
-        up=MatrixFactors(dense_OX=expert.up_IH[rows]),
-        down=MatrixFactors(dense_OX=expert.down_HI[:, rows]),
-        gate=None if gate_IH is None else MatrixFactors(dense_OX=gate_IH[rows]),
+        up=MatrixFactors(dense_OX=up_NH),
+        down=MatrixFactors(dense_OX=down_HN),
+        gate=None if gate_NH is None else MatrixFactors(dense_OX=gate_NH),
         neurons=neurons,
     )

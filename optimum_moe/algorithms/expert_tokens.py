@@ -24,6 +24,9 @@ class SampledTokens:
         gradient_SJH: (S, J, H) gradients of the loss at the weighted sum of experts, or None.
         scales_input: as in `ExpertTensors`.
         share: S over the tokens that the block saw.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
 
     input_SH: torch.Tensor
@@ -33,15 +36,35 @@ class SampledTokens:
     scales_input: bool = False
     share: float = 1.0
 
+    def __post_init__(self) -> None:
+        (sampled, hidden), gradient = self.input_SH.shape, self.gradient_SJH
+        fits = self.index_SK.shape == self.weights_SK.shape and len(self.index_SK) == sampled
+        if not fits or (gradient is not None and (len(gradient), gradient.shape[-1]) != (sampled, hidden)):
+            raise ValueError(
+                f"Tokens of shape {(sampled, hidden)} have ids {tuple(self.index_SK.shape)}, weights "
+                f"{tuple(self.weights_SK.shape)} and gradients {None if gradient is None else tuple(gradient.shape)}. "
+                "Pass (S, H), (S, K), (S, K), (S, J, H)."
+            )
+
     def of_expert(self, expert: int) -> ExpertTokens:
         """The tokens of one expert in float32, in order."""
+        return self.routed(expert)[1]
+
+    def routed(self, expert: int) -> tuple[torch.Tensor, ExpertTokens]:
+        """(P,) int64 which of the tokens were routed to an expert, and what it saw of them in float32."""
         token_P, slot_P = ((self.index_SK == expert) & (self.weights_SK != 0)).nonzero(as_tuple=True)
         input_PH, weight_P = self.input_SH[token_P].float(), self.weights_SK[token_P, slot_P].float()
         if self.scales_input:
             input_PH, weight_P = input_PH * weight_P[:, None], torch.ones_like(weight_P)
         gradient_SJH = self.gradient_SJH
         gradient_JPH = None if gradient_SJH is None else gradient_SJH[token_P].transpose(0, 1).float()
-        return ExpertTokens(input_PH, weight_P, gradient_JPH)
+        return token_P, ExpertTokens(input_PH, weight_P, gradient_JPH)
+
+    def importance(self) -> torch.Tensor:
+        """(S,) float32 squared size of each token's gradient, 1 without gradients."""
+        if self.gradient_SJH is None:
+            return torch.ones(len(self.input_SH), device=self.input_SH.device)
+        return self.gradient_SJH.float().square().sum((1, 2))
 
 
 def single_expert(experts: ExpertTensors, index: int) -> Expert:

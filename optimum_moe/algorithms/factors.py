@@ -6,6 +6,8 @@ H hidden, I intermediate.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,7 +193,7 @@ class FactorSizes:
             raise ValueError(
                 "Sizes of experts must give each expert a width and, for gate, up and down, or gate_up and down, a "
                 "rank (null for dense) and a number of rows, all whole numbers from 0; got "
-                f"{self.to_dict()!r:.200}. "
+                f"{self._record()!r:.200}. "
                 "Restore the saved config.json."
             )
 
@@ -220,7 +222,11 @@ class FactorSizes:
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """JSON-able form, with a checksum: sizes of other experts may fit the same tensors."""
+        record = self._record()
+        return record | {"checksum": _checksum(record)}
+
+    def _record(self) -> dict[str, Any]:
         record: dict[str, Any] = {
             "widths": list(self.widths),
             "ranks": {name: list(values) for name, values in self.ranks.items()},
@@ -236,10 +242,10 @@ class FactorSizes:
         """Read `to_dict` back.
 
         Raises:
-            ValueError: If it is broken.
+            ValueError: If it is broken, or was changed since it was made.
         """
         try:
-            unknown = set(record) - {"widths", "ranks", "rows", "base"}
+            unknown = set(record) - {"widths", "ranks", "rows", "base", "checksum"}
             base = record.get("base")
             sizes = cls(
                 tuple(record["widths"]),
@@ -251,7 +257,16 @@ class FactorSizes:
             raise ValueError(f"Sizes of experts cannot be read ({error!r}). Restore the saved config.json.") from error
         if unknown:
             raise ValueError(f"Sizes of experts have unknown fields {sorted(unknown)}. Restore the saved config.json.")
+        if record.get("checksum") != _checksum(sizes._record()):
+            raise ValueError(
+                "Sizes of experts are not those that their checksum was made of: tensors would go to other experts. "
+                "Restore the saved config.json."
+            )
         return sizes
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)

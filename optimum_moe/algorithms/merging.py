@@ -14,6 +14,11 @@ import torch
 _CHUNK_NUMEL = (1 << 15) - 1
 
 
+def in_parts(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The rows of a matrix in parts that stay in the cache and that torch handles in one thread."""
+    return matrix.split(max(1, _CHUNK_NUMEL * len(matrix) // max(1, matrix.numel())))
+
+
 def merge_weights(frequency_E: torch.Tensor, labels_E: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Share of each expert in its group's mean (M-SMoE, arXiv 2310.01334): its frequency over the group's.
 

@@ -15,6 +15,9 @@ import torch
 DAMPING = 1e-3
 """Default ridge as a share of a Gram's mean diagonal."""
 
+# Neurons that go between two updates of the matrices.
+_BLOCK = 32
+
 
 def damped(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """(I, I) float64 the Gram plus its ridge, `damping` times the mean diagonal; a Gram of zeros gives the identity.
@@ -58,23 +61,46 @@ def elimination(
     inverse_II = torch.linalg.inv(damped(gram_II, damping))
     effect_II = effect_II.double().clone()
     gone_I = torch.zeros(inner, dtype=torch.bool, device=gram_II.device)
-    order, damage = [], [0.0]
-    for _ in range(inner):
-        score_I = (effect_II.diagonal().clamp(min=0) / inverse_II.diagonal()).masked_fill(gone_I, torch.inf)
+    order: list[int] = []
+    damage = [0.0]
+    for start in range(0, inner, _BLOCK):
+        count = min(_BLOCK, inner - start)
+        _drop(inverse_II, effect_II, gone_I, count, order, damage)
+    return torch.tensor(order, dtype=torch.int64), torch.tensor(damage, dtype=torch.float64)
+
+
+def _drop(
+    inverse_II: torch.Tensor,
+    effect_II: torch.Tensor,
+    gone_I: torch.Tensor,
+    count: int,
+    order: list[int],
+    damage: list[float],
+) -> None:
+    """Drop `count` neurons; both matrices are brought up to date once, by matrix products, and not at every neuron.
+
+    Dropping j changes the columns by T = 1 - e_j a^T with a = V_j / V_jj, V the inverse: V loses p p^T with
+    p = V_j / V_jj^1/2, and M loses a b^T + b a^T with b = M_j - M_jj a / 2.
+    """
+    shares_CI, halves_CI, roots_CI = (inverse_II.new_zeros(count, len(inverse_II)) for _ in range(3))
+    inverse_I, effect_I = inverse_II.diagonal().clone(), effect_II.diagonal().clone()
+    for step in range(count):
+        score_I = (effect_I.clamp(min=0) / inverse_I).masked_fill(gone_I, torch.inf)
         neuron = int(score_I.argmin())
         order.append(neuron)
         damage.append(damage[-1] + float(score_I[neuron]))
         gone_I[neuron] = True
-        # The columns change by T = 1 - e_j a^T, so that column j of W T is zero.
-        share_I = inverse_II[neuron] / inverse_II[neuron, neuron]
-        row_I = effect_II[neuron].clone()
-        effect_II.sub_(torch.outer(share_I, row_I)).sub_(torch.outer(row_I, share_I))
-        effect_II.add_(torch.outer(share_I, share_I), alpha=float(row_I[neuron]))
-        inverse_II.sub_(torch.outer(share_I, inverse_II[neuron]))
-        for matrix_II in (effect_II, inverse_II):
-            matrix_II[neuron], matrix_II[:, neuron] = 0.0, 0.0
-        inverse_II[neuron, neuron] = 1.0
-    return torch.tensor(order, dtype=torch.int64), torch.tensor(damage, dtype=torch.float64)
+        done = slice(0, step)
+        row_I = inverse_II[neuron] - roots_CI[done, neuron] @ roots_CI[done]
+        effect_row_I = effect_II[neuron] - shares_CI[done, neuron] @ halves_CI[done]
+        effect_row_I -= halves_CI[done, neuron] @ shares_CI[done]
+        shares_CI[step] = row_I / row_I[neuron]
+        roots_CI[step] = row_I / row_I[neuron].sqrt()
+        halves_CI[step] = effect_row_I - 0.5 * effect_row_I[neuron] * shares_CI[step]
+        inverse_I -= roots_CI[step].square()
+        effect_I -= 2 * shares_CI[step] * halves_CI[step]
+    inverse_II.addmm_(roots_CI.T, roots_CI, alpha=-1)
+    effect_II.addmm_(shares_CI.T, halves_CI, alpha=-1).addmm_(halves_CI.T, shares_CI, alpha=-1)
 
 
 def narrowed(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_config
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.writer import set_expert_counts
+from optimum_moe.nn import FactorisedExperts
 from optimum_moe.plan import CompressionPlan
 
 
@@ -39,3 +41,22 @@ def mark_structure(model: PreTrainedModel, source: ModelSource, plan: Compressio
         set_expert_counts(model, source.blocks, {name: block.num_groups for name, block in plan.blocks.items()})
     elif plan.structure():
         mark_config(model.config, MoEStructureConfig(plan.structure()))
+
+
+def refresh_structure(model: nn.Module) -> None:
+    """Bring the config of a live model up to date with the sizes of its experts, where sparse rows were dropped.
+
+    Args:
+        model: A `PreTrainedModel`, or a wrapper of one (PEFT); nothing happens to any other.
+    """
+    owner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    structure = getattr(getattr(owner, "config", None), "quantization_config", None)
+    if not isinstance(structure, MoEStructureConfig):
+        return
+    modules, prefix = dict(owner.named_modules()), f"{owner.base_model_prefix}."
+    for name, entry in structure.blocks.items():
+        paths = name, name.removeprefix(prefix), prefix + name
+        block = next((modules[path] for path in paths if path in modules), None)
+        held = [] if block is None else [m for m in block.modules() if isinstance(m, FactorisedExperts)]
+        if held:
+            entry["factors"] = held[0].sizes.to_dict()

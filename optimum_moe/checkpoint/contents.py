@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from optimum_moe.checkpoint.headers import Headers
 from optimum_moe.checkpoint.quantizer import METHOD, MoEStructureConfig, rebuild_structure
-from optimum_moe.checkpoint.reader import CheckpointReader, Get
+from optimum_moe.checkpoint.reader import CheckpointReader, Entries, Get
 from optimum_moe.surgeons import FoundBlock, find_blocks
 
 _DTYPES = {
@@ -44,6 +44,7 @@ class Contents:
 
     def __init__(self, reader: CheckpointReader, headers: Headers, get: Get) -> None:
         self.reader = reader
+        self.headers = headers
         self.get = get
         self.tensors: dict[str, torch.Tensor] = {}
         """Every tensor of the model that the checkpoint gives, on the meta device."""
@@ -70,6 +71,17 @@ class Contents:
     def beside(self, name: str) -> list[str]:
         """Names of all tensors that are read together with one."""
         return [other for other, target in self._target.items() if target == self._target[name]]
+
+    def entries(self, name: str) -> Entries | None:
+        """The stored tensors whose bytes, one behind the other, are those of a tensor; None where there are none."""
+        entries = self.reader.entries(self._target[name])
+        if entries is None or len(self.beside(name)) > 1:
+            return None
+        stored = [self.headers.tensors[part] for entry in entries for part in entry]
+        made = self.tensors[name]
+        same = {_DTYPES.get(dtype) for dtype, _, _ in stored} == {made.dtype}
+        whole = sum(size for _, _, size in stored) == made.numel() * made.element_size()
+        return entries if same and whole else None
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors of the model with their numbers; those that the checkpoint lacks are left out."""

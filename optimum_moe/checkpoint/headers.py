@@ -114,6 +114,12 @@ def _shards(directory: Path) -> tuple[tuple[Path, ...], set[str]]:
     )
 
 
+def data_start(file: Path) -> int:
+    """Where in a shard, whose header was read before, the bytes begin that its offsets count from."""
+    with file.open("rb") as stream:
+        return 8 + int(struct.unpack("<Q", stream.read(8))[0])
+
+
 def read_header(file: Path) -> dict[str, Any]:
     """The entries of one shard.
 

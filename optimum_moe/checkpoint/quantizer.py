@@ -206,7 +206,7 @@ def _check_expert_parallel(config: MoEStructureConfig, distributed: Any) -> None
     if split > 1 and factorised is not None:
         raise ValueError(
             f"{factorised} keeps its experts in factors with sizes of their own, which cannot be split evenly over "
-            f"{split} processes. Use data parallelism (FSDP) or device_map=, or densify the model."
+            f"{split} processes. Use data parallelism (FSDP) or device_map=."
         )
     odd = {name: entry["num_groups"] for name, entry in config.blocks.items() if entry["num_groups"] % processes}
     if odd:

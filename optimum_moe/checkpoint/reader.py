@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
@@ -14,12 +15,21 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
 )
 from transformers.quantizers.base import HfQuantizer
+
+from optimum_moe.checkpoint.headers import data_start, read_header
+from optimum_moe.checkpoint.places import Place
+
+Entries = tuple[tuple[str, ...], ...]
+"""The stored tensors that make each entry of a tensor's first axis; their bytes in this order are the tensor's."""
 
 Get = Callable[[str], torch.Tensor]
 
@@ -88,6 +98,26 @@ class CheckpointReader:
                 tensors[name] = value.detach()
         return tensors
 
+    def entries(self, target: str) -> Entries | None:
+        """What makes one of `targets()`, where its bytes are those of stored tensors, one behind the other.
+
+        That is a renamed tensor, or a stack of one tensor (or several below each other) for each expert. None where
+        bytes are moved or changed in any other way; dtypes are not compared.
+        """
+        if self.quantizer is not None:
+            return None
+        parts = self._parts[target]
+        pattern = parts[0][1]
+        if pattern is None:
+            return ((parts[0][0],),) if len(parts) == 1 else None
+        transform = self._by_pattern[pattern]
+        if not _only_stacks(transform.operations):
+            return None
+        lists = [[name for name, p in parts if p == source] for source in transform.source_patterns]
+        if len({len(names) for names in lists}) != 1:
+            return None
+        return tuple(zip(*lists, strict=True))
+
     def _convert(self, target: str, get: Get) -> Mapping[str, Any]:
         transform: Any = None
         for name, pattern in self._parts[target]:
@@ -112,6 +142,7 @@ class ShardReader:
     def __init__(self, homes: Mapping[str, Path], local: Callable[[Path], Path] = lambda file: file) -> None:
         self._homes, self._local = homes, local
         self._open: dict[Path, Any] = {}
+        self._places: dict[Path, dict[str, Place]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> ShardReader:
@@ -121,6 +152,7 @@ class ShardReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.clear()
+        self._places.clear()
         self._stack.close()
 
     def __call__(self, name: str) -> torch.Tensor:
@@ -129,6 +161,27 @@ class ShardReader:
         if file not in self._open:
             self._open[file] = self._stack.enter_context(safe_open(self._local(file), "pt"))
         return self._open[file].get_tensor(name)
+
+    def place(self, name: str) -> Place:
+        """Where the bytes of the tensor are."""
+        file = self._homes[name]
+        if file not in self._places:
+            local = self._local(file)
+            descriptor = os.open(local, os.O_RDONLY)
+            self._stack.callback(os.close, descriptor)
+            begin, header = data_start(local), read_header(local)
+            offsets = {stored: entry["data_offsets"] for stored, entry in header.items()}
+            self._places[file] = {
+                stored: Place(local, descriptor, begin + first, last - first)
+                for stored, (first, last) in offsets.items()
+            }
+        return self._places[file][name]
+
+
+def _only_stacks(operations: Sequence[ConversionOps]) -> bool:
+    """Whether they put tensors one behind the other, as they are, along a first axis."""
+    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
+    return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 def _inside(target: str, module: str) -> bool:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from optimum_moe.checkpoint.headers import read_header
+from optimum_moe.checkpoint.places import Place
+
+_BEHIND = 32 << 20
+"""Bytes that are written before the disk is told to begin."""
 
 _NAMES = {
     torch.float64: "F64",
@@ -29,10 +33,15 @@ _NAMES = {
 }
 
 
-def write_shard(file: Path, tensors: Mapping[str, torch.Tensor]) -> int:
+def write_shard(file: Path, tensors: Mapping[str, torch.Tensor], copied: Mapping[str, Place] | None = None) -> int:
     """Write a shard beside its place, make it last, and rename it; returns its bytes.
 
     Unlike `save_file` of safetensors it holds the bytes of one tensor at a time.
+
+    Args:
+        file: The shard.
+        tensors: What it holds.
+        copied: Where the bytes of those tensors are that are on the meta device.
 
     Raises:
         OSError: If the disk is full or refuses; nothing is left then.
@@ -50,15 +59,29 @@ def write_shard(file: Path, tensors: Mapping[str, torch.Tensor]) -> int:
     try:
         with part.open("wb", buffering=0) as stream:
             write_all(stream.fileno(), memoryview(struct.pack("<Q", len(text)) + text))
-            for _, tensor in ordered:
-                if tensor.numel():
-                    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-                    write_all(stream.fileno(), flat.numpy().data)
+            begun = 0
+            for name, tensor in ordered:
+                for chunk in (copied or {})[name].chunks() if tensor.is_meta else _chunks(tensor):
+                    write_all(stream.fileno(), chunk)
+                if stream.tell() - begun > _BEHIND:
+                    # The disk gets to work while the rest is read, and little is left for the end.
+                    os.posix_fadvise(stream.fileno(), begun, stream.tell() - begun, os.POSIX_FADV_DONTNEED)
+                    begun = stream.tell()
             os.fsync(stream.fileno())
         put_in_place(part, file)
     finally:
         part.unlink(missing_ok=True)
     return 8 + len(text) + end
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor, which must not be empty."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
+    if tensor.numel():
+        yield bytes_of(tensor.cpu().contiguous())
 
 
 def write_text(file: Path, text: str) -> None:

@@ -11,9 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from optimum_moe.checkpoint.buffers import Buffers
 from optimum_moe.checkpoint.contents import Contents, meta_tensor
+from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.quantised import load_dequantised
-from optimum_moe.checkpoint.reader import take_dtypes
+from optimum_moe.checkpoint.reader import Entries, take_dtypes
+from optimum_moe.checkpoint.shards import bytes_of
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.writer import without_bars
 
@@ -28,6 +31,8 @@ _LOCAL: dict[str, Any] = {
     "subfolder": "",
 }
 _ALIGNMENT = 64
+_AHEAD = 1 << 30
+"""Bytes that are fetched ahead at most: far less than the memory that is free."""
 
 
 class StreamedModel:
@@ -55,8 +60,10 @@ class StreamedModel:
             raise ValueError(f"{source.name} does not give {name} ({reason}). Copy or download the checkpoint again.")
         self._tie_equal_pairs()
         self._aliases = self._find_aliases()
+        self._entries: dict[str, Entries | None] = {}
         self.resident = _initialise(self.model, set(self._aliases), device)
         self._lent: set[str] = set()
+        self._buffers = Buffers()
 
     def close(self) -> None:
         """Close the files of the checkpoint."""
@@ -69,12 +76,48 @@ class StreamedModel:
 
     def load(self, names: Iterable[str]) -> None:
         """Read tensors of the model, all that are still on the meta device."""
-        wanted = {self._aliases[name][0] for name in names if self.at(name).is_meta}
-        for name, tensor in self.contents.read(sorted(wanted)).items():
+        wanted = sorted({self._aliases[name][0] for name in names if self.at(name).is_meta})
+        whole = {name: entries for name in wanted if (entries := self.entries(name)) is not None}
+        for name, entries in whole.items():
+            self._set(name, self._in_one(name, entries).to(self.device))
+        for name, tensor in self.contents.read(name for name in wanted if name not in whole).items():
             # What no conversion made anew lies in the file, at any address there.
             mapped = tensor.untyped_storage().data_ptr() in self._mapped
             self._set(name, (tensor.clone() if mapped else tensor).to(self.device))
         self._mapped.clear()
+
+    def entries(self, name: str) -> Entries | None:
+        """The stored tensors that a tensor of the model consists of, one behind the other; None where it does not."""
+        if name not in self._aliases:
+            return None
+        first = self._aliases[name][0]
+        if first not in self._entries:
+            self._entries[first] = self.contents.entries(first)
+        return self._entries[first]
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system fetch tensors of the model while something else is done, to where it may drop them again."""
+        begun = 0
+        for entries in (self.entries(name) for name in names):
+            for place in (self.place(stored) for entry in entries or () for stored in entry):
+                if begun < _AHEAD:
+                    place.expect()
+                begun += place.size
+
+    def place(self, stored: str) -> Place:
+        """Where the bytes of a stored tensor are."""
+        return self._shards.place(stored)
+
+    def _in_one(self, name: str, entries: Entries) -> torch.Tensor:
+        """Read stored tensors to where they belong, without a copy on the way."""
+        like = self.contents.tensors[name]
+        tensor, done = self._buffers.empty(like.shape, like.dtype), 0
+        if tensor.numel():
+            memory = bytes_of(tensor)
+            for place in (self.place(stored) for entry in entries for stored in entry):
+                place.read_into(memory[done : done + place.size])
+                done += place.size
+        return tensor
 
     def free(self, module: str) -> None:
         """Put every tensor of a module back on the meta device, also those that a cut made."""

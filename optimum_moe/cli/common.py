@@ -77,8 +77,11 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     """What is done to which model."""
     parser.add_argument("--model", required=True, help="Hub id, or folder of a checkpoint in safetensors format.")
     parser.add_argument(
-        "--recipe", required=True, help="Preset (`optimum-cli moe inspect --list` shows them), or path of a YAML file."
+        "--recipe",
+        default="budget",
+        help="Preset (`optimum-cli moe inspect --list` shows them) or YAML file; by default the byte budget.",
     )
+    parser.add_argument("--budget", type=float, help="Share of the experts' bytes that remains, in (0, 1].")
     parser.add_argument("--num-experts", type=int, help="Experts that remain in each block, instead of the recipe's.")
     parser.add_argument("--keep-ratio", type=float, help="Share of experts that remain, in (0, 1].")
     parser.add_argument("--target-size", help='Size of the checkpoint, such as "16GB" or "900MiB".')
@@ -121,7 +124,7 @@ def recipe_of(args: Namespace) -> Recipe:
 
     overrides = {
         name: value
-        for name in ("num_experts", "keep_ratio", "target_size")
+        for name in ("num_experts", "keep_ratio", "target_size", "budget")
         if (value := getattr(args, name)) is not None
     }
     for setting in args.set:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +31,15 @@ class BlockSource(Protocol):
     def loaded(self, unit: Unit) -> AbstractContextManager[None]:
         """While it is open the unit has its tensors."""
 
+    def opened(self, unit: Unit) -> AbstractContextManager[None]:
+        """While it is open the unit can be cut, though it cannot run: it has what `provide` is asked for."""
+
+    def provide(self, found: FoundBlock, experts: bool) -> None:
+        """Have what a block of an open unit is cut by, and its experts if they are wanted.
+
+        Experts that are not wanted may be on the meta device, where those that remain keep their order.
+        """
+
     def running(self) -> AbstractContextManager[None]:
         """While it is open the model runs."""
 
@@ -42,6 +51,9 @@ class BlockSource(Protocol):
 
     def finish(self, unit: Unit, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
         """Take a unit that was cut, while it is loaded."""
+
+    def restore(self, unit: Unit) -> None:
+        """Make of a loaded unit what an earlier run made of it."""
 
     def plans(self) -> dict[str, BlockPlan]:
         """What was carried out so far, by block, in the order of the model."""
@@ -71,7 +83,10 @@ class Cutter:
         """Cut the blocks of a loaded unit, each when its plan is complete; returns the plans."""
         plans = {}
         for found in unit.blocks:
+            decides = self.method if self.plan is None else None
+            self.source.provide(found, experts=decides is not None and decides.reads_experts)
             plan = self._plan(found, observed)
+            self.source.provide(found, experts=not (plan.is_identity or plan.keeps_experts))
             plans[found.info.name] = found.surgeon.carry_out(found.module(self.source.model), plan)
         return plans
 
@@ -99,11 +114,17 @@ class Cutter:
             num_blocks=len(self.source.blocks),
         )
 
-    def settled(self, info: ModelInfo, observed: Observed | None, progress: Progress) -> Cutter:
+    def settled(self, info: ModelInfo, statistics: Statistics, progress: Progress) -> Cutter:
         """With a method that knows what it can spend on each block, which takes a look at all of them."""
         assert self.method is not None
-        if not self.method.needs_survey:
-            return self
+        key = f"{self.method.survey_key} {sorted(self.counts.items())} {self.seed} {self.unseen}"
+        surveys = statistics.memo.get(key)
+        if surveys is None:
+            surveys = statistics.memo[key] = self._surveys(statistics.blocks, progress)
+        return replace(self, method=self.method.settled(info, surveys))
+
+    def _surveys(self, observed: Observed, progress: Progress) -> dict[str, Any]:
+        assert self.method is not None
         surveys = {}
         for unit in self.source.units:
             if not unit.blocks:
@@ -113,7 +134,7 @@ class Cutter:
                 for found in unit.blocks:
                     name = found.info.name
                     surveys[name] = self.method.survey(self.context(found, observed), self.counts[name])
-        return replace(self, method=self.method.settled(info, surveys))
+        return surveys
 
 
 def cut_units(source: BlockSource, cutter: Cutter, observed: Observed | None, progress: Progress) -> None:
@@ -122,7 +143,7 @@ def cut_units(source: BlockSource, cutter: Cutter, observed: Observed | None, pr
         if source.is_finished(unit):
             progress.skip()
             continue
-        with progress.unit(unit) as report, source.loaded(unit):
+        with progress.unit(unit) as report, source.opened(unit):
             own = None if observed is None else {f.info.name: observed[f.info.name] for f in unit.blocks}
             report.plans = cutter.cut(unit, own)
             source.finish(unit, report.plans, own)

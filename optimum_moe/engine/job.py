@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ from optimum_moe.methods.counts import parse_size
 from optimum_moe.plan import PLAN_NAME, CompressionPlan
 from optimum_moe.records import digest, read_digest
 from optimum_moe.statistics import Statistics
+
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,16 @@ class StreamingJob:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._stack.close()
+        kept = "nothing was to be kept"
+        if self.folder is not None:
+            kept = f"{len(self.folder.finished)} parts are finished and stay in {self.folder.path}"
         if isinstance(error, Exception) and disk_is_full(error):
-            kept = "nothing was to be kept"
-            if self.folder is not None:
-                kept = f"{len(self.folder.finished)} parts are finished and stay in {self.folder.path}"
             raise ValueError(f"The disk is full; {kept}. Free some space, and repeat the same command.") from error
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            raise ValueError(
+                f"The system refused to write or read ({error}); {kept}. Change the permissions, and repeat the same "
+                "command."
+            ) from error
 
     def check_space(self, size: int) -> None:
         """Raise a `ValueError` unless there is room for what is not written yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -33,6 +33,13 @@ class MemorySource:
         """It always is."""
         yield
 
+    def opened(self, unit: Unit) -> AbstractContextManager[None]:
+        """It always is."""
+        return self.loaded(unit)
+
+    def provide(self, found: FoundBlock, experts: bool) -> None:
+        """It has everything."""
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """It always can."""
@@ -49,6 +56,9 @@ class MemorySource:
         """Remember the plans."""
         self._finished.add(unit.name)
         self._plans |= plans
+
+    def restore(self, unit: Unit) -> None:
+        """It is what was made of it."""
 
     def plans(self) -> dict[str, BlockPlan]:
         """See `BlockSource.plans`."""
@@ -81,8 +91,10 @@ def decide_and_cut(
     unseen = "warn" if statistics is None else statistics.unseen
     observed = None if statistics is None else statistics.blocks
     cutter = Cutter(source, method, seed, counts, unseen)
-    with Progress(len(source.units), "survey", progress and method.needs_survey, lines) as shown:
-        cutter = cutter.settled(info, observed, shown)
+    if method.needs_survey:
+        assert statistics is not None
+        with Progress(len(source.units), "survey", progress, lines) as shown:
+            cutter = cutter.settled(info, statistics, shown)
     with Progress(len(source.units), method.name, progress, lines) as shown:
         cut_units(source, cutter, observed, shown)
     calibration = None if statistics is None else statistics.calibration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from optimum_moe.blocks import ModelInfo
@@ -136,7 +136,7 @@ class Run:
         if self.method.needs_survey:
             with Progress(len(self.source.units), "survey", self.progress, self.lines) as shown:
                 assert statistics is not None
-                cutter = cutter.settled(self.info, statistics.blocks, shown)
+                cutter = cutter.settled(self.info, statistics, shown)
         store = StatisticsStore(self.source, "unit")
         handler = _Cut(self, cutter, store)
         pending = {unit.name for unit in self.source.units if unit.blocks and not self.source.is_finished(unit)}
@@ -225,5 +225,4 @@ class _Cut:
         if not source.is_finished(unit):
             source.finish(unit, {}, None)
         elif self.run.propagate and unit.blocks:
-            done = CompressionPlan(source.plans())
-            replace(self.cutter, plan=done).cut(unit)
+            source.restore(unit)

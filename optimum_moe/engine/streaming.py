@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from optimum_moe.checkpoint.headers import INDEX_FILE
+from optimum_moe.checkpoint.places import Place
+from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader
 from optimum_moe.checkpoint.shards import write_shard
 from optimum_moe.checkpoint.streamed import StreamedModel
 from optimum_moe.engine.cutting import Observed
 from optimum_moe.engine.units import Unit, find_units, is_in
 from optimum_moe.engine.working import WorkingFolder
 from optimum_moe.plan import BlockPlan
-from optimum_moe.surgeons import FoundBlock
+from optimum_moe.surgeons import FoundBlock, factors_digest
 
 SHARD_SIZE = 5 * 10**9
 
@@ -43,6 +46,8 @@ class StreamingSource:
         layers = find_units(self.model, blocks)
         rest = [name for name in kept if not is_in(name, layers)]
         self.units: Sequence[Unit] = [*layers, *_rest_units(rest, state)]
+        self._saved_as: dict[str, str] = {}
+        self._stacked: set[str] = set()
         self._check_conversions(kept)
         sizes = {unit.name: [_bytes(state[name]) for name in self._state_names(unit, kept)] for unit in self.units}
         largest = max(sizes.values(), key=sum)
@@ -50,6 +55,8 @@ class StreamingSource:
         """Bytes that the largest unit takes while it is read, cut and written."""
         self._files = [unit.name for unit in self.units if sizes[unit.name]]
         self._plans: dict[str, BlockPlan] = {}
+        self._unit: Unit | None = None
+        self._runs = False
         self._to_rebuild: list[Unit] = []
         for unit in self.units:
             if folder is not None and unit.blocks and self.is_finished(unit):
@@ -68,7 +75,10 @@ class StreamingSource:
         whole = sorted(revert_weight_conversion(self.model, dict(kept)))
         parts = []
         for unit in self.units:
-            parts += revert_weight_conversion(self.model, {n: kept[n] for n in self._state_names(unit, kept)})
+            state = {name: kept[name] for name in self._state_names(unit, kept)}
+            stored = revert_weight_conversion(self.model, state)
+            parts += stored
+            self._find_copies(state, stored)
         if sorted(parts) != whole:
             odd = sorted(set(parts) ^ set(whole)) or parts
             raise ValueError(
@@ -76,17 +86,65 @@ class StreamingSource:
                 'they cannot be written layer by layer. Use engine="memory".'
             )
 
+    def _find_copies(self, state: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
+        """Find the tensors of a unit that are saved as they are stored, under one other name or expert by expert."""
+        names = {id(tensor): name for name, tensor in stored.items()}
+        for name, tensor in state.items():
+            entries = self.streamed.entries(name)
+            if entries is None:
+                continue
+            if id(tensor) in names:
+                self._saved_as[name] = names[id(tensor)]
+            elif all(self._comes_back(part, tensor.dtype, stored) for entry in entries for part in entry):
+                self._stacked.add(name)
+
+    def _comes_back(self, part: str, dtype: torch.dtype, stored: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a part of a stack is saved under the name that it is stored under."""
+        size = self.streamed.contents.headers.tensors[part][2]
+        return part in stored and stored[part].dtype == dtype and _bytes(stored[part]) == size
+
     @contextmanager
     def loaded(self, unit: Unit) -> Iterator[None]:
         """Read the unit, and free it at the end."""
-        self.streamed.load(unit.tensors or self.streamed.names(unit.name))
+        with self.opened(unit):
+            self._load(unit.tensors or self.streamed.names(unit.name))
+            self._runs = True
+            yield
+
+    @contextmanager
+    def opened(self, unit: Unit) -> Iterator[None]:
+        """Free the unit at the end."""
+        self._unit = unit
         try:
             yield
         finally:
+            self._runs = False
             if unit.tensors:
                 self.streamed.free_named(unit.tensors)
             else:
                 self.streamed.free(unit.name)
+
+    def provide(self, found: FoundBlock, experts: bool) -> None:
+        """Read the block, or free those experts that can be copied from file to file."""
+        if self._runs:
+            return
+        names = self.streamed.names(found.info.name)
+        if experts:
+            self._load(names)
+            return
+        own = {id(parameter) for parameter in found.surgeon.expert_parameters(found.module(self.model))}
+        left = [name for name in names if name in self._stacked and id(self.streamed.at(name)) in own]
+        self.streamed.free_named(left)
+        self.streamed.load(name for name in names if name not in left)
+
+    def _load(self, names: Sequence[str]) -> None:
+        """Read most of the open unit, and let the disk go on with the next one."""
+        self.streamed.expect(names)
+        self.streamed.load(names)
+        assert self._unit is not None
+        following = self.units[self.units.index(self._unit) + 1 :]
+        if following and following[0].blocks and not self.is_finished(following[0]):
+            self.streamed.expect(self.streamed.names(following[0].name))
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -105,11 +163,14 @@ class StreamingSource:
     def finish(self, unit: Unit, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
         """Write the unit, and remember that it is done."""
         assert self.folder is not None
-        tensors = revert_weight_conversion(self.model, self._state(unit))
+        copyable = self._stacked | self._saved_as.keys()
+        self.streamed.load(name for name in self._unread(self._state(unit)) if name not in copyable)
+        state = self._state(unit)
+        tensors = revert_weight_conversion(self.model, state)
         shard, size = None, 0
         if tensors:
             shard = self._shard(unit)
-            size = write_shard(self.folder.checkpoint / shard, tensors)
+            size = write_shard(self.folder.checkpoint / shard, tensors, dict(self._copies(state, plans)))
         record = None
         if unit.blocks:
             record = self.folder.write_record(f"unit-{self.units.index(unit):05d}", plans, observed)
@@ -118,6 +179,39 @@ class StreamingSource:
             unit.name, shard=shard, size=size, record=record, observed=observed is not None, weights=weights
         )
         self._plans |= plans
+
+    def restore(self, unit: Unit) -> None:
+        """Cut a unit as its plans say; experts that were factorised are read from its shard.
+
+        Raises:
+            ValueError: If the shard holds other factors than when it was written.
+        """
+        for found in unit.blocks:
+            plan, block = self._plans[found.info.name], found.module(self.model)
+            # A plan that was read has no factors to carry out.
+            found.surgeon.carry_out(block, replace(plan, sizes=None, neurons=None))
+            if plan.sizes is not None:
+                found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
+                self._read_factors(unit, found, plan)
+
+    def _read_factors(self, unit: Unit, found: FoundBlock, plan: BlockPlan) -> None:
+        assert self.folder is not None
+        done = self.folder.finished[unit.name]
+        block = found.module(self.model)
+        held = found.surgeon.factors(block)
+        assert held is not None
+        path = f"{found.info.name}.{next(path for path, module in block.named_modules() if module is held)}"
+        reader = CheckpointReader(self.model, done["weights"])
+        shard = self.folder.checkpoint / done["shard"]
+        with ShardReader(dict.fromkeys(done["weights"], shard)) as get:
+            tensors = reader.read(path, get)
+            for name, tensor in held.state_dict(prefix=f"{path}.").items():
+                tensor.copy_(tensors[name])
+        if factors_digest(held) != plan.digest:
+            raise ValueError(
+                f"{shard} does not hold the factors of {plan.name} that were written. Pass overwrite=True "
+                "(--overwrite) to begin anew."
+            )
 
     def plans(self) -> dict[str, BlockPlan]:
         """See `BlockSource.plans`."""
@@ -151,6 +245,25 @@ class StreamingSource:
             return {name: self.streamed.at(name).detach() for name in unit.tensors}
         inside = self.model.get_submodule(unit.name).state_dict(prefix=f"{unit.name}.")
         return {name: tensor for name, tensor in inside.items() if name not in self._dropped}
+
+    def _copies(self, state: Mapping[str, torch.Tensor], plans: Mapping[str, BlockPlan]) -> Iterator[tuple[str, Place]]:
+        """Where the bytes of those tensors are that are still on the meta device, by the names they are saved as."""
+        for name in self._unread(state):
+            entries = self.streamed.entries(name)
+            assert entries is not None
+            if name in self._saved_as:
+                yield self._saved_as[name], self.streamed.place(entries[0][0])
+                continue
+            plan = next((plan for block, plan in plans.items() if name.startswith(f"{block}.")), None)
+            kept = [] if plan is None else plan.dominants_G
+            # What trails the routed experts stays.
+            rest = range(0 if plan is None else plan.num_experts, len(entries))
+            for slot, expert in enumerate([*kept, *rest]):
+                for saved, stored in zip(entries[slot], entries[expert], strict=True):
+                    yield saved, self.streamed.place(stored)
+
+    def _unread(self, state: Mapping[str, torch.Tensor]) -> list[str]:
+        return [name for name, tensor in state.items() if tensor.is_meta]
 
     def _shard(self, unit: Unit) -> str:
         return f"model-{self._files.index(unit.name) + 1:05d}-of-{len(self._files):05d}.safetensors"

@@ -108,17 +108,20 @@ class WorkingFolder:
         for old in (part, place):
             shutil.rmtree(old, ignore_errors=True)
         part.mkdir()
-        if plans is not None:
-            CompressionPlan(plans).save_pretrained(part)
-        if observed is not None:
-            Statistics(observed).save_pretrained(part)
-        for file in part.rglob("*"):
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        put_in_place(part, place)
+        try:
+            if plans is not None:
+                CompressionPlan(plans).save_pretrained(part)
+            if observed is not None:
+                Statistics(observed).save_pretrained(part)
+            for file in part.rglob("*"):
+                descriptor = os.open(file, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            put_in_place(part, place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
         return folder
 
     def plans(self, name: str) -> dict[str, BlockPlan]:

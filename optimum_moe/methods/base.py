@@ -86,9 +86,13 @@ class ExpertCost:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way of deciding what remains of each block; subclasses are frozen dataclasses of their settings."""
+    """A way of deciding what remains of each block; subclasses are frozen dataclasses of their settings.
+
+    `size_fields` are the settings that say how much remains, of which exactly one is given.
+    """
 
     name: ClassVar[str]
+    size_fields: ClassVar[tuple[str, ...]] = ("num_experts", "keep_ratio", "target_size")
 
     @property
     @abstractmethod
@@ -116,6 +120,11 @@ class Method(ABC):
         return False
 
     @property
+    def reads_experts(self) -> bool:
+        """Whether `decide` looks at the weights of the experts."""
+        return True
+
+    @property
     @abstractmethod
     def block_routing(self) -> Routing:
         """How the router reaches what remains."""
@@ -131,6 +140,11 @@ class Method(ABC):
     def allocate(self, model: ModelInfo, statistics: Statistics | None) -> dict[str, int]:
         """Experts that remain in each block, once statistics are known."""
         return self.counts(model)
+
+    @property
+    def survey_key(self) -> str:
+        """Of two methods with the same key a survey says the same."""
+        return repr({name: value for name, value in self.settings().items() if name not in self.size_fields})
 
     def survey(self, context: BlockContext, count: int) -> Any:
         """What the budget has to know of a block of which `count` experts remain."""

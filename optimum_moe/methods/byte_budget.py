@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from optimum_moe.algorithms.block_refit import refit_block
 from optimum_moe.algorithms.byte_budget import Point, build, curve, spend
 from optimum_moe.algorithms.expert_curves import Form
 from optimum_moe.algorithms.expert_tokens import single_expert
@@ -80,11 +81,10 @@ def spend_budget(
 
 
 def build_block(context: BlockContext, forms: Sequence[Form]) -> BlockFactors:
-    """All experts of a block in the forms that were chosen."""
+    """All experts of a block in the forms that were chosen, refitted together to what the block gave."""
     sample = context.sample()
-    return BlockFactors(
-        tuple(
-            build(single_expert(context.experts, index), sample.of_expert(index), form)
-            for index, form in enumerate(forms)
-        )
-    )
+    experts = [single_expert(context.experts, index) for index in range(len(forms))]
+    made = [build(expert, sample.of_expert(e), forms[e]) for e, expert in enumerate(experts)]
+    # What follows an expert's output is no sum, so that no other expert can make up for it.
+    summed = context.experts.finish is None and not context.experts.fixed_neurons
+    return BlockFactors(tuple(refit_block(experts, made, sample) if summed else made))

@@ -52,6 +52,11 @@ class ExpertPruning(Method):
         return "statistics" in get_saliency(self.saliency).needs
 
     @property
+    def reads_experts(self) -> bool:
+        """False for criteria that look at statistics only, or at nothing."""
+        return "experts" in get_saliency(self.saliency).needs
+
+    @property
     def block_routing(self) -> Routing:
         """The router loses the rows of the removed experts."""
         return "reduce"

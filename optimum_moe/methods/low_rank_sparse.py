@@ -26,8 +26,6 @@ from optimum_moe.methods.byte_budget import BlockSurvey, build_block, spend_budg
 from optimum_moe.methods.counts import choose_one, exactly_one, is_selected, parse_size, selected_blocks
 from optimum_moe.plan import BlockPlan, Routing, keep_all
 
-_SIZES = ("rank", "rank_ratio", "energy", "budget", "target_size")
-
 
 @dataclass(frozen=True, eq=False)
 class SharedBases:
@@ -80,6 +78,7 @@ class LowRankSparse(Method):
     """
 
     name: ClassVar[str] = "low-rank-sparse"
+    size_fields: ClassVar[tuple[str, ...]] = ("rank", "rank_ratio", "energy", "budget", "target_size")
 
     rank: int | None = None
     rank_ratio: float | None = None
@@ -97,7 +96,7 @@ class LowRankSparse(Method):
     """The form of every expert by block, once a budget is spent; no setting."""
 
     def __post_init__(self) -> None:
-        exactly_one(**{name: getattr(self, name) for name in _SIZES})
+        exactly_one(**{name: getattr(self, name) for name in self.size_fields})
         for name in ("rank_ratio", "energy", "budget", "density"):
             value = getattr(self, name)
             if value is None:
@@ -128,8 +127,8 @@ class LowRankSparse(Method):
 
     @property
     def gradient_draws(self) -> int:
-        """Enough that more would change little."""
-        return 4 if self.needs_survey and self.curvature else 0
+        """One: four gave hardly better forms, and take four times the backward passes and the memory."""
+        return 1 if self.needs_survey and self.curvature else 0
 
     @property
     def needs_statistics(self) -> bool:

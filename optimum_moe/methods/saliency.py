@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.algorithms.merging import in_parts
+from optimum_moe.blocks import BlockInfo
 from optimum_moe.methods.base import BlockContext
 from optimum_moe.methods.counts import choose_one
 from optimum_moe.statistics import BlockStatistics
 
-NEEDS = ("statistics", "experts", "generator")
+NEEDS = ("statistics", "experts", "info", "generator")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def register_saliency(
     Args:
         name: Its name.
         needs: What the function takes as keyword arguments: `"statistics"` (a `BlockStatistics`), `"experts"` (an
-            `ExpertTensors`), `"generator"` (a seeded `torch.Generator`). Without `"statistics"` it is data-free.
+            `ExpertTensors`), `"info"` (a `BlockInfo`), `"generator"` (a seeded `torch.Generator`). Without
+            `"statistics"` it is data-free; without `"experts"` a streaming run does not read experts that go.
 
     Raises:
         ValueError: If the name is taken or a need is unknown.
@@ -118,15 +121,21 @@ def absolute_mean_over_rms(experts: ExpertTensors) -> torch.Tensor:
     """Minus mean|w| / rms(w) over all matrices of the expert; data-free."""
     values = []
     for e in range(experts.num_experts):
-        matrices = [m[e].float() for m in (experts.gate, experts.up, experts.down) if m is not None]
+        matrices = [m[e] for m in (experts.gate, experts.up, experts.down) if m is not None]
+        sums = [_sums(part) for matrix in matrices for part in in_parts(matrix)]
         count = sum(m.numel() for m in matrices)
-        mean = sum(float(m.abs().sum(dtype=torch.float64)) for m in matrices) / count
-        rms = (sum(float(m.square().sum(dtype=torch.float64)) for m in matrices) / count) ** 0.5
-        values.append(-mean / rms if rms > 0 else 0.0)
+        mean, rms = (torch.stack(sums).sum(0) / count).tolist()
+        values.append(-mean / rms**0.5 if rms > 0 else 0.0)
     return torch.tensor(values, dtype=torch.float64)
 
 
-@register_saliency("random", needs={"experts", "generator"})
-def random_saliency(experts: ExpertTensors, generator: torch.Generator) -> torch.Tensor:
+def _sums(matrix: torch.Tensor) -> torch.Tensor:
+    """Sum of absolute values, and of squares, in float64; single rows are summed in float32."""
+    rows = matrix.float()
+    return torch.stack([rows.abs().sum(-1), rows.square().sum(-1)]).sum(-1, dtype=torch.float64)
+
+
+@register_saliency("random", needs={"info", "generator"})
+def random_saliency(info: BlockInfo, generator: torch.Generator) -> torch.Tensor:
     """Uniform random numbers: the baseline."""
-    return torch.rand(experts.num_experts, generator=generator, dtype=torch.float64)
+    return torch.rand(info.num_experts, generator=generator, dtype=torch.float64)

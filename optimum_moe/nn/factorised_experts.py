@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -56,9 +56,14 @@ class WidthClass(nn.Module):
             self.add_module(f"{name}_stacks", projection)
 
     def projection(self, name: str) -> ExpertProjection:
-        """Gate, up or down."""
-        found = self._modules[f"{name}_stacks"]
-        assert isinstance(found, ExpertProjection)
+        """Gate, up or down to be called, which may be an adapter (PEFT) around it."""
+        return cast(ExpertProjection, self._modules[f"{name}_stacks"])
+
+    def stored(self, name: str) -> ExpertProjection:
+        """Gate, up or down inside of all adapters."""
+        found: Any = self._modules[f"{name}_stacks"]
+        while not isinstance(found, ExpertProjection):
+            found = found.base_layer
         return found
 
 
@@ -115,7 +120,7 @@ class FactorisedExperts(nn.Module):
             assert home is not None
             found, slot = home
             for name in rows:
-                rows[name][expert] = found.projection(name).rows_C[slot]
+                rows[name][expert] = found.stored(name).rows_C[slot]
         return replace(self._sizes, rows={name: tuple(counts) for name, counts in rows.items() if any(counts)})
 
     @property
@@ -182,6 +187,18 @@ class FactorisedExperts(nn.Module):
         output_PH = hidden_Pn.new_zeros(len(hidden_Pn), self.hidden_size)
         return output_PH if self.empty is None else output_PH + self.empty(expert)
 
+    def in_step(self, output: torch.Tensor) -> torch.Tensor:
+        """The same output, which where processes train together has a gradient (zeros) for every parameter.
+
+        They add up the gradients of all their parameters, and in one of them a stack of experts may get no token.
+        """
+        if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return output
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                output = output + parameter.flatten()[:0].sum().to(output.dtype)
+        return output
+
     def fill(self, factors: BlockFactors, biases: Mapping[str, PerExpert]) -> None:
         """Take over the forms of all experts.
 
@@ -202,19 +219,19 @@ class FactorisedExperts(nn.Module):
             if factors.joint and "up" in own:
                 own[JOINT] = torch.cat([own["gate"], own["up"]])
             for name, matrix in factors.matrices(expert).items():
-                home[0].projection(name).fill(home[1], matrix, own.get(name))
+                home[0].stored(name).fill(home[1], matrix, own.get(name))
         with torch.no_grad():
             for name, base in factors.bases.items():
                 for module in self.classes:
                     assert isinstance(module, WidthClass)
-                    module.projection(name).base.copy_(base)
+                    module.stored(name).base.copy_(base)
 
     def densified(self, expert: int) -> dict[str, torch.Tensor]:
         """The matrices of one expert by projection, of the neurons that are kept; `{}` for an empty one."""
         home = self.home(expert)
         if home is None:
             return {}
-        dense = {name: home[0].projection(name).densified(home[1]) for name in self._sizes.ranks}
+        dense = {name: home[0].stored(name).densified(home[1]) for name in self._sizes.ranks}
         if JOINT in dense:
             dense["gate"], dense["up"] = dense.pop(JOINT).chunk(2)
         return dense

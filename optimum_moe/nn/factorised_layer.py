@@ -68,8 +68,10 @@ def run_factorised(
         opened: One dictionary for all experts of a forward pass, empty at its start: makes training several times
             faster.
     """
+    is_first = opened is not None and not opened
     hidden_Pn = activate(*factors.project_in(expert, input_PH, opened))
     output_PH = factors.project_out(expert, hidden_Pn, opened)
+    output_PH = factors.in_step(output_PH) if is_first else output_PH
     return hidden_Pn, output_PH if finish is None else finish(output_PH)
 
 
@@ -111,7 +113,7 @@ def run_grouped(
     if factors.empty is not None:
         for expert in factors.empty.members:
             add((expert,), partial(_constant, factors.empty, expert))
-    return output_TH.to(hidden_TH.dtype)
+    return factors.in_step(output_TH.to(hidden_TH.dtype))
 
 
 def _grouped_class(found: WidthClass, activate: Activate, input_QH: torch.Tensor, counts: list[int]) -> torch.Tensor:

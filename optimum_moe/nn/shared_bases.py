@@ -39,16 +39,17 @@ def run_shared(
     assert isinstance(found, WidthClass)
     up, down = found.projection("up"), found.projection("down")
     projections = ([found.projection("gate")] if factors.has_gate else []) + [up]
-    assert up.base_C is not None
+    held = found.stored("up")
+    assert held.base_C is not None
     order_P, ends_E, expert_P = sort_pairs(index_TK, factors.num_experts)
     output_TH = accumulator(hidden_TH)
     if len(order_P) == 0:
-        return output_TH.to(hidden_TH.dtype)
+        return factors.in_step(output_TH.to(hidden_TH.dtype))
     token_P, tokens = order_P // index_TK.shape[-1], len(hidden_TH)
-    group_E = torch.tensor(up.base_C, device=hidden_TH.device)
+    group_E = torch.tensor(held.base_C, device=hidden_TH.device)
     key_Q, place_P = (group_E[expert_P] * tokens + token_P).unique(return_inverse=True)
     token_Q = key_Q % tokens
-    group_ends = torch.searchsorted(key_Q, torch.arange(1, len(up.base) + 1, device=key_Q.device) * tokens).tolist()
+    group_ends = torch.searchsorted(key_Q, torch.arange(1, len(held.base) + 1, device=key_Q.device) * tokens).tolist()
     groups = [slice(start, end) for start, end in zip([0, *group_ends[:-1]], group_ends, strict=True)]
     input_QH = hidden_TH.index_select(0, token_Q)
     based = [torch.cat([p(input_QH[rows], base=g) for g, rows in enumerate(groups)]) for p in projections]
@@ -72,4 +73,4 @@ def run_shared(
         summed_QI = summed_QI.index_add(0, place, wide(hidden_PI * weight))
     summed_QI = summed_QI.to(hidden_TH.dtype)
     shared_QH = torch.cat([down(summed_QI[rows], base=g) for g, rows in enumerate(groups)])
-    return output_TH.index_add_(0, token_Q, wide(shared_QH)).to(hidden_TH.dtype)
+    return factors.in_step(output_TH.index_add_(0, token_Q, wide(shared_QH)).to(hidden_TH.dtype))

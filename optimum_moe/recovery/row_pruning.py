@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from optimum_moe.algorithms.structured_sparse import BETA, CubicSchedule, RowImportance, global_masks
+from optimum_moe.checkpoint.belonging import refresh_structure
 from optimum_moe.nn import HasSparseRows, SparsePart
 
 
@@ -26,7 +27,8 @@ class RowPruning(TrainerCallback, ExportableState):
     hold the share of all numbers that a cubic schedule asks for: from what is stored in the beginning (all of W - U V:
     1.0) down to `final_density`. A zeroed row keeps its gradient and may come back until the schedule ends. When
     training ends the rows that are zeroed are no longer stored: parameters and indices shrink in place, the state of
-    the optimizer for them is dropped, and what is saved afterwards is smaller. Checkpoints of the Trainer hold all
+    the optimizer for them is dropped, the config of a compressed model says their new number, and what is saved
+    afterwards is smaller. Checkpoints of the Trainer hold all
     rows and the moving averages; training resumed from one continues exactly. Frozen rows are left alone.
 
     In a stack of matrices with equally many rows (a rank class of experts) the number stored is the largest that one
@@ -157,6 +159,7 @@ class RowPruning(TrainerCallback, ExportableState):
                 if mask is not None:
                     module.keep_rows(mask, name)
                     optimizer_state.pop(part.rows, None)
+        refresh_structure(model)
         self._importance, self._masks = {}, {}
 
     def state(self) -> dict[str, Any]:

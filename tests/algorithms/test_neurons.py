@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from optimum_moe.algorithms import neurons
 from optimum_moe.algorithms.neurons import damped, elimination, narrowed, refitted
 
 HIDDEN, INNER = 6, 10
@@ -20,6 +21,12 @@ def cost(gram_II, down_HI, metric_HH, kept):
     change_HI = -down_HI.clone()
     change_HI[:, kept] += narrowed(down_HI, gram_II, torch.tensor(kept), damping=0.0)
     return float(torch.trace(metric_HH @ change_HI @ gram_II @ change_HI.T))
+
+
+@pytest.fixture(params=[3, 32], autouse=True)
+def block(request, monkeypatch):
+    """So many neurons go between two updates; the answer does not depend on it."""
+    monkeypatch.setattr(neurons, "_BLOCK", request.param)
 
 
 @pytest.mark.parametrize("seed", range(3))

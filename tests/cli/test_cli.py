@@ -27,7 +27,7 @@ from tests.tiny_checkpoints import save_checkpoint, write_text
 
 Run = Callable[..., tuple[int, str, str]]
 
-RECIPE = {"--model", "--recipe", "--num-experts", "--keep-ratio", "--target-size", "--set", "--mtp"}
+RECIPE = {"--model", "--recipe", "--num-experts", "--keep-ratio", "--target-size", "--budget", "--set", "--mtp"}
 CHECKPOINT = {"--revision", "--trust-remote-code", "--dequantize", "--dtype"}
 # A change here is a change of what users have in their scripts.
 OPTIONS = {
@@ -191,6 +191,11 @@ def test_preview_overrides_the_recipe(run: Run, checkpoint: Path, tmp_path: Path
     assert preview("--recipe", "m-smoe", "--num-experts", 3)["counts"] == {name: [8, 3] for name in blocks}
     partly = preview("--recipe", "m-smoe", "--keep-ratio", 0.25, "--set", "layers=[1]")
     assert [partly["counts"][name][1] for name in blocks] == [8, 2, 8]
+    adaptive = preview("--recipe", "m-smoe-adaptive", "--num-experts", 3)
+    assert adaptive["counts"] == {name: [8, 3] for name in blocks}
+    # Who only says a size gets the byte budget.
+    assert preview("--budget", 0.25)["after"]["bytes"] < preview("--budget", 0.5)["after"]["bytes"]
+    assert preview("--target-size", preview("--budget", 0.5)["after"]["bytes"])["plain"] is False
     full = preview("--recipe", "reap", "--set", "num_experts=8")
     assert full["before"] == full["after"]
     target = full["before"]["bytes"] * 3 // 4
