@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from optimum_moe.calibration import CalibrationConfig, build_batches, observe
 from optimum_moe.calibration.data import CalibrationBatches
-from optimum_moe.checkpoint.belonging import check_belongs, mark_structure, refuse_original
+from optimum_moe.checkpoint.belonging import check_belongs, check_plan, mark_structure, refuse_original
 from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp
 from optimum_moe.checkpoint.source import ModelSource, load_tokenizer, open_source
 from optimum_moe.checkpoint.streamed import align
@@ -153,6 +153,7 @@ class MoECompressor:
         if not recipe.method.is_adaptive:
             # An adaptive budget gives its average here, and its real counts with the plan.
             layers.check_counts(counts, recipe.method.block_routing)
+        layers.check_forms(recipe.method, counts)
         run = progress, layers, streaming, error_propagation
         return cls(source, recipe, config, seed, tokenizer, destination, overwrite, *run)
 
@@ -218,7 +219,7 @@ class MoECompressor:
         """
         self._refuse_second_cut()
         if plan is not None:
-            check_belongs("plan", plan.source, self.source)
+            check_plan(plan, self.source)
             self._check_mtp(plan)
         elif statistics is not None:
             check_belongs("statistics", statistics.source, self.source)

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
 import optimum_moe
-from optimum_moe import CalibrationConfig, MoECompressor, MSMoE
+from optimum_moe import CalibrationConfig, LowRankSparse, MoECompressor, MSMoE
 from optimum_moe.checkpoint import quantizer
 from optimum_moe.checkpoint.carried_code import carry_code
 from optimum_moe.checkpoint.quantizer import SUPPORTED_TRANSFORMERS
@@ -41,7 +41,7 @@ print(type(model).__module__, sys.modules["optimum_moe"].__file__)
 """
 
 
-def save_structured(target: Target, folder: Path, method: MSMoE | None = None) -> dict[str, torch.Tensor]:
+def save_structured(target: Target, folder: Path, method: Any = None) -> dict[str, torch.Tensor]:
     """A compressed checkpoint with the code it carries; returns the model's tensors."""
     data = [inputs_for(target, rows=4, length=32, seed=seed) for seed in range(2)]
     compressor = MoECompressor.from_pretrained(
@@ -177,6 +177,22 @@ def test_carried_code_loads_without_the_package_where_it_is_trusted(target: Targ
     trusted = run_without_package(LOAD, folder, auto_class, "{'trust_remote_code': True}", modules=tmp_path / "modules")
     assert trusted.returncode == 0, trusted.stderr
     assert trusted.stdout.split()[0].startswith("transformers.models.")
+    assert trusted.stdout.split()[1].startswith(str(folder / "optimum_moe.zip"))
+    assert_seen(folder, tensors)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "switch_transformers", "jetmoe"])
+def test_compressed_experts_load_with_the_package_and_with_carried_code(name: str, tmp_path: Path) -> None:
+    folder, auto_class = tmp_path / "out", auto_class_of(by_name(name))
+    tensors = save_structured(by_name(name), folder, [MSMoE(num_experts=4), LowRankSparse(rank=8)])
+    done = run_python(LOAD, folder, auto_class, "{}")
+    assert done.returncode == 0, done.stderr
+    assert_seen(folder, tensors)
+    refused = run_without_package(LOAD, folder, auto_class, "{}", modules=tmp_path / "modules")
+    assert refused.returncode == 1
+    assert "ValueError: Unknown fusion type: a compressed checkpoint: pip install optimum-moe" in refused.stderr
+    trusted = run_without_package(LOAD, folder, auto_class, "{'trust_remote_code': True}", modules=tmp_path / "modules")
+    assert trusted.returncode == 0, trusted.stderr
     assert trusted.stdout.split()[1].startswith(str(folder / "optimum_moe.zip"))
     assert_seen(folder, tensors)
 

@@ -35,6 +35,17 @@ def check_belongs(what: str, made_from: Any, source: ModelSource) -> None:
             )
 
 
+def check_plan(plan: CompressionPlan, source: ModelSource) -> None:
+    """Raise a `ValueError` where a plan belongs to another model, or lacks the factors that it speaks of."""
+    check_belongs("plan", plan.source, source)
+    lacking = [block.name for block in plan.blocks.values() if block.sizes is not None and block.factors is None]
+    if lacking:
+        raise ValueError(
+            f"The plan says which sizes the factors of {lacking[0]} have; the factors themselves lie in the checkpoint "
+            "that it was made for. Load that checkpoint, or pass statistics= to decide anew."
+        )
+
+
 def mark_structure(model: PreTrainedModel, source: ModelSource, plan: CompressionPlan) -> None:
     """Make config and model agree, so that `model.save_pretrained` writes what loads again."""
     if plan.is_plain:

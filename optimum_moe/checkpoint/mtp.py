@@ -20,6 +20,7 @@ from optimum_moe.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_headers
 from optimum_moe.checkpoint.quantised import quantizer_of, read_dequantised, unpacked
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, take_dtypes
 from optimum_moe.checkpoint.source import ModelSource
+from optimum_moe.methods import Method
 from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import BlockPlan, CompressionPlan, Routing
 from optimum_moe.surgeons import FoundBlock, owning_configs
@@ -62,6 +63,16 @@ class MTPLayers:
                 f'mtp="copy" would leave {max(before.values())} experts in the multi-token-prediction layers, and the '
                 f'config would say {max(counts.values())} for the whole model. Pass mtp="cut" to cut them alike, or '
                 'mtp="drop".'
+            )
+
+    def check_forms(self, method: Method, counts: Mapping[str, int]) -> None:
+        """Raise a `ValueError` if the layers are to be cut like experts that the stock classes cannot hold."""
+        info = self.source.info
+        last = info.blocks[-1]
+        if self.option == "cut" and self.names and not method.cost(info, last, counts[last.name]).stock:
+            raise ValueError(
+                f'mtp="cut" merges or removes experts, and {method.name} keeps those of {last.name} in factors, which '
+                'multi-token-prediction layers cannot hold. Pass mtp="copy" or mtp="drop".'
             )
 
     def parameters(self, counts: Mapping[str, int], routing: Routing) -> int:

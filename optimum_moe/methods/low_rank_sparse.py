@@ -222,7 +222,10 @@ class LowRankSparse(Method):
             tokens = None if sample is None else sample.of_expert(index)
             base, neurons = (None, None) if shared is None else shared.of_expert(index)
             single = single_expert(context.experts, index)
-            experts.append(factorise_expert(single, tokens, self._rank_of, self._rows, base, neurons))
+            try:
+                experts.append(factorise_expert(single, tokens, self._rank_of, self._rows, base, neurons))
+            except ValueError as error:
+                raise ValueError(f"Expert {index} of {context.info.name} cannot be factorised. {error}") from error
         if shared is None:
             return BlockFactors(tuple(experts))
         return BlockFactors(tuple(experts), shared.labels_E, shared.matrices)
