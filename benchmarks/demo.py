@@ -2,8 +2,8 @@
 
     python benchmarks/demo.py [--output out/demo]
 
-Prints one table: bytes on disk, parameters, FLOPs a token and the scores of `optimum_moe.evaluate` for the original, the
-byte budget, M-SMoE and its baselines at 50% and 25% of the experts, and a few generated words.
+Prints one table: bytes on disk, parameters, FLOPs a token and the scores of `optimum_moe.evaluate` for the original,
+the byte budget, M-SMoE and its baselines at 50% and 25% of the experts, and a few generated words.
 """
 
 from __future__ import annotations
