@@ -37,3 +37,4 @@ bench: $(READY)  ## the tables of the README
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/compress_speed.py
 	$(BIN)/python benchmarks/layer_speed.py
+	$(BIN)/python benchmarks/switch_size.py

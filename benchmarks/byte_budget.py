@@ -48,16 +48,16 @@ class Setting:
         model: Checkpoint.
         source: What it is, and its licence.
         variants: What is compared.
-        smallest: Share of a matrix that its factors of rank 8 store.
         evaluation: Settings of `evaluate`.
+        calibration_tokens: Tokens that are observed.
         at_once: Models in memory at a time.
     """
 
     model: Path
     source: str
     variants: dict[str, Variant]
-    smallest: float
     evaluation: dict[str, Any]
+    calibration_tokens: int = 32768
     at_once: int = 12
 
 
@@ -110,7 +110,6 @@ SETTINGS = {
             "REAP pruning": pruned,
             BUDGET: lambda share: LowRankSparse(budget=share),
         },
-        REFERENCE_SMALLEST,
         {"max_tokens": 16384, "num_questions": 100, "num_prompts": 16},
     ),
     "smollm2": Setting(
@@ -124,28 +123,28 @@ SETTINGS = {
             "neurons only": lambda share: LowRankSparse(budget=share, kinds=["neurons"]),
             BUDGET: lambda share: LowRankSparse(budget=share),
         },
-        SMOLLM2_SMALLEST,
         {"max_tokens": 8192, "num_questions": 40, "num_prompts": 4, "new_tokens": 16},
+        calibration_tokens=16384,
         at_once=3,
     ),
 }
 
 
-def key_of(setting: Setting, arguments: argparse.Namespace) -> str:
+def key_of(setting: Setting) -> str:
     """Distinguishes results of another model, text or amount of evaluation."""
     digest = hashlib.sha256()
     for path in (*sorted(setting.model.glob("*.safetensors")), CALIBRATION, HELD_OUT):
         digest.update(path.read_bytes())
-    digest.update(f"{setting.evaluation} {arguments.calibration_tokens}".encode())
+    digest.update(f"{setting.evaluation} {setting.calibration_tokens}".encode())
     return digest.hexdigest()[:12]
 
 
-def statistics_of(setting: Setting, seed: int, folder: Path, arguments: argparse.Namespace) -> Statistics:
+def statistics_of(setting: Setting, seed: int, folder: Path) -> Statistics:
     """Observed once for all variants of a seed, with the backward passes that the byte budget wants."""
     kept = folder / "statistics"
     if not (kept / "statistics.json").is_file():
         config = CalibrationConfig(
-            str(CALIBRATION), sequence_length=256, max_tokens=arguments.calibration_tokens, seed=seed
+            str(CALIBRATION), sequence_length=256, max_tokens=setting.calibration_tokens, seed=seed
         )
         MoECompressor.from_pretrained(
             setting.model, LowRankSparse(budget=0.5), config, seed=seed, progress=False
@@ -155,13 +154,13 @@ def statistics_of(setting: Setting, seed: int, folder: Path, arguments: argparse
 
 def run_seed(setting: Setting, seed: int, shares: list[int], arguments: argparse.Namespace) -> None:
     """Measure everything of one calibration seed that was not measured yet."""
-    folder = arguments.cache / key_of(setting, arguments) / f"seed{seed}"
+    folder = arguments.cache / key_of(setting) / f"seed{seed}"
     wanted = [(share, name) for share in shares for name in setting.variants if name in arguments.variants]
     missing = [(s, n) for s, n in wanted if not file_of(folder, s, n).is_file() and setting.variants[n](s / 100)]
     if not missing and file_of(folder, 100, ORIGINAL).is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    statistics = statistics_of(setting, seed, folder, arguments)
+    statistics = statistics_of(setting, seed, folder)
     original = transformers.AutoModelForCausalLM.from_pretrained(setting.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(setting.model)
     for start in range(0, max(len(missing), 1), setting.at_once):
@@ -194,7 +193,7 @@ def read(setting: Setting, arguments: argparse.Namespace) -> dict[tuple[int, str
     """All results by share and variant, one for each seed."""
     found: dict[tuple[int, str], list[EvaluationResult]] = {}
     for seed in arguments.seeds:
-        folder = arguments.cache / key_of(setting, arguments) / f"seed{seed}"
+        folder = arguments.cache / key_of(setting) / f"seed{seed}"
         for share, name in [(100, ORIGINAL), *((s, n) for s in arguments.shares for n in setting.variants)]:
             if file_of(folder, share, name).is_file():
                 found.setdefault((share, name), []).append(EvaluationResult.load(file_of(folder, share, name)))
@@ -249,7 +248,6 @@ def main() -> None:
     parser.add_argument("--shares", type=int, nargs="+", default=list(SHARES), help="per cent of the experts' bytes")
     parser.add_argument("--variants", nargs="+", help="default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "byte_budget")
     parser.add_argument("--output", type=Path, help="also write the table (.md) and the plot (.png) there")
@@ -265,7 +263,7 @@ def main() -> None:
     original = found[100, ORIGINAL][0].scores
     names = ("perplexity", "choice_accuracy", "loop_rate")
     scores = ", ".join(f"{n} {original[n].value:.3f} [{original[n].low:.3f}, {original[n].high:.3f}]" for n in names)
-    amount = f"{len(arguments.seeds)} calibration seeds of {arguments.calibration_tokens:,} tokens"
+    amount = f"{len(arguments.seeds)} calibration seeds of {setting.calibration_tokens:,} tokens"
     lines = [setting.source, "", f"Original: {scores}. {amount}; nothing is trained.", ""]
     lines += table(setting, found, arguments.shares)
     print("\n".join(lines))

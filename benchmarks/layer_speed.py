@@ -70,6 +70,11 @@ COMPRESSED = {
     "mixtral": (LAYERS["mixtral"], ("float32",)),
 }
 """Layers whose experts are timed in compressed forms, and in which dtypes."""
+BOUNDS = """
+What bounds the speed-up: one token costs the reading of its D experts' weights, so only D < k makes it cheaper; a few
+tokens that of all distinct experts of the batch, at most G instead of N; many tokens the multiply-adds of the distinct
+(token, expert) pairs, k / D times fewer, and the rows of an expert's matmul, N / G times more. What bounds the
+overhead: a dozen small operations, whatever the size of the experts."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -241,12 +246,7 @@ def main() -> None:
         layer = Layer(**(vars(LAYERS[name]) | given))
         run_layer(name, layer, args)
     if args.layers:
-        print(
-            "\nWhat bounds the speed-up: one token costs the reading of its D experts' weights, so only D < k makes it "
-            "cheaper; a few tokens that of all distinct experts of the batch, at most G instead of N; many tokens the "
-            "multiply-adds of the distinct (token, expert) pairs, k / D times fewer, and the rows of an expert's matmul, "
-            "N / G times more. What bounds the overhead: a dozen small operations, whatever the size of the experts."
-        )
+        print(BOUNDS)
     for name in args.compressed:
         layer, dtypes = COMPRESSED[name]
         for dtype in dtypes:

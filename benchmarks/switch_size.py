@@ -13,7 +13,7 @@ engine with the presets `mc-smoe` (plain SVD) and `mc-smoe-fast` (calibration on
 Random weights say nothing of quality; sizes and FLOPs do not depend on them. The router drops tokens beyond
 `expert_capacity`, and a dropped token runs no expert: it is raised for the FLOP counter, so that none is dropped.
 
-    python benchmarks/switch_size.py --folder /data/scratch [--no-align] [--untied]
+    python benchmarks/switch_size.py [--folder /data/scratch] [--no-align] [--untied]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import json
 import math
 import resource
 import shutil
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from optimum_moe.methods.composed import Composed
 from optimum_moe.recipes import coerce_recipe
 
 LEAST_SAVED_BYTES, LEAST_SAVED_FLOPS, PREVIEW_TOLERANCE = 0.85, 0.20, 0.01
+UNALIGNED = "unaligned (random experts have nothing to align, and no size depends on it)"
 WEIGHT_OPS = (torch.ops.aten.mm, torch.ops.aten.addmm)
 
 
@@ -152,7 +154,12 @@ def compress(original: Path, out: Path, preset: str, data: CalibrationConfig, al
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="Where checkpoints are written and removed again.")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "switch_size",
+        help="Where checkpoints are written and removed again: 5 GB.",
+    )
     parser.add_argument("--presets", nargs="+", default=["mc-smoe", "mc-smoe-fast"])
     parser.add_argument("--tokens", type=int, default=128, help="N source and N target tokens of the FLOP counter")
     parser.add_argument("--calibration-tokens", type=int, default=4096)
@@ -168,7 +175,7 @@ def main() -> None:
     before, (flops, scores) = file_bytes(original), counted_flops(original, args.tokens)
     print(
         f"Switch-base-32 shape, random bf16 weights, {'untied' if args.untied else 'tied'} embeddings, "
-        f"{'unaligned' if args.no_align else 'aligned'}; {args.calibration_tokens} random calibration tokens\n"
+        f"{UNALIGNED if args.no_align else 'aligned'}; {args.calibration_tokens} random calibration tokens\n"
         f"FLOP counter: {args.tokens} source and {args.tokens} target tokens, expert_capacity raised to "
         f"{args.tokens} (none dropped), attention scores {scores:,.0f} a token excluded\n"
     )

@@ -112,12 +112,14 @@ class Statistics:
         calibration: Record of the data: sources, token count, hash, seed.
         source: Identity of the observed model; methods refuse statistics of another one.
         unseen: What to do about experts without tokens.
+        memo: What methods computed from them and the model, so that another size does not compute it again; not saved.
     """
 
     blocks: Mapping[str, BlockStatistics]
     calibration: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
     unseen: Unseen = "warn"
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def unseen_report(self) -> str | None:
         """One sentence that names blocks and experts without tokens, None if every expert was reached."""

@@ -198,3 +198,17 @@ def test_a_preset_is_what_a_user_gets_who_only_says_a_size() -> None:
         warnings.simplefilter("ignore")
         compressor = compressor_for(build("mixtral"), "budget", "mixtral")
     assert compressor.method == LowRankSparse(budget=0.5)
+
+
+def test_another_size_takes_the_same_survey() -> None:
+    def forms(statistics, budget: float):
+        compressor = compressor_for(build("mixtral"), LowRankSparse(budget=budget), "mixtral")
+        compressor.apply(statistics)
+        return {name: plan.sizes for name, plan in compressor.plan.blocks.items()}
+
+    statistics = compressor_for(build("mixtral"), LowRankSparse(budget=0.5), "mixtral").calibrate()
+    fresh = type(statistics)(statistics.blocks, statistics.calibration, statistics.source)
+    forms(statistics, 0.5)
+    (surveys,) = statistics.memo.values()
+    assert forms(statistics, 0.3) == forms(fresh, 0.3)
+    assert statistics.memo == {next(iter(statistics.memo)): surveys}

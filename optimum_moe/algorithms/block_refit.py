@@ -61,8 +61,10 @@ def refit_block(
             parts[index] = _Part(token_P, hidden_PN, kept.down.dense_OX.float(), damping)
             lost_PH = lost_PH - hidden_PN @ parts[index].down_HN.T
         left_SH.index_add_(0, token_P, lost_PH.float())
+    # By what they give the block, so that the order of the experts does not matter.
+    ordered = sorted(parts.values(), key=lambda part: -part.energy)
     for _ in range(sweeps):
-        for part in parts.values():
+        for part in ordered:
             part.step(left_SH)
     return [_with_down(kept, parts[e].down_HN) if e in parts else kept for e, kept in enumerate(factors)]
 
@@ -72,6 +74,7 @@ class _Part:
 
     def __init__(self, token_P: torch.Tensor, hidden_PN: torch.Tensor, down_HN: torch.Tensor, damping: float) -> None:
         self.token_P, self.hidden_PN, self.down_HN = token_P, hidden_PN, down_HN
+        self.energy = float(hidden_PN.square().sum(dtype=torch.float64))
         self.root_NN = torch.linalg.cholesky(damped(hidden_PN.T @ hidden_PN, damping))
 
     def step(self, left_SH: torch.Tensor) -> None:

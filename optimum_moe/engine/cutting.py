@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -114,11 +114,17 @@ class Cutter:
             num_blocks=len(self.source.blocks),
         )
 
-    def settled(self, info: ModelInfo, observed: Observed | None, progress: Progress) -> Cutter:
+    def settled(self, info: ModelInfo, statistics: Statistics, progress: Progress) -> Cutter:
         """With a method that knows what it can spend on each block, which takes a look at all of them."""
         assert self.method is not None
-        if not self.method.needs_survey:
-            return self
+        key = f"{self.method.survey_key} {sorted(self.counts.items())} {self.seed} {self.unseen}"
+        surveys = statistics.memo.get(key)
+        if surveys is None:
+            surveys = statistics.memo[key] = self._surveys(statistics.blocks, progress)
+        return replace(self, method=self.method.settled(info, surveys))
+
+    def _surveys(self, observed: Observed, progress: Progress) -> dict[str, Any]:
+        assert self.method is not None
         surveys = {}
         for unit in self.source.units:
             if not unit.blocks:
@@ -128,7 +134,7 @@ class Cutter:
                 for found in unit.blocks:
                     name = found.info.name
                     surveys[name] = self.method.survey(self.context(found, observed), self.counts[name])
-        return replace(self, method=self.method.settled(info, surveys))
+        return surveys
 
 
 def cut_units(source: BlockSource, cutter: Cutter, observed: Observed | None, progress: Progress) -> None:

@@ -91,8 +91,10 @@ def decide_and_cut(
     unseen = "warn" if statistics is None else statistics.unseen
     observed = None if statistics is None else statistics.blocks
     cutter = Cutter(source, method, seed, counts, unseen)
-    with Progress(len(source.units), "survey", progress and method.needs_survey, lines) as shown:
-        cutter = cutter.settled(info, observed, shown)
+    if method.needs_survey:
+        assert statistics is not None
+        with Progress(len(source.units), "survey", progress, lines) as shown:
+            cutter = cutter.settled(info, statistics, shown)
     with Progress(len(source.units), method.name, progress, lines) as shown:
         cut_units(source, cutter, observed, shown)
     calibration = None if statistics is None else statistics.calibration

@@ -141,6 +141,11 @@ class Method(ABC):
         """Experts that remain in each block, once statistics are known."""
         return self.counts(model)
 
+    @property
+    def survey_key(self) -> str:
+        """Of two methods with the same key a survey says the same."""
+        return repr({name: value for name, value in self.settings().items() if name not in self.size_fields})
+
     def survey(self, context: BlockContext, count: int) -> Any:
         """What the budget has to know of a block of which `count` experts remain."""
         raise NotImplementedError(f"{self.name} makes no survey")

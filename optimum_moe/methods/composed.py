@@ -94,6 +94,11 @@ class Composed(Method):
         """The first's."""
         return self.first.allocate(model, statistics)
 
+    @property
+    def survey_key(self) -> str:
+        """With all settings of the first."""
+        return f"{self.first.settings()!r} {self.then.survey_key}"
+
     def survey(self, context: BlockContext, count: int) -> Any:
         """The second's, of what the first leaves."""
         plan = self.first.decide(context, count)

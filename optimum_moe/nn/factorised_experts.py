@@ -109,15 +109,16 @@ class FactorisedExperts(nn.Module):
         )
         self.empty = EmptyExperts(empty, hidden_size, **factory) if empty and "down" in biases else None
         ordered = [members for _, members in sorted(by_width.items())]
-        self._home_E = {e: (number, slot) for number, members in enumerate(ordered) for slot, e in enumerate(members)}
+        self._home_E = {e: (str(n), slot) for n, members in enumerate(ordered) for slot, e in enumerate(members)}
 
     @property
     def sizes(self) -> FactorSizes:
         """The sizes of the experts, as many sparse rows as there are now."""
         rows = {name: [0] * len(counts) for name, counts in self._sizes.rows.items()}
-        for expert, (number, slot) in self._home_E.items():
-            found = self.classes[number]
-            assert isinstance(found, WidthClass)
+        for expert in self._home_E:
+            home = self.home(expert)
+            assert home is not None
+            found, slot = home
             for name in rows:
                 rows[name][expert] = found.stored(name).rows_C[slot]
         return replace(self._sizes, rows={name: tuple(counts) for name, counts in rows.items() if any(counts)})
@@ -151,8 +152,9 @@ class FactorisedExperts(nn.Module):
         """The width class of an expert and its slot there; None for an empty expert."""
         if expert not in self._home_E:
             return None
-        number, slot = self._home_E[expert]
-        found = self.classes[number]
+        name, slot = self._home_E[expert]
+        # Much faster than asking the list of modules for an entry.
+        found = self.classes._modules[name]
         assert isinstance(found, WidthClass)
         return found, slot
 
