@@ -47,6 +47,7 @@ class BlockPlan:
         sizes: Of these forms; what a plan that was read back knows of them.
         neurons: Neurons that each expert keeps (None for all of them); likewise.
         digest: Of the numbers that no original gives (factors, sparse rows, shared bases); likewise.
+        stable_rank: Mean stable rank of the experts' matrices before and after they were merged, where both are known.
     """
 
     name: str
@@ -61,6 +62,7 @@ class BlockPlan:
     sizes: FactorSizes | None = None
     neurons: tuple[torch.Tensor | None, ...] | None = None
     digest: str | None = None
+    stable_rank: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.factors is not None and self.sizes is None:
@@ -108,6 +110,9 @@ class BlockPlan:
             raise ValueError(f'Plan for {self.name}: routing="reduce" needs router_weights_E.')
         if self.router_weights_E is not None and self.router_weights_E.shape != (experts,):
             raise ValueError(f"Plan for {self.name}: router_weights_E must hold {experts} numbers.")
+        ranks = self.stable_rank
+        if ranks is not None and (len(ranks) != 2 or any(not 0 <= float(rank) < float("inf") for rank in ranks)):
+            raise ValueError(f"Plan for {self.name}: stable_rank must hold two numbers from 0, got {ranks!r:.80}.")
 
     @property
     def num_experts(self) -> int:
@@ -227,6 +232,8 @@ class CompressionPlan:
                 blocks[-1] |= {"factors": plan.sizes.to_dict(), "factors_digest": plan.digest}
                 kept = plan.neurons or ()
                 tensors |= {f"{index}.neurons.{e}": n.to(torch.int32) for e, n in enumerate(kept) if n is not None}
+            if plan.stable_rank is not None:
+                blocks[-1]["stable_rank"] = list(plan.stable_rank)
             tensors[f"{index}.merge_weights_E"] = plan.merge_weights_E
             if plan.permutations_EI is not None:
                 tensors[f"{index}.permutations_EI"] = plan.permutations_EI.to(torch.int32)
@@ -276,6 +283,7 @@ def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torc
         sizes=sizes,
         neurons=None if sizes is None else tuple(None if n is None else n.long() for n in kept),
         digest=block.get("factors_digest"),
+        stable_rank=tuple(block["stable_rank"]) if "stable_rank" in block else None,
     )
 
 

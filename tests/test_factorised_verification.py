@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimum_moe import verify
+from optimum_moe.algorithms.factors import FactorSizes
 from optimum_moe.checkpoint.belonging import mark_structure
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.checkpoint.writer import write_model
@@ -113,7 +114,18 @@ def test_a_missing_factor_and_other_sizes(folders: Any, tmp_path: Path) -> None:
     shutil.rmtree(out)
     shutil.copytree(folder / "out", out)
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["blocks"]["model.layers.1.mlp"]["factors"]["ranks"]["up"][1] = 16
+    sizes = config["quantization_config"]["blocks"]["model.layers.1.mlp"]["factors"]
+    sizes["ranks"]["up"][1] = 16
+    (out / "config.json").write_text(json.dumps(config))
+    report = verify(out, folder / "original")
+    assert "Sizes of experts are not those that their checksum was made of" in report["config"].failures[0]
+    assert not report["experts"].ran
+    # Whoever makes the checksum anew contradicts the plan.
+    fields = {key: value for key, value in sizes.items() if key != "checksum"}
+    made = FactorSizes(
+        tuple(fields.pop("widths")), **{k: {n: tuple(v) for n, v in d.items()} for k, d in fields.items()}
+    )
+    config["quantization_config"]["blocks"]["model.layers.1.mlp"]["factors"] = made.to_dict()
     (out / "config.json").write_text(json.dumps(config))
     report = verify(out, folder / "original")
     assert {"config", "shapes", "reload"} <= failed(report)

@@ -10,6 +10,7 @@ import torch
 
 from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
 from optimum_moe.algorithms.factors import PROJECTIONS
+from optimum_moe.algorithms.low_rank import estimated_stable_rank
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.blocks import BlockInfo, ModelInfo
 from optimum_moe.methods.base import BlockContext, ExpertCost, Method
@@ -26,7 +27,8 @@ _NEURON_AXIS = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0, "do
 class Composed(Method):
     """A method that merges or prunes experts, then one that keeps the remaining ones in smaller forms.
 
-    Both are decided from one observation: the merged experts are computed on the sampled tokens.
+    Both are decided from one observation: the merged experts are computed on the sampled tokens. Plan, report and card
+    say how merging changed the mean stable rank of the experts' matrices, which tells what a low rank loses.
 
     Args:
         first: Merges or prunes.
@@ -112,7 +114,10 @@ class Composed(Method):
         """Merge or prune, and factorise what remains; with shared bases, factorise what sets experts apart."""
         plan = self.first.decide(context, count)
         if self.then.base is None:
-            return replace(plan, factors=self.then.factorise(after(context, plan)))
+            left = after(context, plan)
+            ranks = _mean_stable_rank(context.experts), _mean_stable_rank(left.experts)
+            merged = any(len(plan.members(group)) > 1 for group in range(plan.num_groups))
+            return replace(plan, factors=self.then.factorise(left), stable_rank=ranks if merged else None)
         aligned = replace(context, experts=_aligned(context.experts, plan))
         kept = keep_all(context.info.name, context.info.num_experts, self.block_routing)
         return replace(kept, factors=self.then.factorise(aligned, _shared(context.experts, plan)))
@@ -148,6 +153,13 @@ def after(context: BlockContext, plan: BlockPlan) -> BlockContext:
         experts=_merged(context.experts, plan),
         statistics=None if context.statistics is None else _mapped(context.statistics, plan),
     )
+
+
+def _mean_stable_rank(experts: ExpertTensors) -> float:
+    """Over the matrices of all experts, to three digits behind the point."""
+    named = [getattr(experts, name) for name in PROJECTIONS]
+    found = [estimated_stable_rank(matrix) for values in named if values is not None for matrix in values]
+    return round(sum(found) / len(found), 3)
 
 
 def _merged(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:

@@ -31,7 +31,7 @@ _TEMPLATE = """---
 |---|---|---|---|
 {rows}
 
-Experts of each MoE block: {experts}. FLOPs are 2 x multiply-adds of all weight matmuls for one token.
+Experts of each MoE block: {experts}. FLOPs are 2 x multiply-adds of all weight matmuls for one token.{stable_rank}
 
 ## How it was made
 
@@ -67,7 +67,6 @@ class CardFacts:
 def model_card(facts: CardFacts, name: str) -> str:
     """Text of `README.md` for a checkpoint called `name`."""
     before, after = facts.cost.before, facts.cost.after
-    merged = any(len(plan.members(g)) > 1 for plan in facts.plan.blocks.values() for g in range(plan.num_groups))
     metadata = ModelCardData(
         base_model=facts.base if "/" in facts.base and not facts.base.startswith((".", "/")) else None,
         library_name="transformers",
@@ -91,13 +90,39 @@ def model_card(facts: CardFacts, name: str) -> str:
         metadata=metadata.to_yaml(),
         title=name,
         base=facts.base,
-        sentence="experts were merged." if merged else "experts were removed.",
+        sentence=_sentence(facts.plan),
         loading="\n".join(load),
         rows="\n".join(f"| {label} | {old:,.0f} | {new:,.0f} | {new / old:.3f} |" for label, old, new in rows),
         experts=", ".join(f"{old} -> {new}" for old, new in sorted(set(facts.cost.counts.values()))),
+        stable_rank=_stable_rank(facts.plan),
         recipe=facts.recipe.strip(),
         calibration=describe_calibration(facts.plan.calibration),
     )
+
+
+def _sentence(plan: CompressionPlan) -> str:
+    """What was done to the experts."""
+    blocks = plan.blocks.values()
+    merged = any(len(block.members(group)) > 1 for block in blocks for group in range(block.num_groups))
+    done = ["merged"] if merged else ["removed"] if any(not block.keeps_all for block in blocks) else []
+    done += ["kept in smaller forms"] if any(block.sizes is not None for block in blocks) else []
+    return f"experts were {' and '.join(done) or 'left as they are'}."
+
+
+def mean_stable_ranks(plan: CompressionPlan) -> tuple[float, float] | None:
+    """Mean stable rank of the experts' matrices before and after merging, over all blocks that say so."""
+    found = [block.stable_rank for block in plan.blocks.values() if block.stable_rank is not None]
+    if not found:
+        return None
+    before, after = (round(sum(ranks) / len(found), 3) for ranks in zip(*found, strict=True))
+    return before, after
+
+
+def _stable_rank(plan: CompressionPlan) -> str:
+    ranks = mean_stable_ranks(plan)
+    if ranks is None:
+        return ""
+    return f"\n\nMean stable rank of the experts' matrices: {ranks[0]:.2f} before merging, {ranks[1]:.2f} after."
 
 
 def describe_calibration(record: Mapping[str, Any] | None) -> str:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from optimum_moe.blocks import BlockInfo
 from optimum_moe.plan import BlockPlan, CompressionPlan
-from optimum_moe.reporting.card import CardFacts, model_card
+from optimum_moe.reporting.card import CardFacts, mean_stable_ranks, model_card
 from optimum_moe.reporting.preview import Cost, flops_per_token
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
@@ -23,7 +23,11 @@ def write_description(directory: Path, name: str, facts: CardFacts) -> None:
     """Write plan, recipe, report and the card of a checkpoint called `name`."""
     facts.plan.save_pretrained(directory)
     (directory / RECIPE_FILE).write_text(facts.recipe)
-    (directory / REPORT_FILE).write_text(json.dumps(facts.cost.to_dict(), indent=1) + "\n")
+    ranks = mean_stable_ranks(facts.plan)
+    report = facts.cost.to_dict() | (
+        {} if ranks is None else {"stable_rank": dict(zip(("before", "after"), ranks, strict=True))}
+    )
+    (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
     (directory / "README.md").write_text(model_card(facts, name))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_moe.algorithms.low_rank import decompose, singular_values, stable_rank
+from optimum_moe.algorithms.low_rank import decompose, estimated_stable_rank, singular_values, stable_rank
 from optimum_moe.algorithms.ranks import rank_from_energy, rank_from_number, rank_from_ratio
 
 SHAPES = [(24, 40), (40, 24), (24, 24)]
@@ -44,6 +44,14 @@ def test_stable_rank_matches_losparse(parity):
     assert stable_rank(parity["losparse/svd/W"]) == pytest.approx(float(parity["losparse/stable_rank/W"]), rel=1e-6)
     assert stable_rank(torch.diag(torch.tensor([2.0, 1.0, 0.0]))) == pytest.approx(1.25)
     assert stable_rank(torch.zeros(3, 4)) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (24, 64), (200, 100)])
+def test_estimated_stable_rank(shape):
+    for matrix_OX in (random(*shape), random(*shape) + 3 * random(shape[0], 1) @ random(1, shape[1])):
+        exact, estimated = stable_rank(matrix_OX), estimated_stable_rank(matrix_OX)
+        assert exact * (1 - 1e-5) <= estimated <= 1.01 * exact
+    assert estimated_stable_rank(torch.zeros(shape)) == 0.0
 
 
 @pytest.mark.parametrize("rank", [2, 4, 8])
