@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 
@@ -31,12 +32,23 @@ class Buffers:
                 return buffer
         return None
 
-    def _new(self, size: int) -> mmap.mmap:
+    def release(self) -> None:
+        """Let the idle ones go."""
         used = []
         for buffer in self._all:
             if sys.getrefcount(buffer) > _IDLE:
                 used.append(buffer)
         self._all = used
+
+    def _new(self, size: int) -> mmap.mmap:
+        self.release()
         # Private, so that it counts as memory of this process.
         self._all.append(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         return self._all[-1]
+
+
+def return_freed() -> None:
+    """Give the system back what was freed; every thread that ran the model keeps some for itself otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -63,11 +63,12 @@ class StreamedModel:
         self._entries: dict[str, Entries | None] = {}
         self.resident = _initialise(self.model, set(self._aliases), device)
         self._lent: set[str] = set()
-        self._buffers = Buffers()
+        self.buffers = Buffers()
 
     def close(self) -> None:
-        """Close the files of the checkpoint."""
+        """Close the files of the checkpoint, and let its memory go."""
         self._stack.close()
+        self.buffers = Buffers()
 
     def names(self, module: str) -> list[str]:
         """What the checkpoint gives of a module's tensors, in the order of the model."""
@@ -111,7 +112,7 @@ class StreamedModel:
     def _in_one(self, name: str, entries: Entries) -> torch.Tensor:
         """Read stored tensors to where they belong, without a copy on the way."""
         like = self.contents.tensors[name]
-        tensor, done = self._buffers.empty(like.shape, like.dtype), 0
+        tensor, done = self.buffers.empty(like.shape, like.dtype), 0
         if tensor.numel():
             memory = bytes_of(tensor)
             for place in (self.place(stored) for entry in entries for stored in entry):

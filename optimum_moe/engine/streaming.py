@@ -13,6 +13,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from optimum_moe.checkpoint.buffers import return_freed
 from optimum_moe.checkpoint.headers import INDEX_FILE
 from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader
@@ -110,6 +111,7 @@ class StreamingSource:
             self._load(unit.tensors or self.streamed.names(unit.name))
             self._runs = True
             yield
+        return_freed()
 
     @contextmanager
     def opened(self, unit: Unit) -> Iterator[None]:
@@ -166,6 +168,9 @@ class StreamingSource:
         copyable = self._stacked | self._saved_as.keys()
         self.streamed.load(name for name in self._unread(self._state(unit)) if name not in copyable)
         state = self._state(unit)
+        if not self._stacked.intersection(self._unread(state)):
+            # What experts were made from must not stay beside them while they are written.
+            self.streamed.buffers.release()
         tensors = revert_weight_conversion(self.model, state)
         shard, size = None, 0
         if tensors:
