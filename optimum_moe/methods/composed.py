@@ -114,10 +114,10 @@ class Composed(Method):
         """Merge or prune, and factorise what remains; with shared bases, factorise what sets experts apart."""
         plan = self.first.decide(context, count)
         if self.then.base is None:
-            left = after(context, plan)
-            ranks = _mean_stable_rank(context.experts), _mean_stable_rank(left.experts)
-            merged = any(len(plan.members(group)) > 1 for group in range(plan.num_groups))
-            return replace(plan, factors=self.then.factorise(left), stable_rank=ranks if merged else None)
+            left, ranks = after(context, plan), None
+            if any(len(plan.members(group)) > 1 for group in range(plan.num_groups)):
+                ranks = _mean_stable_rank(context.experts), _mean_stable_rank(left.experts)
+            return replace(plan, factors=self.then.factorise(left), stable_rank=ranks)
         aligned = replace(context, experts=_aligned(context.experts, plan))
         kept = keep_all(context.info.name, context.info.num_experts, self.block_routing)
         return replace(kept, factors=self.then.factorise(aligned, _shared(context.experts, plan)))
