@@ -123,7 +123,7 @@ SETTINGS = {
             "neurons only": lambda share: LowRankSparse(budget=share, kinds=["neurons"]),
             BUDGET: lambda share: LowRankSparse(budget=share),
         },
-        {"max_tokens": 8192, "num_questions": 40, "num_prompts": 4, "new_tokens": 16},
+        {"max_tokens": 4096, "num_questions": 24, "num_prompts": 4, "new_tokens": 8},
         calibration_tokens=16384,
         at_once=3,
     ),
