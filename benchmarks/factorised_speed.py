@@ -38,11 +38,11 @@ RATIO, STEP, TARGET = 0.25, 8, 1.25
 
 Clock: TypeAlias = Callable[[], float]
 NOTES = """
-What keeps the quotient from 1.0. Where `matmuls` is above 1, torch's matmuls themselves: on these CPUs a call costs some
-10 us (float32) or 45 us (bfloat16) whatever its size, a factored matrix takes two calls instead of one, and rank 32 is
-too narrow for full speed in prefill. Beyond `matmuls`: the router, gathering, the gate function, adding up and the
-columns of sparse rows, which no prediction counts. They take no more than in the stock block (`wide`, float32, 512
-tokens: 7 to 15 ms of the compressed block, 23 ms of the stock one), so that their share grows as the experts shrink."""
+What keeps the quotient from 1.0. Where `matmuls` is above 1, torch's matmuls themselves: on these CPUs a call costs
+some 10 us (float32) or 45 us (bfloat16) whatever its size, a factored matrix takes two calls instead of one, and rank
+32 is too narrow for full speed in prefill. Beyond `matmuls`: the router, gathering, the gate function, adding up and
+the columns of sparse rows, which no prediction counts. They take about as long as in the stock block (`wide`, float32,
+512 tokens: 7 to 25 ms of the compressed block, 23 ms of the stock one), so that their share grows as experts shrink."""
 
 
 @dataclass(frozen=True)
