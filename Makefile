@@ -34,7 +34,11 @@ docs: $(READY)  ## the table of architectures in the README
 	$(BIN)/python benchmarks/architectures.py
 
 bench: $(READY)  ## the tables of the README
+	$(BIN)/pip install --quiet -e ".[bench]"
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/compress_speed.py
 	$(BIN)/python benchmarks/layer_speed.py
 	$(BIN)/python benchmarks/switch_size.py
+	$(BIN)/python benchmarks/byte_budget.py --output benchmarks/results/byte_budget
+	$(BIN)/python benchmarks/smollm2.py
+	$(BIN)/python benchmarks/byte_budget.py --on smollm2 --output benchmarks/results/byte_budget_smollm2

@@ -38,6 +38,7 @@ setup(
     ],
     extras_require={
         "parquet": ["pyarrow"],
+        "bench": ["gguf", "matplotlib"],
         "dev": ["pytest>=9", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "pyarrow", "datasets"],
     },
 )

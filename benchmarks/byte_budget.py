@@ -124,7 +124,7 @@ SETTINGS = {
             BUDGET: lambda share: LowRankSparse(budget=share),
         },
         {"max_tokens": 4096, "num_questions": 24, "num_prompts": 4, "new_tokens": 8},
-        calibration_tokens=16384,
+        calibration_tokens=4096,
         at_once=3,
     ),
 }

@@ -132,9 +132,9 @@ def test_what_factors_would_not_make_smaller_stays_dense(settings) -> None:
     # The preview of an energy gives bounds of the FLOPs.
     assert (measured.bytes, measured.flops_upper) == (expected.after.bytes, expected.after.flops_upper)
     assert (measured.bytes, measured.flops_upper) == (expected.before.bytes, expected.before.flops_upper)
-    assert torch.equal(
-        logits_of(model, inputs_for("qwen3_moe")), logits_of(build("qwen3_moe"), inputs_for("qwen3_moe"))
-    )
+    before = logits_of(build("qwen3_moe"), inputs_for("qwen3_moe"))
+    # The same matrices, gate and up by themselves: float32 sums in another order.
+    assert (logits_of(model, inputs_for("qwen3_moe")) - before).abs().max() <= 2e-5 * before.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["uniform", "map", "prune"])

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_moe import CalibrationConfig, LowRankSparse, MoECompressor, Statistics
-from optimum_moe.algorithms.expert_tokens import SampledTokens, SingleExpert
+from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
 from optimum_moe.algorithms.low_rank import decompose
 from optimum_moe.algorithms.uniform_factors import weighted_inputs
 from optimum_moe.evaluation import evaluate_many
@@ -40,11 +40,11 @@ def matrices(statistics: Statistics) -> Iterator[tuple[torch.Tensor, torch.Tenso
         seen = statistics.blocks[found.info.name].reservoir
         sample = SampledTokens(seen.experts_input_SH, seen.index_SK, seen.weights_SK)
         for index in range(view.num_experts):
-            expert, tokens = SingleExpert(view, index), sample.of_expert(index)
-            for name in expert.names:
+            expert, tokens = single_expert(view, index), sample.of_expert(index)
+            for name, matrix_OX in (("gate", expert.gate_IH), ("up", expert.up_IH), ("down", expert.down_HI)):
                 rows_PX = weighted_inputs(expert, tokens, name)
                 if rows_PX is not None:
-                    yield expert.matrix(name), rows_PX
+                    yield matrix_OX, rows_PX
 
 
 @torch.no_grad()

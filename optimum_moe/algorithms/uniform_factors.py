@@ -39,15 +39,17 @@ def factorise_expert(
     Returns:
         Factors in float32.
     """
-    made = {}
+    made: dict[str, MatrixFactors] = {}
+    rows_PX, gram_XX = None, None
     matrices = {"gate": expert.gate_IH, "up": expert.up_IH, "down": expert.down_HI}
     for name, matrix_OX in matrices.items():
         if matrix_OX is None:
             continue
         if base is not None:
             matrix_OX = matrix_OX - base[name].to(matrix_OX.dtype)
-        rows_PX = None if tokens is None else weighted_inputs(expert, tokens, name)
-        spectrum = decompose(matrix_OX, input_rows_PX=rows_PX)
+        if name != "up" or not made:
+            rows_PX, gram_XX = _seen(expert, tokens, name)
+        spectrum = decompose(matrix_OX, input_rows_PX=rows_PX, input_gram_XX=gram_XX)
         rank = rank_of(spectrum)
         if rank is None:
             made[name] = MatrixFactors(dense_OX=matrix_OX)
@@ -55,10 +57,18 @@ def factorise_expert(
         low_rank, num_rows = spectrum.truncated(rank), density_rows(len(matrix_OX))
         if num_rows:
             left_OX = residual(matrix_OX, low_rank)
-            energy_O = row_energy(left_OX, input_rows_PX=rows_PX, ridge=spectrum.input_ridge)
+            energy_O = row_energy(left_OX, gram_XX, rows_PX, ridge=spectrum.input_ridge)
             low_rank = add_rows(matrix_OX, low_rank, energy_O, num_rows)
         made[name] = low_rank
     return ExpertFactors(made["up"], made["down"], made.get("gate"), neurons)
+
+
+def _seen(expert: Expert, tokens: ExpertTokens | None, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What whitens a projection: its inputs, or their Gram where that is smaller. Gate and up see the same."""
+    rows_PX = None if tokens is None else weighted_inputs(expert, tokens, name)
+    if rows_PX is None or len(rows_PX) < rows_PX.shape[1]:
+        return rows_PX, None
+    return None, rows_PX.T @ rows_PX
 
 
 def weighted_inputs(expert: Expert, tokens: ExpertTokens, name: str) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.observe import _cheap_forward_arguments, _placed, running_part
 from optimum_moe.calibration.recorder import BlockRecorder
+from optimum_moe.checkpoint.buffers import return_freed
 from optimum_moe.engine.cutting import BlockSource, Observed
 from optimum_moe.engine.lockstep import Lockstep, Runner
 from optimum_moe.engine.progress import Progress, UnitReport
@@ -153,6 +154,8 @@ class LayerwiseRun:
                 mask_T = padding_mask(inputs, found.info, found.info.name in self._in_text)
                 recorders[found.info.name].expect(mask_T)
             runner.advance()
+            # Its thread would keep what it freed, beside what the next one takes.
+            return_freed()
 
     def _recorders(self, unit: Unit) -> dict[str, BlockRecorder]:
         return {
