@@ -76,10 +76,12 @@ def test_fsdp_computes_what_one_process_does(family: str, implementation: str, f
     assert [code for code, _ in done] == [0, 0], done[0][1][-3000:]
     result, want = load_file(tmp_path / "result.safetensors"), expected(folders(family), implementation)
     assert result.pop("sharded") > 0
-    assert result.keys() == want.keys()
-    for name, tensor in want.items():
-        scale = max(tensor.abs().max().item(), 1e-12)
-        assert (result[name] - tensor).abs().max().item() <= 2e-5 * scale, name
+    # Where processes train together every factor has a gradient, where one trains alone only those that were used.
+    assert result.keys() >= want.keys()
+    for name, tensor in result.items():
+        expected_tensor = want.get(name, torch.zeros_like(tensor))
+        scale = max(expected_tensor.abs().max().item(), 1e-12)
+        assert (tensor - expected_tensor).abs().max().item() <= 2e-5 * scale, name
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
