@@ -130,7 +130,8 @@ for folder in map(Path, sys.argv[1:]):
     inputs = load_file(folder / "test_inputs.safetensors")
     with torch.no_grad():
         output = model(**inputs)
-    logits = output.logits if "logits" in output else output.last_hidden_state
+    given = [output[name] for name in ("heatmaps", "feature_maps", "logits", "last_hidden_state") if name in output]
+    logits = given[0][-1] if "feature_maps" in output and "heatmaps" not in output else given[0]
     save_file({"logits": logits.contiguous()}, folder / "test_logits.safetensors")
 """
 
