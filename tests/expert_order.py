@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from optimum_moe.algorithms.experts import NEURON_AXIS
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock, find_blocks
-from optimum_moe.surgeons.base import NEURON_AXIS
 
 
 def router_tensors(found: FoundBlock, block: Any) -> list[torch.Tensor]:

@@ -15,6 +15,9 @@ PerExpert = Sequence[torch.Tensor] | torch.Tensor
 Activate: TypeAlias = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 """From gate (P, I), None for non-gated experts, and up (P, I) to hidden neurons (P, I), each from its own two."""
 
+NEURON_AXIS = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0, "down_bias": None}
+"""Axis of an expert's matrix (or bias) along which its intermediate neurons lie."""
+
 
 @dataclass(frozen=True, eq=False)
 class ExpertTensors:

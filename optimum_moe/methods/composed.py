@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
+from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
 from optimum_moe.algorithms.factors import PROJECTIONS
 from optimum_moe.algorithms.low_rank import estimated_stable_rank
 from optimum_moe.algorithms.merging import merge_matrices
@@ -19,8 +19,6 @@ from optimum_moe.methods.low_rank_sparse import LowRankSparse, SharedBases
 from optimum_moe.nn import map_routing
 from optimum_moe.plan import BlockPlan, Routing, keep_all
 from optimum_moe.statistics import BlockStatistics, Statistics
-
-_NEURON_AXIS = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0, "down_bias": None}
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def _mean_stable_rank(experts: ExpertTensors) -> float:
 def _merged(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
     """The merged experts of all groups, by themselves."""
     merged: dict[str, PerExpert] = {}
-    for name, axis in _NEURON_AXIS.items():
+    for name, axis in NEURON_AXIS.items():
         values = getattr(experts, name)
         if values is None:
             continue
@@ -183,7 +181,7 @@ def _aligned(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
     if plan.permutations_EI is None:
         return experts
     ordered: dict[str, PerExpert] = {}
-    for name, axis in _NEURON_AXIS.items():
+    for name, axis in NEURON_AXIS.items():
         values = getattr(experts, name)
         if values is not None and axis is not None:
             pairs = zip(values, plan.permutations_EI, strict=True)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
+from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
 from optimum_moe.algorithms.factors import FactorSizes
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.algorithms.router_fit import RouterView
@@ -25,9 +25,6 @@ from optimum_moe.surgeons.architecture import Role, RouterTensor
 
 Block: TypeAlias = Any
 """An MoE block: a module whose attributes are its architecture's own."""
-
-NEURON_AXIS = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0, "down_bias": None}
-"""Axis of an expert's matrix (or bias) along which its intermediate neurons lie."""
 
 _FITTED = {"rows": "rows_GX", "bias": "bias_G", "correction": "correction_G"}
 

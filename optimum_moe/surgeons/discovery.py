@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_moe.algorithms.experts import NEURON_AXIS
 from optimum_moe.plan import BlockPlan
 from optimum_moe.surgeons.architecture import Architecture, Role, RouterTensor
-from optimum_moe.surgeons.base import NEURON_AXIS, Block
+from optimum_moe.surgeons.base import Block
 from optimum_moe.surgeons.generic import GenericSurgeon
 from optimum_moe.surgeons.scoring import sigmoid, softmax
 
