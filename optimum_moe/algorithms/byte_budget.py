@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from optimum_moe.algorithms.expert_curves import STEP, Cutter, Expert, ExpertTokens, Form, factors_of
+from optimum_moe.algorithms.expert_curves import STEP, Cutter, Expert, ExpertTokens, Form, Judge, factors_of
 from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
 from optimum_moe.algorithms.neurons import DAMPING
 
@@ -39,7 +39,8 @@ class Point:
 
     Args:
         numbers: numbers that it stores, biases excluded.
-        damage: what it adds to the loss, summed over the sampled tokens.
+        damage: what it is expected to add to the loss on tokens that it was not fitted to, summed over as many as were
+            sampled.
         form: what it is, for `build`.
     """
 
@@ -55,7 +56,8 @@ def curve(
 
     Args:
         expert: its matrices.
-        tokens: the sampled tokens routed to it; with none of them nothing is known to be lost by emptying it.
+        tokens: the sampled tokens routed to it, every other of which forms are fitted to (`build` uses all of them);
+            with none of them nothing is known to be lost by emptying it.
         damping: ridge of every Gram as a share of its mean diagonal.
         kinds: what is tried between empty and untouched: fewer `"neurons"`, a `"rank"` of gate and up, or both of them
             together where both are named.
@@ -68,27 +70,29 @@ def curve(
     """
     gated, hidden, inner = expert.gate_IH is not None, int(expert.up_IH.shape[1]), expert.inner
     dense = Form(inner)
-    if len(tokens.input_PH) == 0:
+    if len(tokens) == 0:
         return hull([Point(0, 0.0, Form(0)), Point(dense.numbers(hidden, gated), 0.0, dense)])
     points = [Point(dense.numbers(hidden, gated), 0.0, dense)]
     with torch.no_grad():
-        cutter = Cutter(expert, tokens, damping)
-        points.append(Point(0, cutter.empty_damage, Form(0)))
+        fitted, held = tokens.halves()
+        cutter = Cutter(expert, fitted, damping)
+        judge = Judge(cutter, held, len(tokens))
+        points.append(Point(0, judge.empty_damage, Form(0)))
         widths, rank_widths = set(_grid(inner, _WIDTHS)), {min(inner, _rounded(inner * s)) for s in _RANK_WIDTHS}
         if "neurons" not in kinds:
             widths, rank_widths = set(), {inner}
         if "rank" not in kinds:
             widths, rank_widths = widths | rank_widths - {inner}, set()
         for width in sorted(widths | rank_widths):
-            narrow, _, damage = cutter.narrowed(width)
+            narrow, kept_N = cutter.narrowed(width)
             if width < inner:
                 form = Form(width)
-                points.append(Point(form.numbers(hidden, gated), damage, form))
+                points.append(Point(form.numbers(hidden, gated), judge.narrowed(narrow, kept_N), form))
             if width in rank_widths:
                 ranks = _ranks(len(narrow.stacked), hidden)
-                for rank, (_, _, damage) in zip(ranks, cutter.at_ranks(narrow, ranks), strict=True):
+                for rank, made in zip(ranks, cutter.at_ranks(narrow, ranks), strict=True):
                     form = Form(width, rank)
-                    points.append(Point(form.numbers(hidden, gated), damage, form))
+                    points.append(Point(form.numbers(hidden, gated), judge.at_rank(narrow, *made), form))
     return hull(points)
 
 
@@ -193,7 +197,7 @@ def build(expert: Expert, tokens: ExpertTokens, form: Form, damping: float = DAM
         return _kept(expert, None)
     if form.neurons == 0:
         return _kept(expert, torch.zeros(0, dtype=torch.int64, device=expert.up_IH.device))
-    if len(tokens.input_PH) == 0:
+    if len(tokens) == 0:
         raise ValueError(f"An expert without tokens can be empty or whole, not {form}. Take it from its curve.")
     with torch.no_grad():
         return factors_of(Cutter(expert, tokens, damping), form, dtype)
