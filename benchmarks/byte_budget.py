@@ -123,9 +123,9 @@ SETTINGS = {
             "neurons only": lambda share: LowRankSparse(budget=share, kinds=["neurons"]),
             BUDGET: lambda share: LowRankSparse(budget=share),
         },
-        {"max_tokens": 4096, "num_questions": 24, "num_prompts": 4, "new_tokens": 8},
+        {"max_tokens": 4096, "num_questions": 16, "num_prompts": 4, "new_tokens": 8},
         calibration_tokens=4096,
-        at_once=3,
+        at_once=6,
     ),
 }
 

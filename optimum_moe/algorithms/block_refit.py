@@ -5,7 +5,9 @@ Shape letters: S sampled tokens of the block, P routed tokens of one expert, H h
 A token's experts add up, so what one lost (an empty one: all of it) can be made up for by the others that the token
 selected. The down projections of all experts that were cut are refitted to the block's original output, by least
 squares weighted with the size of the loss gradient. Expert by expert, each to what all others leave over
-(Gauss-Seidel), it needs no matrix larger than N x N and comes close to the joint solution in a few sweeps.
+(Gauss-Seidel), it needs no matrix larger than N x N and comes close to the joint solution in a few sweeps: 2 or 3 where
+a token selects few of many experts, more where it selects all of them. A ridge towards the forms that came in keeps it
+from fitting the sample where tokens are few for the neurons that each of them meets.
 """
 
 from __future__ import annotations
@@ -18,10 +20,14 @@ import torch
 from optimum_moe.algorithms.expert_curves import Expert
 from optimum_moe.algorithms.expert_tokens import SampledTokens
 from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
-from optimum_moe.algorithms.neurons import DAMPING, damped
+from optimum_moe.algorithms.neurons import damped
 
-SWEEPS = 4
-"""Default number of times that every expert is refitted."""
+SWEEPS = 16
+"""Default limit of the number of times that every expert is refitted."""
+
+# A sweep that takes less than this share of what is left over is the last one.
+_LEAST_GAIN = 1e-3
+_LEAST_RIDGE = 1e-3
 
 
 @torch.no_grad()
@@ -30,7 +36,7 @@ def refit_block(
     factors: Sequence[ExpertFactors],
     tokens: SampledTokens,
     sweeps: int = SWEEPS,
-    damping: float = DAMPING,
+    ridge: float | None = None,
 ) -> list[ExpertFactors]:
     """Refit the dense down projections of the experts that were cut; untouched and empty ones stay as they are.
 
@@ -38,8 +44,9 @@ def refit_block(
         experts: the block's experts before the cut, in the order of the ids.
         factors: what each became.
         tokens: the block's sampled tokens.
-        sweeps: how often every expert is refitted; 0 changes nothing.
-        damping: ridge of each step as a share of the mean diagonal.
+        sweeps: how often every expert is refitted at most; 0 changes nothing.
+        ridge: towards the forms that came in, as a share of the mean diagonal of each expert's Gram; default the
+            neurons that a token meets on average, over the number of tokens (at least 1e-3, at most 1).
 
     Raises:
         ValueError: If the numbers of experts differ, or a value is NaN or infinite.
@@ -58,28 +65,42 @@ def refit_block(
         lost_PH = whole.activated(whole.preactivations(input_PH)) * scale_P1 @ whole.down_HI.T
         if kept.width and len(token_P) and kept.down.dense_OX is not None:
             hidden_PN = _cut(whole, kept).activated(_entering(kept, input_PH)) * scale_P1
-            parts[index] = _Part(token_P, hidden_PN, kept.down.dense_OX.float(), damping)
+            parts[index] = _Part(token_P, hidden_PN, kept.down.dense_OX.float())
             lost_PH = lost_PH - hidden_PN @ parts[index].down_HN.T
         left_SH.index_add_(0, token_P, lost_PH.float())
     # By what they give the block, so that the order of the experts does not matter.
     ordered = sorted(parts.values(), key=lambda part: -part.energy)
+    if ridge is None:
+        met = sum(part.hidden_PN.numel() for part in ordered) / max(len(left_SH), 1)
+        ridge = min(1.0, max(_LEAST_RIDGE, met / max(len(left_SH), 1)))
+    for part in ordered:
+        part.solve_with(ridge)
+    energy = float("inf")
     for _ in range(sweeps):
         for part in ordered:
             part.step(left_SH)
+        before, energy = energy, float(left_SH.square().sum(dtype=torch.float64))
+        if energy > (1 - _LEAST_GAIN) * before:
+            break
     return [_with_down(kept, parts[e].down_HN) if e in parts else kept for e, kept in enumerate(factors)]
 
 
 class _Part:
-    """One expert's tokens, its scaled hidden activations on them, and its down projection so far."""
+    """One expert's tokens, its scaled hidden activations on them, and its down projection at first and so far."""
 
-    def __init__(self, token_P: torch.Tensor, hidden_PN: torch.Tensor, down_HN: torch.Tensor, damping: float) -> None:
-        self.token_P, self.hidden_PN, self.down_HN = token_P, hidden_PN, down_HN
+    def __init__(self, token_P: torch.Tensor, hidden_PN: torch.Tensor, down_HN: torch.Tensor) -> None:
+        self.token_P, self.hidden_PN, self.first_HN, self.down_HN = token_P, hidden_PN, down_HN, down_HN
         self.energy = float(hidden_PN.square().sum(dtype=torch.float64))
-        self.root_NN = torch.linalg.cholesky(damped(hidden_PN.T @ hidden_PN, damping))
+
+    def solve_with(self, ridge: float) -> None:
+        """Prepare for steps with a ridge, a share of the Gram's mean diagonal."""
+        self.ridge = ridge * self.energy / self.hidden_PN.shape[1]
+        self.root_NN = torch.linalg.cholesky(damped(self.hidden_PN.T @ self.hidden_PN, ridge))
 
     def step(self, left_SH: torch.Tensor) -> None:
         """Take as much as possible of what is left over."""
         cross_NH = (self.hidden_PN.T @ left_SH[self.token_P]).double()
+        cross_NH -= self.ridge * (self.down_HN - self.first_HN).double().T
         change_NH = torch.cholesky_solve(cross_NH, self.root_NN).float()
         self.down_HN = self.down_HN + change_NH.T
         left_SH.index_add_(0, self.token_P, self.hidden_PN @ change_NH, alpha=-1)

@@ -28,7 +28,7 @@ def make_block(gradient=True, bias=False):
 
 
 def block_output(experts, factors, tokens):
-    total_SH = torch.zeros(SAMPLED, HIDDEN)
+    total_SH = torch.zeros(tokens.input_SH.shape)
     for index, (expert, kept) in enumerate(zip(experts, factors, strict=True)):
         token_P, seen = tokens.routed(index)
         total_SH[token_P] += seen.weight_P[:, None] * output(expert, kept, seen.input_PH)
@@ -45,7 +45,7 @@ def error(experts, factors, tokens):
 def test_sweeps_reach_the_least_squares_solution(gradient, bias):
     experts, factors, tokens = make_block(gradient, bias)
     errors = [
-        error(experts, refit_block(experts, factors, tokens, sweeps=sweeps, damping=1e-9), tokens)
+        error(experts, refit_block(experts, factors, tokens, sweeps=sweeps, ridge=1e-9), tokens)
         for sweeps in (0, 1, 4, 100)
     ]
     assert errors[0] == pytest.approx(error(experts, factors, tokens))
@@ -75,6 +75,14 @@ def output_hidden(expert, factors, input_PH):
 
 def shifted(tokens, by):
     return SampledTokens(tokens.input_SH, tokens.index_SK - by, tokens.weights_SK, tokens.gradient_SJH)
+
+
+def test_a_ridge_helps_on_other_tokens_where_tokens_are_few():
+    experts, factors, tokens = make_block()
+    few = SampledTokens(*(value[:40] for value in (tokens.input_SH, tokens.index_SK, tokens.weights_SK)))
+    others = SampledTokens(*(value[40:] for value in (tokens.input_SH, tokens.index_SK, tokens.weights_SK)))
+    lost = {ridge: error(experts, refit_block(experts, factors, few, ridge=ridge), others) for ridge in (None, 1e-9)}
+    assert lost[None] < 0.8 * lost[1e-9]
 
 
 def test_untouched_and_empty_experts_and_all_sizes_stay():
