@@ -17,10 +17,10 @@ from dataclasses import replace
 
 import torch
 
-from optimum_moe.algorithms.expert_curves import Expert
 from optimum_moe.algorithms.expert_tokens import SampledTokens
 from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
 from optimum_moe.algorithms.neurons import damped
+from optimum_moe.algorithms.one_expert import Expert
 
 SWEEPS = 16
 """Default limit of the number of times that every expert is refitted."""
@@ -110,7 +110,7 @@ def _cut(whole: Expert, kept: ExpertFactors) -> Expert:
     """For its biases and activation only."""
     if kept.neurons is None:
         return whole
-    return whole.narrowed(kept.neurons, whole.down_HI[:, kept.neurons])
+    return whole.narrowed(kept.neurons)
 
 
 def _entering(kept: ExpertFactors, input_PH: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-from optimum_moe.algorithms.expert_curves import STEP, Cutter, Expert, ExpertTokens, Form, Judge, factors_of
+from optimum_moe.algorithms.expert_curves import Cutter, Judge, factors_of
 from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
 from optimum_moe.algorithms.neurons import DAMPING
+from optimum_moe.algorithms.one_expert import STEP, Expert, ExpertTokens, Form
 
 KINDS = ("neurons", "rank")
 """What an expert can be between empty and untouched."""
@@ -84,15 +85,15 @@ def curve(
         if "rank" not in kinds:
             widths, rank_widths = widths | rank_widths - {inner}, set()
         for width in sorted(widths | rank_widths):
-            narrow, kept_N = cutter.narrowed(width)
+            narrow = cutter.narrowed(width)
             if width < inner:
                 form = Form(width)
-                points.append(Point(form.numbers(hidden, gated), judge.narrowed(narrow, kept_N), form))
+                points.append(Point(form.numbers(hidden, gated), judge.narrowed(narrow), form))
             if width in rank_widths:
-                ranks = _ranks(len(narrow.stacked), hidden)
+                ranks = _ranks(len(narrow.expert.stacked), hidden)
                 for rank, made in zip(ranks, cutter.at_ranks(narrow, ranks), strict=True):
                     form = Form(width, rank)
-                    points.append(Point(form.numbers(hidden, gated), judge.at_rank(narrow, *made), form))
+                    points.append(Point(form.numbers(hidden, gated), judge.factorised(narrow, made), form))
     return hull(points)
 
 

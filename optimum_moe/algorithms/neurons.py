@@ -1,6 +1,6 @@
 """Which neurons of an expert can go, when the others take over what they can of their output.
 
-Shape letters: P tokens, H hidden, I intermediate, N kept neurons.
+Shape letters: P tokens, H hidden, I intermediate, N kept neurons, S size of what neurons are mapped to (H or I).
 
 With A = sum q h h^T of the hidden activations and B the metric of the expert's output, a change dW of the down
 projection costs tr(B dW A dW^T). Dropping the neurons outside of a set S and refitting the columns that remain,
@@ -104,36 +104,39 @@ def _drop(
 
 
 def narrowed(
-    down_HI: torch.Tensor, gram_II: torch.Tensor, kept_N: torch.Tensor, damping: float = DAMPING
+    target_SI: torch.Tensor | None, gram_II: torch.Tensor, kept_N: torch.Tensor, damping: float = DAMPING
 ) -> torch.Tensor:
-    """(H, N) float64 the down projection on the kept neurons, refitted to do what all of them did.
+    """(S, N) float64 what the kept neurons are mapped to, to do what all of them did.
 
     Args:
-        down_HI: (H, I) any float dtype.
+        target_SI: (S, I) what all neurons are mapped to, any float dtype, such as the down projection; None for
+            themselves (S = I): times the down projection, the result is the same.
         gram_II: (I, I) A of `elimination`.
         kept_N: (N,) int64.
         damping: as in `elimination`.
     """
     if len(kept_N) == len(gram_II):
-        return down_HI.double()[:, kept_N]
+        whole_SI = torch.eye(len(gram_II), device=gram_II.device) if target_SI is None else target_SI
+        return whole_SI.double()[:, kept_N]
     ridged_II = damped(gram_II, damping)
-    target_HN = down_HI.double() @ ridged_II[:, kept_N]
-    return torch.linalg.solve(ridged_II[kept_N][:, kept_N], target_HN, left=False)
+    columns_IN = ridged_II[:, kept_N]
+    target_SN = columns_IN if target_SI is None else target_SI.double() @ columns_IN
+    return torch.linalg.solve(columns_IN[kept_N], target_SN, left=False)
 
 
 def refitted(
-    cross_HN: torch.Tensor, gram_NN: torch.Tensor, prior_HN: torch.Tensor, damping: float = DAMPING
+    cross_SN: torch.Tensor, gram_NN: torch.Tensor, prior_SN: torch.Tensor, damping: float = DAMPING
 ) -> torch.Tensor:
-    """(H, N) float64 the down projection that makes of changed hidden activations what is nearest to a target.
+    """(S, N) float64 what changed hidden activations are mapped to, to come nearest to a target.
 
     Minimises sum_P |W h - y|^2 + ridge |W - prior|^2; no metric of the output changes the answer (MergeMoE's refit).
 
     Args:
-        cross_HN: (H, N) sum of y h^T over (weighted) tokens.
+        cross_SN: (H, N) sum of y h^T over (weighted) tokens.
         gram_NN: (N, N) sum of h h^T.
-        prior_HN: (H, N) what it falls back to where the tokens say nothing.
+        prior_SN: (H, N) what it falls back to where the tokens say nothing.
         damping: as in `elimination`.
     """
-    prior_HN = prior_HN.double()
-    residual_HN = cross_HN.double() - prior_HN @ gram_NN.double()
-    return prior_HN + torch.linalg.solve(damped(gram_NN, damping), residual_HN, left=False)
+    prior_SN = prior_SN.double()
+    residual_SN = cross_SN.double() - prior_SN @ gram_NN.double()
+    return prior_SN + torch.linalg.solve(damped(gram_NN, damping), residual_SN, left=False)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from optimum_moe.algorithms.expert_curves import Expert, ExpertTokens
 from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
 from optimum_moe.algorithms.low_rank import Spectrum, decompose
+from optimum_moe.algorithms.one_expert import Expert, ExpertTokens
 from optimum_moe.algorithms.structured_sparse import add_rows, residual, row_energy
 
 RankOf = Callable[[Spectrum], int | None]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from optimum_moe.algorithms.block_refit import refit_block
 from optimum_moe.algorithms.byte_budget import Point, build, curve, spend
-from optimum_moe.algorithms.expert_curves import Form
 from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.factors import BlockFactors
+from optimum_moe.algorithms.one_expert import Form
 from optimum_moe.blocks import ModelInfo
 from optimum_moe.methods.base import BlockContext
 

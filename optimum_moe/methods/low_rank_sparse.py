@@ -13,10 +13,10 @@ from typing import ClassVar, Literal
 import torch
 
 from optimum_moe.algorithms.byte_budget import KINDS
-from optimum_moe.algorithms.expert_curves import Form
 from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.factors import BlockFactors
 from optimum_moe.algorithms.low_rank import Spectrum
+from optimum_moe.algorithms.one_expert import Form
 from optimum_moe.algorithms.ranks import RANK_STEP, rank_from_energy, rank_from_number, rank_from_ratio
 from optimum_moe.algorithms.structured_sparse import rows_from_density
 from optimum_moe.algorithms.uniform_factors import factorise_expert

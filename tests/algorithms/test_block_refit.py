@@ -6,8 +6,8 @@ from test_byte_budget import HIDDEN, INNER, make_expert, output
 
 from optimum_moe.algorithms.block_refit import refit_block
 from optimum_moe.algorithms.byte_budget import build
-from optimum_moe.algorithms.expert_curves import Form
 from optimum_moe.algorithms.expert_tokens import SampledTokens
+from optimum_moe.algorithms.one_expert import Form
 
 SAMPLED, TOP_K = 400, 2
 FORMS = (Form(0), Form(8), Form(16, 8), Form(INNER))
@@ -70,7 +70,7 @@ def output_hidden(expert, factors, input_PH):
     identity = torch.eye(factors.width)
     hidden = type(factors)(up=factors.up, down=type(factors.up)(dense_OX=identity), gate=factors.gate)
     neurons = factors.neurons
-    return output(expert if neurons is None else expert.narrowed(neurons, expert.down_HI[:, neurons]), hidden, input_PH)
+    return output(expert if neurons is None else expert.narrowed(neurons), hidden, input_PH)
 
 
 def shifted(tokens, by):
