@@ -95,6 +95,12 @@ def uniform(smallest: float, whiten: bool) -> Variant:
     return variant
 
 
+BUDGETS: dict[str, Variant] = {
+    "experts only": lambda share: LowRankSparse(budget=share, kinds=[]),
+    "ranks only": lambda share: LowRankSparse(budget=share, kinds=["rank"]),
+    "neurons only": lambda share: LowRankSparse(budget=share, kinds=["neurons"]),
+    BUDGET: lambda share: LowRankSparse(budget=share),
+}
 REFERENCE_SMALLEST = 8 * (80 + 128) / (80 * 128)
 SMOLLM2_SMALLEST = 8 * (192 + 576) / (192 * 576)
 SETTINGS = {
@@ -108,7 +114,7 @@ SETTINGS = {
             "plain SVD": uniform(REFERENCE_SMALLEST, whiten=False),
             "whitened SVD": uniform(REFERENCE_SMALLEST, whiten=True),
             "REAP pruning": pruned,
-            BUDGET: lambda share: LowRankSparse(budget=share),
+            **BUDGETS,
         },
         {"max_tokens": 16384, "num_questions": 100, "num_prompts": 16},
     ),
@@ -118,10 +124,7 @@ SETTINGS = {
         {
             "plain SVD": uniform(SMOLLM2_SMALLEST, whiten=False),
             "whitened SVD": uniform(SMOLLM2_SMALLEST, whiten=True),
-            "experts only": lambda share: LowRankSparse(budget=share, kinds=[]),
-            "ranks only": lambda share: LowRankSparse(budget=share, kinds=["rank"]),
-            "neurons only": lambda share: LowRankSparse(budget=share, kinds=["neurons"]),
-            BUDGET: lambda share: LowRankSparse(budget=share),
+            **BUDGETS,
         },
         {"max_tokens": 4096, "num_questions": 16, "num_prompts": 4, "new_tokens": 8},
         calibration_tokens=4096,
