@@ -128,7 +128,7 @@ SETTINGS = {
         },
         {"max_tokens": 4096, "num_questions": 16, "num_prompts": 4, "new_tokens": 8},
         calibration_tokens=4096,
-        at_once=6,
+        at_once=4,
     ),
 }
 

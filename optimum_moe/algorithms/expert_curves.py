@@ -10,8 +10,7 @@ and up, the down projection is refitted to it. N = 0 is an empty expert, all neu
 On the tokens that it was fitted to, a form with many free numbers looks better than it is. So curves are of forms that
 were fitted to every other token, and weigh the damage on those that they have not seen three to one against the damage
 on those that they have: where the error of n tokens is e + c / n on others and e - c / n on themselves, that is the
-error of forms that are fitted to all of them. Ranks count for a little more than measured: the best of many candidates
-looks better than it is, and the joint refit of a block makes up for less of what they lose than of dropped neurons.
+error of forms that are fitted to all of them.
 """
 
 from __future__ import annotations
@@ -27,11 +26,8 @@ from optimum_moe.algorithms.low_rank import decompose
 from optimum_moe.algorithms.neurons import DAMPING, elimination, narrowed, refitted
 from optimum_moe.algorithms.one_expert import Expert, ExpertTokens, Form
 
-# Share of the tokens that a form has not seen in what it is expected to lose on others, and what ranks count for. On a
-# dense model that was split into experts, where neurons and ranks are within 1% of each other at 75% of the bytes and
-# 3% apart at 25%, the margin keeps what ranks really gain.
+# Share of the tokens that a form has not seen in what it is expected to lose on others.
 _HELD_SHARE = 0.75
-_RANK_MARGIN = 1.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +130,7 @@ class Judge:
         assert made.stacked.v_RX is not None
         left_OR, right_RH = (f.to(narrow.expert.up_IH.dtype) for f in (made.stacked.u_RO.T, made.stacked.v_RX))
         held = self.held.of_factors(narrow.expert, left_OR, right_RH)
-        lost_seen, lost_held = self.seen.damage(made.made_SN, made.moments), self.held.damage(made.made_SN, held)
-        return _RANK_MARGIN * self._total(lost_seen, lost_held)
+        return self._total(self.seen.damage(made.made_SN, made.moments), self.held.damage(made.made_SN, held))
 
     def _total(self, seen: float, held: float) -> float:
         return self._seen_scale * seen + self._held_scale * held

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from optimum_moe.algorithms.block_refit import refit_block
-from optimum_moe.algorithms.byte_budget import Point, build, curve, spend
+from optimum_moe.algorithms.byte_budget import Point, build, candidates, choose
 from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.factors import BlockFactors
 from optimum_moe.algorithms.one_expert import Form
@@ -17,19 +17,19 @@ from optimum_moe.methods.base import BlockContext
 
 @dataclass(frozen=True)
 class BlockSurvey:
-    """The curves of one block's experts.
+    """The candidates of one block's experts.
 
     Args:
-        curves: For each expert its points, see `optimum_moe.algorithms.byte_budget.curve`.
+        points: For each expert, see `optimum_moe.algorithms.byte_budget.candidates`.
         in_loss: Whether damages are changes of the loss; else squared output errors, in a unit of the block's own.
     """
 
-    curves: tuple[tuple[Point, ...], ...]
+    points: tuple[tuple[Point, ...], ...]
     in_loss: bool
 
 
 def survey_block(context: BlockContext, kinds: Sequence[str]) -> BlockSurvey:
-    """The curves of all experts of a block, damages summed over all tokens that the block saw.
+    """The candidates of all experts of a block, damages summed over all tokens that the block saw.
 
     Neurons that have a meaning outside of their expert are kept all or none. An expert without tokens costs nothing to
     empty, unless `unseen` says that it is kept or pruned.
@@ -38,8 +38,8 @@ def survey_block(context: BlockContext, kinds: Sequence[str]) -> BlockSurvey:
     kinds = [kind for kind in kinds if kind != "neurons" or not context.experts.fixed_neurons]
     for index in range(context.experts.num_experts):
         expert, tokens = single_expert(context.experts, index), sample.of_expert(index)
-        points = curve(expert, tokens, kinds=kinds)
-        if len(tokens.input_PH) == 0 and context.unseen in ("keep", "prune"):
+        points = candidates(expert, tokens, kinds=kinds)
+        if len(tokens) == 0 and context.unseen in ("keep", "prune"):
             points = points[-1:] if context.unseen == "keep" else points[:1]
         found.append(tuple(replace(point, damage=point.damage / sample.share) for point in points))
     return BlockSurvey(tuple(found), sample.gradient_SJH is not None)
@@ -67,15 +67,15 @@ def spend_budget(
             'engine="memory" without error propagation, and a model that gives logits.',
             stacklevel=2,
         )
-    curves, owners = [], []
+    offered, owners = [], []
     for name, survey in taken.items():
         # Squared errors of different blocks have nothing in common but the share of what would be lost.
-        total = sum(points[0].damage for points in survey.curves) or 1.0
-        for points in survey.curves:
-            curves.append([replace(p, damage=p.damage / total) for p in points] if without else list(points))
+        total = sum(points[0].damage for points in survey.points) or 1.0
+        for points in survey.points:
+            offered.append([replace(p, damage=p.damage / total) for p in points] if without else list(points))
             owners.append(name)
     forms: dict[str, list[Form]] = {name: [] for name in taken}
-    for name, point in zip(owners, spend(curves, numbers), strict=True):
+    for name, point in zip(owners, choose(offered, numbers), strict=True):
         forms[name].append(point.form)
     return {name: tuple(found) for name, found in forms.items()}
 

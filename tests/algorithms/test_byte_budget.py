@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from optimum_moe.algorithms.byte_budget import Point, build, curve, hull, spend
+from optimum_moe.algorithms.byte_budget import KINDS, Point, build, candidates, choose, hull, spend
 from optimum_moe.algorithms.one_expert import Expert, ExpertTokens, Form
 
 HIDDEN, INNER, TOKENS = 24, 32, 200
@@ -70,6 +70,10 @@ def measured(expert, tokens, factors):
     return 0.5 * float((q_P * torch.einsum("ph,hi,pi->p", change_PH, b_HH, change_PH)).sum())
 
 
+def curve(expert, tokens):
+    return hull(candidates(expert, tokens))
+
+
 def whole(expert):
     return build(expert, make_tokens(), Form(expert.inner))
 
@@ -96,7 +100,6 @@ def test_points_are_what_build_makes_of_them(gated, bias, inner, gradient):
         assert factors.numbers == point.numbers == point.form.numbers(HIDDEN, gated)
         lost_held, lost_seen = measured(expert, held, factors), measured(expert, fitted, factors)
         expected = TOKENS * (0.75 * lost_held / len(held) + 0.25 * lost_seen / len(fitted))
-        expected *= 1.0 if point.form.input_rank is None else 1.03
         assert expected == pytest.approx(point.damage, rel=1e-3, abs=1e-5 * points[0].damage)
 
 
@@ -185,6 +188,34 @@ def test_a_step_that_does_not_fit_leaves_room_for_smaller_ones():
     small = [Point(0, 1.0, Form(0)), Point(60, 0.0, Form(8))]
     assert [point.numbers for point in spend([large, small], 99)] == [0, 60]
     assert [point.numbers for point in spend([large, small], 100)] == [100, 0]
+
+
+def test_candidates_of_one_kind_are_those_that_the_other_does_not_need():
+    expert, tokens = make_expert(), make_tokens()
+    points = candidates(expert, tokens)
+    assert [point.numbers for point in points] == sorted(point.numbers for point in points)
+    for kind in KINDS:
+        alone = candidates(expert, tokens, kinds=[kind])
+        assert set(alone) <= set(points)
+        (chosen,), (best,) = choose([alone], 1200), spend([hull(alone)], 1200)
+        assert chosen == best
+
+
+@pytest.mark.parametrize("gain", [0.01, 0.02])
+def test_a_mixture_has_to_save_more_than_a_little(gain):
+    def points(rank_damage):
+        return [
+            Point(0, 100.0, Form(0)),
+            Point(50, rank_damage, Form(16, 8)),
+            Point(50, 10.0, Form(8)),
+            Point(100, 0.0, Form(16)),
+        ]
+
+    # One expert where ranks are far worse, one where they are a little better.
+    offered = [points(50.0), points(10.0 - 20.0 * gain)]
+    second = choose(offered, 100)[1]
+    assert second.form == (Form(8) if gain < 0.015 else Form(16, 8))
+    assert [point.form for point in choose(offered, 200)] == [Form(16), Form(16)]
 
 
 def test_order_of_experts_does_not_matter():
