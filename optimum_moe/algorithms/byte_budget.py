@@ -140,7 +140,7 @@ def _slope(left: Point, right: Point) -> float:
 
 
 def choose(points: Sequence[Sequence[Point]], numbers: int) -> list[Point]:
-    """Choose a candidate of every expert: `spend` on their hulls, by one kind alone where a mixture promises no more.
+    """Choose a candidate of every expert: `spend` on all hulls, or on those of one kind if mixing promises hardly more.
 
     Args:
         points: for each expert its candidates, by ascending numbers; damages in one unit.
