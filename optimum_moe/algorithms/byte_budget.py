@@ -34,7 +34,7 @@ _RANK_WIDTHS = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 _RANKS = (0.3, 0.4, 0.5, 0.6, 0.75)
 # Share of the damage that a mixture of kinds has to promise to save over a single kind: the best of more candidates
 # always looks a little better than it is.
-_LEAST_GAIN = 0.015
+_LEAST_GAIN = 0.0125
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def test_a_mixture_has_to_save_more_than_a_little(gain):
     # One expert where ranks are far worse, one where they are a little better.
     offered = [points(50.0), points(10.0 - 20.0 * gain)]
     second = choose(offered, 100)[1]
-    assert second.form == (Form(8) if gain < 0.015 else Form(16, 8))
+    assert second.form == (Form(8) if gain < 0.0125 else Form(16, 8))
     assert [point.form for point in choose(offered, 200)] == [Form(16), Form(16)]
 
 
