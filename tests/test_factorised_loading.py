@@ -20,12 +20,9 @@ from tests.recovery.test_trained_experts import train
 from tests.test_factorised_verification import save_mixture
 from tests.test_loading import (
     DEVICE_MAPS,
-    WAYS_OF_SAVING,
+    assert_loads_equal,
     gradients,
-    kept_in_float32,
-    original_runs_offloaded,
     randomised,
-    tensors_of,
     without_noise,
 )
 from tests.test_reload import assert_same_tensors
@@ -73,29 +70,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Save
 def test_reload_matrix(
     saved: Any, tmp_path: Path, family: str, kind: str, way: str, dtype: torch.dtype, device_map: str
 ) -> None:
-    source = saved(family, kind)
-    folder = source.folder
-    if WAYS_OF_SAVING[way] is not None:
-        folder = tmp_path / "out"
-        WAYS_OF_SAVING[way](source.load(), folder)
-    offload = {"offload_folder": tmp_path / "offload"} if device_map == "disk" else {}
-    loaded = source.load(folder, dtype=dtype, device_map=DEVICE_MAPS[device_map], **offload)
-    expected, tensors = source.model.state_dict(), tensors_of(loaded)
-    in_float32 = kept_in_float32(loaded, dtype)
-    assert tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        wanted = tensor if not tensor.is_floating_point() or in_float32(name) else tensor.to(dtype)
-        assert tensors[name].dtype == wanted.dtype, name
-        assert torch.equal(tensors[name], wanted), name
-    if device_map == "disk":
-        assert all(parameter.device.type == "meta" for parameter in loaded.parameters())
-        if not original_runs_offloaded(source.target, tmp_path):
-            pytest.skip("tensors are equal; the original itself does not run when all of it is offloaded")
-    reference = copy.deepcopy(source.model)
-    for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]:
-        tensor.data = tensors.get(name, tensor.data)
-    inputs = inputs_for(family)
-    assert (logits_of(loaded, inputs) - logits_of(reference, inputs)).abs().max().item() < 1e-5
+    assert_loads_equal(saved(family, kind), tmp_path, way, dtype, device_map)
 
 
 @pytest.mark.parametrize("kind", ["map", "mixture"])

@@ -124,14 +124,8 @@ def original_runs_offloaded(target: Target, tmp_path: Path) -> bool:
     return _RUNS_OFFLOADED[target.name]
 
 
-@pytest.mark.parametrize("device_map", DEVICE_MAPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("way", WAYS_OF_SAVING)
-@cases("map", "adaptive", "reduce")
-def test_reload_matrix(
-    saved: Any, tmp_path: Path, target: Target, method: str, way: str, dtype: torch.dtype, device_map: str
-) -> None:
-    source = saved(target, method)
+def assert_loads_equal(source: Any, tmp_path: Path, way: str, dtype: torch.dtype, device_map: str) -> None:
+    """Saved in a way and loaded in another, all tensors are those of the model in memory, and so are the logits."""
     folder = source.folder
     if WAYS_OF_SAVING[way] is not None:
         folder = tmp_path / "out"
@@ -147,14 +141,24 @@ def test_reload_matrix(
         assert torch.equal(tensors[name], wanted), name
     if device_map == "disk":
         assert all(parameter.device.type == "meta" for parameter in loaded.parameters())
-        if not original_runs_offloaded(target, tmp_path):
+        if not original_runs_offloaded(source.target, tmp_path):
             pytest.skip("tensors are equal; the original itself does not run when all of it is offloaded")
     # In bfloat16 against the same values in memory: rounded values may choose other experts than those before.
     reference = copy.deepcopy(source.model)
     for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]:
         tensor.data = tensors.get(name, tensor.data)
-    inputs = inputs_for(target)
+    inputs = inputs_for(source.target)
     assert (logits_of(loaded, inputs) - logits_of(reference, inputs)).abs().max().item() < 1e-5
+
+
+@pytest.mark.parametrize("device_map", DEVICE_MAPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS_OF_SAVING)
+@cases("map", "adaptive", "reduce")
+def test_reload_matrix(
+    saved: Any, tmp_path: Path, target: Target, method: str, way: str, dtype: torch.dtype, device_map: str
+) -> None:
+    assert_loads_equal(saved(target, method), tmp_path, way, dtype, device_map)
 
 
 @cases("map", "reduce")
