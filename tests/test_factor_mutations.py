@@ -23,7 +23,10 @@ from tests.test_mutations import CASES, at, outcome, places
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+numbers = st.one_of(st.just("-"), st.integers(-1, 30), st.integers(10**6, 10**30))
+tables = st.lists(numbers, min_size=6, max_size=9).map(lambda found: " ".join(map(str, found)))
 values = st.one_of(
+    tables,
     st.none(),
     st.booleans(),
     st.integers(-2, 70),
@@ -31,7 +34,7 @@ values = st.one_of(
     st.floats(allow_nan=False, allow_infinity=False),
     st.sampled_from(["gate", "up", "", "8"]),
     st.lists(st.one_of(st.none(), st.integers(-1, 30)), max_size=9),
-    st.dictionaries(st.sampled_from(["up", "down", "gate", "x"]), st.lists(st.integers(0, 9), max_size=8), max_size=3),
+    st.dictionaries(st.sampled_from(["up", "down", "gate", "x"]), tables, max_size=3),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from optimum_moe import verify
-from optimum_moe.algorithms.factors import FactorSizes
+from optimum_moe import CompressionPlan, verify
 from optimum_moe.checkpoint.belonging import mark_structure
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.checkpoint.writer import write_model
@@ -115,16 +115,16 @@ def test_a_missing_factor_and_other_sizes(folders: Any, tmp_path: Path) -> None:
     shutil.copytree(folder / "out", out)
     config = json.loads((out / "config.json").read_text())
     sizes = config["quantization_config"]["blocks"]["model.layers.1.mlp"]["factors"]
-    sizes["ranks"]["up"][1] = 16
+    ranks = sizes["ranks"]["up"].split(" ")
+    sizes["ranks"]["up"] = " ".join([ranks[0], "16", *ranks[2:]])
     (out / "config.json").write_text(json.dumps(config))
     report = verify(out, folder / "original")
     assert "Sizes of experts are not those that their checksum was made of" in report["config"].failures[0]
     assert not report["experts"].ran
     # Whoever makes the checksum anew contradicts the plan.
-    fields = {key: value for key, value in sizes.items() if key != "checksum"}
-    made = FactorSizes(
-        tuple(fields.pop("widths")), **{k: {n: tuple(v) for n, v in d.items()} for k, d in fields.items()}
-    )
+    before = CompressionPlan.from_pretrained(out).blocks["model.layers.1.mlp"].sizes
+    made = replace(before, ranks={**before.ranks, "up": (before.ranks["up"][0], 16, *before.ranks["up"][2:])})
+    assert {**made.to_dict(), "checksum": sizes["checksum"]} == sizes
     config["quantization_config"]["blocks"]["model.layers.1.mlp"]["factors"] = made.to_dict()
     (out / "config.json").write_text(json.dumps(config))
     report = verify(out, folder / "original")

@@ -222,19 +222,23 @@ class FactorSizes:
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, with a checksum: sizes of other experts may fit the same tensors."""
+        """JSON-able form, with a checksum: sizes of other experts may fit the same tensors.
+
+        The numbers of all experts are one text ("64 48 - 0", with "-" for None): transformers writes a list in
+        config.json with one line for each number.
+        """
         record = self._record()
         return record | {"checksum": _checksum(record)}
 
     def _record(self) -> dict[str, Any]:
         record: dict[str, Any] = {
-            "widths": list(self.widths),
-            "ranks": {name: list(values) for name, values in self.ranks.items()},
+            "widths": _table(self.widths),
+            "ranks": {name: _table(values) for name, values in self.ranks.items()},
         }
         if self.rows:
-            record["rows"] = {name: list(values) for name, values in self.rows.items()}
+            record["rows"] = {name: _table(values) for name, values in self.rows.items()}
         if self.base is not None:
-            record["base"] = list(self.base)
+            record["base"] = _table(self.base)
         return record
 
     @classmethod
@@ -248,10 +252,10 @@ class FactorSizes:
             unknown = set(record) - {"widths", "ranks", "rows", "base", "checksum"}
             base = record.get("base")
             sizes = cls(
-                tuple(record["widths"]),
-                {name: tuple(values) for name, values in record["ranks"].items()},
-                {name: tuple(values) for name, values in record.get("rows", {}).items()},
-                None if base is None else tuple(base),
+                _numbers(record["widths"]),
+                {name: _numbers(values) for name, values in record["ranks"].items()},
+                {name: _numbers(values) for name, values in record.get("rows", {}).items()},
+                None if base is None else _numbers(base),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Sizes of experts cannot be read ({error!r}). Restore the saved config.json.") from error
@@ -263,6 +267,23 @@ class FactorSizes:
                 "Restore the saved config.json."
             )
         return sizes
+
+
+def _table(numbers: Sequence[int | None]) -> str:
+    return " ".join("-" if number is None else str(number) for number in numbers)
+
+
+def _numbers(table: str) -> tuple[Any, ...]:
+    """What `_table` was made of.
+
+    Raises:
+        ValueError: If a number is none, or too long for any size.
+    """
+    parts = table.split(" ")
+    odd = [part for part in parts if part != "-" and not (part.isascii() and part.isdigit() and len(part) < 20)]
+    if odd:
+        raise ValueError(f"Sizes of experts hold {odd[0]!r:.40}, no whole number. Restore the saved config.json.")
+    return tuple(None if part == "-" else int(part) for part in parts)
 
 
 def _checksum(record: Mapping[str, Any]) -> str:

@@ -169,6 +169,23 @@ def test_copies(held: Held) -> None:
         assert torch.equal(held.experts(*routed), expected)
 
 
+def test_sizes_are_written_as_one_text_for_all_experts() -> None:
+    sizes = FactorSizes((4, 3, 0), {"up": (2, None, None), "down": (None,) * 3}, {"up": (0, 1, 0)}, (0, 0, 1))
+    record = sizes.to_dict()
+    checksum = record.pop("checksum")
+    tables = {"widths": "4 3 0", "ranks": {"up": "2 - -", "down": "- - -"}, "rows": {"up": "0 1 0"}, "base": "0 0 1"}
+    assert record == tables
+    assert FactorSizes.from_dict(tables | {"checksum": checksum}) == sizes
+    for odd in ("4  3", "4 3 0 ", "", "-1 3 0", "1_0 3 0", "1e9 3 0", "\u0664 3 0", "9" * 20 + " 3 0"):
+        with pytest.raises(ValueError, match=r"no whole number. Restore the saved config.json"):
+            FactorSizes.from_dict(tables | {"widths": odd})
+    for odd in ([4, 3, 0], 4, None, {"4": 3}):
+        with pytest.raises(ValueError, match="Sizes of experts cannot be read .* Restore the saved config.json"):
+            FactorSizes.from_dict(tables | {"widths": odd})
+    with pytest.raises(ValueError, match="must give each expert a width"):
+        FactorSizes.from_dict(tables | {"widths": "4 - 0"})
+
+
 def test_sizes_give_the_empty_tensors_on_the_meta_device(held: Held) -> None:
     sizes = FactorSizes.from_dict(held.factors.sizes.to_dict())
     assert sizes == held.factors.sizes
