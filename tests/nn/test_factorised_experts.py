@@ -180,7 +180,7 @@ def test_sizes_are_written_as_one_text_for_all_experts() -> None:
         with pytest.raises(ValueError, match=r"no whole number. Restore the saved config.json"):
             FactorSizes.from_dict(tables | {"widths": odd})
     for odd in ([4, 3, 0], 4, None, {"4": 3}):
-        with pytest.raises(ValueError, match="Sizes of experts cannot be read .* Restore the saved config.json"):
+        with pytest.raises(ValueError, match=r"Sizes of experts cannot be read .* Restore the saved config.json"):
             FactorSizes.from_dict(tables | {"widths": odd})
     with pytest.raises(ValueError, match="must give each expert a width"):
         FactorSizes.from_dict(tables | {"widths": "4 - 0"})
