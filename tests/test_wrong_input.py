@@ -378,15 +378,19 @@ def test_statistics_and_plans_of_another_model(original: Path, tmp_path: Path) -
         compressor.save_pretrained(tmp_path / "out")
 
 
-def test_a_hub_model_is_previewed_without_its_weights(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_is_previewed_without_its_weights(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The two calls to the Hub are answered from a folder; everything behind them is real."""
     from huggingface_hub import get_local_safetensors_metadata
 
     asked = {}
+    weightless = tmp_path / "snapshots" / ("a" * 40)
+    shutil.copytree(original, weightless, ignore=shutil.ignore_patterns("*.safetensors"))
 
     def snapshot(name: str, ignore_patterns: list[str], **arguments: object) -> str:
         asked.update(name=name, ignored=ignore_patterns, **arguments)
-        return str(original)
+        return str(weightless)
 
     monkeypatch.setattr("optimum_moe.checkpoint.source.snapshot_download", snapshot)
     monkeypatch.setattr(
@@ -399,4 +403,5 @@ def test_a_hub_model_is_previewed_without_its_weights(original: Path, monkeypatc
     assert "*.safetensors" in asked["ignored"]
     assert source.info == opened(original).source.info
     assert source.location == "org/model"
-    assert source.load_arguments["revision"] == "v1"
+    # What the branch pointed to when its headers were read is what is loaded later.
+    assert source.load_arguments["revision"] == "a" * 40

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +18,7 @@ from huggingface_hub.utils import SafetensorsRepoMetadata
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_RANK_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 
 
@@ -57,8 +61,12 @@ class Headers:
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def read_headers(directory: str | Path) -> Headers:
+def read_headers(directory: str | Path, variant: str | None = None) -> Headers:
     """Read and check the headers of all shards in a local folder.
+
+    Args:
+        directory: The folder.
+        variant: As in `from_pretrained`.
 
     Raises:
         ValueError: If there are no safetensors files, a shard is missing, or one is corrupt or truncated.
@@ -66,17 +74,23 @@ def read_headers(directory: str | Path) -> Headers:
     directory = Path(directory)
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
     homes: dict[str, Path] = {}
-    files, promised = _shards(directory)
+    files, index = weight_files(directory, variant)
     for file in files:
         for name, entry in read_header(file).items():
             first, last = entry["data_offsets"]
             tensors[name] = (entry["dtype"], tuple(entry["shape"]), last - first)
             homes[name] = file
-    lacking = sorted(promised - set(tensors))
+    lacking = sorted(set(index.get("weight_map", ())) - set(tensors))
     if lacking:
         raise ValueError(
-            f"{directory / INDEX_FILE} promises {len(lacking)} tensors that no shard has ({', '.join(lacking[:3])}). "
-            "They would be random. Copy or download the checkpoint again."
+            f"The index of {directory} promises {len(lacking)} tensors that no shard has ({', '.join(lacking[:3])}). "
+            "They would be random. Copy or download the checkpoint again, or remove the index where it is a stale one."
+        )
+    shards = set(index.get("weight_map", {}).values())
+    if shards == {file.name for file in files} and not isinstance(index.get("metadata"), dict):
+        raise ValueError(
+            f'The index of {directory} has no "metadata", without which transformers cannot load it. Add "metadata": '
+            "{} to it, or copy or download it again."
         )
     return Headers(tensors, files, homes)
 
@@ -92,26 +106,91 @@ def headers_from_metadata(metadata: SafetensorsRepoMetadata) -> Headers:
     return Headers(tensors, tuple(Path(name) for name in metadata.files_metadata), homes)
 
 
-def _shards(directory: Path) -> tuple[tuple[Path, ...], set[str]]:
-    """The shards, and the tensors that an index says they have."""
-    index = directory / INDEX_FILE
+def weight_files(directory: Path, variant: str | None = None) -> tuple[tuple[Path, ...], Mapping[str, Any]]:
+    """The files that transformers loads the weights from, and what an index says of them.
+
+    That is the file that the config names, else a single file, else the shards of an index. What else lies in the
+    folder is no part of the checkpoint.
+
+    Args:
+        directory: The folder.
+        variant: As in `from_pretrained`.
+
+    Raises:
+        ValueError: If there are no safetensors files, or one of them is missing.
+    """
+    ranks = sorted(path.name for path in directory.iterdir() if _RANK_SHARD.fullmatch(path.name))
+    if ranks:
+        raise ValueError(
+            f"{directory} holds shards of single ranks ({ranks[0]}, ...), which only a distributed run can load. Load "
+            "the model there, and save it with distributed_checkpoint=False."
+        )
+    named = _named_weights(directory)
+    single, index = directory / _varied(SINGLE_FILE, variant), directory / _varied(INDEX_FILE, variant)
+    if named is not None:
+        single, index = (index, named) if named.name.endswith(".index.json") else (named, index)
+    if single.is_file() and single != index:
+        if named is None and index.is_file():
+            # An index that is wrong says that something of this checkpoint is missing or stale.
+            _, record = _indexed(directory, index)
+            warnings.warn(
+                f"{directory} has {single.name} and {index.name}. transformers loads {single.name}, so that is what is "
+                f"compressed. Remove it if the shards are meant, else {index.name}.",
+                stacklevel=2,
+            )
+            return (single,), record
+        return (single,), {}
     if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is no readable index of shards. Copy or download it again.") from error
-        files = tuple(directory / name for name in sorted(set(weight_map.values())))
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"{index} names shards that are not there: {', '.join(missing)}. Copy or download them.")
-        return files, set(weight_map)
-    if (directory / SINGLE_FILE).is_file():
-        return (directory / SINGLE_FILE,), set()
+        return _indexed(directory, index)
     others = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt"))
     found = f" It has {', '.join(others[:3])}, which would have to be unpickled." if others else ""
+    variants = sorted({p.name.split(".")[1] for p in directory.glob("model*.*.safetensors")} - {variant})
+    if variants:
+        found += f" It has the variants {', '.join(variants)}: pass variant={variants[0]!r} for one of them."
     raise ValueError(
-        f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}.{found} Give a checkpoint in safetensors format."
+        f"{directory} has neither {single.name} nor {index.name}.{found} Give a checkpoint in safetensors format."
     )
+
+
+def _indexed(directory: Path, index: Path) -> tuple[tuple[Path, ...], Mapping[str, Any]]:
+    try:
+        record = dict(json.loads(index.read_text()))
+        names = sorted(set(dict(record["weight_map"]).values()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no readable index of shards. Copy or download it again.") from error
+    files = tuple(directory / name for name in names)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(
+            f"{index} names shards that are not there: {', '.join(missing)}. Copy or download them, or remove the "
+            "index where it is a stale one."
+        )
+    return files, record
+
+
+def _named_weights(directory: Path) -> Path | None:
+    """The file that `transformers_weights` in `config.json` names, as `from_pretrained` reads it."""
+    try:
+        name = json.loads((directory / "config.json").read_text()).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if name is None:
+        return None
+    path = Path(os.path.normpath(directory / str(name)))
+    inside = path.is_relative_to(os.path.normpath(directory))
+    if not inside or not path.name.endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(f"config.json names transformers_weights={name!r}, which is no safetensors file. Correct it.")
+    if not path.is_file():
+        raise ValueError(
+            f"config.json names transformers_weights={name!r}, which is not in {directory}. Copy it there."
+        )
+    return path
+
+
+def _varied(name: str, variant: str | None) -> str:
+    """The name of a file with that variant, as transformers forms it."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def data_start(file: Path) -> int:

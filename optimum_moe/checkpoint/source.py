@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
+from huggingface_hub import get_safetensors_metadata, hf_hub_download, is_offline_mode, snapshot_download
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -20,7 +21,8 @@ from transformers import (
 )
 
 from optimum_moe.blocks import ModelInfo
-from optimum_moe.checkpoint.headers import Headers, headers_from_metadata, read_headers
+from optimum_moe.checkpoint.headers import Headers, headers_from_metadata, read_headers, weight_files
+from optimum_moe.checkpoint.origin import check_model, refuse_adapter, refuse_arguments
 from optimum_moe.checkpoint.quantised import (
     accepted_quantisation,
     load_dequantised,
@@ -60,7 +62,7 @@ class ModelSource:
         headers: Of the checkpoint; None for a model in memory.
         live: The model in memory that was given.
         directory: Local folder with the config and the tokenizer.
-        location: What `from_pretrained` loads the weights from: that folder, or the Hub id.
+        location: What `from_pretrained` loads the weights from: that folder, or the Hub id where it lacks them.
         load_arguments: Keyword arguments for it.
         quantisation: How the checkpoint is quantised, where it is dequantised while it is loaded.
     """
@@ -115,7 +117,7 @@ class ModelSource:
         return ShardReader(self.headers.homes, self._local)
 
     def _local(self, file: Path) -> Path:
-        if file.is_file():
+        if isinstance(self.location, Path):
             return file
         arguments = {k: v for k, v in self.load_arguments.items() if k in _HUB_ARGUMENTS}
         return Path(hf_hub_download(str(self.location), file.name, **arguments))
@@ -151,11 +153,13 @@ def open_source(
         ValueError: If there is no such checkpoint, it is already compressed, quantised without `dequantize` or not
             quantised with it, has no MoE blocks, or a shard is missing or broken.
     """
-    if isinstance(model, PreTrainedModel):
+    if not isinstance(model, str | os.PathLike):
+        live = check_model(model)
         if dequantize:
             raise ValueError("dequantize=True is for a checkpoint, and this model is in memory. Give its path instead.")
-        return _from_memory(model)
-    directory, headers = _config_and_headers(str(model), kwargs)
+        return _from_memory(live)
+    refuse_arguments(kwargs)
+    directory, headers, is_local = _config_and_headers(str(model), kwargs)
     config = AutoConfig.from_pretrained(directory, **{k: v for k, v in kwargs.items() if k in _CONFIG_ARGUMENTS})
     quantisation = accepted_quantisation(config, dequantize)
     if quantisation is not None:
@@ -171,9 +175,15 @@ def open_source(
         plain = unpacked(headers, int(itemsize))
     size = headers.bytes if plain is headers and dtype in ("auto", None) else int(plain.parameters * itemsize)
     info = ModelInfo(tuple(found.info for found in blocks), plain.parameters, size, itemsize)
-    on_hub = not Path(str(model)).is_dir()
-    arguments = {"dtype": dtype, **{k: v for k, v in kwargs.items() if on_hub or k not in _HUB_ARGUMENTS}}
-    location = str(model) if on_hub else directory
+    arguments: dict[str, Any] = {"dtype": dtype, **kwargs}
+    location: str | Path = str(model)
+    if is_local:
+        # The files that were looked at are those that are loaded, also where they lie in the cache of a Hub model.
+        arguments = {k: v for k, v in arguments.items() if k not in (*_HUB_ARGUMENTS, "subfolder")}
+        location = directory
+    elif directory.parent.name == "snapshots":
+        # A branch may move on before the weights are loaded.
+        arguments["revision"] = directory.name
     return ModelSource(
         str(model), config, skeleton, blocks, info, headers, None, directory, location, arguments, quantisation
     )
@@ -214,22 +224,35 @@ def _from_memory(model: PreTrainedModel) -> ModelSource:
     return ModelSource(type(model).__name__, model.config, model, blocks, info, live=model)
 
 
-def _config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Headers]:
-    """A local folder with everything but the weights, and the headers of the weights."""
+def _config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Headers, bool]:
+    """A local folder with everything but the weights, the headers of the weights, and whether it has these too."""
+    subfolder, variant = str(kwargs.get("subfolder") or ""), kwargs.get("variant")
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise ValueError(f"{name} has no config.json. Give the folder of a checkpoint in transformers format.")
-        return Path(name), read_headers(name)
+        directory = Path(name) / subfolder
+        refuse_adapter(directory)
+        if not (directory / "config.json").is_file():
+            inside = sorted(path.parent.name for path in directory.glob("*/config.json"))
+            hint = f" It has the folders {', '.join(inside[:3])}: pass subfolder={inside[0]!r}." if inside else ""
+            raise ValueError(
+                f"{directory} has no config.json. Give the folder of a checkpoint in transformers format.{hint}"
+            )
+        return directory, read_headers(directory, variant), True
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name} is no folder. Give a Hub id such as 'org/model', or the folder of a checkpoint.")
     arguments = {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS}
     try:
-        directory = Path(snapshot_download(name, ignore_patterns=_WEIGHTS, **arguments))
-        if kwargs.get("local_files_only"):
-            return directory, read_headers(directory)
+        directory = Path(snapshot_download(name, ignore_patterns=_WEIGHTS, **arguments)) / subfolder
+        refuse_adapter(directory)
+        if kwargs.get("local_files_only") or is_offline_mode() or _has_weights(directory, variant):
+            return directory, read_headers(directory, variant), True
         # The headers are fetched by themselves: a preview must not download a checkpoint.
+        if subfolder or variant is not None:
+            raise ValueError(
+                f"Weights with subfolder={subfolder!r} and variant={variant!r} are only read once they are downloaded. "
+                f"Run `hf download {name}` first, or pass the folder of a copy."
+            )
         remote = {k: v for k, v in arguments.items() if k in ("revision", "token")}
-        return directory, headers_from_metadata(get_safetensors_metadata(name, **remote))
+        return directory, headers_from_metadata(get_safetensors_metadata(name, **remote)), False
     except ValueError:
         raise
     except Exception as error:
@@ -237,6 +260,15 @@ def _config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Hea
             f"{name!r} is neither a local folder nor a Hub model that could be fetched ({type(error).__name__}). "
             "Check the name, the network and your token."
         ) from error
+
+
+def _has_weights(directory: Path, variant: str | None) -> bool:
+    """Whether all files of the weights are in a folder."""
+    try:
+        weight_files(directory, variant)
+    except ValueError:
+        return False
+    return True
 
 
 def _model_class(config: PreTrainedConfig) -> Any:

@@ -1,0 +1,118 @@
+"""Models and arguments whose weights are not those of the checkpoint that is looked at: refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+ADAPTER_CONFIG = "adapter_config.json"
+_MERGE = "merge_and_unload()"
+_OTHER_WEIGHTS = {
+    "gguf_file": "it names a GGUF file. Give the checkpoint in safetensors format that it was made from.",
+    "state_dict": "weights come from the checkpoint. Load them into a model, and pass the model instead of its path.",
+    "config": "the checkpoint's own is read. Change its config.json, or load the model and pass that.",
+    "quantization_config": "it quantizes while loading. Compress the unquantized weights, and quantize the result.",
+    "adapter_kwargs": f"it loads an adapter. Merge it into the weights first, with PEFT's {_MERGE}.",
+    "torch_dtype": "transformers 5 calls it dtype=. Pass that.",
+}
+"""Arguments of `from_pretrained` that take weights from elsewhere or make others of them, and what to do instead."""
+
+
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for arguments of `from_pretrained` that give other weights than the safetensors files."""
+    for name, remedy in _OTHER_WEIGHTS.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name}= cannot be used to compress a checkpoint: {remedy}")
+    if arguments.get("use_safetensors") is False:
+        raise ValueError(
+            "use_safetensors=False loads pickled weights, and only safetensors files are read. Leave it out, or save "
+            "the checkpoint again with transformers."
+        )
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raise a `ValueError` for a folder with a PEFT adapter, alone or beside the weights that it changes."""
+    path = directory / ADAPTER_CONFIG
+    if not path.is_file():
+        return
+    try:
+        base = json.loads(path.read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    if (directory / "config.json").is_file():
+        what = f"{directory} holds an adapter ({ADAPTER_CONFIG}) beside the weights, which transformers adds to them"
+    else:
+        what = f"{directory} holds an adapter ({ADAPTER_CONFIG}) of {base or 'another model'} and no model"
+    raise ValueError(
+        f"{what}. Merge it first: PeftModel.from_pretrained(model, {str(directory)!r}).{_MERGE}.save_pretrained(folder)"
+        ", and compress that folder; or move the adapter's files elsewhere to compress the weights without it."
+    )
+
+
+def check_model(model: Any) -> PreTrainedModel:
+    """The model in memory, if it can be cut as it is and saved as what it computes.
+
+    Raises:
+        ValueError: If it is wrapped, compiled, has an adapter in it, or is no model of transformers at all.
+    """
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        remedy = "Pass a PreTrainedModel, a Hub id, or the folder of a checkpoint."
+        if hasattr(model, "merge_and_unload"):
+            remedy = f"It holds an adapter: pass model.{_MERGE}."
+        elif hasattr(model, "_orig_mod"):
+            remedy = "It is compiled: pass the model that torch.compile was given, and compile the result."
+        elif isinstance(getattr(model, "module", None), PreTrainedModel):
+            remedy = "It wraps a model: pass model.module."
+        raise ValueError(f"A {kind} cannot be compressed. {remedy}")
+    for name, module in model.named_modules():
+        if _is_adapter(module):
+            raise ValueError(
+                f"The model in memory has an adapter in it ({name} is a {type(module).__name__}), which saving would "
+                f"keep apart from the weights. Merge it first, with PEFT's {_MERGE}, or load the model without it."
+            )
+        if _is_compiled(module):
+            raise ValueError(
+                f"The model in memory is compiled ({name or kind}), and its code is that of the uncut model. Load it "
+                "without torch.compile, and compile the result."
+            )
+    return model
+
+
+def refuse_offloaded(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` for a model some of whose weights lie elsewhere: a cut would not reach them there."""
+    away = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    if away:
+        raise ValueError(
+            f"{len(away)} tensors of the model are offloaded to CPU or disk or have no numbers ({away[0]}, ...), and "
+            "only weights that are in memory can be cut. Leave out device_map= and max_memory= where the model fits, "
+            'or pass engine="streaming" with output_dir=, which reads one layer at a time.'
+        )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    if not is_peft_available():
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def _is_compiled(module: Any) -> bool:
+    # torch has no public way to ask: `compile()` in place leaves the first, `torch.compile` of a part the second, and
+    # that of its `forward` the third.
+    own = vars(module)
+    compiled = own.get("_compiled_call_impl") is not None or "_orig_mod" in own.get("_modules", {})
+    return compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable")
