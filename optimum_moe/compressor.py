@@ -14,6 +14,7 @@ from optimum_moe.calibration import CalibrationConfig, build_batches, observe
 from optimum_moe.calibration.data import CalibrationBatches
 from optimum_moe.checkpoint.belonging import check_belongs, check_plan, mark_structure, refuse_original
 from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp
+from optimum_moe.checkpoint.origin import refuse_offloaded
 from optimum_moe.checkpoint.source import ModelSource, load_tokenizer, open_source
 from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.writer import (
@@ -179,7 +180,9 @@ class MoECompressor:
             ValueError: If there are no calibration data, or they do not fit the model.
         """
         self._refuse_second_cut()
-        batches = self._batches()
+        return self._observe(self._batches())
+
+    def _observe(self, batches: CalibrationBatches) -> Statistics:
         assert self.calibration is not None
         if self.streaming is not None:
             with StreamingJob(self.source, None, {}, self.streaming) as job:
@@ -215,7 +218,7 @@ class MoECompressor:
             The compressed model in eval mode, or the path of the checkpoint where `output_dir` was given.
 
         Raises:
-            ValueError: If statistics or plan belong to another model.
+            ValueError: If statistics or plan belong to another model, or weights are offloaded.
         """
         self._refuse_second_cut()
         if plan is not None:
@@ -227,14 +230,16 @@ class MoECompressor:
         observing = plan is None and self.method.needs_statistics and (self.statistics is None)
         if self.error_propagation and not observing:
             raise ValueError("error_propagation=True observes while it cuts. Leave out statistics= and plan=.")
+        batches = self._batches() if observing else None
         if self.streaming is not None:
-            return self._stream(observing, plan)
-        if observing and not self.error_propagation:
-            self.calibrate()
+            return self._stream(batches, plan)
         if self.output_dir is not None:
             check_space(self.output_dir, self.preview().after.bytes)
         model = self._loaded()
-        self.plan = plan = self._cut(MemorySource(model, self.source.blocks), plan)
+        refuse_offloaded(model)
+        if batches is not None and not self.error_propagation:
+            self._observe(batches)
+        self.plan = plan = self._cut(self._run(MemorySource(model, self.source.blocks), batches), plan)
         self._mark(model, plan)
         model.eval()
         if self.output_dir is None:
@@ -274,6 +279,7 @@ class MoECompressor:
             raise ValueError(f"apply() wrote the checkpoint to {self.output_dir} already. Copy that folder.")
         directory = check_destination(directory, overwrite)
         refuse_original(directory, self.source)
+        refuse_offloaded(self.model)
         check_space(directory, sum(p.numel() * p.element_size() for p in self.model.parameters()))
         with written_beside(directory) as beside:
             write_model(self.model, beside, self.source.blocks, max_shard_size)
@@ -298,18 +304,17 @@ class MoECompressor:
         recipe, cls = self.recipe.to_yaml(), type(self.model).__name__
         write_description(beside, name, CardFacts(self.source.name, cls, self.measured(), self.plan, recipe))
 
-    def _stream(self, observing: bool, plan: CompressionPlan | None) -> Path:
+    def _stream(self, batches: CalibrationBatches | None, plan: CompressionPlan | None) -> Path:
         """`apply()` layer by layer, to the destination."""
         assert self.streaming is not None
         assert self.output_dir is not None
-        batches = self._batches() if observing else None
         used = self.statistics if self.method.needs_statistics else None
         made_from = {
             "recipe": {**self.recipe.method.settings(), "mtp": self.mtp.option},
             "seed": self.seed,
             "dtype": str(self.source.load_arguments.get("dtype")),
             "error propagation": self.error_propagation,
-            **calibration_identity(batches, self.calibration if observing else None, used, plan),
+            **calibration_identity(batches, self.calibration if batches else None, used, plan),
         }
         try:
             with StreamingJob(self.source, self.output_dir, made_from, self.streaming, self.overwrite) as job:
@@ -365,9 +370,8 @@ class MoECompressor:
             self.model = align(self.source.load())
         return self.model
 
-    def _cut(self, blocks: MemorySource, plan: CompressionPlan | None) -> CompressionPlan:
+    def _cut(self, run: Run, plan: CompressionPlan | None) -> CompressionPlan:
         try:
-            run = self._run(blocks, self._batches() if self.error_propagation else None)
             if plan is not None:
                 return run.carry_out(plan)[0]
             used = self.statistics if self.method.needs_statistics else None

@@ -19,6 +19,7 @@ from huggingface_hub.utils import SafetensorsRepoMetadata
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _RANK_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_VARIANT = re.compile(r"model\.(?:safetensors\.index\.(\w+)\.json|(\w+)\.safetensors)$")
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 
 
@@ -144,7 +145,8 @@ def weight_files(directory: Path, variant: str | None = None) -> tuple[tuple[Pat
         return _indexed(directory, index)
     others = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt"))
     found = f" It has {', '.join(others[:3])}, which would have to be unpickled." if others else ""
-    variants = sorted({p.name.split(".")[1] for p in directory.glob("model*.*.safetensors")} - {variant})
+    found_variants = (_VARIANT.match(path.name) for path in sorted(directory.iterdir()))
+    variants = [found[1] or found[2] for found in found_variants if found]
     if variants:
         found += f" It has the variants {', '.join(variants)}: pass variant={variants[0]!r} for one of them."
     raise ValueError(

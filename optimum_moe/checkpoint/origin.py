@@ -70,7 +70,7 @@ def check_model(model: Any) -> PreTrainedModel:
             remedy = "It is compiled: pass the model that torch.compile was given, and compile the result."
         elif isinstance(getattr(model, "module", None), PreTrainedModel):
             remedy = "It wraps a model: pass model.module."
-        raise ValueError(f"A {kind} cannot be compressed. {remedy}")
+        raise ValueError(f"{kind} cannot be compressed. {remedy}")
     for name, module in model.named_modules():
         if _is_adapter(module):
             raise ValueError(
@@ -91,7 +91,7 @@ def refuse_offloaded(model: PreTrainedModel) -> None:
     if away:
         raise ValueError(
             f"{len(away)} tensors of the model are offloaded to CPU or disk or have no numbers ({away[0]}, ...), and "
-            "only weights that are in memory can be cut. Leave out device_map= and max_memory= where the model fits, "
+            "only weights that are in memory can be cut and saved. Leave out device_map= and max_memory= if it fits, "
             'or pass engine="streaming" with output_dir=, which reads one layer at a time.'
         )
 
