@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--balance", choices=("model", "block"), default="model")
     parser.add_argument("--balance-weight", type=float, default=0.01)
+    parser.add_argument("--stream-only", action="store_true", help="only write tokens, for gpu_study.py")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
@@ -197,6 +198,10 @@ def main() -> None:
     tokenizer = train_tokenizer(training)
     stream_T = token_stream(tokenizer, training)
     print(f"{len(training)} training documents, {len(stream_T):,} tokens", flush=True)
+    if arguments.stream_only:
+        streams = {"training": stream_T, "held_out": token_stream(tokenizer, held_out)}
+        save_file({n: s.to(torch.int16) for n, s in streams.items()}, arguments.output / "stream.safetensors")
+        return
     model, losses, seconds = train(stream_T, arguments)
 
     model.to(torch.bfloat16).save_pretrained(arguments.output / "model")

@@ -51,13 +51,16 @@ class BlockContext:
         return values_E.masked_fill(self.statistics.token_count_E == 0, 2 * float(values_E.abs().max()) + 1)
 
     def sample(self) -> SampledTokens:
-        """The sampled tokens of the block."""
+        """The sampled tokens of the block, on the device of its experts."""
         observed, experts = self.observed(), self.experts
-        found = observed.reservoir
+        found, device = observed.reservoir, experts.up[0].device
+        # Behind a norm of each expert's output the gradient at their sum is none of its own.
+        gradient_SJH = found.gradient_SJH if experts.finish is None else None
         return SampledTokens(
-            *(found.experts_input_SH, found.index_SK, found.weights_SK),
-            # Behind a norm of each expert's output the gradient at their sum is none of its own.
-            gradient_SJH=found.gradient_SJH if experts.finish is None else None,
+            input_SH=found.experts_input_SH.to(device),
+            index_SK=found.index_SK.to(device),
+            weights_SK=found.weights_SK.to(device),
+            gradient_SJH=None if gradient_SJH is None else gradient_SJH.to(device),
             scales_input=experts.scales_input,
             share=len(found.index_SK) / max(observed.num_tokens, 1) or 1.0,
         )
