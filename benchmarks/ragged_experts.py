@@ -2,7 +2,7 @@
 
     python benchmarks/ragged_experts.py [--hidden 2048] [--width 768] [--experts 128] [--top-k 8]
 
-All matrices of a block lie in one flat buffer; tables on the device say where each expert's lie, its width and its rank.
+All matrices of a block lie in one flat buffer; tables on the device say where each expert's lie, its width and rank.
 Two launches (three where gate and up have a common right factor) serve any mixture, every shape is known on the host
 and nothing is read back, so that the layer can be captured in a CUDA graph. `sorted_pairs` gives every expert's pairs
 rows of their own, padded to the height of a block.
