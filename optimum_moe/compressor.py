@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from optimum_moe.calibration import CalibrationConfig, build_batches, observe
 from optimum_moe.calibration.data import CalibrationBatches
 from optimum_moe.checkpoint.belonging import check_belongs, check_plan, mark_structure, refuse_original
+from optimum_moe.checkpoint.carried_files import carry_files
 from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp
 from optimum_moe.checkpoint.origin import refuse_offloaded
-from optimum_moe.checkpoint.source import ModelSource, load_tokenizer, open_source
+from optimum_moe.checkpoint.push import push
+from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.writer import (
     check_destination,
@@ -32,8 +34,9 @@ from optimum_moe.methods import Method
 from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.recipes import Recipe, calibration_config, coerce_recipe
+from optimum_moe.records import share_as_new
 from optimum_moe.reporting.card import CardFacts
-from optimum_moe.reporting.description import measured_cost, write_description
+from optimum_moe.reporting.description import card_facts, measured_preview, write_card, write_description
 from optimum_moe.reporting.preview import Cost, Preview, preview
 from optimum_moe.statistics import Statistics
 
@@ -77,7 +80,8 @@ class MoECompressor:
         self.model: PreTrainedModel | None = None
         self.plan: CompressionPlan | None = None
         self.statistics: Statistics | None = None
-        self._tokenizer = tokenizer
+        self._tokenizer = self._given_tokenizer = tokenizer
+        self._written: Path | None = None
         self._before: Cost | None = None
         self._measured: Preview | None = None
         self._partly_cut = False
@@ -263,7 +267,7 @@ class MoECompressor:
             directory: Where to; must be empty or new unless `overwrite`.
             overwrite: Replace what is there.
             max_shard_size: As in transformers.
-            push_to_hub: Also upload the folder.
+            push_to_hub: Also upload the folder; what was already written to `directory` is only uploaded.
             repo_id: Hub repository, by default the name of the folder.
             token: Hub token.
 
@@ -275,21 +279,21 @@ class MoECompressor:
         """
         if self.model is None or self.plan is None:
             raise ValueError("Nothing to save yet. Call apply() first.")
-        if self.streaming is not None:
+        if push_to_hub and Path(directory).expanduser().resolve() == self._written:
+            directory = self._written
+        elif self.streaming is not None:
             raise ValueError(f"apply() wrote the checkpoint to {self.output_dir} already. Copy that folder.")
-        directory = check_destination(directory, overwrite)
-        refuse_original(directory, self.source)
-        refuse_offloaded(self.model)
-        check_space(directory, sum(p.numel() * p.element_size() for p in self.model.parameters()))
-        with written_beside(directory) as beside:
-            write_model(self.model, beside, self.source.blocks, max_shard_size)
-            self._describe(beside, directory.name)
+        else:
+            directory = check_destination(directory, overwrite)
+            refuse_original(directory, self.source)
+            refuse_offloaded(self.model)
+            check_space(directory, sum(p.numel() * p.element_size() for p in self.model.parameters()))
+            with written_beside(directory) as beside:
+                write_model(self.model, beside, self.source.blocks, max_shard_size)
+                self._describe(beside, directory.name)
+            self._written = directory
         if push_to_hub:
-            from huggingface_hub import HfApi
-
-            api = HfApi(token=token)
-            url = api.create_repo(repo_id or directory.name, exist_ok=True)
-            api.upload_folder(repo_id=url.repo_id, folder_path=directory)
+            push(directory, repo_id, token, lambda name: write_card(directory, name, self._card_facts()))
         return directory
 
     def _describe(self, beside: Path, name: str) -> None:
@@ -299,10 +303,13 @@ class MoECompressor:
         if self.streaming is not None:
             describe_model(self.model, beside, self.source.blocks)
         self.mtp.write(beside, self.model, self.plan)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(beside)
-        recipe, cls = self.recipe.to_yaml(), type(self.model).__name__
-        write_description(beside, name, CardFacts(self.source.name, cls, self.measured(), self.plan, recipe))
+        carry_files(self.source.directory, self._given_tokenizer, self.source.load_tokenizer, beside)
+        write_description(beside, name, self._card_facts())
+        share_as_new(beside)
+
+    def _card_facts(self) -> CardFacts:
+        assert self.plan is not None
+        return card_facts(self.source, self.recipe, self.plan, self.measured(), type(self.model).__name__)
 
     def _stream(self, batches: CalibrationBatches | None, plan: CompressionPlan | None) -> Path:
         """`apply()` layer by layer, to the destination."""
@@ -325,6 +332,7 @@ class MoECompressor:
                 self._mark(self.model, self.plan)
                 self._measured = self.measured()
                 job.complete(self._describe)
+            self._written = self.output_dir
         except BaseException:
             # What is finished lies in the working folder: the next call goes on there.
             self.plan, self.model, self._measured = None, None, None
@@ -345,23 +353,14 @@ class MoECompressor:
             return self._measured
         assert self.plan is not None
         assert self.model is not None
-        blocks, plan = list(self.source.blocks), self.plan
-        counts = {name: block.num_groups for name, block in plan.blocks.items()}
-        cost = preview(self.source.skeleton, blocks, self.source.info, counts, self.method)
-        if self._before is not None:
-            # A model in memory was cut itself: its skeleton no longer tells what it was.
-            cost = replace(cost, before=self._before)
-        kept = self.mtp.parameters(counts, "reduce" if plan.is_plain else self.method.block_routing)
-        beside = kept, int(kept * self.source.info.expert_itemsize)
-        after = measured_cost(self.model, blocks, plan, self.statistics, *beside)
-        return replace(cost, after=after, plain=plan.is_plain)
+        made = self.model, self.plan, self.statistics
+        return measured_preview(self.source, self.method, *made, self.mtp, self._before)
 
     @property
     def tokenizer(self) -> Any:
         """Tokenizer or processor of the checkpoint; None if it has none."""
         if self._tokenizer is None and self.source.directory is not None:
-            trusted = bool(self.source.load_arguments.get("trust_remote_code"))
-            self._tokenizer = load_tokenizer(self.source.directory, trusted)
+            self._tokenizer = self.source.load_tokenizer(self.source.directory)
         return self._tokenizer
 
     def _loaded(self) -> PreTrainedModel:

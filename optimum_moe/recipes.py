@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 
 from optimum_moe.calibration.data import CalibrationConfig
+from optimum_moe.calibration.sources import FILE_TYPES
 from optimum_moe.methods import METHODS, Composed, LowRankSparse, Method
 from optimum_moe.methods.counts import choose_one
+from optimum_moe.plan import CompressionPlan
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,21 @@ class Recipe:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
 
+    def as_used(self, plan: CompressionPlan) -> Recipe:
+        """The recipe to write beside a checkpoint: with the sample and seed of its plan, without folders of the user's.
+
+        What was sampled may be other than the recipe says: from a `CalibrationConfig`, or from earlier statistics.
+        """
+        calibration = {key: value for key, value in self.calibration.items() if key != "source"}
+        if "source" in self.calibration:
+            calibration["source"] = _without_folders(self.calibration["source"])
+        record = plan.calibration or {}
+        calibration |= {name: record[name] for name in _SAMPLED if record.get(name) is not None}
+        if record.get("sequence_length") is not None and record.get("max_tokens") is None:
+            # No limit is not the default.
+            calibration["max_tokens"] = None
+        return dataclasses.replace(self, calibration=calibration, seed=plan.seed)
+
     def to_yaml(self) -> str:
         """The recipe as a YAML document, only settings that differ from their defaults."""
         record = _settings(self.method)
@@ -39,6 +56,19 @@ class Recipe:
         if self.seed is not None:
             record["seed"] = self.seed
         return yaml.safe_dump(record, sort_keys=False)
+
+
+_SAMPLED = ("num_samples", "max_tokens", "sequence_length", "batch_size", "packing", "seed")
+"""What the record of calibration data says of their sample, by the names of `CalibrationConfig`."""
+
+
+def _without_folders(source: Any) -> Any:
+    """A source of calibration data, or a mixture of several, whose files are named without where they lie."""
+    if isinstance(source, Mapping):
+        return {_without_folders(part): weight for part, weight in source.items()}
+    if isinstance(source, list | tuple):
+        return [_without_folders(part) for part in source]
+    return Path(source).name if isinstance(source, str) and Path(source).suffix.lower() in FILE_TYPES else source
 
 
 def _settings(method: Method) -> dict[str, Any]:

@@ -26,9 +26,21 @@ def write_record(directory: Path, name: str, record: Mapping[str, Any], tensors:
     """Write `{name}.json` and `{name}/tensors.safetensors` into an existing folder."""
     tensors_file(directory, name).parent.mkdir(exist_ok=True)
     save_file(dict(tensors), tensors_file(directory, name))
+    share_as_new(tensors_file(directory, name).parent)
     versioned = {"format_version": FORMAT_VERSION, **record}
     versioned["digest"] = digest(versioned, tensors)
     (directory / f"{name}.json").write_text(json.dumps(versioned, indent=1) + "\n")
+
+
+def share_as_new(folder: Path) -> None:
+    """Give every file in a folder the permissions that new files have; safetensors makes its own the owner's only."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def digest(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import get_safetensors_metadata, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub import (
+    get_safetensors_metadata,
+    hf_hub_download,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -21,7 +27,9 @@ from transformers import (
 )
 
 from optimum_moe.blocks import ModelInfo
+from optimum_moe.checkpoint.carried_files import WEIGHTS
 from optimum_moe.checkpoint.headers import Headers, headers_from_metadata, read_headers, weight_files
+from optimum_moe.checkpoint.names import check_checkpoint_name, is_hub_id
 from optimum_moe.checkpoint.origin import check_model, refuse_adapter, refuse_arguments
 from optimum_moe.checkpoint.quantised import (
     accepted_quantisation,
@@ -34,7 +42,6 @@ from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader
 from optimum_moe.surgeons import FoundBlock, find_blocks, tower_of
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
-_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
 _CONFIG_ARGUMENTS = (*_HUB_ARGUMENTS, "trust_remote_code")
 _AUTO_CLASSES = (
     "AutoModelForImageTextToText",
@@ -122,10 +129,35 @@ class ModelSource:
         arguments = {k: v for k, v in self.load_arguments.items() if k in _HUB_ARGUMENTS}
         return Path(hf_hub_download(str(self.location), file.name, **arguments))
 
+    def load_tokenizer(self, directory: Path) -> Any:
+        """The processor or tokenizer of a folder, whose code is run where that of the model is."""
+        return load_tokenizer(directory, bool(self.load_arguments.get("trust_remote_code")))
+
+    @property
+    def hub_id(self) -> str | None:
+        """Name of the original on the Hub, None where it has none: a folder, unless it lies in the Hub's cache."""
+        if isinstance(self.location, str):
+            return self.location
+        name = str(self.config.name_or_path if self.live is not None else self.location)
+        for place in (Path(name), *Path(name).parents):
+            if place.parent.name == "snapshots" and place.parents[1].name.startswith("models--"):
+                return place.parents[1].name.removeprefix("models--").replace("--", "/")
+        if self.live is None or not is_hub_id(name) or Path(name).exists():
+            return None
+        # The name that a model in memory was loaded by may as well have been a folder that is gone.
+        return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
+
+    @property
+    def title(self) -> str:
+        """What others may read: the Hub id, or the name of a folder without where it lies, or of a class."""
+        if self.hub_id is not None:
+            return self.hub_id
+        return self.name if self.live is not None else Path(self.name).resolve().name
+
     def identity(self) -> dict[str, Any]:
         """What statistics and plans remember of the model they were made from."""
         return {
-            "name": self.name,
+            "name": self.title,
             "architecture": type(self.skeleton).__name__,
             "num_experts": {found.info.name: found.info.num_experts for found in self.blocks},
             "towers": {found.info.name: tower_of(self.skeleton, found) for found in self.blocks},
@@ -237,11 +269,11 @@ def _config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Hea
                 f"{directory} has no config.json. Give the folder of a checkpoint in transformers format.{hint}"
             )
         return directory, read_headers(directory, variant), True
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"{name} is no folder. Give a Hub id such as 'org/model', or the folder of a checkpoint.")
+    check_checkpoint_name(name, kwargs.get("cache_dir"))
     arguments = {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS}
+    ignored = [f"*{suffix}" for suffix in WEIGHTS]
     try:
-        directory = Path(snapshot_download(name, ignore_patterns=_WEIGHTS, **arguments)) / subfolder
+        directory = Path(snapshot_download(name, ignore_patterns=ignored, **arguments)) / subfolder
         refuse_adapter(directory)
         if kwargs.get("local_files_only") or is_offline_mode() or _has_weights(directory, variant):
             return directory, read_headers(directory, variant), True

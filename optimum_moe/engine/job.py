@@ -8,13 +8,11 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
@@ -27,6 +25,7 @@ from optimum_moe.engine.working import WorkingFolder
 from optimum_moe.methods.counts import parse_size
 from optimum_moe.plan import PLAN_NAME, CompressionPlan
 from optimum_moe.records import digest, read_digest
+from optimum_moe.reporting.versions import versions
 from optimum_moe.statistics import Statistics
 
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -100,8 +99,8 @@ class StreamingJob:
         self._before = fingerprint(source)
         self.folder = None
         if destination is not None:
-            versions = {"optimum_moe": _version(), "torch": torch.__version__, "transformers": transformers.__version__}
-            self.folder = WorkingFolder(destination, {"model": self._before, **identity, "versions": versions}, anew)
+            made_from = {"model": self._before, **identity, "versions": versions()}
+            self.folder = WorkingFolder(destination, made_from, anew)
         self._stack = ExitStack()
 
     def __enter__(self) -> StreamingJob:
@@ -222,10 +221,3 @@ def fingerprint(source: ModelSource) -> dict[str, Any]:
             status = file.stat()
             files[file.name] = [status.st_size, status.st_mtime_ns]
     return {"tensors": source.headers.fingerprint, "files": files, "folder": str(source.directory)}
-
-
-def _version() -> str:
-    try:
-        return version("optimum-moe")
-    except PackageNotFoundError:
-        return "unknown"

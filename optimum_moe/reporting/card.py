@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData
 
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.reporting.preview import Preview
+from optimum_moe.reporting.versions import versions
 
 _TEMPLATE = """---
 {metadata}
@@ -39,7 +44,8 @@ Experts of each MoE block: {experts}. FLOPs are 2 x multiply-adds of all weight 
 {recipe}
 ```
 
-Calibration: {calibration}. `plan.json` and `plan/tensors.safetensors` say which experts went where.
+Method: {method}. Calibration: {calibration}. Seed: {seed}. Made with {versions}. `plan.json` and
+`plan/tensors.safetensors` say which experts went where.
 
 This card states sizes; it makes no claim about quality. Measure it on your task with `optimum-cli moe evaluate`.
 """
@@ -50,11 +56,13 @@ class CardFacts:
     """What a card is made from.
 
     Args:
-        base: Name of the original model.
+        base: Name of the original model, without where it lies.
         auto_class: Class to load with.
         cost: Measured sizes, before and after.
         plan: What was carried out.
         recipe: The recipe as YAML.
+        hub_id: Name of the original on the Hub, where it has one.
+        inherited: Metadata of the original's card that hold for the compressed model too.
     """
 
     base: str
@@ -62,14 +70,47 @@ class CardFacts:
     cost: Preview
     plan: CompressionPlan
     recipe: str
+    hub_id: str | None = None
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+
+
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+def inherited_metadata(directory: Path | None) -> dict[str, Any]:
+    """Licence, language and task from the card of the original in a folder; empty where it says nothing of them."""
+    card = None if directory is None else directory / "README.md"
+    if card is None or not card.is_file():
+        return {}
+    block = re.match(
+        r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL
+    )
+    try:
+        # Every scalar stays a text: YAML would read the language "no" as false.
+        found = yaml.load(block[1], Loader=yaml.BaseLoader) if block else {}
+    except yaml.YAMLError as error:
+        warnings.warn(
+            f"The metadata of the original's README.md are no YAML ({str(error).splitlines()[0]}). Add its licence and "
+            "language to the new card yourself.",
+            stacklevel=2,
+        )
+        return {}
+    if not isinstance(found, Mapping):
+        return {}
+    return {key: found[key] for key in _INHERITED if _is_text(found.get(key))}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def model_card(facts: CardFacts, name: str) -> str:
     """Text of `README.md` for a checkpoint called `name`."""
     before, after = facts.cost.before, facts.cost.after
     metadata = ModelCardData(
-        base_model=facts.base if "/" in facts.base and not facts.base.startswith((".", "/")) else None,
+        base_model=facts.hub_id,
         library_name="transformers",
+        **facts.inherited,
         tags=["optimum_moe", "mixture-of-experts", str(facts.plan.method.get("method", "compressed"))],
     )
     rows = [
@@ -96,7 +137,10 @@ def model_card(facts: CardFacts, name: str) -> str:
         experts=", ".join(f"{old} -> {new}" for old, new in sorted(set(facts.cost.counts.values()))),
         stable_rank=_stable_rank(facts.plan),
         recipe=facts.recipe.strip(),
+        method=_method(facts.plan.method),
         calibration=describe_calibration(facts.plan.calibration),
+        seed=facts.plan.seed,
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
     )
 
 
@@ -125,8 +169,26 @@ def _stable_rank(plan: CompressionPlan) -> str:
     return f"\n\nMean stable rank of the experts' matrices: {ranks[0]:.2f} before merging, {ranks[1]:.2f} after."
 
 
+def _method(settings: Mapping[str, Any]) -> str:
+    """Name and settings of a method, those of the one that follows it too."""
+    given = {key: value for key, value in settings.items() if key not in ("method", "then") and value is not None}
+    said = f"{settings.get('method', 'given plan')} ({', '.join(f'{key}={value}' for key, value in given.items())})"
+    return said if not settings.get("then") else f"{said}, then {_method(settings['then'])}"
+
+
 def describe_calibration(record: Mapping[str, Any] | None) -> str:
     """One line about the calibration data."""
     if not record:
         return "none (data-free)"
-    return f"{record.get('num_tokens', 0):,} tokens, sha256 {str(record.get('hash', ''))[:12]}"
+    named = ", ".join(_source(source) for source in record.get("sources", ())) or "data without a name"
+    settings = [f"rows of {record['sequence_length']}"] if record.get("sequence_length") else []
+    settings += [f"seed {record['seed']}"] if record.get("seed") is not None else []
+    said = "; ".join([f"{record.get('num_tokens', 0):,} tokens of {named}", *settings])
+    return f"{said}; sha256 {str(record.get('hash', ''))[:12]}"
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    """A source of calibration data, with its own tokens where it is one of several."""
+    weight = source.get("weight")
+    share = "" if weight in (None, 1.0) else f" (weight {weight:g}, {source.get('tokens', 0):,} tokens)"
+    return f"{source.get('name')}{share}"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from optimum_moe.blocks import BlockInfo
+from optimum_moe.checkpoint.mtp import MTPLayers
+from optimum_moe.checkpoint.source import ModelSource
+from optimum_moe.methods import Method
 from optimum_moe.plan import BlockPlan, CompressionPlan
-from optimum_moe.reporting.card import CardFacts, mean_stable_ranks, model_card
-from optimum_moe.reporting.preview import Cost, flops_per_token
+from optimum_moe.recipes import Recipe
+from optimum_moe.reporting.card import CardFacts, inherited_metadata, mean_stable_ranks, model_card
+from optimum_moe.reporting.preview import Cost, Preview, flops_per_token, preview
+from optimum_moe.reporting.versions import versions
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
 
@@ -19,16 +25,55 @@ RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "compression_report.json"
 
 
+def card_facts(source: ModelSource, recipe: Recipe, plan: CompressionPlan, cost: Preview, auto_class: str) -> CardFacts:
+    """What the card of a compressed checkpoint is made from, without a folder of the user's."""
+    origin = source.hub_id, inherited_metadata(source.directory)
+    return CardFacts(source.title, auto_class, cost, plan, recipe.as_used(plan).to_yaml(), *origin)
+
+
 def write_description(directory: Path, name: str, facts: CardFacts) -> None:
     """Write plan, recipe, report and the card of a checkpoint called `name`."""
     facts.plan.save_pretrained(directory)
-    (directory / RECIPE_FILE).write_text(facts.recipe)
+    (directory / RECIPE_FILE).write_text(facts.recipe, encoding="utf-8")
     ranks = mean_stable_ranks(facts.plan)
-    report = facts.cost.to_dict() | (
-        {} if ranks is None else {"stable_rank": dict(zip(("before", "after"), ranks, strict=True))}
-    )
+    report = facts.cost.to_dict() | {"versions": versions()}
+    report |= {} if ranks is None else {"stable_rank": dict(zip(("before", "after"), ranks, strict=True))}
     (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
-    (directory / "README.md").write_text(model_card(facts, name))
+    write_card(directory, name, facts)
+
+
+def write_card(directory: Path, name: str, facts: CardFacts) -> None:
+    """Write the card of a checkpoint called `name`."""
+    (directory / "README.md").write_text(model_card(facts, name), encoding="utf-8")
+
+
+def measured_preview(
+    source: ModelSource,
+    method: Method,
+    model: PreTrainedModel,
+    plan: CompressionPlan,
+    statistics: Statistics | None,
+    mtp: MTPLayers,
+    before: Cost | None,
+) -> Preview:
+    """A preview with actual counts, and with repeats as they were observed.
+
+    Args:
+        source: The original.
+        method: What was asked for.
+        model: What became of it.
+        plan: How it was cut.
+        statistics: What was observed.
+        mtp: Layers of the checkpoint that the model does not load.
+        before: Cost of the original, where its skeleton no longer tells: a model in memory is cut itself.
+    """
+    blocks = list(source.blocks)
+    counts = {name: block.num_groups for name, block in plan.blocks.items()}
+    cost = preview(source.skeleton, blocks, source.info, counts, method)
+    kept = mtp.parameters(counts, "reduce" if plan.is_plain else method.block_routing)
+    beside = kept, int(kept * source.info.expert_itemsize)
+    after = measured_cost(model, blocks, plan, statistics, *beside)
+    return replace(cost, before=before or cost.before, after=after, plain=plan.is_plain)
 
 
 def measured_cost(

@@ -1,0 +1,60 @@
+"""Names of checkpoints: folders and Hub ids, told apart without the network.
+
+Standard library only, so that the command line answers to a mistyped name before it imports anything heavy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"(\b[\w\-.]+\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, of a model or of a data set."""
+    return _HUB_ID.fullmatch(name) is not None and "--" not in name and ".." not in name
+
+
+def check_checkpoint_name(name: str, cache_dir: str | Path | None = None) -> None:
+    """Refuse what can only be a mistyped path.
+
+    Args:
+        name: Folder of a checkpoint, or Hub id.
+        cache_dir: Where models from the Hub are kept; by default the cache of huggingface_hub.
+
+    Raises:
+        ValueError: If there is no such folder, and the name is no Hub id, or lies in a folder that does exist, and is
+            no model that was fetched from the Hub before.
+    """
+    place = Path(name)
+    if place.is_dir():
+        return
+    if not place.exists() and is_hub_id(name):
+        if "/" in name and not place.parent.is_dir():
+            return
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        if (Path(cache_dir or HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
+            return
+    raise ValueError(
+        f"{name} is no folder{_nearest(place)} Give a Hub id such as 'org/model', or the folder of a checkpoint."
+        f"{_how_to_fetch(name, place)}"
+    )
+
+
+def _nearest(place: Path) -> str:
+    """The folder beside a missing one whose name is most like it."""
+    try:
+        names = [entry.name for entry in place.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return f", and neither is {place.parent}."
+    near = difflib.get_close_matches(place.name, names, n=1)
+    return f"; did you mean {str(place.with_name(near[0]))!r}?" if near else "."
+
+
+def _how_to_fetch(name: str, place: Path) -> str:
+    if "/" not in name or not is_hub_id(name) or place.exists():
+        return ""
+    return f" As {place.parent} is a folder here, fetch a Hub model of that name first: hf download {name}"
