@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
 from optimum_moe import compressor as compressor_module
-from optimum_moe.checkpoint import writer
+from optimum_moe.checkpoint import carried_files, writer
 from optimum_moe.reporting import description
 from optimum_moe.surgeons import find_blocks
 from tests.tiny_checkpoints import save_checkpoint
@@ -86,7 +86,7 @@ def earlier(tmp_path: Path) -> Iterator[Path]:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("step", ["model", "tokenizer", "plan", "card", "place"])
+@pytest.mark.parametrize("step", ["model", "files", "plan", "card", "place"])
 @pytest.mark.parametrize("way", WAYS_TO_FAIL)
 def test_failed_write_leaves_the_destination_as_it_was(
     original: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch, step: str, way: str
@@ -106,8 +106,8 @@ def test_failed_write_leaves_the_destination_as_it_was(
     compressor = pruning(original, output_dir=earlier, overwrite=True)
     if step == "model":
         monkeypatch.setattr(compressor_module, "write_model", write_then_fail)
-    elif step == "tokenizer":
-        monkeypatch.setattr(type(compressor.tokenizer), "save_pretrained", lambda *_, **__: fail())
+    elif step == "files":
+        monkeypatch.setattr(carried_files, "_copy", lambda *_: fail())
     elif step == "plan":
         monkeypatch.setattr(compressor_module.CompressionPlan, "save_pretrained", lambda *_: fail())
     elif step == "card":
