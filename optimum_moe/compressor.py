@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from optimum_moe.calibration import CalibrationConfig, build_batches, observe
 from optimum_moe.calibration.data import CalibrationBatches
 from optimum_moe.checkpoint.belonging import check_belongs, check_plan, mark_structure, refuse_original
 from optimum_moe.checkpoint.carried_files import carry_files
+from optimum_moe.checkpoint.identity import identity, same_model
 from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp
 from optimum_moe.checkpoint.origin import refuse_offloaded
 from optimum_moe.checkpoint.push import push
@@ -85,6 +86,7 @@ class MoECompressor:
         self._before: Cost | None = None
         self._measured: Preview | None = None
         self._partly_cut = False
+        self._identity: Mapping[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -155,10 +157,7 @@ class MoECompressor:
             refuse_original(destination, source)
         counts = recipe.method.counts(source.info)
         check_together(source.blocks, counts)
-        if not recipe.method.is_adaptive:
-            # An adaptive budget gives its average here, and its real counts with the plan.
-            layers.check_counts(counts, recipe.method.block_routing)
-        layers.check_forms(recipe.method, counts)
+        layers.check_method(recipe.method, counts)
         run = progress, layers, streaming, error_propagation
         return cls(source, recipe, config, seed, tokenizer, destination, overwrite, *run)
 
@@ -183,7 +182,7 @@ class MoECompressor:
         Raises:
             ValueError: If there are no calibration data, or they do not fit the model.
         """
-        self._refuse_second_cut()
+        self._begin()
         return self._observe(self._batches())
 
     def _observe(self, batches: CalibrationBatches) -> Statistics:
@@ -193,7 +192,7 @@ class MoECompressor:
                 self.statistics = self._run(job.source, batches, job.keep).observe()
             return self.statistics
         self.statistics = observe(
-            *(self._loaded(), self.source.blocks, batches, self.calibration, self.source.identity(), self.progress),
+            *(self._loaded(), self.source.blocks, batches, self.calibration, self._identity, self.progress),
             draws=self.method.gradient_draws,
         )
         return self.statistics
@@ -224,13 +223,13 @@ class MoECompressor:
         Raises:
             ValueError: If statistics or plan belong to another model, or weights are offloaded.
         """
-        self._refuse_second_cut()
+        self._begin()
         if plan is not None:
-            check_plan(plan, self.source)
+            check_plan(plan, self._identity)
             self._check_mtp(plan)
-        elif statistics is not None:
-            check_belongs("statistics", statistics.source, self.source)
-            self.statistics = statistics
+        elif (used := statistics or self.statistics) is not None:
+            check_belongs("statistics", used.source, self._identity)
+            self.statistics = used
         observing = plan is None and self.method.needs_statistics and (self.statistics is None)
         if self.error_propagation and not observing:
             raise ValueError("error_propagation=True observes while it cuts. Leave out statistics= and plan=.")
@@ -321,6 +320,7 @@ class MoECompressor:
             "seed": self.seed,
             "dtype": str(self.source.load_arguments.get("dtype")),
             "error propagation": self.error_propagation,
+            "model": same_model(self._identity),
             **calibration_identity(batches, self.calibration if batches else None, used, plan),
         }
         try:
@@ -344,7 +344,7 @@ class MoECompressor:
 
     def _run(self, source: BlockSource, batches: CalibrationBatches | None, keep: Keep = as_it_is) -> Run:
         how = self.error_propagation, self.progress, self.streaming is not None, keep
-        facts = self.source.info, self.method, self.seed, self.source.identity()
+        facts = self.source.info, self.method, self.seed, self._identity
         return Run(source, *facts, batches, self.calibration, *how)
 
     def measured(self) -> Preview:
@@ -391,8 +391,9 @@ class MoECompressor:
         counts = {name: block.num_groups for name, block in plan.blocks.items()}
         self.mtp.check_counts(counts, "reduce" if plan.is_plain else "map")
 
-    def _refuse_second_cut(self) -> None:
+    def _begin(self) -> None:
         if self._partly_cut:
             raise ValueError("An earlier apply() stopped in the middle and left the model partly cut. Load it again.")
         if self.plan is not None:
             raise ValueError("This model was already cut. Make a new MoECompressor from the original checkpoint.")
+        self._identity = identity(self.source)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from optimum_moe.records import read_record, write_record
+from optimum_moe.records import digest, read_record, write_record
 
 STATISTICS_NAME = "statistics"
 
@@ -142,6 +142,20 @@ class Statistics:
         """Write `statistics.json` and `statistics/tensors.safetensors`; the folder is created."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        record = {
+            "calibration": dict(self.calibration),
+            "source": dict(self.source),
+            "unseen": self.unseen,
+            "blocks": [{"name": name, "num_tokens": block.num_tokens} for name, block in self.blocks.items()],
+        }
+        write_record(directory, STATISTICS_NAME, record, self._tensors())
+
+    def digest(self) -> str:
+        """SHA-256 of all that a method sees of them."""
+        record = {"calibration": dict(self.calibration), "unseen": self.unseen, "blocks": list(self.blocks)}
+        return digest(record, self._tensors())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for index, block in enumerate(self.blocks.values()):
             tensors |= {f"{index}.{name}": getattr(block, name) for name in _SUMS}
@@ -150,13 +164,7 @@ class Statistics:
             names = [name for name in _RESERVOIR if not (shared and name == "experts_input_SH")]
             names = [name for name in names if getattr(block.reservoir, name) is not None]
             tensors |= {f"{index}.reservoir.{name}": getattr(block.reservoir, name).contiguous() for name in names}
-        record = {
-            "calibration": dict(self.calibration),
-            "source": dict(self.source),
-            "unseen": self.unseen,
-            "blocks": [{"name": name, "num_tokens": block.num_tokens} for name, block in self.blocks.items()],
-        }
-        write_record(directory, STATISTICS_NAME, record, tensors)
+        return tensors
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Statistics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from optimum_moe.checkpoint.contents import Contents, built, raw_config
 from optimum_moe.checkpoint.factored import factored_failures
 from optimum_moe.checkpoint.headers import Headers, read_headers
+from optimum_moe.checkpoint.identity import first_difference, identity
 from optimum_moe.checkpoint.mtp import COUNT_FIELDS, MTPLayers, MTPOption, block_with, is_benign, is_mtp
 from optimum_moe.checkpoint.quantizer import METHOD
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader, take_dtypes
@@ -137,11 +138,11 @@ def _plan_failures(work: _Work) -> list[str]:
             if tensor[: block.num_experts].tolist() != list(block.labels_E):
                 failures.append(f"{key} says {tensor.tolist()}, the plan's labels are {list(block.labels_E)}")
     if work.source is not None:
-        here = work.source.identity()
-        for key in ("architecture", "num_experts", "fingerprint"):
-            there = work.plan.source.get(key)
-            if there is not None and there != here[key]:
-                failures.append(f"the plan was made for another model: {key} is {there}, not {here[key]}")
+        made_from = work.plan.source
+        loaded = {**work.source.load_arguments, "dtype": made_from.get("dtype", "auto")}
+        difference = first_difference(made_from, identity(replace(work.source, load_arguments=loaded)))
+        if difference is not None:
+            failures.append(f"the plan was made for another model, whose {difference} differs from the original's")
     return failures
 
 

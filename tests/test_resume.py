@@ -276,14 +276,11 @@ def other_model(folder: Path) -> None:
     build("qwen3_moe", seed=1).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("change", [touch_shard, other_model])
-def test_a_source_that_changes_between_two_runs_is_refused(
-    change: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_changes_between_two_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tmp_path / "source", tmp_path / "result" / "out"
     build("qwen3_moe").save_pretrained(source)
     interrupted(source, out, monkeypatch)
-    change(source)
+    other_model(source)
     with pytest.raises(ValueError, match="unfinished run with another model"):
         stream(source, out)
 

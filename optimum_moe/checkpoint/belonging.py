@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from optimum_moe.checkpoint.identity import first_difference
 from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_config
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.writer import set_expert_counts
@@ -22,22 +24,20 @@ def refuse_original(directory: Path, source: ModelSource) -> None:
         raise ValueError(f"{directory} holds the original checkpoint, which would be replaced. Choose another folder.")
 
 
-def check_belongs(what: str, made_from: Any, source: ModelSource) -> None:
-    """Raise a `ValueError` where statistics or a plan belong to another model."""
-    here = source.identity()
-    for key in ("architecture", "num_experts", "fingerprint"):
-        there = made_from.get(key)
-        if there is not None and here[key] is not None and there != here[key]:
-            raise ValueError(
-                f"The {what} passed to apply() belong to {made_from.get('name')} ({made_from.get('architecture')}), "
-                f"whose {key} differs from that of {here['name']} ({here['architecture']}). "
-                "Use those of this checkpoint."
-            )
+def check_belongs(what: str, made_from: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` where statistics or a plan belong to another model than the one with this identity."""
+    difference = first_difference(made_from, here)
+    if difference is not None:
+        raise ValueError(
+            f"The {what} passed to apply() belong to {made_from.get('name')} ({made_from.get('architecture')}), "
+            f"whose {difference} differs from that of {here['name']} ({here['architecture']}). "
+            "Use those of this checkpoint."
+        )
 
 
-def check_plan(plan: CompressionPlan, source: ModelSource) -> None:
+def check_plan(plan: CompressionPlan, here: Mapping[str, Any]) -> None:
     """Raise a `ValueError` where a plan belongs to another model, or lacks the factors that it speaks of."""
-    check_belongs("plan", plan.source, source)
+    check_belongs("plan", plan.source, here)
     lacking = [block.name for block in plan.blocks.values() if block.sizes is not None and block.factors is None]
     if lacking:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -54,12 +53,6 @@ class Headers:
         for dtype, shape, _ in self.tensors.values():
             counts[dtype] += _numel(shape)
         return _BITS.get(counts.most_common(1)[0][0], 8) / 8
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of names, dtypes and shapes."""
-        listing = sorted((name, dtype, shape) for name, (dtype, shape, _) in self.tensors.items())
-        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def read_headers(directory: str | Path, variant: str | None = None) -> Headers:

@@ -65,8 +65,11 @@ class MTPLayers:
                 'mtp="drop".'
             )
 
-    def check_forms(self, method: Method, counts: Mapping[str, int]) -> None:
+    def check_method(self, method: Method, counts: Mapping[str, int]) -> None:
         """Raise a `ValueError` if the layers are to be cut like experts that the stock classes cannot hold."""
+        if not method.is_adaptive:
+            # An adaptive budget gives its average here, and its real counts with the plan.
+            self.check_counts(counts, method.block_routing)
         info = self.source.info
         last = info.blocks[-1]
         if self.option == "cut" and self.names and not method.cost(info, last, counts[last.name]).stock:

@@ -39,7 +39,7 @@ from optimum_moe.checkpoint.quantised import (
     unpacked,
 )
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader
-from optimum_moe.surgeons import FoundBlock, find_blocks, tower_of
+from optimum_moe.surgeons import FoundBlock, find_blocks
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 _CONFIG_ARGUMENTS = (*_HUB_ARGUMENTS, "trust_remote_code")
@@ -153,16 +153,6 @@ class ModelSource:
         if self.hub_id is not None:
             return self.hub_id
         return self.name if self.live is not None else Path(self.name).resolve().name
-
-    def identity(self) -> dict[str, Any]:
-        """What statistics and plans remember of the model they were made from."""
-        return {
-            "name": self.title,
-            "architecture": type(self.skeleton).__name__,
-            "num_experts": {found.info.name: found.info.num_experts for found in self.blocks},
-            "towers": {found.info.name: tower_of(self.skeleton, found) for found in self.blocks},
-            "fingerprint": None if self.headers is None else self.headers.fingerprint,
-        }
 
 
 def open_source(

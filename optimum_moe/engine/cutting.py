@@ -114,10 +114,17 @@ class Cutter:
             num_blocks=len(self.source.blocks),
         )
 
-    def settled(self, info: ModelInfo, statistics: Statistics, progress: Progress) -> Cutter:
-        """With a method that knows what it can spend on each block, which takes a look at all of them."""
+    def settled(self, info: ModelInfo, statistics: Statistics, values: Sequence[str], progress: Progress) -> Cutter:
+        """With a method that knows what it can spend on each block, which takes a look at all of them.
+
+        Args:
+            info: Sizes of the model.
+            statistics: What was observed; remembers what the method saw.
+            values: Digests of the model's values, which it was seen with.
+            progress: Shows the units.
+        """
         assert self.method is not None
-        key = f"{self.method.survey_key} {sorted(self.counts.items())} {self.seed} {self.unseen}"
+        key = f"{self.method.survey_key} {sorted(self.counts.items())} {self.seed} {self.unseen} {values}"
         surveys = statistics.memo.get(key)
         if surveys is None:
             surveys = statistics.memo[key] = self._surveys(statistics.blocks, progress)

@@ -24,7 +24,7 @@ from optimum_moe.engine.streaming import StreamingSource
 from optimum_moe.engine.working import WorkingFolder
 from optimum_moe.methods.counts import parse_size
 from optimum_moe.plan import PLAN_NAME, CompressionPlan
-from optimum_moe.records import digest, read_digest
+from optimum_moe.records import read_digest
 from optimum_moe.reporting.versions import versions
 from optimum_moe.statistics import Statistics
 
@@ -82,7 +82,7 @@ class StreamingJob:
     Args:
         source: The checkpoint.
         destination: Where the result goes; None for a run that only observes.
-        identity: What the result depends on, beside the checkpoint.
+        identity: What the result depends on.
         settings: How it is streamed.
         anew: Forget an earlier run.
     """
@@ -96,11 +96,10 @@ class StreamingJob:
         anew: bool = False,
     ) -> None:
         self._checkpoint, self._device, self._max_memory = source, settings.device, settings.max_memory
-        self._before = fingerprint(source)
+        self._before = file_states(source)
         self.folder = None
         if destination is not None:
-            made_from = {"model": self._before, **identity, "versions": versions()}
-            self.folder = WorkingFolder(destination, made_from, anew)
+            self.folder = WorkingFolder(destination, {**identity, "versions": versions()}, anew)
         self._stack = ExitStack()
 
     def __enter__(self) -> StreamingJob:
@@ -149,7 +148,7 @@ class StreamingJob:
             ValueError: If the original checkpoint was changed in the meantime.
         """
         assert self.folder is not None
-        if fingerprint(self._checkpoint) != self._before:
+        if file_states(self._checkpoint) != self._before:
             raise ValueError(
                 f"{self._checkpoint.name} was changed while it was compressed. Pass overwrite=True (--overwrite) to "
                 "begin anew."
@@ -201,10 +200,7 @@ def calibration_identity(
         found["data"] = batches.description
         found["calibration settings"] = [config.seed, config.unseen, config.reservoir_tokens]
     if statistics is not None:
-        record = {"calibration": dict(statistics.calibration), "unseen": statistics.unseen}
-        sums = {name: block.gated_norm_sum_E for name, block in statistics.blocks.items()}
-        grams = {f"{name} gram": block.router_gram_EE for name, block in statistics.blocks.items()}
-        found["statistics"] = digest(record, sums | grams)
+        found["statistics"] = statistics.digest()
     if plan is not None:
         with tempfile.TemporaryDirectory() as folder:
             plan.save_pretrained(folder)
@@ -212,12 +208,12 @@ def calibration_identity(
     return found
 
 
-def fingerprint(source: ModelSource) -> dict[str, Any]:
-    """What tells a checkpoint from another, or its state from another: sizes and times of files, else the revision."""
+def file_states(source: ModelSource) -> dict[str, Any]:
+    """What changes when somebody writes to a checkpoint while it is read: sizes and times of its files."""
     assert source.headers is not None
     files = {}
     for file in (*source.headers.files, Path(source.directory or "") / "config.json"):
         if file.is_file():
             status = file.stat()
-            files[file.name] = [status.st_size, status.st_mtime_ns]
-    return {"tensors": source.headers.fingerprint, "files": files, "folder": str(source.directory)}
+            files[file.name] = status.st_size, status.st_mtime_ns
+    return files

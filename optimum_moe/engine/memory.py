@@ -94,7 +94,7 @@ def decide_and_cut(
     if method.needs_survey:
         assert statistics is not None
         with Progress(len(source.units), "survey", progress, lines) as shown:
-            cutter = cutter.settled(info, statistics, shown)
+            cutter = cutter.settled(info, statistics, identity["values"], shown)
     with Progress(len(source.units), method.name, progress, lines) as shown:
         cut_units(source, cutter, observed, shown)
     calibration = None if statistics is None else statistics.calibration

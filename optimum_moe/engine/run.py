@@ -136,7 +136,7 @@ class Run:
         if self.method.needs_survey:
             with Progress(len(self.source.units), "survey", self.progress, self.lines) as shown:
                 assert statistics is not None
-                cutter = cutter.settled(self.info, statistics, shown)
+                cutter = cutter.settled(self.info, statistics, self.identity["values"], shown)
         store = StatisticsStore(self.source, "unit")
         handler = _Cut(self, cutter, store)
         pending = {unit.name for unit in self.source.units if unit.blocks and not self.source.is_finished(unit)}

@@ -1,0 +1,175 @@
+"""A digest of a model's values that is cheap to make and the same however they are stored.
+
+It is taken of a seeded sample of every tensor as the model holds it, so that one file, shards, one tensor for each
+expert and a model in memory give the same, and so do two dtypes where both hold the same numbers. Small tensors count
+as a whole; of a large one a thousand numbers here and there, at least two such runs for each entry of a stack of
+experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from math import prod
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+
+from optimum_moe.checkpoint.contents import Contents
+from optimum_moe.checkpoint.headers import Headers
+from optimum_moe.checkpoint.places import Place
+from optimum_moe.checkpoint.reader import ShardReader
+from optimum_moe.checkpoint.shards import bytes_of
+
+WHOLE = 1 << 21
+"""Numbers of a tensor that is taken as a whole."""
+SPAN = 1 << 19
+"""Numbers of a larger one among which one run is taken, fewer where there are many experts."""
+RUN = 1 << 10
+"""Numbers of a run."""
+
+Runs = Sequence[tuple[int, int]]
+
+
+def sample_runs(name: str, shape: Sequence[int]) -> Runs:
+    """The first number and the count of each run of a tensor's sample, in the order of its flat numbers."""
+    numel = prod(shape)
+    if numel <= WHOLE:
+        return [(0, numel)]
+    # Gate and up of an expert lie one behind the other.
+    span = min(SPAN, numel // (2 * shape[0])) if len(shape) >= 3 else SPAN
+    if span <= RUN:
+        return [(0, numel)]
+    runs = []
+    for first in range(0, numel, span):
+        room = min(span, numel - first) - RUN + 1
+        drawn = hashlib.blake2b(f"{name} {first}".encode(), digest_size=8).digest()
+        if room > 0:
+            runs.append((first + int.from_bytes(drawn, "little") % room, RUN))
+    return runs
+
+
+def values_in_memory(model: nn.Module, names: Collection[str], tied: Mapping[str, str]) -> str:
+    """The digest of a model in memory, on any device; offloaded tensors are fetched module by module.
+
+    Args:
+        model: The model.
+        names: Its tensors that count.
+        tied: Those that are another one, by their names.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        with align_module_device(module):
+            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                name = f"{path}.{key}" if path else key
+                if tensor is not None and name in names:
+                    found[name] = _digest(tensor.shape, _sample(name, tensor))
+    return _total(found, tied)
+
+
+def values_stored(
+    contents: Contents,
+    shards: ShardReader,
+    names: Collection[str],
+    tied: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype],
+) -> list[str]:
+    """The digest of a checkpoint's values as they are stored, and of those that a run loads where these are others.
+
+    Args:
+        contents: The checkpoint, read in the dtypes that are stored.
+        shards: Where its tensors are.
+        names: The tensors of the model that count.
+        tied: Those that are another one, by their names.
+        dtypes: Those that tensors are loaded in, where they may differ from those that are stored.
+
+    Raises:
+        ValueError: If a shard is no longer what its header said.
+    """
+    stored, loaded = {}, {}
+    for name, like in contents.tensors.items():
+        if name not in names:
+            continue
+        entries = contents.entries(name)
+        if entries is None:
+            # What a conversion moves or changes has no place of its own in the file.
+            numbers = _sample(name, contents.read([name])[name])
+        else:
+            places = [shards.place(part) for entry in entries for part in entry]
+            numbers = _read(places, name, like.shape, like.dtype)
+        stored[name] = loaded[name] = _digest(like.shape, numbers)
+        if dtypes.get(name, like.dtype) != like.dtype:
+            loaded[name] = _digest(like.shape, numbers.to(dtypes[name]))
+    return list(dict.fromkeys((_total(stored, tied), _total(loaded, tied))))
+
+
+def values_packed(headers: Headers, shards: ShardReader) -> list[str]:
+    """The digest of a quantised checkpoint: of the bytes that are stored, for its values would all have to be made."""
+    found = {}
+    for name, (_, shape, size) in headers.tensors.items():
+        item = size // max(prod(shape), 1)
+        shape = (*shape, item) if item * prod(shape) == size else (size,)
+        found[name] = _digest(shape, _read([shards.place(name)], name, shape, torch.uint8))
+    return [_total(found, {})]
+
+
+def _sample(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    return torch.cat([flat[first : first + count] for first, count in sample_runs(name, tensor.shape)])
+
+
+def _read(places: Sequence[Place], name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """The sample of a tensor whose bytes lie in several places, one behind the other."""
+    runs = sample_runs(name, shape)
+    if prod(shape) * dtype.itemsize != sum(place.size for place in places):
+        raise ValueError(f"{places[0].file} was changed since it was opened. Make a new MoECompressor.")
+    numbers = torch.empty(sum(count for _, count in runs), dtype=dtype)
+    if numbers.numel():
+        memory, done = bytes_of(numbers), 0
+        pieces = list(_pieces(places, runs, dtype.itemsize))
+        for piece in pieces:
+            piece.expect()
+        for piece in pieces:
+            piece.read_into(memory[done : done + piece.size])
+            done += piece.size
+    return numbers
+
+
+def _pieces(places: Sequence[Place], runs: Runs, item: int) -> Iterator[Place]:
+    ends = list(accumulate(place.size for place in places))
+    for begin, count in runs:
+        first, last = begin * item, (begin + count) * item
+        while first < last:
+            index = bisect_right(ends, first)
+            size = min(last, ends[index]) - first
+            place = places[index]
+            yield replace(place, start=place.start + place.size - (ends[index] - first), size=size)
+            first += size
+
+
+def _digest(shape: Sequence[int], numbers: torch.Tensor) -> str:
+    """SHA-256 of a shape and of numbers, floating ones in the one dtype that holds all of the narrower."""
+    if numbers.is_complex():
+        numbers = torch.view_as_real(numbers)
+    if numbers.is_floating_point() and numbers.dtype != torch.float64:
+        numbers = numbers.to(torch.float32)
+    found = hashlib.sha256(f"{tuple(shape)} {numbers.dtype}".encode())
+    if numbers.numel():
+        found.update(bytes_of(numbers.cpu().contiguous()))
+    return found.hexdigest()
+
+
+def _total(found: Mapping[str, str], tied: Mapping[str, str]) -> str:
+    """SHA-256 of all tensors; one that is another counts once, under the name of the other."""
+    kept = dict(found)
+    for name in found:
+        root = name
+        while root in tied:
+            root = tied[root]
+        if root != name and found.get(root, found[name]) == found[name]:
+            kept[root] = kept.pop(name)
+    return hashlib.sha256("".join(f"{name} {kept[name]}\n" for name in sorted(kept)).encode()).hexdigest()
