@@ -194,10 +194,25 @@ def new_settings(folder: Path) -> None:
     edit_config(folder, norm_topk_prob=False)
 
 
+def no_file(folder: Path) -> None:
+    (folder / SHARD).unlink()
+
+
+def longer_file(folder: Path) -> None:
+    tensors = load_file(folder / SHARD)
+    tensors["lm_head.weight"] = torch.cat([tensors["lm_head.weight"]] * 2)
+    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize("engine", ["memory", "streaming"])
 @pytest.mark.parametrize(
     ("change", "text"),
-    [(new_values, CONTENT), (new_settings, "config.json of .* was changed since it was opened: norm_topk_prob was")],
+    [
+        (new_values, CONTENT),
+        (new_settings, "config.json of .* was changed since it was opened: norm_topk_prob was true and is false"),
+        (no_file, r"model.safetensors is gone since it was opened. Copy it again, or make a new MoECompressor"),
+        (longer_file, r"model.safetensors was changed since it was opened. Make a new MoECompressor"),
+    ],
 )
 def test_a_source_that_changes_after_calibrate(
     change: Callable[[Path], None], text: str, engine: str, checkpoint: Path, tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def identity(source: ModelSource) -> dict[str, Any]:
     are the same if they share one.
 
     Raises:
-        ValueError: If the checkpoint was changed since it was opened.
+        ValueError: If the checkpoint was changed since it was opened, as far as its config and sizes go.
     """
     return {
         "name": source.title,
@@ -116,6 +117,9 @@ def _values(source: ModelSource) -> list[str]:
     if source.live is not None:
         return [values_in_memory(source.live, _counting(source), tied)]
     assert source.headers is not None
+    gone = [file for file in source.headers.files if isinstance(source.location, Path) and not file.is_file()]
+    if gone:
+        raise ValueError(f"{gone[0]} is gone since it was opened. Copy it again, or make a new MoECompressor.")
     with source.shards() as shards:
         if source.quantisation is not None:
             return values_packed(source.headers, shards)
