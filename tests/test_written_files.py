@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 import optimum_moe
 from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, Statistics
 from optimum_moe.checkpoint.carried_files import carried_files
+from optimum_moe.checkpoint.identity import identity
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.recipes import Recipe, calibration_config, load_recipe
 from tests.mtp_checkpoints import save_with_mtp
@@ -253,7 +254,7 @@ def test_a_model_of_the_cache_of_the_hub_is_named_by_its_id(original: Path, tmp_
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to(original)
     source = open_source(snapshot)
-    assert (source.hub_id, source.title, source.identity()["name"]) == ("org/name", "org/name", "org/name")
+    assert (source.hub_id, source.title, identity(source)["name"]) == ("org/name", "org/name", "org/name")
     assert open_source(f"{original}/").hub_id is None
     assert open_source(f"{original}/").title == "mymodel"
     live = open_source(transformers.AutoModelForCausalLM.from_pretrained(original))
