@@ -17,13 +17,13 @@ START, END = "<!-- architectures: make docs -->\n", "\n<!-- end -->"
 
 
 def main() -> None:
-    text = README.read_text()
+    text = README.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END, 1)
     written = f"{before}{START}{support_markdown()}{END}{after}"
     if "--check" in sys.argv[1:]:
         sys.exit(text != written)
-    README.write_text(written)
+    README.write_text(written, encoding="utf-8")
 
 
 if __name__ == "__main__":

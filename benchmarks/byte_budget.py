@@ -271,7 +271,7 @@ def main() -> None:
     lines += table(setting, found, arguments.shares)
     print("\n".join(lines))
     if arguments.output:
-        arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
         plot(setting, found, arguments.shares, arguments.output.with_suffix(".png"))
 
 

@@ -71,8 +71,14 @@ def report(folders: dict[str, Path]) -> None:
         num_prompts=16,
         progress=sys.stderr.isatty(),
     )
-    costs = {"original": json.loads((next(iter(folders.values())) / "compression_report.json").read_text())["before"]}
-    costs |= {n: json.loads((f / "compression_report.json").read_text())["after"] for n, f in folders.items()}
+    costs = {
+        "original": json.loads((next(iter(folders.values())) / "compression_report.json").read_text(encoding="utf-8"))[
+            "before"
+        ]
+    }
+    costs |= {
+        n: json.loads((f / "compression_report.json").read_text(encoding="utf-8"))["after"] for n, f in folders.items()
+    }
     header = ("", "disk MB", "params M", "MFLOPs", "ppl", "KL", "top-1", "choice", "generation", "loops")
     rows = [header]
     for name, result in results.items():

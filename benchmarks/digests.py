@@ -156,9 +156,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     found = digests(arguments)
     if arguments.write:
-        arguments.write.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        arguments.write.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return
-    changed = differences(json.loads(arguments.check.read_text()), found)
+    changed = differences(json.loads(arguments.check.read_text(encoding="utf-8")), found)
     print(f"{len(found)} runs, {len(changed)} differences")
     print("\n".join(changed))
     sys.exit(bool(changed))

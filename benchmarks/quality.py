@@ -138,7 +138,7 @@ def main() -> None:
     lines += ["|---" * (2 + len(arguments.seeds)) + "|", *paired]
     print("\n" + "\n".join(lines))
     if arguments.output:
-        arguments.output.write_text("\n".join(lines) + "\n")
+        arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

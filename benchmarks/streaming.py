@@ -84,7 +84,7 @@ class Row:
 def anonymous(process: int) -> int:
     """Anonymous bytes of a process now."""
     try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     except (OSError, ProcessLookupError):
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous")), 0)

@@ -85,7 +85,7 @@ def write(folder: Path, made: SwitchTransformersConfig) -> None:
         write_shard(folder / file, tensors)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": file_bytes(folder)}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

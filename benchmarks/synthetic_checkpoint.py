@@ -86,7 +86,7 @@ def write(folder: Path, layers: int, hidden: int = 1024, intermediate: int = 384
         size += write_shard(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return size
 
 

@@ -115,7 +115,7 @@ def save_state(path: Path, step: int, seconds: float, model: torch.nn.Module, op
     beside = path.with_suffix(".writing")
     save_file({k: v.contiguous() for k, v in tensors.items()}, beside)
     beside.rename(path)
-    path.with_suffix(".json").write_text(json.dumps({"step": step, "seconds": seconds}))
+    path.with_suffix(".json").write_text(json.dumps({"step": step, "seconds": seconds}), encoding="utf-8")
 
 
 def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
@@ -126,7 +126,7 @@ def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
         for name, p in model.named_parameters():
             p.copy_(tensors[f"model.{name}"])
             optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    state = json.loads(path.with_suffix(".json").read_text())
+    state = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     return state["step"], state["seconds"]
 
 
@@ -169,7 +169,7 @@ def train(stream_T: torch.Tensor, arguments: argparse.Namespace) -> tuple[Qwen3M
 
 def write_documents(path: Path, documents: list[Document]) -> None:
     lines = [json.dumps({"title": d.title, "text": d.text}, ensure_ascii=False) for d in documents]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -215,7 +215,7 @@ def main() -> None:
         "seconds": round(seconds),
         "last_loss": sum(losses[-50:]) / max(1, len(losses[-50:])),
     }
-    (arguments.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (arguments.output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=2))
 
 

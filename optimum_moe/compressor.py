@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,15 @@ from optimum_moe.calibration import CalibrationConfig, build_batches, observe
 from optimum_moe.calibration.data import CalibrationBatches
 from optimum_moe.checkpoint.belonging import check_belongs, check_plan, mark_structure, refuse_original
 from optimum_moe.checkpoint.carried_files import carry_files
+from optimum_moe.checkpoint.destination import check_destination, check_space, owned, written_beside
 from optimum_moe.checkpoint.identity import identity, same_model
 from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp
 from optimum_moe.checkpoint.origin import refuse_offloaded
 from optimum_moe.checkpoint.push import push
 from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.streamed import align
-from optimum_moe.checkpoint.writer import (
-    check_destination,
-    check_space,
-    describe_model,
-    write_model,
-    written_beside,
-)
+from optimum_moe.checkpoint.system import readable_path
+from optimum_moe.checkpoint.writer import describe_model, write_model
 from optimum_moe.engine import BlockSource, MemorySource, check_together
 from optimum_moe.engine.job import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
 from optimum_moe.engine.layerwise import Keep, as_it_is
@@ -236,18 +233,17 @@ class MoECompressor:
         batches = self._batches() if observing else None
         if self.streaming is not None:
             return self._stream(batches, plan)
-        if self.output_dir is not None:
-            check_space(self.output_dir, self.preview().after.bytes)
-        model = self._loaded()
-        refuse_offloaded(model)
-        if batches is not None and not self.error_propagation:
-            self._observe(batches)
-        self.plan = plan = self._cut(self._run(MemorySource(model, self.source.blocks), batches), plan)
-        self._mark(model, plan)
-        model.eval()
-        if self.output_dir is None:
-            return model
-        return self.save_pretrained(self.output_dir, overwrite=self.overwrite)
+        with nullcontext() if self.output_dir is None else owned(self.output_dir, self.overwrite):
+            if self.output_dir is not None:
+                check_space(self.output_dir, self.preview().after.bytes)
+            model = self._loaded()
+            refuse_offloaded(model)
+            if batches is not None and not self.error_propagation:
+                self._observe(batches)
+            self.plan = plan = self._cut(self._run(MemorySource(model, self.source.blocks), batches), plan)
+            self._mark(model, plan)
+            model.eval()
+            return model if self.output_dir is None else self._write(self.output_dir, self.overwrite)
 
     def save_pretrained(
         self,
@@ -286,13 +282,20 @@ class MoECompressor:
             directory = check_destination(directory, overwrite)
             refuse_original(directory, self.source)
             refuse_offloaded(self.model)
-            check_space(directory, sum(p.numel() * p.element_size() for p in self.model.parameters()))
-            with written_beside(directory) as beside:
-                write_model(self.model, beside, self.source.blocks, max_shard_size)
-                self._describe(beside, directory.name)
-            self._written = directory
+            with owned(directory, overwrite):
+                self._write(directory, overwrite, max_shard_size)
         if push_to_hub:
             push(directory, repo_id, token, lambda name: write_card(directory, name, self._card_facts()))
+        return directory
+
+    def _write(self, directory: Path, overwrite: bool, max_shard_size: str = "5GB") -> Path:
+        """Write the model to a folder that is owned."""
+        assert self.model is not None
+        check_space(directory, sum(p.numel() * p.element_size() for p in self.model.parameters()))
+        with written_beside(directory, overwrite) as beside:
+            write_model(self.model, beside, self.source.blocks, max_shard_size)
+            self._describe(beside, readable_path(directory.name))
+        self._written = directory
         return directory
 
     def _describe(self, beside: Path, name: str) -> None:

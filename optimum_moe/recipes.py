@@ -100,10 +100,10 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(f"No recipe file {path}. Give an existing one, or a preset: {', '.join(preset_names())}.")
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     else:
         choose_one("recipe", str(name), preset_names())
-        text = (resources.files("optimum_moe") / "presets" / f"{name}.yaml").read_text()
+        text = (resources.files("optimum_moe") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     try:
         record = yaml.safe_load(text)
     except yaml.YAMLError as error:

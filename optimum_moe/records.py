@@ -29,7 +29,7 @@ def write_record(directory: Path, name: str, record: Mapping[str, Any], tensors:
     share_as_new(tensors_file(directory, name).parent)
     versioned = {"format_version": FORMAT_VERSION, **record}
     versioned["digest"] = digest(versioned, tensors)
-    (directory / f"{name}.json").write_text(json.dumps(versioned, indent=1) + "\n")
+    (directory / f"{name}.json").write_text(json.dumps(versioned, indent=1) + "\n", encoding="utf-8")
 
 
 def share_as_new(folder: Path) -> None:
@@ -54,7 +54,7 @@ def digest(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> st
 
 def read_digest(directory: Path, name: str) -> str:
     """What `digest` gave when the record was written."""
-    return str(json.loads((directory / f"{name}.json").read_text())["digest"])
+    return str(json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))["digest"])
 
 
 def read_record(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -67,7 +67,7 @@ def read_record(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, t
     if not path.is_file():
         raise ValueError(f"No {path.name} in {directory}. Give a folder that optimum_moe wrote one to.")
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         version, written = record["format_version"], record.pop("digest")
         tensors = load_file(tensors_file(directory, name))
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:

@@ -75,4 +75,4 @@ def to_fp8(plain: Path, out: Path, block: tuple[int, int] = (16, 16), skip: Iter
 def edit_config(folder: Path, **fields: object) -> None:
     """Set fields of `config.json`."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")

@@ -45,7 +45,7 @@ def module_of(path: Path) -> str:
 def imported_names(path: Path) -> set[str]:
     """Everything that a file imports at any depth, but not what it imports for type checkers only."""
     names = set()
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = {
         id(node)
         for block in ast.walk(tree)
@@ -83,9 +83,9 @@ def test_lower_layers_do_not_import_transformers(path: Path) -> None:
 def test_files_and_functions_stay_small(path: Path) -> None:
     if path.name in TABLES:
         return
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 400
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno < 80, f"{path.name}:{node.name}"
 

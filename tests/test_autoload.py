@@ -148,7 +148,7 @@ POISONS = {
 def test_a_broken_package_breaks_neither_torch_nor_transformers(saved: Any, tmp_path: Path, poison: str) -> None:
     shutil.copytree(PACKAGE, tmp_path / "optimum_moe", ignore=shutil.ignore_patterns("__pycache__"))
     name, text = POISONS[poison]
-    (tmp_path / "optimum_moe" / name).write_text(text)
+    (tmp_path / "optimum_moe" / name).write_text(text, encoding="utf-8")
     code = "import torch, transformers.modeling_utils\nprint(torch.ones(2).sum().item())"
     # Not even where warnings are errors.
     done = run_python(code, flags=("-W", "error::UserWarning"), PYTHONPATH=tmp_path)
@@ -213,7 +213,7 @@ def test_the_installed_package_wins_over_carried_code(saved: Any, tmp_path: Path
 
 def test_what_a_checkpoint_carries(saved: Any, tmp_path: Path) -> None:
     folder, _ = saved
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_optimum_moe.AutoModelForCausalLM"
     assert all(name.split(".")[1] == key for key, name in config["auto_map"].items())
     with zipfile.ZipFile(folder / "optimum_moe.zip") as archive:
@@ -222,7 +222,7 @@ def test_what_a_checkpoint_carries(saved: Any, tmp_path: Path) -> None:
     assert not any(part in name for name in archive.namelist() for part in ("calibration", "methods", "compressor"))
     # Saved again it has no code, and so must not name any.
     transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
-    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
 
 
 def test_the_same_package_carries_the_same_bytes(saved: Any) -> None:
@@ -230,14 +230,14 @@ def test_the_same_package_carries_the_same_bytes(saved: Any) -> None:
     before = (folder / "optimum_moe.zip").read_bytes(), (folder / "config.json").read_bytes()
     config = json.loads(before[1])
     del config["auto_map"]
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     carry_code(folder, transformers.AutoConfig.from_pretrained(folder))
     assert ((folder / "optimum_moe.zip").read_bytes(), (folder / "config.json").read_bytes()) == before
 
 
 def test_plain_checkpoints_carry_nothing(tmp_path: Path) -> None:
     save_structured(by_name("qwen3_moe"), tmp_path / "out", MSMoE(num_experts=4, routing="reduce"))
-    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert {p.name for p in (tmp_path / "out").iterdir()} & {"optimum_moe.zip", "modeling_optimum_moe.py"} == set()
 
 

@@ -150,7 +150,7 @@ def test_saved_and_loaded_as_a_whole(composite: Composite, method: str, tmp_path
     compressor = compressor_for(build_composite(composite), METHODS[method], composite)
     model = compressor.apply()
     compressor.save_pretrained(tmp_path / "out")
-    plain = "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    plain = "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert plain == compressor.plan.is_plain == (method != "map")
     for auto in dict.fromkeys((composite.auto, "AutoModelForMultimodalLM")):
         loaded = getattr(transformers, auto).from_pretrained(tmp_path / "out")
@@ -169,9 +169,9 @@ def test_saved_and_loaded_as_a_whole(composite: Composite, method: str, tmp_path
 def test_a_config_without_architectures_opens_as_the_whole_model(composite: Composite, tmp_path: Path) -> None:
     model = build_composite(composite)
     model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     del config["architectures"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     source = open_source(tmp_path)
     assert type(source.skeleton) is type(model)
     assert [found.info for found in source.blocks] == [found.info for found in find_blocks(model)]
@@ -250,7 +250,7 @@ def test_towers_with_different_counts_are_plain(tmp_path: Path) -> None:
     assert compressor.preview().plain
     compressor.apply()
     compressor.save_pretrained(tmp_path / "out")
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in written
     assert written["thinker_config"]["text_config"]["num_experts"] == 4
     assert written["talker_config"]["text_config"]["num_local_experts"] == 8

@@ -73,12 +73,12 @@ def test_changed_sizes_load_the_same_model_or_say_why_not(
     saved: tuple[Path, PreTrainedModel], tmp_path: Path, data: Any
 ) -> None:
     directory, model = saved
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     changed = data.draw(mutations(config))
     target = tmp_path / "changed"
     if not target.exists():
         shutil.copytree(directory, target)
-    (target / "config.json").write_text(json.dumps(changed))
+    (target / "config.json").write_text(json.dumps(changed), encoding="utf-8")
     loaded = outcome(lambda: AutoModelForCausalLM.from_pretrained(target))
     if loaded is None:
         return
@@ -97,13 +97,13 @@ def structure(config: Any) -> list[Any]:
 @CASES
 def test_sizes_of_a_plan_that_somebody_else_wrote_are_checked(saved: Any, tmp_path: Path, data: Any) -> None:
     directory, _ = saved
-    plan = json.loads((directory / "plan.json").read_text())
+    plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
     wrapped = {"quantization_config": {"blocks": {b["name"]: b for b in plan["blocks"]}}}
     plan["blocks"] = list(data.draw(mutations(wrapped))["quantization_config"]["blocks"].values())
     plan.pop("digest", None)
     plan["digest"] = digest(plan, load_file(directory / "plan" / "tensors.safetensors"))
     shutil.copytree(directory / "plan", tmp_path / "plan", dirs_exist_ok=True)
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     loaded = outcome(lambda: CompressionPlan.from_pretrained(tmp_path))
     if loaded is not None:
         for block in loaded.blocks.values():

@@ -51,7 +51,9 @@ def test_streaming_equals_memory(name: str, kind: str, checkpoints: Any, tmp_pat
         for engine in ("memory", "streaming")
     }
     assert_same(written["memory"], written["streaming"])
-    structure = json.loads((written["streaming"] / "config.json").read_text())["quantization_config"]["blocks"]
+    structure = json.loads((written["streaming"] / "config.json").read_text(encoding="utf-8"))["quantization_config"][
+        "blocks"
+    ]
     assert all("factors" in entry for entry in structure.values())
     assert any(".factors." in key for key in tensors(written["streaming"]))
 

@@ -113,11 +113,11 @@ def test_a_missing_factor_and_other_sizes(folders: Any, tmp_path: Path) -> None:
     assert f"{gone} is missing" in report["experts"].failures
     shutil.rmtree(out)
     shutil.copytree(folder / "out", out)
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     sizes = config["quantization_config"]["blocks"]["model.layers.1.mlp"]["factors"]
     ranks = sizes["ranks"]["up"].split(" ")
     sizes["ranks"]["up"] = " ".join([ranks[0], "16", *ranks[2:]])
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     report = verify(out, folder / "original")
     assert "Sizes of experts are not those that their checksum was made of" in report["config"].failures[0]
     assert not report["experts"].ran
@@ -126,7 +126,7 @@ def test_a_missing_factor_and_other_sizes(folders: Any, tmp_path: Path) -> None:
     made = replace(before, ranks={**before.ranks, "up": (before.ranks["up"][0], 16, *before.ranks["up"][2:])})
     assert {**made.to_dict(), "checksum": sizes["checksum"]} == sizes
     config["quantization_config"]["blocks"]["model.layers.1.mlp"]["factors"] = made.to_dict()
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     report = verify(out, folder / "original")
     assert {"config", "shapes", "reload"} <= failed(report)
     assert "the blocks of quantization_config are not those of the plan" in report["config"].failures

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
 from optimum_moe import compressor as compressor_module
-from optimum_moe.checkpoint import carried_files, writer
+from optimum_moe.checkpoint import carried_files, destination
 from optimum_moe.reporting import description
 from optimum_moe.surgeons import find_blocks
 from tests.tiny_checkpoints import save_checkpoint
@@ -77,9 +77,9 @@ def earlier(tmp_path: Path) -> Iterator[Path]:
     """An earlier checkpoint at the destination, which the test must leave as it is."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("{}")
+    (out / "config.json").write_text("{}", encoding="utf-8")
     (out / "notes").mkdir()
-    (out / "notes" / "mine.txt").write_text("mine")
+    (out / "notes" / "mine.txt").write_text("mine", encoding="utf-8")
     before = contents(tmp_path)
     yield out
     assert contents(tmp_path) == before
@@ -265,4 +265,4 @@ def test_experts_that_the_checkpoint_lacks_are_never_random(original: Path, tmp_
 
 def test_space_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bytes left, the checkpoint takes 1,000,000,000,000,000,000"):
-        writer.check_space(tmp_path / "a" / "b", 10**18)
+        destination.check_space(tmp_path / "a" / "b", 10**18)

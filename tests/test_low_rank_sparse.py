@@ -106,7 +106,9 @@ def test_reload_is_bit_equal(target: Target, kind: str, tmp_path: Path) -> None:
     move_out_of_the_file(loaded)
     assert torch.equal(logits_of(loaded, inputs_for(target)), logits_of(model, inputs_for(target)))
     assert measured.bytes < compressor.measured().before.bytes
-    structure = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["blocks"]
+    structure = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"][
+        "blocks"
+    ]
     again = CompressionPlan.from_pretrained(tmp_path / "out")
     assert structure == again.structure() == compressor.plan.structure()
     assert [b.digest for b in again.blocks.values()] == [b.digest for b in compressor.plan.blocks.values()]

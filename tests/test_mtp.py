@@ -31,7 +31,7 @@ NAMES = list(PREFIXES)
 
 
 def opened(checkpoint: Path, method: Any = METHODS["prune"], **settings: Any) -> MoECompressor:
-    name = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    name = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]
     data = [inputs_for(name, rows=4, length=32, seed=seed) for seed in range(3)]
     return MoECompressor.from_pretrained(checkpoint, method, CalibrationConfig(data), progress=False, **settings)
 
@@ -64,11 +64,11 @@ def test_copied_unchanged_into_a_shard_of_the_index(name: str, tmp_path: Path) -
     compressor = compressed(tmp_path / "in", tmp_path / "out", "map", mtp="copy")
     before, after = tensors_of(tmp_path / "in"), tensors_of(tmp_path / "out")
     assert [key for key in extra if not torch.equal(before[key], after[key])] == []
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert {key for key, file in index["weight_map"].items() if file == "model-mtp.safetensors"} == set(extra)
     assert set(index["weight_map"]) == set(after)
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in after.values())
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["num_nextn_predict_layers"] == 1
     # Buffers are stored, and are no parameters.
     buffers = sum(t.numel() for key, t in after.items() if key.endswith(("expert_map", "correction_bias")))
     buffers -= sum(after[key].numel() for key in extra if key.endswith("correction_bias"))
@@ -83,7 +83,7 @@ def test_several_shards_stay_in_the_index(tmp_path: Path) -> None:
     compressor = opened(tmp_path / "in", METHODS["map"], mtp="copy")
     compressor.apply()
     compressor.save_pretrained(tmp_path / "out", max_shard_size="100KB")
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert len(set(index["weight_map"].values())) > 3
     headers = read_headers(tmp_path / "out")
     assert set(headers.tensors) == set(index["weight_map"])
@@ -116,7 +116,7 @@ def test_dropped(name: str, method: str, tmp_path: Path) -> None:
     compressor.apply()
     compressor.save_pretrained(tmp_path / "out")
     assert not set(extra) & set(read_headers(tmp_path / "out").tensors)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["num_nextn_predict_layers"] == 0
     measured = compressor.measured()
     assert preview.before.parameters == read_headers(tmp_path / "in").parameters
     buffers = 8 * 2 if name == "deepseek_v3" else 0

@@ -104,7 +104,7 @@ def outcome(load: Any, errors: tuple[type[Exception], ...] = (ValueError,)) -> A
 @CASES
 def test_a_changed_config_loads_the_same_model_or_says_why_not(saved, tmp_path: Path, data) -> None:
     directory, model = saved
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     changed = data.draw(mutations(config, OURS))
     for name in data.draw(st.sets(st.sampled_from(COUNTS))) if data.draw(st.booleans()) else ():
         changed[name] = data.draw(st.integers(-2, 12))
@@ -114,7 +114,7 @@ def test_a_changed_config_loads_the_same_model_or_says_why_not(saved, tmp_path: 
     target = tmp_path / "changed"
     if not target.exists():
         shutil.copytree(directory, target)
-    (target / "config.json").write_text(json.dumps(changed))
+    (target / "config.json").write_text(json.dumps(changed), encoding="utf-8")
     fusion = changed.get("fusion_config")
     errors: tuple[type[Exception], ...] = (ValueError,)
     if method != METHOD and fusion != SENTINEL:
@@ -134,10 +134,10 @@ def test_a_changed_config_loads_the_same_model_or_says_why_not(saved, tmp_path: 
 @CASES
 def test_a_changed_plan_is_refused(saved, tmp_path: Path, data) -> None:
     directory, _ = saved
-    plan = json.loads((directory / "plan.json").read_text())
+    plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
     changed = data.draw(mutations(plan))
     shutil.copytree(directory / "plan", tmp_path / "plan", dirs_exist_ok=True)
-    (tmp_path / "plan.json").write_text(json.dumps(changed))
+    (tmp_path / "plan.json").write_text(json.dumps(changed), encoding="utf-8")
     assert changed == plan or outcome(lambda: CompressionPlan.from_pretrained(tmp_path)) is None
 
 
@@ -146,12 +146,12 @@ def test_a_changed_plan_is_refused(saved, tmp_path: Path, data) -> None:
 def test_a_plan_that_somebody_else_wrote_is_checked(saved, tmp_path: Path, data) -> None:
     """With a digest that fits, only what a plan says can tell whether it makes sense."""
     directory, _ = saved
-    plan = json.loads((directory / "plan.json").read_text())
+    plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
     changed = data.draw(mutations(plan, ("blocks",)))
     changed.pop("digest", None)
     changed["digest"] = digest(changed, load_file(directory / "plan" / "tensors.safetensors"))
     shutil.copytree(directory / "plan", tmp_path / "plan", dirs_exist_ok=True)
-    (tmp_path / "plan.json").write_text(json.dumps(changed))
+    (tmp_path / "plan.json").write_text(json.dumps(changed), encoding="utf-8")
     loaded = outcome(lambda: CompressionPlan.from_pretrained(tmp_path))
     if loaded is None:
         return

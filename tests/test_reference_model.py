@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
 
 
 def documents(name: str) -> list[str]:
-    return [json.loads(line)["text"] for line in (REFERENCE / name).read_text().splitlines()]
+    return [json.loads(line)["text"] for line in (REFERENCE / name).read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def written(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **fiel
 
 
 def compressor_of(checkpoint: Path, method: Any = METHODS["prune"], **settings: Any) -> MoECompressor:
-    name = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    name = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]
     data = [inputs_for(name, rows=4, length=32, seed=seed) for seed in range(3)]
     return MoECompressor.from_pretrained(checkpoint, method, CalibrationConfig(data), progress=False, **settings)
 
@@ -108,7 +108,7 @@ def test_compressed_as_the_dequantised_model_in_memory(name: str, method: str, t
     assert not getattr(model, "is_quantized", False)
     assert not hasattr(model, "hf_quantizer")
     assert not hasattr(model, "quantization_method")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert "mxfp4" not in str(config)
     assert "fp8" not in str(config)
     assert ("quantization_config" in config) == (method == "map")
@@ -139,9 +139,9 @@ def test_a_dtype_of_its_own(tmp_path: Path) -> None:
 
 def test_a_config_without_dtype_gives_bfloat16(tmp_path: Path) -> None:
     checkpoint = written("qwen3_moe", tmp_path)
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     del config["dtype"]
-    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
     source = open_source(checkpoint, dequantize=True)
     assert source.info.bytes == 2 * source.info.parameters
     assert source.load().dtype == torch.bfloat16
@@ -164,7 +164,7 @@ def test_quantised_only_with_dequantize_and_the_reverse(tmp_path: Path) -> None:
 
 def test_an_embedding_that_stays_quantised_is_refused(tmp_path: Path) -> None:
     checkpoint = written("qwen3_moe", tmp_path)
-    quantisation = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    quantisation = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     edit_config(checkpoint, quantization_config=quantisation | {"modules_to_convert": ["embed_tokens"]})
     with pytest.raises(ValueError, match=r"keeps \['embed_tokens'\] of this checkpoint in fp8"):
         compressor_of(checkpoint, dequantize=True)
@@ -193,7 +193,7 @@ def reshard(checkpoint: Path, shared: bool) -> None:
         save_file(part, checkpoint / file, metadata={"format": "pt"})
     (checkpoint / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": weight_map}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -62,7 +62,7 @@ def test_reload_is_bit_equal(target: Target, method: str, tmp_path: Path) -> Non
     assert torch.equal(logits_of(loaded, inputs_for(target)), logits_of(model, inputs_for(target)))
     # Other tools take every such file for weights.
     assert all(path.name.startswith("model") for path in (tmp_path / "out").glob("*.safetensors"))
-    is_plain = "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    is_plain = "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert is_plain == compressor.plan.is_plain == (method in ("reduce", "prune"))
     again = CompressionPlan.from_pretrained(tmp_path / "out")
     assert {n: b.labels_E for n, b in again.blocks.items()} == {
@@ -149,7 +149,7 @@ def saved_for_subprocess(
             folder = tmp_path / f"{target.name}-{method}"
             _, model = compress(target, method, folder)
             save_file(inputs_for(target), folder / "test_inputs.safetensors")
-            (folder / "class.txt").write_text(target.architecture)
+            (folder / "class.txt").write_text(target.architecture, encoding="utf-8")
             saved.append((folder, logits_of(model, inputs_for(target))))
     return saved
 
@@ -216,10 +216,10 @@ def test_a_missing_tensor_of_a_compressed_block_is_an_error(part: str, tmp_path:
 
 def edit_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     block = next(iter(config["quantization_config"]["blocks"]))
     config["quantization_config"]["blocks"][block].update(changes)
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_wrong_size_in_the_structure_does_not_load(tmp_path: Path) -> None:
 
 def test_config_has_every_spelling_of_the_expert_count(tmp_path: Path) -> None:
     compress(by_name("qwen3_moe"), "reduce", tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["num_experts"] == config["num_local_experts"] == 4
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
 

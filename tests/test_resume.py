@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE, records
-from optimum_moe.checkpoint import shards, writer
+from optimum_moe.checkpoint import destination, shards
 from optimum_moe.engine import job
 from optimum_moe.engine.lockstep import Runner
 from optimum_moe.surgeons.generic import GenericSurgeon
@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def progress(out: Path) -> dict[str, Any]:
-    return json.loads((out.parent / f".{out.name}.streaming" / "state" / "progress.json").read_text())
+    return json.loads((out.parent / f".{out.name}.streaming" / "state" / "progress.json").read_text(encoding="utf-8"))
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int, error: BaseException) -> list[int]:
@@ -102,7 +102,9 @@ def assert_stops_and_resumes(
 ) -> None:
     with monkeypatch.context() as patch:
         patch_disk(patch)
-        with pytest.raises(ValueError, match=r"The disk is full; \d parts are finished and stay in .*out.stream"):
+        with pytest.raises(
+            ValueError, match=r"The disk is full; (\d parts are finished and stay in .*out.stream|no part)"
+        ):
             run(out)
     assert not out.exists()
     assert not list(out.parent.rglob("*.part"))
@@ -332,7 +334,7 @@ def test_two_runs_at_once_are_refused(checkpoint: Path, tmp_path: Path, monkeypa
 
 def test_broken_progress_is_refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(checkpoint, tmp_path / "out", monkeypatch)
-    (tmp_path / ".out.streaming" / "state" / "progress.json").write_text("{")
+    (tmp_path / ".out.streaming" / "state" / "progress.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"progress.json is broken. Pass overwrite=True"):
         stream(checkpoint, tmp_path / "out")
     assert stream(checkpoint, tmp_path / "out", overwrite=True) == tmp_path / "out"
@@ -350,13 +352,13 @@ def test_output_that_turns_out_to_be_read_only(
 ) -> None:
     # Root may write anywhere, so the system's answer is replaced.
     with monkeypatch.context() as patch:
-        patch.setattr(writer.os, "access", lambda path, mode: False)
+        patch.setattr(destination.os, "access", lambda path, mode: False)
         with pytest.raises(ValueError, match=r"No permission to write in .*. Choose another folder"):
             stream(checkpoint, tmp_path / "out", COPYING)
     for error in (PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "Read-only file system")):
         with monkeypatch.context() as patch:
             stop_at(patch, shards, "write_all", 5, error)
-            with pytest.raises(ValueError, match=r"refused to write or read \(.*(denied|Read-only).*\); \d parts"):
+            with pytest.raises(ValueError, match=r"refused to write or read \(.*(denied|Read-only).*\); no part is"):
                 stream(checkpoint, tmp_path / "out", COPYING)
         assert not list(tmp_path.rglob("*.part"))
     assert stream(checkpoint, tmp_path / "out", COPYING) == tmp_path / "out"
@@ -386,9 +388,6 @@ def test_shards_are_safetensors(tmp_path: Path) -> None:
     }
     size = shards.write_shard(tmp_path / "x.safetensors", given)
     assert size == (tmp_path / "x.safetensors").stat().st_size
-    assert shards.is_whole(tmp_path / "x.safetensors", size)
-    assert not shards.is_whole(tmp_path / "x.safetensors", size - 1)
-    assert not shards.is_whole(tmp_path / "y.safetensors", size)
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == given.keys()
     assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in given.items())

@@ -43,8 +43,8 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def edit(file: Path, **fields: Any) -> None:
-    record = json.loads(file.read_text()) | fields
-    file.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    record = json.loads(file.read_text(encoding="utf-8")) | fields
+    file.write_text(json.dumps({key: value for key, value in record.items() if value is not None}), encoding="utf-8")
 
 
 def saved(source: Path, folder: Path, **how: Any) -> Path:
@@ -98,7 +98,7 @@ def test_both_engines_take_what_transformers_takes(
     assert len(kept) > 20
     for name in kept:
         assert torch.equal(found[name], wanted.state_dict()[name]), name
-    assert "transformers_weights" not in json.loads((out / "config.json").read_text())
+    assert "transformers_weights" not in json.loads((out / "config.json").read_text(encoding="utf-8"))
 
 
 def test_two_checkpoints_in_one_folder_are_told_apart(sources: tuple[Path, Path], tmp_path: Path) -> None:
@@ -126,7 +126,9 @@ def no_metadata(one: Path, folder: Path) -> dict[str, Any]:
 
 def stale_index(one: Path, folder: Path) -> dict[str, Any]:
     shutil.copytree(one, folder)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model-1.safetensors"}}))
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model-1.safetensors"}}), encoding="utf-8"
+    )
     return {}
 
 
@@ -205,7 +207,7 @@ def test_a_hub_model_in_the_cache_is_enough_when_offline(
     commit = "a" * 40
     repository = tmp_path / "hub" / "models--org--tiny"
     (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
     shutil.copytree(sources[0], repository / "snapshots" / commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     # A file of that name where the command is run is no part of the Hub model.

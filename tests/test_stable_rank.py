@@ -67,9 +67,9 @@ def test_merging_noisy_copies_lowers_the_stable_rank_as_computed_by_hand(tmp_pat
     compressor = compressor_for(noisy_copies(), [merge, LowRankSparse(rank=8)], "qwen3_moe")
     compressor.apply(statistics_of(compressor))
     compressor.save_pretrained(tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "compression_report.json").read_text())
+    report = json.loads((tmp_path / "out" / "compression_report.json").read_text(encoding="utf-8"))
     assert report["stable_rank"] == {"before": pytest.approx(before, rel=1e-3), "after": pytest.approx(after, rel=1e-3)}
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     shown = f"{report['stable_rank']['before']:.2f} before merging, {report['stable_rank']['after']:.2f} after."
     assert f"Mean stable rank of the experts' matrices: {shown}" in card
     assert "experts were merged and kept in smaller forms." in card
@@ -85,7 +85,7 @@ def test_without_both_steps_nothing_is_said(method, sentence: str, tmp_path: Pat
     compressor = compressor_for(build("qwen3_moe"), method, "qwen3_moe")
     compressor.apply()
     compressor.save_pretrained(tmp_path / "out")
-    assert "stable_rank" not in json.loads((tmp_path / "out" / "compression_report.json").read_text())
-    card = (tmp_path / "out" / "README.md").read_text()
+    assert "stable_rank" not in json.loads((tmp_path / "out" / "compression_report.json").read_text(encoding="utf-8"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "stable rank" not in card
     assert sentence in card

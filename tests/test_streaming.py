@@ -129,7 +129,7 @@ def test_statistics_equal_those_in_memory(name: str, checkpoints: Any, tmp_path:
     one, other = (load_file(tmp_path / engine / "statistics" / "tensors.safetensors") for engine in found)
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
-    records = [(tmp_path / engine / "statistics.json").read_text() for engine in found]
+    records = [(tmp_path / engine / "statistics.json").read_text(encoding="utf-8") for engine in found]
     assert records[0] == records[1]
     # Statistics that were given make one pass over the tensors, without running the model.
     path = found["streaming"].apply(found["memory"].statistics)
@@ -216,8 +216,10 @@ def test_tied_embeddings_that_the_checkpoint_holds_twice(equal: bool, tmp_path: 
     if equal:
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
     save_file(stored, file, metadata={"format": "pt"})
-    config = json.loads((tmp_path / "original" / "config.json").read_text())
-    (tmp_path / "original" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    config = json.loads((tmp_path / "original" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "original" / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8"
+    )
     written = {}
     for engine in ("memory", "streaming"):
         out = tmp_path / engine / "out"
@@ -409,7 +411,7 @@ def test_broken_sources_are_refused(checkpoints: Any, tmp_path: Path) -> None:
         compressed(broken, METHODS["prune"], None, tmp_path / "out", "streaming")
     (broken / "model.safetensors").rename(broken / "model-00001-of-00002.safetensors")
     index = {"metadata": {}, "weight_map": {"a": "model-00002-of-00002.safetensors"}}
-    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ValueError, match=r"names shards that are not there: model-00002-of-00002"):
         compressed(broken, METHODS["prune"], None, tmp_path / "out", "streaming")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]

@@ -182,9 +182,9 @@ def test_edited_labels_of_a_plan(folders: Path, copied: Callable[[str], Path]) -
 
 def test_a_plan_that_is_no_plan(folders: Path, copied: Callable[[str], Path]) -> None:
     out = copied("prune")
-    record = json.loads((out / "plan.json").read_text())
+    record = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     record["blocks"][0]["labels"][record["blocks"][0]["dominants"][0]] = 3
-    (out / "plan.json").write_text(json.dumps(record))
+    (out / "plan.json").write_text(json.dumps(record), encoding="utf-8")
     report = verify(out, folders / "original")
     assert not report["plan"].passed
     assert report["plan"].failures
@@ -206,9 +206,9 @@ def test_another_expert_count_in_the_config(copied: Callable[[str], Path], folde
 
 def test_spellings_of_the_expert_count_that_disagree(copied: Callable[[str], Path]) -> None:
     out = copied("reduce")
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     del config["num_local_experts"]
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     report = verify(out)
     assert failed(report) == {"config"}
     assert report["config"].failures == ("num_local_experts is None, other spellings say 4",)
@@ -216,16 +216,16 @@ def test_spellings_of_the_expert_count_that_disagree(copied: Callable[[str], Pat
 
 def test_a_structure_that_is_not_the_plans(copied: Callable[[str], Path]) -> None:
     out = copied("map")
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"]["blocks"]["model.layers.0.mlp"]["num_groups"] = 3
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     report = verify(out)
     assert {"config", "counts", "shapes"} <= failed(report)
     assert "the blocks of quantization_config are not those of the plan" in report["config"].failures
     out = copied("adaptive")
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     del config["fusion_config"]
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert failed(verify(out)) == {"config"}
 
 
@@ -322,10 +322,10 @@ def test_mtp_layers(name: str, option: str, tmp_path: Path) -> None:
     assert failed(report) == {"mtp layers"}
     assert f"{PREFIXES[name]}mlp.experts.2.down_proj.weight: 1 of" in report["mtp layers"].failures[0]
     lost = f"{PREFIXES[name]}self_attn.o_proj.weight"
-    index = json.loads((out / "model.safetensors.index.json").read_text())
+    index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
     del tensors[lost], index["weight_map"][lost]
     save_file(tensors, shard, metadata={"format": "pt"})
-    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     report = verify(out, tmp_path / "original")
     assert failed(report) == {"mtp layers"}
     assert report["mtp layers"].failures[0] == f"{lost} is missing"

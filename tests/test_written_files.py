@@ -75,10 +75,12 @@ def test_which_files_are_carried(tmp_path: Path) -> None:
 def test_files_are_carried_byte_for_byte(engine: str, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "original")
     put(folder, ("LICENSE", "tool_parser.py", "additional_chat_templates/tool_use.jinja", "vocab.txt", "banner.png"))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "unknown_to_transformers": [1]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=5))
-    (folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false,\n "mine": 1}')
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=5), encoding="utf-8")
+    (folder / "generation_config.json").write_text(
+        '{"temperature": 0.6, "do_sample": false,\n "mine": 1}', encoding="utf-8"
+    )
     out = compressed(folder, tmp_path / "out", engine=engine)
     for path in carried_files(folder):
         assert (out / path).read_bytes() == (folder / path).read_bytes(), path
@@ -94,17 +96,17 @@ def test_files_are_carried_byte_for_byte(engine: str, tmp_path: Path) -> None:
 
 def test_a_parser_is_never_executed(original: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "original")
-    (tmp_path / "original" / "parser.py").write_text("raise SystemExit('executed')")
+    (tmp_path / "original" / "parser.py").write_text("raise SystemExit('executed')", encoding="utf-8")
     out = compressed(tmp_path / "original", tmp_path / "out")
-    assert (out / "parser.py").read_text() == "raise SystemExit('executed')"
+    assert (out / "parser.py").read_text(encoding="utf-8") == "raise SystemExit('executed')"
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_carried_where_no_text_is_read(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "original")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "OfNoKnownKind"}')
-    (folder / "tokenizer.json").write_text("of another program")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "OfNoKnownKind"}', encoding="utf-8")
+    (folder / "tokenizer.json").write_text("of another program", encoding="utf-8")
     out = compressed(folder, tmp_path / "out")
-    assert (out / "tokenizer.json").read_text() == "of another program"
+    assert (out / "tokenizer.json").read_text(encoding="utf-8") == "of another program"
 
 
 def test_a_given_tokenizer(original: Path, tmp_path: Path) -> None:
@@ -114,11 +116,13 @@ def test_a_given_tokenizer(original: Path, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     tokenizer().save_pretrained(folder)
     put(folder, ("spiece.model", "LICENSE"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "mine": 1}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "mine": 1}', encoding="utf-8"
+    )
     shutil_original = save_checkpoint(tmp_path / "original")
     put(shutil_original, ("vocab.json", "NOTICE"))
     of_other = compressed(shutil_original, tmp_path / "a", tokenizer=AutoTokenizer.from_pretrained(folder))
-    assert json.loads((of_other / "tokenizer_config.json").read_text())["mine"] == 1
+    assert json.loads((of_other / "tokenizer_config.json").read_text(encoding="utf-8"))["mine"] == 1
     assert (of_other / "spiece.model").is_file()
     assert (of_other / "NOTICE").is_file()
     assert not (of_other / "vocab.json").exists()
@@ -149,12 +153,12 @@ def test_permissions_are_those_of_new_files(engine: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("engine", ENGINES)
 def test_config_has_one_line_for_the_numbers_of_all_experts(engine: str, original: Path, tmp_path: Path) -> None:
     out = compressed(original, tmp_path / "out", LowRankSparse(rank=8, whiten=False, density=0.1), engine=engine)
-    text = (out / "config.json").read_text()
+    text = (out / "config.json").read_text(encoding="utf-8")
     assert text.count('"down": "8 8 8 8 8 8 8 8"') == 3
     assert not [line for line in text.splitlines() if line.strip().rstrip(",").isdigit()]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
     loaded.save_pretrained(tmp_path / "again")
-    saved = (tmp_path / "again" / "config.json").read_text()
+    saved = (tmp_path / "again" / "config.json").read_text(encoding="utf-8")
     assert json.loads(saved)["quantization_config"] == json.loads(text)["quantization_config"]
     assert not [line for line in saved.splitlines() if line.strip().rstrip(",").isdigit()]
 
@@ -167,21 +171,21 @@ def test_the_card_says_what_was_done_and_not_where(
     monkeypatch.chdir(original.parent)
     sample = CalibrationConfig(corpus, max_tokens=512, sequence_length=64, seed=3)
     out = compressed("mymodel", tmp_path / "out", ExpertPruning(num_experts=4), sample, engine=engine, seed=7)
-    card = (out / "README.md").read_text()
+    card = (out / "README.md").read_text(encoding="utf-8")
     assert metadata_load(out / "README.md") == {
         "library_name": "transformers",
         "tags": ["optimum_moe", "mixture-of-experts", "expert-pruning"],
     }
     assert "`mymodel`, compressed by optimum_moe" in card
-    digest = json.loads((out / "plan.json").read_text())["calibration"]["hash"][:12]
+    digest = json.loads((out / "plan.json").read_text(encoding="utf-8"))["calibration"]["hash"][:12]
     versions = f"optimum_moe {optimum_moe.__version__}, torch {torch.__version__}, transformers "
     assert (
         "Method: expert-pruning (num_experts=4, saliency=reap). Calibration: 512 tokens of corpus.jsonl; rows of 64; "
         f"seed 3; sha256 {digest}. Seed: 7. Made with {versions}{transformers.__version__}." in card
     )
     texts = [path for path in out.rglob("*") if path.suffix in (".md", ".json", ".yaml", ".py", ".jinja")]
-    assert [path.name for path in texts if str(tmp_path.parent) in path.read_text()] == []
-    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert [path.name for path in texts if str(tmp_path.parent) in path.read_text(encoding="utf-8")] == []
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
     assert recipe.pop("calibration") == {
         "max_tokens": 512,
         "sequence_length": 64,
@@ -190,7 +194,9 @@ def test_the_card_says_what_was_done_and_not_where(
         "seed": 3,
     }
     assert recipe == {"method": "expert-pruning", "num_experts": 4, "seed": 7}
-    assert json.loads((out / "compression_report.json").read_text())["versions"]["torch"] == str(torch.__version__)
+    assert json.loads((out / "compression_report.json").read_text(encoding="utf-8"))["versions"]["torch"] == str(
+        torch.__version__
+    )
 
 
 def test_the_written_recipe_draws_the_same_sample(original: Path, tmp_path: Path) -> None:
@@ -236,7 +242,7 @@ def test_the_licence_and_language_of_the_original(
     block: str, inherited: dict[str, Any] | None, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     folder = save_checkpoint(tmp_path / "original")
-    (folder / "README.md").write_text(f"---\n{block}\n---\n# The original\n")
+    (folder / "README.md").write_text(f"---\n{block}\n---\n# The original\n", encoding="utf-8")
     out = compressed(folder, tmp_path / "out", engine="streaming")
     found = metadata_load(out / "README.md")
     assert found == {
@@ -244,7 +250,7 @@ def test_the_licence_and_language_of_the_original(
         "tags": ["optimum_moe", "mixture-of-experts", "expert-pruning"],
         **(inherited or {}),
     }
-    assert "The original" not in (out / "README.md").read_text()
+    assert "The original" not in (out / "README.md").read_text(encoding="utf-8")
     warned = [str(w.message) for w in recwarn if "README.md are no YAML" in str(w.message)]
     assert len(warned) == (inherited is None)
 

@@ -93,7 +93,7 @@ def test_wrong_second_steps_of_a_recipe(
     original: Path, never_loaded: None, tmp_path: Path, then: Any, message: str
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"method": "m-smoe", "num_experts": 4, "then": then}))
+    recipe.write_text(yaml.safe_dump({"method": "m-smoe", "num_experts": 4, "then": then}), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         MoECompressor.from_pretrained(original, recipe, progress=False)
 

@@ -14,7 +14,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_moe import CalibrationConfig, CompressionPlan, ExpertPruning, MoECompressor, MSMoE, Statistics
-from optimum_moe.checkpoint import writer
+from optimum_moe.checkpoint import destination
 from optimum_moe.checkpoint.identity import identity
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.methods import Method
@@ -56,7 +56,7 @@ def opened(model: Any, method: Any = "m-smoe", calibration: Any = None, **settin
 
 def edit_config(checkpoint: Path, **fields: Any) -> None:
     path = checkpoint / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_smallest_target_size_that_is_named_works(models) -> None:
     ],
 )
 def test_wrong_recipes(models, tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         opened(models("qwen3_moe"), tmp_path / "recipe.yaml")
 
@@ -267,7 +267,7 @@ def pickles_only(checkpoint: Path) -> None:
 def index_of(checkpoint: Path, **weights: str) -> None:
     (checkpoint / SHARD).rename(checkpoint / "model-00001-of-00002.safetensors")
     here = {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}
-    (checkpoint / INDEX).write_text(json.dumps({"weight_map": here | weights}))
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": here | weights}), encoding="utf-8")
 
 
 def missing_shard(checkpoint: Path) -> None:
@@ -279,7 +279,7 @@ def missing_tensor(checkpoint: Path) -> None:
 
 
 def corrupt_index(checkpoint: Path) -> None:
-    (checkpoint / INDEX).write_text('{"weight_map": ')
+    (checkpoint / INDEX).write_text('{"weight_map": ', encoding="utf-8")
 
 
 def no_config(checkpoint: Path) -> None:
@@ -320,9 +320,9 @@ def test_names_that_lead_nowhere(original: Path, tmp_path: Path) -> None:
 def destinations(tmp_path: Path) -> Iterator[Path]:
     full = tmp_path / "full"
     full.mkdir()
-    (full / "mine.txt").write_text("keep")
+    (full / "mine.txt").write_text("keep", encoding="utf-8")
     yield tmp_path
-    assert (full / "mine.txt").read_text() == "keep"
+    assert (full / "mine.txt").read_text(encoding="utf-8") == "keep"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
@@ -356,7 +356,7 @@ def test_destination_that_must_not_be_replaced(
 
 def test_no_permission_to_write(original: Path, destinations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Root may write anywhere, so the system's answer is replaced.
-    monkeypatch.setattr(writer.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(destination.os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match=r"No permission to write in .*full. Choose another folder"):
         opened(original, output_dir=destinations / "full" / "out")
 

@@ -35,7 +35,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def write_text(path: Path, seed: int = 0, **sizes: int) -> Path:
     """A .jsonl file of `documents`."""
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(seed=seed, **sizes)))
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in documents(seed=seed, **sizes)), encoding="utf-8"
+    )
     return path
 
 

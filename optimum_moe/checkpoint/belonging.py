@@ -18,10 +18,22 @@ from optimum_moe.plan import CompressionPlan
 
 
 def refuse_original(directory: Path, source: ModelSource) -> None:
-    """Raise a `ValueError` where the result would replace the original."""
-    original = None if source.directory is None else source.directory.resolve()
-    if original is not None and (original == directory or directory in original.parents):
+    """Raise a `ValueError` where the result would replace the original, or a part of it."""
+    folder = source.directory
+    if folder is None and source.live is not None and source.live.name_or_path:
+        # Where a model in memory came from.
+        folder = Path(source.live.name_or_path)
+    if folder is None or not folder.is_dir():
+        return
+    # What lies in the folder may be links to other places.
+    originals = {path.resolve() for path in (folder, *folder.iterdir())}
+    if any(original == directory or directory in original.parents for original in originals):
         raise ValueError(f"{directory} holds the original checkpoint, which would be replaced. Choose another folder.")
+    if folder.resolve() in directory.parents and directory.is_dir() and any(directory.iterdir()):
+        raise ValueError(
+            f"{directory} lies in the folder of the original checkpoint and is not empty, so that a part of the "
+            "original could be replaced. Choose another folder."
+        )
 
 
 def check_belongs(what: str, made_from: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -35,12 +35,12 @@ def carry_code(directory: Path, config: PreTrainedConfig) -> None:
         config: The model's config, by whose class transformers chooses the model's.
     """
     path = directory / "config.json"
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_text(encoding="utf-8"))
     if "quantization_config" not in saved or "auto_map" in saved:
         return
     saved["auto_map"] = {name: f"{CARRIED_MODULE}.{name}" for name in _auto_classes(config)}
-    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
-    (directory / f"{CARRIED_MODULE}.py").write_text(inspect.getsource(modeling_optimum_moe))
+    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / f"{CARRIED_MODULE}.py").write_text(inspect.getsource(modeling_optimum_moe), encoding="utf-8")
     package = Path(__file__).parents[1]
     with zipfile.ZipFile(directory / modeling_optimum_moe.ARCHIVE, "w") as archive:
         for pattern in CARRIED:

@@ -16,6 +16,8 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from optimum_moe.checkpoint.system import utf8_path
+
 WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack"),
     *(".npz", ".npy", ".pkl", ".pickle", ".joblib", ".distcp", ".tflite", ".ot", ".mlmodel", ".nemo", ".engine"),
@@ -81,7 +83,8 @@ def _write_tokenizer(tokenizer: Any, load: Callable[[Path], Any], directory: Pat
     """A tokenizer of another folder is copied from there, unless it was changed since it was loaded."""
     home = getattr(getattr(tokenizer, "tokenizer", tokenizer), "name_or_path", "")
     if not home or not Path(home).is_dir() or not _is_unchanged(tokenizer, Path(home), load):
-        tokenizer.save_pretrained(directory)
+        with utf8_path(directory) as beside:
+            tokenizer.save_pretrained(beside)
         return
     for file in carried_files(Path(home)):
         if _matches(file.as_posix(), _files_of(tokenizer)):

@@ -146,7 +146,7 @@ def raw_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}). Give the folder of a checkpoint.") from error
     if not isinstance(record, dict):

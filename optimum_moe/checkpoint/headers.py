@@ -149,7 +149,7 @@ def weight_files(directory: Path, variant: str | None = None) -> tuple[tuple[Pat
 
 def _indexed(directory: Path, index: Path) -> tuple[tuple[Path, ...], Mapping[str, Any]]:
     try:
-        record = dict(json.loads(index.read_text()))
+        record = dict(json.loads(index.read_text(encoding="utf-8")))
         names = sorted(set(dict(record["weight_map"]).values()))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is no readable index of shards. Copy or download it again.") from error
@@ -166,7 +166,7 @@ def _indexed(directory: Path, index: Path) -> tuple[tuple[Path, ...], Mapping[st
 def _named_weights(directory: Path) -> Path | None:
     """The file that `transformers_weights` in `config.json` names, as `from_pretrained` reads it."""
     try:
-        name = json.loads((directory / "config.json").read_text()).get("transformers_weights")
+        name = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
         return None
     if name is None:

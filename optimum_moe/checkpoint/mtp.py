@@ -119,7 +119,7 @@ class MTPLayers:
         tensors = self.tensors(model, plan)
         index = directory / INDEX_FILE
         if index.is_file():
-            record = json.loads(index.read_text())
+            record = json.loads(index.read_text(encoding="utf-8"))
         else:
             headers = read_headers(directory)
             file = (directory / SINGLE_FILE).rename(directory / "model-00001-of-00001.safetensors")
@@ -128,7 +128,7 @@ class MTPLayers:
         save_file(tensors, directory / MTP_FILE, metadata={"format": "pt"})
         record["weight_map"] |= dict.fromkeys(sorted(tensors), MTP_FILE)
         record["metadata"]["total_size"] += sum(t.numel() * t.element_size() for t in tensors.values())
-        index.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        index.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def tensors(self, model: PreTrainedModel, plan: CompressionPlan) -> dict[str, torch.Tensor]:
         """The tensors to write: copied (dequantised where the checkpoint is quantised) or cut.

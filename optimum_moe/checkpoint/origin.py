@@ -42,7 +42,7 @@ def refuse_adapter(directory: Path) -> None:
     if not path.is_file():
         return
     try:
-        base = json.loads(path.read_text()).get("base_model_name_or_path")
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         base = None
     if (directory / "config.json").is_file():

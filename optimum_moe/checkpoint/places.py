@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from optimum_moe.checkpoint.system import expect_reading, read_at
 
 _CHUNK = 1 << 20
 """Bytes that are copied at a time: what was read is still in the processor's cache when it is written."""
@@ -29,7 +30,7 @@ class Place:
 
     def expect(self) -> None:
         """Have the system fetch the bytes meanwhile."""
-        os.posix_fadvise(self.descriptor, self.start, self.size, os.POSIX_FADV_WILLNEED)
+        expect_reading(self.descriptor, self.start, self.size)
 
     def read_into(self, buffer: memoryview) -> None:
         """Fill a buffer of `size` bytes.
@@ -41,7 +42,7 @@ class Place:
         """
         done = 0
         while done < self.size:
-            count = os.preadv(self.descriptor, [buffer[done:]], self.start + done)
+            count = read_at(self.descriptor, buffer[done : self.size], self.start + done)
             if not count:
                 raise ValueError(
                     f"{self.file} ends at byte {self.start + done:,}, its header promises {self.start + self.size:,}. "

@@ -27,6 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from optimum_moe.checkpoint.headers import data_start, read_header
 from optimum_moe.checkpoint.places import Place
+from optimum_moe.checkpoint.system import open_binary
 
 Entries = tuple[tuple[str, ...], ...]
 """The stored tensors that make each entry of a tensor's first axis; their bytes in this order are the tensor's."""
@@ -167,7 +168,7 @@ class ShardReader:
         file = self._homes[name]
         if file not in self._places:
             local = self._local(file)
-            descriptor = os.open(local, os.O_RDONLY)
+            descriptor = open_binary(local)
             self._stack.callback(os.close, descriptor)
             begin, header = data_start(local), read_header(local)
             offsets = {stored: entry["data_offsets"] for stored, entry in header.items()}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from optimum_moe.checkpoint.headers import read_header
 from optimum_moe.checkpoint.places import Place
+from optimum_moe.checkpoint.system import begin_writing, make_last
 
 _BEHIND = 32 << 20
 """Bytes that are written before the disk is told to begin."""
@@ -65,7 +65,7 @@ def write_shard(file: Path, tensors: Mapping[str, torch.Tensor], copied: Mapping
                     write_all(stream.fileno(), chunk)
                 if stream.tell() - begun > _BEHIND:
                     # The disk gets to work while the rest is read, and little is left for the end.
-                    os.posix_fadvise(stream.fileno(), begun, stream.tell() - begun, os.POSIX_FADV_DONTNEED)
+                    begin_writing(stream.fileno(), begun, stream.tell() - begun)
                     begun = stream.tell()
             os.fsync(stream.fileno())
         put_in_place(part, file)
@@ -104,18 +104,5 @@ def write_all(descriptor: int, data: memoryview) -> None:
 
 def put_in_place(part: Path, place: Path) -> None:
     """Rename, and make the rename last."""
-    part.rename(place)
-    directory = os.open(place.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def is_whole(file: Path, size: int) -> bool:
-    """Whether a shard is there, as long as it was, and as its header says."""
-    try:
-        read_header(file)
-    except (OSError, ValueError):
-        return False
-    return file.stat().st_size == size
+    part.replace(place)
+    make_last(place.parent)

@@ -39,6 +39,7 @@ from optimum_moe.checkpoint.quantised import (
     unpacked,
 )
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader
+from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
 from optimum_moe.surgeons import FoundBlock, find_blocks
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
@@ -152,7 +153,7 @@ class ModelSource:
         """What others may read: the Hub id, or the name of a folder without where it lies, or of a class."""
         if self.hub_id is not None:
             return self.hub_id
-        return self.name if self.live is not None else Path(self.name).resolve().name
+        return self.name if self.live is not None else readable_path(Path(native_path(self.name)).resolve().name)
 
 
 def open_source(
@@ -181,7 +182,8 @@ def open_source(
             raise ValueError("dequantize=True is for a checkpoint, and this model is in memory. Give its path instead.")
         return _from_memory(live)
     refuse_arguments(kwargs)
-    directory, headers, is_local = _config_and_headers(str(model), kwargs)
+    name, model = readable_path(model), native_path(model)
+    directory, headers, is_local = _config_and_headers(model, kwargs)
     config = AutoConfig.from_pretrained(directory, **{k: v for k, v in kwargs.items() if k in _CONFIG_ARGUMENTS})
     quantisation = accepted_quantisation(config, dequantize)
     if quantisation is not None:
@@ -198,7 +200,7 @@ def open_source(
     size = headers.bytes if plain is headers and dtype in ("auto", None) else int(plain.parameters * itemsize)
     info = ModelInfo(tuple(found.info for found in blocks), plain.parameters, size, itemsize)
     arguments: dict[str, Any] = {"dtype": dtype, **kwargs}
-    location: str | Path = str(model)
+    location: str | Path = model
     if is_local:
         # The files that were looked at are those that are loaded, also where they lie in the cache of a Hub model.
         arguments = {k: v for k, v in arguments.items() if k not in (*_HUB_ARGUMENTS, "subfolder")}
@@ -207,17 +209,18 @@ def open_source(
         # A branch may move on before the weights are loaded.
         arguments["revision"] = directory.name
     return ModelSource(
-        str(model), config, skeleton, blocks, info, headers, None, directory, location, arguments, quantisation
+        name, config, skeleton, blocks, info, headers, None, directory, location, arguments, quantisation
     )
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     """The processor of a checkpoint folder, else its tokenizer, else None."""
     names = {path.name for path in directory.iterdir()}
-    if names & {"processor_config.json", "preprocessor_config.json"}:
-        return AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    if any("token" in name or name in ("vocab.json", "spiece.model") for name in names):
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    with utf8_path(directory) as folder:
+        if names & {"processor_config.json", "preprocessor_config.json"}:
+            return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if any("token" in name or name in ("vocab.json", "spiece.model") for name in names):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return None
 
 

@@ -63,7 +63,7 @@ class CompressCommand(MoESubcommand):
         recipe = self._recipe()
         from transformers.utils import logging
 
-        from optimum_moe.checkpoint.writer import check_destination, written_beside
+        from optimum_moe.checkpoint.destination import check_destination, owned, written_beside
         from optimum_moe.compressor import MoECompressor
         from optimum_moe.statistics import Statistics
 
@@ -95,7 +95,7 @@ class CompressCommand(MoESubcommand):
             print(f"Preview\n{compressor.preview()}\n", flush=True)
         if kept is not None:
             observed = compressor.calibrate()
-            with written_beside(kept) as beside:
+            with owned(kept), written_beside(kept) as beside:
                 observed.save_pretrained(beside)
         path = compressor.apply(statistics)
         print(path if args.quiet else f"\nMeasured\n{compressor.measured()}\n\n{_how_to_load(compressor, path)}")

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from optimum_moe.checkpoint.system import reserve
+
 
 class Activations:
     """Moves the outputs of layers into files where memory for them has run out.
@@ -49,7 +51,7 @@ class Activations:
         descriptor, name = tempfile.mkstemp(dir=self.folder)
         try:
             # Writing to a mapped page that the disk has no room for would end the process.
-            os.posix_fallocate(descriptor, 0, tensor.numel() * tensor.element_size())
+            reserve(descriptor, tensor.numel() * tensor.element_size())
             mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         finally:
             os.close(descriptor)

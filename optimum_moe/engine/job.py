@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -16,9 +15,10 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
+from optimum_moe.checkpoint.destination import check_space, disk_is_full, remove, take_place
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.streamed import StreamedModel
-from optimum_moe.checkpoint.writer import check_space, disk_is_full, take_place
+from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.engine.activations import Activations
 from optimum_moe.engine.streaming import StreamingSource
 from optimum_moe.engine.working import WorkingFolder
@@ -84,7 +84,7 @@ class StreamingJob:
         destination: Where the result goes; None for a run that only observes.
         identity: What the result depends on.
         settings: How it is streamed.
-        anew: Forget an earlier run.
+        overwrite: Forget an earlier run, and replace what is at the destination.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class StreamingJob:
         destination: Path | None,
         identity: Mapping[str, Any],
         settings: StreamingSettings,
-        anew: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self._checkpoint, self._device, self._max_memory = source, settings.device, settings.max_memory
         self._before = file_states(source)
         self.folder = None
         if destination is not None:
-            self.folder = WorkingFolder(destination, {**identity, "versions": versions()}, anew)
+            self.folder = WorkingFolder(destination, {**identity, "versions": versions()}, overwrite)
         self._stack = ExitStack()
 
     def __enter__(self) -> StreamingJob:
@@ -119,7 +119,9 @@ class StreamingJob:
         self._stack.close()
         kept = "nothing was to be kept"
         if self.folder is not None:
-            kept = f"{len(self.folder.finished)} parts are finished and stay in {self.folder.path}"
+            kept = "no part is finished"
+            if self.folder.finished:
+                kept = f"{len(self.folder.finished)} parts are finished and stay in {self.folder.path}"
         if isinstance(error, Exception) and disk_is_full(error):
             raise ValueError(f"The disk is full; {kept}. Free some space, and repeat the same command.") from error
         if isinstance(error, OSError) and error.errno in _REFUSED:
@@ -145,7 +147,8 @@ class StreamingJob:
             describe: Writes everything but the shards and their index into a folder, for a checkpoint of that name.
 
         Raises:
-            ValueError: If the original checkpoint was changed in the meantime.
+            ValueError: If the original checkpoint or a shard was changed in the meantime, or something appeared at the
+                destination that must not be replaced.
         """
         assert self.folder is not None
         if file_states(self._checkpoint) != self._before:
@@ -153,20 +156,21 @@ class StreamingJob:
                 f"{self._checkpoint.name} was changed while it was compressed. Pass overwrite=True (--overwrite) to "
                 "begin anew."
             )
+        self.folder.check()
         side = self.folder.path / "description"
-        shutil.rmtree(side, ignore_errors=True)
+        remove(side)
         side.mkdir()
         self.source.write_index(side)
-        describe(side, self.folder.destination.name)
+        describe(side, readable_path(self.folder.destination.name))
         checkpoint = self.folder.checkpoint
         shards = {unit["shard"] for unit in self.folder.finished.values()}
         for old in checkpoint.iterdir():
             if old.name not in shards:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+                remove(old)
         for path in side.iterdir():
             path.rename(checkpoint / path.name)
-        take_place(checkpoint, self.folder.destination)
-        shutil.rmtree(self.folder.path, ignore_errors=True)
+        take_place(checkpoint, self.folder.destination, self.folder.overwrite)
+        remove(self.folder.path)
 
     def _place_for_activations(self) -> Path:
         return Path(tempfile.gettempdir()) if self.folder is None else self.folder.path

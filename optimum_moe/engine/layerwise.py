@@ -13,7 +13,7 @@ from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.observe import _cheap_forward_arguments, _placed, running_part
 from optimum_moe.calibration.recorder import BlockRecorder
-from optimum_moe.checkpoint.buffers import return_freed
+from optimum_moe.checkpoint.system import return_freed
 from optimum_moe.engine.cutting import BlockSource, Observed
 from optimum_moe.engine.lockstep import Lockstep, Runner
 from optimum_moe.engine.progress import Progress, UnitReport

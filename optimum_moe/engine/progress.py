@@ -92,5 +92,5 @@ def anonymous_memory() -> int:
     """Bytes of this process that no file backs; 0 where the system does not say."""
     if not _STATUS.is_file():
         return 0
-    lines = _STATUS.read_text().splitlines()
+    lines = _STATUS.read_text(encoding="utf-8").splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)

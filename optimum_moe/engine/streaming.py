@@ -13,12 +13,12 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from optimum_moe.checkpoint.buffers import return_freed
 from optimum_moe.checkpoint.headers import INDEX_FILE
 from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader
 from optimum_moe.checkpoint.shards import write_shard
 from optimum_moe.checkpoint.streamed import StreamedModel
+from optimum_moe.checkpoint.system import return_freed
 from optimum_moe.engine.cutting import Observed
 from optimum_moe.engine.units import Unit, find_units, is_in
 from optimum_moe.engine.working import WorkingFolder
@@ -242,7 +242,7 @@ class StreamingSource:
             sizes += unit["weights"].values()
         total = {"total_parameters": sum(n for n, _ in sizes), "total_size": sum(size for _, size in sizes)}
         record = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        (directory / INDEX_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _state(self, unit: Unit) -> dict[str, torch.Tensor]:
         """What is saved of a loaded unit, by the model's names."""

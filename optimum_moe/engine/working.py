@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from optimum_moe.checkpoint.shards import is_whole, put_in_place, write_text
-from optimum_moe.checkpoint.writer import PARTS, working_folder
+from optimum_moe.checkpoint.destination import PARTS, owned, remove, working_folder
+from optimum_moe.checkpoint.shards import put_in_place, write_text
+from optimum_moe.checkpoint.system import make_last
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.statistics import BlockStatistics, Statistics
 
@@ -19,47 +19,39 @@ PROGRESS_FILE = "progress.json"
 
 
 class WorkingFolder:
-    """A folder beside the destination; a context manager that one process at a time can open.
+    """A folder beside the destination; a context manager that owns the destination meanwhile.
 
     Args:
         destination: Where the checkpoint goes in the end.
         identity: What the result depends on, JSON-able, by a name that a user understands.
-        anew: Forget an earlier run.
+        overwrite: Forget an earlier run, and replace what is at the destination.
     """
 
-    def __init__(self, destination: Path, identity: Mapping[str, Any], anew: bool = False) -> None:
+    def __init__(self, destination: Path, identity: Mapping[str, Any], overwrite: bool = False) -> None:
         self.destination = destination
         self.path = working_folder(destination)
         self.checkpoint, self.state = self.path / PARTS, self.path / "state"
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.finished: dict[str, dict[str, Any]] = {}
-        self._anew = anew
-        self._lock: int | None = None
+        self.overwrite = overwrite
+        self._owning = ExitStack()
 
     def __enter__(self) -> WorkingFolder:
-        if self._anew:
-            shutil.rmtree(self.path, ignore_errors=True)
-        for folder in (self.checkpoint, self.state):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with ExitStack() as stack:
+            stack.enter_context(owned(self.destination, self.overwrite))
+            if self.overwrite:
+                remove(self.path)
+            for folder in (self.checkpoint, self.state):
+                folder.mkdir(parents=True, exist_ok=True)
             self._resume()
-        except BlockingIOError as error:
-            self._close()
-            raise ValueError(f"Another run is writing to {self.destination}. Wait for it, or end it.") from error
-        except BaseException:
-            self._close()
-            raise
+            self._owning = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if not self.finished:
+            # Nothing to go on from.
+            remove(self.path)
+        self._owning.close()
 
     def _resume(self) -> None:
         file = self.state / PROGRESS_FILE
@@ -67,7 +59,7 @@ class WorkingFolder:
             self._save()
             return
         try:
-            record = json.loads(file.read_text())
+            record = json.loads(file.read_text(encoding="utf-8"))
             before, finished = dict(record["identity"]), dict(record["finished"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is broken. Pass overwrite=True (--overwrite) to begin anew.") from error
@@ -81,16 +73,36 @@ class WorkingFolder:
                     f"{_short(self.identity.get(name))} now. Repeat that command, choose another folder, or pass "
                     "overwrite=True (--overwrite) to begin anew."
                 )
-        # A shard that was damaged since is made again.
+        # What was damaged since is made again.
         self.finished = {name: unit for name, unit in finished.items() if self._is_whole(unit)}
 
-    def _is_whole(self, unit: Mapping[str, Any]) -> bool:
-        if unit["record"] is not None and not (self.state / unit["record"]).is_dir():
-            return False
-        return unit["shard"] is None or is_whole(self.checkpoint / unit["shard"], unit["size"])
+    def _is_whole(self, unit: Mapping[str, Any], only: str = "") -> bool:
+        """Whether the files of a finished unit, or those below a folder, are what was written."""
+        # Earlier versions kept no digests.
+        digests = unit.get("digests")
+        return digests is not None and all(
+            _digest(self.path / name) == digest for name, digest in digests.items() if name.startswith(only)
+        )
+
+    def check(self) -> None:
+        """Make sure that every shard is there as it was written.
+
+        Raises:
+            ValueError: If one is not.
+        """
+        broken = [unit["shard"] for unit in self.finished.values() if not self._is_whole(unit, f"{PARTS}/")]
+        if broken:
+            raise ValueError(
+                f"{self.checkpoint} does not hold what was written there: {', '.join(broken)}. Nothing was put in "
+                f"{self.destination}. Repeat the same command, which makes them again."
+            )
 
     def add(self, name: str, **unit: Any) -> None:
         """Remember that a unit is finished: `shard` and `size` of its file, the folder of its `record`, its tensors."""
+        files = [] if unit["shard"] is None else [self.checkpoint / unit["shard"]]
+        if unit["record"] is not None:
+            files += [file for file in (self.state / unit["record"]).rglob("*") if file.is_file()]
+        unit["digests"] = {file.relative_to(self.path).as_posix(): _digest(file) for file in sorted(files)}
         self.finished[name] = unit
         self._save()
 
@@ -106,7 +118,7 @@ class WorkingFolder:
         """Keep the plans and statistics of a unit; returns the folder's name."""
         part, place = self.state / f".{folder}.part", self.state / folder
         for old in (part, place):
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         part.mkdir()
         try:
             if plans is not None:
@@ -114,14 +126,10 @@ class WorkingFolder:
             if observed is not None:
                 Statistics(observed).save_pretrained(part)
             for file in part.rglob("*"):
-                descriptor = os.open(file, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                make_last(file)
             put_in_place(part, place)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            remove(part)
         return folder
 
     def plans(self, name: str) -> dict[str, BlockPlan]:
@@ -131,6 +139,15 @@ class WorkingFolder:
     def observed(self, folder: str) -> dict[str, BlockStatistics]:
         """Statistics that were kept."""
         return dict(Statistics.from_pretrained(self.state / folder).blocks)
+
+
+def _digest(file: Path) -> str | None:
+    """SHA-256 of a file, None where there is none."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def _short(value: Any) -> str:

@@ -38,13 +38,14 @@ def write_description(directory: Path, name: str, facts: CardFacts) -> None:
     ranks = mean_stable_ranks(facts.plan)
     report = facts.cost.to_dict() | {"versions": versions()}
     report |= {} if ranks is None else {"stable_rank": dict(zip(("before", "after"), ranks, strict=True))}
-    (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+    (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     write_card(directory, name, facts)
 
 
 def write_card(directory: Path, name: str, facts: CardFacts) -> None:
     """Write the card of a checkpoint called `name`."""
-    (directory / "README.md").write_text(model_card(facts, name), encoding="utf-8")
+    # Paths that the locale cannot spell become the bytes that they are.
+    (directory / "README.md").write_text(model_card(facts, name), encoding="utf-8", errors="surrogateescape")
 
 
 def measured_preview(

@@ -147,8 +147,8 @@ def test_encoder_decoder(tokenizer):
 
 def write_sources(folder: Path) -> dict[str, object]:
     texts = [words(9, 10 * i) for i in range(4)]
-    (folder / "a.txt").write_text("\n\n".join(texts) + "\n")
-    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n\n")
+    (folder / "a.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n\n", encoding="utf-8")
     pq.write_table(pa.table({"text": texts, "other": [1, 2, 3, 4]}), folder / "a.parquet")
     dataset = datasets.Dataset.from_dict({"text": texts})
     return {
@@ -175,7 +175,7 @@ def test_every_source_gives_the_same_tokens(tokenizer, tmp_path):
 
 
 def test_text_file_without_blank_lines_is_one_document(tmp_path):
-    (tmp_path / "one.txt").write_text("w1\nw2\nw3\n")
+    (tmp_path / "one.txt").write_text("w1\nw2\nw3\n", encoding="utf-8")
     (source,) = read_sources(tmp_path / "one.txt")
     assert list(source.documents) == ["w1\nw2\nw3"]
 
@@ -183,7 +183,7 @@ def test_text_file_without_blank_lines_is_one_document(tmp_path):
 def test_chats_are_rendered_with_the_template(tmp_path):
     tokenizer = make_tokenizer(chat=True)
     expected = [[1, 2, EOS, 3, EOS]]
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}))
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}), encoding="utf-8")
     dataset = datasets.Dataset.from_dict({"messages": [CHAT]})
     for source in ([CHAT], tmp_path / "chats.jsonl", dataset):
         batches = build_batches(CalibrationConfig(source, sequence_length=8, packing=False), tokenizer)
@@ -204,8 +204,8 @@ def test_mixture_follows_the_weights(tokenizer):
 
 
 def test_mixture_ends_with_its_first_source(tokenizer, tmp_path, caplog):
-    (tmp_path / "a.txt").write_text(words(33))
-    (tmp_path / "b.txt").write_text("\n\n".join([words(30)] * 40))
+    (tmp_path / "a.txt").write_text(words(33), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\n\n".join([words(30)] * 40), encoding="utf-8")
     mixture = {str(tmp_path / "a.txt"): 0.5, str(tmp_path / "b.txt"): 0.5}
     batches = build_batches(CalibrationConfig(mixture, sequence_length=8), tokenizer)
     assert [part["tokens"] for part in batches.description["sources"]] == [32, 32]
@@ -295,10 +295,10 @@ def test_unreadable_sources(source, message):
 
 
 def test_unreadable_files(tokenizer, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"text": \n')
-    (tmp_path / "list.jsonl").write_text("[1]")
+    (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"text": \n', encoding="utf-8")
+    (tmp_path / "list.jsonl").write_text("[1]", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "blank.txt").write_text("\n\n \n")
+    (tmp_path / "blank.txt").write_text("\n\n \n", encoding="utf-8")
     for name, message in {
         "bad.jsonl": "line 2 of bad.jsonl",
         "list.jsonl": "one JSON object",

@@ -163,7 +163,7 @@ def test_media_after_a_first_row_without_are_not_left_out(ear: Nemotron3_5Transc
 
 def test_a_missing_image_names_file_and_line(tmp_path: Path, ear: Nemotron3_5TranscribeProcessor) -> None:
     lines = [{"text": "abc"}, {"text": "x", "images": ["pictures/none.png"]}]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     with pytest.raises(ValueError, match=r"There is no file '.*/pictures/none.png', which line 2 of data.jsonl names"):
         build_batches(CalibrationConfig(tmp_path / "data.jsonl"), ear)
 
@@ -240,7 +240,7 @@ def test_paths_in_a_file_start_from_its_folder(tmp_path: Path) -> None:
         {"messages": chat({"type": "image", "path": "pictures/a.png"})},
         {"text": "only text"},
     ]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     batches = build_batches(CalibrationConfig(tmp_path / "data.jsonl"), eye())
     shown = [batch for batch in batches if "pixel_values" in batch]
     assert len(batches) == 3

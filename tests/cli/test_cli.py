@@ -200,7 +200,9 @@ def test_preview_overrides_the_recipe(run: Run, checkpoint: Path, tmp_path: Path
     assert full["before"] == full["after"]
     target = full["before"]["bytes"] * 3 // 4
     assert preview("--recipe", "reap", "--target-size", target)["after"]["bytes"] <= target
-    (tmp_path / "mine.yaml").write_text("method: expert-pruning\nnum_experts: 2\nsaliency: frequency\n")
+    (tmp_path / "mine.yaml").write_text(
+        "method: expert-pruning\nnum_experts: 2\nsaliency: frequency\n", encoding="utf-8"
+    )
     assert preview("--recipe", tmp_path / "mine.yaml")["counts"][blocks[0]] == [8, 2]
     assert "parameters" in run("preview", "--model", checkpoint, "--recipe", "m-smoe")[1]
 
@@ -213,11 +215,11 @@ def test_compress_writes_what_it_says(compress: Run, tmp_path: Path):
     assert "8 -> 3" in printed
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.model.layers[0].mlp.experts.down_proj.shape[0] == 3
-    recipe = (out / "recipe.yaml").read_text()
+    recipe = (out / "recipe.yaml").read_text(encoding="utf-8")
     assert "num_experts: 3" in recipe
     assert "keep_ratio" not in recipe
     assert "max_tokens: 1024" in recipe
-    plan = json.loads((out / "plan.json").read_text())
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     assert plan["seed"] == 7
     assert plan["calibration"]["num_tokens"] == 1024
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -244,7 +246,7 @@ def test_compress_a_mixture_in_another_dtype(run: Run, checkpoint: Path, corpus:
     texts = ("--calibration", f"{corpus}:3", "--calibration", f"{other}:1")
     status, _, err = run("compress", "--model", checkpoint, "--recipe", "reap", *texts, *limits, "--output", out)
     assert status == 0, err
-    sources = json.loads((out / "plan.json").read_text())["calibration"]["sources"]
+    sources = json.loads((out / "plan.json").read_text(encoding="utf-8"))["calibration"]["sources"]
     assert [source["tokens"] for source in sources] == [768, 256]
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
@@ -300,7 +302,7 @@ def test_user_errors_have_no_traceback_and_exit_with_2(run: Run, checkpoint: Pat
 
 
 def test_destination_is_checked_first(run: Run, compress: Run, tmp_path: Path):
-    (tmp_path / "file.txt").write_text("mine")
+    (tmp_path / "file.txt").write_text("mine", encoding="utf-8")
     arguments = ("--model", "no/such/model", "--recipe", "reap", "--output", tmp_path)
     status, _, err = run("compress", *arguments)
     assert status == 2
@@ -380,8 +382,8 @@ def test_verify_prints_the_checks_and_says_by_its_status_whether_they_passed(
     ]
     assert [line.split("  ok")[0].strip() for line in text.splitlines() if "  ok" in line][-1] == "reload"
     assert len([line for line in text.splitlines() if "  ok" in line]) == 11
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"num_local_experts": 5}))
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    (out / "config.json").write_text(json.dumps(config | {"num_local_experts": 5}), encoding="utf-8")
     status, text, _ = run("verify", out)
     assert status == 1
     assert "config  FAILED" in text
@@ -393,7 +395,7 @@ def test_verify_prints_the_checks_and_says_by_its_status_whether_they_passed(
 def test_released_checkpoints(run: Run, tmp_path: Path):
     save_with_mtp(tmp_path / "plain", "deepseek_v3", torch.bfloat16)
     original = to_fp8(tmp_path / "plain", tmp_path / "original")
-    (tmp_path / "recipe.yaml").write_text("method: expert-pruning\nnum_experts: 4\nsaliency: aimer\n")
+    (tmp_path / "recipe.yaml").write_text("method: expert-pruning\nnum_experts: 4\nsaliency: aimer\n", encoding="utf-8")
     recipe = ("--model", original, "--recipe", tmp_path / "recipe.yaml")
     status, _, error = run("preview", *recipe, "--mtp", "cut")
     assert status == 2
