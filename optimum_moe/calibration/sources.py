@@ -26,6 +26,7 @@ from optimum_moe.calibration.media import (
     has_media,
     read_example,
 )
+from optimum_moe.checkpoint.system import native_path, utf8_path
 
 Chat: TypeAlias = list[Mapping[str, Any]]
 """One conversation: messages of {"role": ..., "content": ...}."""
@@ -178,7 +179,7 @@ def _is_pair(item: Any) -> bool:
 
 def _read_one(source: Any, text_column: str) -> TextSource | ReadyInputs | MediaSource:
     if isinstance(source, str | os.PathLike):
-        return _read_file(Path(source), text_column)
+        return _read_file(Path(native_path(source)), text_column)
     if isinstance(source, bytes) or not isinstance(source, Iterable):
         raise ValueError(
             f"Unknown calibration source {_shorten(source)}. Pass a path to {', '.join(FILE_TYPES)}, a list of strings "
@@ -251,7 +252,7 @@ def _read_parquet(path: Path, text_column: str) -> TextSource | MediaSource:
             f"Reading {path.name} needs pyarrow, which is not installed. Run `pip install pyarrow`, or convert the "
             "file to .jsonl."
         ) from error
-    with parquet.ParquetFile(path) as file:
+    with utf8_path(path) as given, parquet.ParquetFile(given) as file:
         names = file.schema_arrow.names
         column = _pick_column(names, text_column, path.name)
         media = [name for name in names if name in MEDIA_COLUMNS]

@@ -25,8 +25,8 @@ def refuse_original(directory: Path, source: ModelSource) -> None:
         folder = Path(source.live.name_or_path)
     if folder is None or not folder.is_dir():
         return
-    # What lies in the folder may be links to other places.
-    originals = {path.resolve() for path in (folder, *folder.iterdir())}
+    # Its files may be links to other places.
+    originals = {path.resolve() for path in (folder, *folder.iterdir()) if path == folder or path.is_file()}
     if any(original == directory or directory in original.parents for original in originals):
         raise ValueError(f"{directory} holds the original checkpoint, which would be replaced. Choose another folder.")
     if folder.resolve() in directory.parents and directory.is_dir() and any(directory.iterdir()):

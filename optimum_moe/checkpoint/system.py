@@ -125,7 +125,7 @@ def ended_like_an_interrupt() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def native_path(path: str | Path) -> str:
+def native_path(path: str | os.PathLike[str]) -> str:
     """A path as the locale spells it: letters that it does not have stand for the bytes that they are in UTF-8."""
     try:
         os.fsencode(path)
@@ -134,18 +134,18 @@ def native_path(path: str | Path) -> str:
     return os.fspath(path)
 
 
-def readable_path(path: str | Path) -> str:
+def readable_path(path: str | os.PathLike[str]) -> str:
     """A path as text that can be written, also where the locale cannot spell it."""
     return os.fsencode(native_path(path)).decode("utf-8", "replace")
 
 
 @contextmanager
-def utf8_path(folder: Path) -> Iterator[Path]:
-    """A path to a folder for libraries that take the letters of every path for UTF-8, whatever the locale says."""
-    if readable_path(folder) == str(folder):
-        yield folder
+def utf8_path(path: Path) -> Iterator[Path]:
+    """A path to the same file or folder for libraries that take every path for UTF-8, whatever the locale says."""
+    if readable_path(path) == str(path):
+        yield path
         return
     with TemporaryDirectory() as beside:
-        link = Path(beside) / "folder"
-        link.symlink_to(folder.resolve(), target_is_directory=True)
+        link = Path(beside) / "link"
+        link.symlink_to(path.resolve(), target_is_directory=path.is_dir())
         yield link

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_moe.cli.common import (
@@ -16,8 +17,6 @@ from optimum_moe.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from optimum_moe.compressor import MoECompressor
     from optimum_moe.recipes import Recipe
 
@@ -70,6 +69,7 @@ class CompressCommand(MoESubcommand):
         if args.quiet:
             logging.disable_progress_bar()
         kept = None if args.save_statistics is None else check_destination(args.save_statistics)
+        self._check_apart(kept)
         statistics = None if args.statistics is None else Statistics.from_pretrained(args.statistics)
         compressor = MoECompressor.from_pretrained(
             args.model,
@@ -99,6 +99,15 @@ class CompressCommand(MoESubcommand):
                 observed.save_pretrained(beside)
         path = compressor.apply(statistics)
         print(path if args.quiet else f"\nMeasured\n{compressor.measured()}\n\n{_how_to_load(compressor, path)}")
+
+    def _check_apart(self, kept: Path | None) -> None:
+        """Make sure that statistics do not lie where the checkpoint is written later."""
+        output = Path(self.args.output).expanduser().resolve()
+        if kept is not None and (kept == output or output in kept.parents):
+            raise ValueError(
+                f"--save-statistics {kept} lies in --output {output}, which is written as a whole. Give it another "
+                "folder."
+            )
 
     def _check_statistics_arguments(self) -> None:
         args = self.args

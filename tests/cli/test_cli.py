@@ -310,6 +310,11 @@ def test_destination_is_checked_first(run: Run, compress: Run, tmp_path: Path):
     status, _, err = compress("--recipe", "reap", "--output", tmp_path / "out", "--save-statistics", tmp_path)
     assert status == 2
     assert "is not empty" in err
+    out = tmp_path / "out"
+    for kept in (out, out / "statistics"):
+        status, _, err = compress("--recipe", "reap", "--output", out, "--save-statistics", kept)
+        assert status == 2
+        assert f"--save-statistics {kept} lies in --output {out}, which is written as a whole" in err
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
 
 
