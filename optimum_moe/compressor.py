@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,7 +232,7 @@ class MoECompressor:
         batches = self._batches() if observing else None
         if self.streaming is not None:
             return self._stream(batches, plan)
-        with nullcontext() if self.output_dir is None else owned(self.output_dir, self.overwrite):
+        with owned(self.output_dir, self.overwrite):
             if self.output_dir is not None:
                 check_space(self.output_dir, self.preview().after.bytes)
             model = self._loaded()

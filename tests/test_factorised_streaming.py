@@ -125,9 +125,7 @@ def test_a_full_disk(checkpoints: Any, tmp_path: Path, monkeypatch: pytest.Monke
     expected = contents(compressed(checkpoint, METHODS["uniform"], tmp_path / "whole" / "out"))
     with monkeypatch.context() as patch:
         stop_at(patch, shards, "put_in_place", 5, OSError(28, "No space left on device"))
-        with pytest.raises(
-            ValueError, match=r"The disk is full; (\d parts are finished|no part is)"
-        ):
+        with pytest.raises(ValueError, match=r"The disk is full; (\d parts are finished|no part is)"):
             compressed(checkpoint, METHODS["uniform"], out)
     assert contents(compressed(checkpoint, METHODS["uniform"], out)) == expected
 

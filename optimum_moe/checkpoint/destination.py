@@ -70,18 +70,21 @@ def working_folder(directory: Path) -> Path:
 
 
 @contextmanager
-def owned(directory: Path, overwrite: bool = False) -> Iterator[None]:
+def owned(directory: Path | None, overwrite: bool = False) -> Iterator[None]:
     """Be the only run that writes to `directory`; what a killed run left there is finished or removed first.
 
     Meanwhile SIGTERM ends the block as Ctrl-C does, so that it can clear up.
 
     Args:
-        directory: What `check_destination` gave.
+        directory: What `check_destination` gave; None where nothing is to be written.
         overwrite: It may hold something.
 
     Raises:
         ValueError: If another run owns it, or it holds something and `overwrite` is not set.
     """
+    if directory is None:
+        yield
+        return
     with ended_like_an_interrupt(), _parents(directory), _locked(directory):
         _settle(directory)
         _check_free(directory, overwrite)
