@@ -314,8 +314,7 @@ class MoECompressor:
 
     def _stream(self, batches: CalibrationBatches | None, plan: CompressionPlan | None) -> Path:
         """`apply()` layer by layer, to the destination."""
-        assert self.streaming is not None
-        assert self.output_dir is not None
+        assert self.streaming is not None and self.output_dir is not None
         used = self.statistics if self.method.needs_statistics else None
         made_from = {
             "recipe": {**self.recipe.method.settings(), "mtp": self.mtp.option},
