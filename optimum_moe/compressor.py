@@ -314,7 +314,8 @@ class MoECompressor:
 
     def _stream(self, batches: CalibrationBatches | None, plan: CompressionPlan | None) -> Path:
         """`apply()` layer by layer, to the destination."""
-        assert self.streaming is not None and self.output_dir is not None
+        assert self.streaming is not None
+        assert self.output_dir is not None
         used = self.statistics if self.method.needs_statistics else None
         made_from = {
             "recipe": {**self.recipe.method.settings(), "mtp": self.mtp.option},
@@ -374,8 +375,7 @@ class MoECompressor:
         try:
             if plan is not None:
                 return run.carry_out(plan)[0]
-            used = self.statistics if self.method.needs_statistics else None
-            plan, observed = run.decide(used)
+            plan, observed = run.decide(self.statistics if self.method.needs_statistics else None)
             self.statistics = observed or self.statistics
             return plan
         except BaseException:
