@@ -22,7 +22,7 @@ from optimum_moe.checkpoint.push import push
 from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.system import readable_path
-from optimum_moe.checkpoint.writer import describe_model, write_model
+from optimum_moe.checkpoint.writer import choose_shard_size, describe_model, write_model
 from optimum_moe.engine import BlockSource, MemorySource, check_together
 from optimum_moe.engine.job import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
 from optimum_moe.engine.layerwise import Keep, as_it_is
@@ -32,9 +32,9 @@ from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.recipes import Recipe, calibration_config, coerce_recipe
 from optimum_moe.records import share_as_new
+from optimum_moe.reporting import description
 from optimum_moe.reporting.card import CardFacts
-from optimum_moe.reporting.description import card_facts, measured_preview, write_card, write_description
-from optimum_moe.reporting.preview import Cost, Preview, preview
+from optimum_moe.reporting.preview import Cost, Preview
 from optimum_moe.statistics import Statistics
 
 
@@ -63,6 +63,7 @@ class MoECompressor:
         mtp: MTPLayers | None = None,
         streaming: StreamingSettings | None = None,
         error_propagation: bool = False,
+        max_shard_size: str | int = "5GB",
     ) -> None:
         self.source = source
         self.streaming = streaming
@@ -74,6 +75,7 @@ class MoECompressor:
         self.output_dir = output_dir
         self.overwrite = overwrite
         self.progress = progress
+        self.max_shard_size = max_shard_size
         self.model: PreTrainedModel | None = None
         self.plan: CompressionPlan | None = None
         self.statistics: Statistics | None = None
@@ -102,6 +104,7 @@ class MoECompressor:
         mtp: MTPOption = "error",
         error_propagation: bool = False,
         max_memory: Any = None,
+        max_shard_size: str | int | None = None,
         overwrite: bool = False,
         progress: bool = True,
         **kwargs: Any,
@@ -118,7 +121,7 @@ class MoECompressor:
             output_dir: Folder that `apply()` writes the checkpoint to; it then returns the path.
             seed: Seed of the calibration sample and of everything random; default the recipe's, else 0.
             auto_class: Auto class or model class; by default the architecture that the config names.
-            tokenizer: Tokenizer or processor; by default the checkpoint's.
+            tokenizer: Tokenizer or processor, or the folder or Hub id of one; by default the checkpoint's.
             dtype: Of the weights; `"auto"` (default) keeps the checkpoint's.
             device_map: As in `from_pretrained`.
             dequantize: Compress the bf16 values of an FP8 or MXFP4 checkpoint; the result is not quantised.
@@ -128,6 +131,7 @@ class MoECompressor:
             error_propagation: Observe each layer behind those that are cut already.
             max_memory: Bytes or a size such as `"20GB"` that tensors may take with streaming; else as in
                 `from_pretrained`.
+            max_shard_size: Of the files that `apply()` writes, default "5GB"; streaming writes one for each layer.
             overwrite: Allow `output_dir` to be replaced; a streaming run starts anew.
             progress: Show progress bars.
             kwargs: Everything else goes to `from_pretrained` of the model class.
@@ -144,6 +148,8 @@ class MoECompressor:
             kwargs["device_map"] = device_map
         source = open_source(model, auto_class, dtype, dequantize, **kwargs)
         streaming = choose_streaming(engine, source, destination, device_map, max_memory)
+        shard_size = choose_shard_size(max_shard_size, streaming is not None)
+        tokenizer = source.load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         if max_memory is not None and streaming is None:
             source = replace(source, load_arguments={**source.load_arguments, "max_memory": max_memory})
         if error_propagation and not recipe.method.needs_statistics:
@@ -154,7 +160,7 @@ class MoECompressor:
         counts = recipe.method.counts(source.info)
         check_together(source.blocks, counts)
         layers.check_method(recipe.method, counts)
-        run = progress, layers, streaming, error_propagation
+        run = progress, layers, streaming, error_propagation, shard_size
         return cls(source, recipe, config, seed, tokenizer, destination, overwrite, *run)
 
     @property
@@ -164,13 +170,7 @@ class MoECompressor:
 
     def preview(self) -> Preview:
         """Parameters, bytes and FLOPs a token before and after, from config and headers."""
-        counts = self.method.counts(self.source.info)
-        blocks = list(self.source.blocks)
-        cost = preview(self.source.skeleton, blocks, self.source.info, counts, self.method)
-        gone = self.mtp.removed(counts, self.method.block_routing)
-        size = int(gone * self.source.info.expert_itemsize)
-        after = replace(cost.after, parameters=cost.after.parameters - gone, bytes=cost.after.bytes - size)
-        return replace(cost, after=after)
+        return description.expected_preview(self.source, self.method, self.mtp)
 
     def calibrate(self) -> Statistics:
         """Observe the model on the calibration data; the result serves other methods and ratios too.
@@ -222,7 +222,7 @@ class MoECompressor:
         self._begin()
         if plan is not None:
             check_plan(plan, self._identity)
-            self._check_mtp(plan)
+            self.mtp.check_plan(plan)
         elif (used := statistics or self.statistics) is not None:
             check_belongs("statistics", used.source, self._identity)
             self.statistics = used
@@ -242,13 +242,15 @@ class MoECompressor:
             self.plan = plan = self._cut(self._run(MemorySource(model, self.source.blocks), batches), plan)
             self._mark(model, plan)
             model.eval()
-            return model if self.output_dir is None else self._write(self.output_dir, self.overwrite)
+            return (
+                model if self.output_dir is None else self._write(self.output_dir, self.overwrite, self.max_shard_size)
+            )
 
     def save_pretrained(
         self,
         directory: str | Path,
         overwrite: bool = False,
-        max_shard_size: str = "5GB",
+        max_shard_size: str | int = "5GB",
         push_to_hub: bool = False,
         repo_id: str | None = None,
         token: str | None = None,
@@ -284,10 +286,10 @@ class MoECompressor:
             with owned(directory, overwrite):
                 self._write(directory, overwrite, max_shard_size)
         if push_to_hub:
-            push(directory, repo_id, token, lambda name: write_card(directory, name, self._card_facts()))
+            push(directory, repo_id, token, lambda name: description.write_card(directory, name, self._card_facts()))
         return directory
 
-    def _write(self, directory: Path, overwrite: bool, max_shard_size: str = "5GB") -> Path:
+    def _write(self, directory: Path, overwrite: bool, max_shard_size: str | int) -> Path:
         """Write the model to a folder that is owned."""
         assert self.model is not None
         check_space(directory, sum(p.numel() * p.element_size() for p in self.model.parameters()))
@@ -305,12 +307,12 @@ class MoECompressor:
             describe_model(self.model, beside, self.source.blocks)
         self.mtp.write(beside, self.model, self.plan)
         carry_files(self.source.directory, self._given_tokenizer, self.source.load_tokenizer, beside)
-        write_description(beside, name, self._card_facts())
+        description.write_description(beside, name, self._card_facts())
         share_as_new(beside)
 
     def _card_facts(self) -> CardFacts:
         assert self.plan is not None
-        return card_facts(self.source, self.recipe, self.plan, self.measured(), type(self.model).__name__)
+        return description.card_facts(self.source, self.recipe, self.plan, self.measured(), type(self.model).__name__)
 
     def _stream(self, batches: CalibrationBatches | None, plan: CompressionPlan | None) -> Path:
         """`apply()` layer by layer, to the destination."""
@@ -356,7 +358,7 @@ class MoECompressor:
         assert self.plan is not None
         assert self.model is not None
         made = self.model, self.plan, self.statistics
-        return measured_preview(self.source, self.method, *made, self.mtp, self._before)
+        return description.measured_preview(self.source, self.method, *made, self.mtp, self._before)
 
     @property
     def tokenizer(self) -> Any:
@@ -384,13 +386,9 @@ class MoECompressor:
             raise
 
     def _mark(self, model: PreTrainedModel, plan: CompressionPlan) -> None:
-        self._check_mtp(plan)
+        self.mtp.check_plan(plan)
         mark_structure(model, self.source, plan)
         self.mtp.update_config(model.config)
-
-    def _check_mtp(self, plan: CompressionPlan) -> None:
-        counts = {name: block.num_groups for name, block in plan.blocks.items()}
-        self.mtp.check_counts(counts, "reduce" if plan.is_plain else "map")
 
     def _begin(self) -> None:
         if self._partly_cut:

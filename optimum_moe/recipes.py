@@ -96,6 +96,15 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         ValueError: If there is no such preset or file, or it has an unknown field.
     """
+    return parse_recipe(recipe_record(name), overrides)
+
+
+def recipe_record(name: str | Path) -> Mapping[str, Any]:
+    """What a preset or a YAML file says, not yet checked.
+
+    Raises:
+        ValueError: If there is no such preset or file, or it holds no mapping.
+    """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -110,7 +119,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise ValueError(f"Recipe {name} is no valid YAML: {error}. Correct it.") from error
     if not isinstance(record, Mapping):
         raise ValueError(f"Recipe {name} must be a mapping with a field 'method', got {type(record).__name__}.")
-    return parse_recipe(record, overrides)
+    return record
 
 
 def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from optimum_moe.calibration.hub import load_hub_data_set
 from optimum_moe.calibration.media import (
     MEDIA_COLUMNS,
     ExampleColumn,
@@ -26,6 +27,7 @@ from optimum_moe.calibration.media import (
     has_media,
     read_example,
 )
+from optimum_moe.checkpoint.names import data_set_name
 from optimum_moe.checkpoint.system import native_path, utf8_path
 
 Chat: TypeAlias = list[Mapping[str, Any]]
@@ -178,6 +180,8 @@ def _is_pair(item: Any) -> bool:
 
 
 def _read_one(source: Any, text_column: str) -> TextSource | ReadyInputs | MediaSource:
+    if isinstance(source, str) and data_set_name(source) is not None:
+        return _stream(iter(load_hub_data_set(source)), text_column, source)
     if isinstance(source, str | os.PathLike):
         return _read_file(Path(native_path(source)), text_column)
     if isinstance(source, bytes) or not isinstance(source, Iterable):

@@ -54,6 +54,11 @@ class MTPLayers:
         """Whether they have routed experts."""
         return any(".experts." in name for name in self.names)
 
+    def check_plan(self, plan: CompressionPlan) -> None:
+        """`check_counts` of what a plan says."""
+        counts = {name: block.num_groups for name, block in plan.blocks.items()}
+        self.check_counts(counts, "reduce" if plan.is_plain else "map")
+
     def check_counts(self, counts: Mapping[str, int], routing: Routing) -> None:
         """Raise a `ValueError` where copied layers would contradict the expert count of the config."""
         before = {found.info.name: found.info.num_experts for found in self.source.blocks}

@@ -1,4 +1,4 @@
-"""Names of checkpoints: folders and Hub ids, told apart without the network.
+"""Names of checkpoints and data sets: paths and Hub ids, told apart without the network.
 
 Standard library only, so that the command line answers to a mistyped name before it imports anything heavy.
 """
@@ -9,6 +9,7 @@ import difflib
 import re
 from pathlib import Path
 
+DEFAULT_SPLIT = "train"
 _HUB_ID = re.compile(r"(\b[\w\-.]+\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
 
 
@@ -29,7 +30,7 @@ def check_checkpoint_name(name: str, cache_dir: str | Path | None = None) -> Non
             no model that was fetched from the Hub before.
     """
     place = Path(name)
-    if place.is_dir():
+    if name and place.is_dir():
         return
     if not place.exists() and is_hub_id(name):
         if "/" in name and not place.parent.is_dir():
@@ -58,3 +59,16 @@ def _how_to_fetch(name: str, place: Path) -> str:
     if "/" not in name or not is_hub_id(name) or place.exists():
         return ""
     return f" As {place.parent} is a folder here, fetch a Hub model of that name first: hf download {name}"
+
+
+def data_set_name(source: str) -> tuple[str, str | None, str] | None:
+    """Repository, config and split of a data set on the Hub; None for anything else, such as the path of a file.
+
+    A path that lies in a folder of this machine is mistyped rather than on the Hub.
+    """
+    name, *rest = source.split(":")
+    if "/" not in name or not is_hub_id(name) or len(rest) > 2 or not all(rest):
+        return None
+    if Path(source).exists() or Path(name).is_file() or (Path(name).parent.is_dir() and not Path(name).is_dir()):
+        return None
+    return name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else DEFAULT_SPLIT

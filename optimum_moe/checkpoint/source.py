@@ -130,9 +130,26 @@ class ModelSource:
         arguments = {k: v for k, v in self.load_arguments.items() if k in _HUB_ARGUMENTS}
         return Path(hf_hub_download(str(self.location), file.name, **arguments))
 
-    def load_tokenizer(self, directory: Path) -> Any:
-        """The processor or tokenizer of a folder, whose code is run where that of the model is."""
-        return load_tokenizer(directory, bool(self.load_arguments.get("trust_remote_code")))
+    def load_tokenizer(self, name: str | Path) -> Any:
+        """The processor or tokenizer of a folder or of the Hub, whose code is run where that of the model is.
+
+        Raises:
+            ValueError: If there is none, and it was not looked for in a folder of its own.
+        """
+        trusted = bool(self.load_arguments.get("trust_remote_code"))
+        if Path(name).is_dir():
+            found = load_tokenizer(Path(name), trusted)
+            if found is None and Path(name) != self.directory:
+                raise ValueError(f"tokenizer={str(name)!r} has no files of a tokenizer. Give a folder with some.")
+            return found
+        check_checkpoint_name(str(name), self.load_arguments.get("cache_dir"))
+        try:
+            return AutoTokenizer.from_pretrained(str(name), trust_remote_code=trusted)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"tokenizer={str(name)!r} could not be loaded ({type(error).__name__}). Check the name, the network "
+                "and your token, or give a folder with the files of a tokenizer."
+            ) from error
 
     @property
     def hub_id(self) -> str | None:
@@ -183,7 +200,7 @@ def open_source(
         return _from_memory(live)
     refuse_arguments(kwargs)
     name, model = readable_path(model), native_path(model)
-    directory, headers, is_local = _config_and_headers(model, kwargs)
+    directory, headers, is_local = config_and_headers(model, kwargs)
     config = AutoConfig.from_pretrained(directory, **{k: v for k, v in kwargs.items() if k in _CONFIG_ARGUMENTS})
     quantisation = accepted_quantisation(config, dequantize)
     if quantisation is not None:
@@ -249,7 +266,7 @@ def _from_memory(model: PreTrainedModel) -> ModelSource:
     return ModelSource(type(model).__name__, model.config, model, blocks, info, live=model)
 
 
-def _config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Headers, bool]:
+def config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Headers, bool]:
     """A local folder with everything but the weights, the headers of the weights, and whether it has these too."""
     subfolder, variant = str(kwargs.get("subfolder") or ""), kwargs.get("variant")
     if Path(name).is_dir():

@@ -13,10 +13,28 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_moe.checkpoint.carried_code import carry_code
+from optimum_moe.methods.counts import parse_size
 from optimum_moe.surgeons import FoundBlock, config_at, tower_of
 
 
-def write_model(model: PreTrainedModel, directory: Path, blocks: Sequence[FoundBlock], max_shard_size: str) -> None:
+def choose_shard_size(size: str | int | None, streams: bool) -> str | int:
+    """How large the files of weights may be.
+
+    Raises:
+        ValueError: If it is no size, or given to a run that writes one file a layer.
+    """
+    if size is None:
+        return "5GB"
+    if streams:
+        raise ValueError(
+            f'max_shard_size={size!r} is for engine="memory": streaming writes a file for each layer. Leave it out.'
+        )
+    return parse_size(size, "max_shard_size")
+
+
+def write_model(
+    model: PreTrainedModel, directory: Path, blocks: Sequence[FoundBlock], max_shard_size: str | int
+) -> None:
     """Weights, config in every spelling that readers of this architecture know, and the code that it needs."""
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     _spell_out_config(directory, blocks)

@@ -5,7 +5,7 @@ Standard library only besides optimum's base class, so that `optimum-cli --help`
 
 from __future__ import annotations
 
-import sys
+import argparse
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -15,20 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from optimum_moe.checkpoint.names import check_checkpoint_name, data_set_name
+from optimum_moe.cli.errors import ending_in_one_line, name_flags
+
 if TYPE_CHECKING:
     from optimum_moe.recipes import Recipe
 
-USER_ERROR = 2
-SYSTEM_ERROR = 1
-INTERRUPTED = 130
+SIZES = ("num_experts", "keep_ratio", "target_size", "budget")
 
 
 class MoESubcommand(BaseOptimumCLICommand):
-    """One command; subclasses say which arguments it takes and what it does.
-
-    A `ValueError` states a rule, the actual values and a remedy, an `OSError` what the system refused: neither needs a
-    traceback.
-    """
+    """One command; subclasses say which arguments it takes and what it does."""
 
     args: Namespace
 
@@ -37,37 +34,53 @@ class MoESubcommand(BaseOptimumCLICommand):
         raise NotImplementedError
 
     def run(self) -> None:
-        """Execute; exit with 2 on an error of the user's, 1 on one of the system's, 130 on Ctrl-C."""
-        try:
-            with _plain_warnings():
-                self.execute()
-        except ValueError as error:
-            _exit(f"error: {error}", USER_ERROR)
-        except OSError as error:
-            _exit(f"error: {error}", SYSTEM_ERROR)
-        except KeyboardInterrupt:
-            _exit("interrupted", INTERRUPTED)
+        """Execute; what goes wrong ends in one line, see `errors`."""
+        with ending_in_one_line(self.parser, self.args.debug), _plain_warnings(self.parser):
+            self.execute()
 
 
 @contextmanager
-def _plain_warnings() -> Iterator[None]:
+def _plain_warnings(parser: ArgumentParser) -> Iterator[None]:
     """Show warnings without the line of code that gave them."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {name_flags(str(message), parser)}\n"
     try:
         yield
     finally:
         warnings.formatwarning = before
 
 
-def _exit(message: str, status: int) -> None:
-    print(message, file=sys.stderr)
-    raise SystemExit(status)
+def prepare(parser: ArgumentParser) -> None:
+    """What all commands have in common."""
+    parser.allow_abbrev = False
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+
+
+def add_model_argument(parser: ArgumentParser, what: str = "Hub id, or folder of a checkpoint.") -> None:
+    """The model, in its place or by its name."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=what)
+    parser.add_argument("--model", dest="named_model", help=argparse.SUPPRESS)
+
+
+def model_of(args: Namespace) -> str:
+    """The model that was given, whose name is no mistyped path.
+
+    Raises:
+        ValueError: If there is none, or two, or it can only be a mistyped path.
+    """
+    given = [name for name in (args.model, args.named_model) if name is not None]
+    if len(given) != 1:
+        said = " and ".join(given) or "none"
+        raise ValueError(f"One MODEL is needed, got {said}. Give a Hub id, or the folder of a checkpoint.")
+    check_checkpoint_name(given[0])
+    return str(given[0])
 
 
 def add_checkpoint_arguments(parser: ArgumentParser) -> None:
     """How to find and read a checkpoint, beside its name."""
     parser.add_argument("--revision", help="Branch, tag or commit of a Hub model.")
+    parser.add_argument("--subfolder", help="Folder of the checkpoint inside of MODEL.")
+    parser.add_argument("--variant", help='Which weights, such as "fp16" for model.fp16.safetensors.')
     parser.add_argument("--trust-remote-code", action="store_true", help="Run the modeling code of the checkpoint.")
     parser.add_argument("--dequantize", action="store_true", help="Read an FP8 or MXFP4 checkpoint as its bf16 values.")
     parser.add_argument("--dtype", default="auto", help='Of the weights, such as "bfloat16"; default as stored.')
@@ -75,7 +88,7 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
 
 def add_recipe_arguments(parser: ArgumentParser) -> None:
     """What is done to which model."""
-    parser.add_argument("--model", required=True, help="Hub id, or folder of a checkpoint in safetensors format.")
+    add_model_argument(parser, "Hub id, or folder of a checkpoint in safetensors format.")
     parser.add_argument(
         "--recipe",
         default="budget",
@@ -103,8 +116,9 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
 def checkpoint_arguments(args: Namespace) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained` of the arguments that were given."""
     given: dict[str, Any] = {"dtype": args.dtype}
-    if args.revision is not None:
-        given["revision"] = args.revision
+    for name in ("revision", "subfolder", "variant"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
     if args.trust_remote_code:
         given["trust_remote_code"] = True
     if args.dequantize:
@@ -120,13 +134,11 @@ def recipe_of(args: Namespace) -> Recipe:
     """
     import yaml
 
+    check_recipe_file(args.recipe)
     from optimum_moe.recipes import load_recipe
 
-    overrides = {
-        name: value
-        for name in ("num_experts", "keep_ratio", "target_size", "budget")
-        if (value := getattr(args, name)) is not None
-    }
+    overrides = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
+    _check_sizes(args.recipe, list(overrides))
     for setting in args.set:
         field, separator, text = setting.partition("=")
         if not separator or not field:
@@ -142,6 +154,51 @@ def recipe_of(args: Namespace) -> Recipe:
                 f"for example --set 'protect=[\"*.layers.0.*\"]'."
             ) from error
     return load_recipe(args.recipe, overrides)
+
+
+def check_recipe_file(name: str) -> None:
+    """Raise a `ValueError` for a YAML file that is not there."""
+    if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+        raise ValueError(
+            f"No recipe file {name}. Give an existing one, or a preset of `optimum-cli moe inspect --list`."
+        )
+
+
+def _check_sizes(recipe: str, given: Sequence[str]) -> None:
+    """Raise a `ValueError` for a size that the recipe's method does not have, with the recipes that do."""
+    from optimum_moe.methods import METHODS
+    from optimum_moe.recipes import preset_names, recipe_record
+
+    sizes = {name: METHODS[recipe_record(name)["method"]].size_fields for name in preset_names()}
+    method = METHODS.get(str(recipe_record(recipe).get("method")))
+    if method is None:
+        return
+    for name in (name for name in given if name not in method.size_fields):
+        taken = ", ".join(_flag(size) for size in SIZES if size in method.size_fields)
+        others = ", ".join(sorted(preset for preset, fields in sizes.items() if name in fields))
+        raise ValueError(
+            f"{_flag(name)} is no size for the recipe {recipe!r} ({method.name}), which takes {taken}. Give one of "
+            f"these, or another recipe as well: --recipe, one of {others}."
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_text(values: Sequence[str] | None, flag: str) -> None:
+    """Refuse text that is not there, before anything heavy is imported, also where nothing would read it.
+
+    Raises:
+        ValueError: If a value is no file of text, and no data set on the Hub.
+    """
+    for path in (_weighted(value)[0] for value in values or ()):
+        if Path(path).is_file() or data_set_name(path) is not None:
+            continue
+        raise ValueError(
+            f"{flag} {path}: there is no such file (the working directory is {Path.cwd()}). Give a .txt, .jsonl or "
+            ".parquet file, or a data set of the Hub as org/name:split."
+        )
 
 
 def text_source(values: Sequence[str] | None) -> Any:

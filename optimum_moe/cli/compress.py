@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,10 @@ from optimum_moe.cli.common import (
     MoESubcommand,
     add_checkpoint_arguments,
     add_recipe_arguments,
+    check_text,
     checkpoint_arguments,
+    model_of,
+    prepare,
     recipe_of,
     text_source,
 )
@@ -21,13 +25,20 @@ if TYPE_CHECKING:
     from optimum_moe.recipes import Recipe
 
 
+_CALIBRATION = (
+    *("text_column", "num_samples", "max_tokens", "sequence_length", "batch_size", "packing"),
+    "unseen",
+)
+"""Flags that are fields of `CalibrationConfig`."""
+
+
 class CompressCommand(MoESubcommand):
     """Observe, decide, cut and write; prints the sizes before it starts and as measured at the end."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        parser.allow_abbrev = False
+        prepare(parser)
         add_recipe_arguments(parser)
         add_checkpoint_arguments(parser)
         parser.add_argument("--output", required=True, help="Folder that the checkpoint is written to.")
@@ -41,49 +52,57 @@ class CompressCommand(MoESubcommand):
         parser.add_argument(
             "--error-propagation", action="store_true", help="Observe each layer behind those that are cut already."
         )
-        parser.add_argument(
-            "--calibration",
-            action="append",
-            metavar="PATH[:WEIGHT]",
-            help="Text to observe the model on: .txt, .jsonl or .parquet; repeat it for a mixture by weight.",
-        )
-        parser.add_argument("--max-tokens", type=int, help="At most so many calibration tokens.")
-        parser.add_argument("--sequence-length", type=int, help="Tokens of a calibration row.")
+        _add_calibration_arguments(parser)
         parser.add_argument("--statistics", metavar="FOLDER", help="Reuse statistics that --save-statistics wrote.")
         parser.add_argument("--save-statistics", metavar="FOLDER", help="Keep the statistics for other runs.")
         parser.add_argument("--seed", type=int, help="Of the calibration sample and everything random; default 0.")
         parser.add_argument("--device-map", help='Where the weights go, such as "auto" or "cuda:0"; default the CPU.')
+        parser.add_argument("--max-shard-size", help='Of the files of weights, such as "2GB"; default "5GB".')
+        parser.add_argument(
+            "--push-to-hub",
+            nargs="?",
+            const="",
+            metavar="REPO",
+            help="Upload the result to this repository; by default to one with the name of the folder.",
+        )
         parser.add_argument("--quiet", action="store_true", help="Print nothing but the folder that was written.")
 
     def execute(self) -> None:
         """See `MoESubcommand`."""
         args = self.args
-        self._check_statistics_arguments()
+        self._check_arguments()
+        model = model_of(args)
         recipe = self._recipe()
         from transformers.utils import logging
 
         from optimum_moe.checkpoint.destination import check_destination, owned, written_beside
+        from optimum_moe.checkpoint.push import check_repo_id
         from optimum_moe.compressor import MoECompressor
+        from optimum_moe.reporting.card import describe_calibration
         from optimum_moe.statistics import Statistics
 
         if args.quiet:
             logging.disable_progress_bar()
+        if args.push_to_hub:
+            check_repo_id(args.push_to_hub)
         kept = None if args.save_statistics is None else check_destination(args.save_statistics)
         self._check_apart(kept)
         statistics = None if args.statistics is None else Statistics.from_pretrained(args.statistics)
         compressor = MoECompressor.from_pretrained(
-            args.model,
+            model,
             recipe,
             text_source(args.calibration),
             engine="streaming" if args.streaming else "auto",
             output_dir=args.output,
             error_propagation=args.error_propagation,
             max_memory=args.max_memory,
+            max_shard_size=args.max_shard_size,
             overwrite=args.overwrite,
             seed=args.seed,
             device_map=args.device_map,
             progress=not args.quiet,
             mtp=args.mtp,
+            tokenizer=args.tokenizer,
             **checkpoint_arguments(args),
         )
         needed = compressor.method.needs_statistics or kept is not None
@@ -91,6 +110,8 @@ class CompressCommand(MoESubcommand):
             raise ValueError(
                 f"{compressor.method.name} needs calibration data. Give --calibration corpus.txt, or --statistics."
             )
+        if args.calibration and not needed:
+            warnings.warn(f"{compressor.method.name} needs no data here: --calibration is not read.", stacklevel=2)
         if not args.quiet:
             print(f"Preview\n{compressor.preview()}\n", flush=True)
         if kept is not None:
@@ -98,7 +119,14 @@ class CompressCommand(MoESubcommand):
             with owned(kept), written_beside(kept) as beside:
                 observed.save_pretrained(beside)
         path = compressor.apply(statistics)
-        print(path if args.quiet else f"\nMeasured\n{compressor.measured()}\n\n{_how_to_load(compressor, path)}")
+        if not args.quiet:
+            assert compressor.plan is not None
+            print(f"\nCalibration: {describe_calibration(compressor.plan.calibration)}")
+            print(f"\nMeasured\n{compressor.measured()}\n\n{_how_to_load(compressor, path)}")
+        if args.push_to_hub is not None:
+            compressor.save_pretrained(path, push_to_hub=True, repo_id=args.push_to_hub or None)
+        if args.quiet:
+            print(path)
 
     def _check_apart(self, kept: Path | None) -> None:
         """Make sure that statistics do not lie where the checkpoint is written later."""
@@ -109,18 +137,54 @@ class CompressCommand(MoESubcommand):
                 "folder."
             )
 
-    def _check_statistics_arguments(self) -> None:
+    def _check_arguments(self) -> None:
+        """What can be said before anything heavy is imported."""
         args = self.args
-        observing = ("calibration", "max_tokens", "sequence_length", "save_statistics")
-        given = [f"--{name.replace('_', '-')}" for name in observing if getattr(args, name) is not None]
+        check_text(args.calibration, "--calibration")
+        if args.statistics is not None and not Path(args.statistics).is_dir():
+            raise ValueError(f"--statistics {args.statistics} is no folder. Give one that --save-statistics wrote.")
+        observing = ("calibration", *_CALIBRATION, "save_statistics")
+        spelled = {"packing": "--no-packing"}
+        given = [
+            spelled.get(name, f"--{name.replace('_', '-')}") for name in observing if getattr(args, name) is not None
+        ]
         if args.statistics is not None and given:
             raise ValueError(f"--statistics takes the place of observing the model. Drop it, or {', '.join(given)}.")
 
     def _recipe(self) -> Recipe:
         recipe = recipe_of(self.args)
-        given = {name: getattr(self.args, name) for name in ("max_tokens", "sequence_length")}
+        given = {name: getattr(self.args, name) for name in _CALIBRATION}
         settings = {name: value for name, value in given.items() if value is not None}
         return replace(recipe, calibration={**recipe.calibration, **settings})
+
+
+def _add_calibration_arguments(parser: ArgumentParser) -> None:
+    """What the model is observed on, and how."""
+    parser.add_argument(
+        "--calibration",
+        action="append",
+        metavar="TEXT[:WEIGHT]",
+        help="Text to observe the model on: a .txt, .jsonl or .parquet file, or a data set of the Hub as org/name, "
+        "org/name:split or org/name:config:split; repeat it for a mixture by weight.",
+    )
+    parser.add_argument("--text-column", help='Column of the text; default "text", else "messages".')
+    parser.add_argument("--tokenizer", help="Hub id, or folder; default the checkpoint's.")
+    parser.add_argument("--num-samples", type=int, help="At most so many calibration rows.")
+    parser.add_argument("--max-tokens", type=int, help="At most so many calibration tokens; default 65536.")
+    parser.add_argument("--sequence-length", type=int, help="Tokens of a calibration row; default 512.")
+    parser.add_argument("--batch-size", type=int, help="Calibration rows of a forward pass; default 8.")
+    parser.add_argument(
+        "--no-packing",
+        dest="packing",
+        action="store_false",
+        default=None,
+        help="One document a row, padded, instead of rows cut from joined documents.",
+    )
+    parser.add_argument(
+        "--unseen",
+        choices=("warn", "error", "keep", "prune"),
+        help="What happens to experts that no calibration token reached; default warn.",
+    )
 
 
 def _how_to_load(compressor: MoECompressor, path: Path) -> str:

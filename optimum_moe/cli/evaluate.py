@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_moe.cli.common import MoESubcommand, text_source
+from optimum_moe.checkpoint.names import check_checkpoint_name
+from optimum_moe.cli.common import MoESubcommand, check_text, prepare, text_source
 
 if TYPE_CHECKING:
     from optimum_moe.evaluation import EvaluationResult
@@ -30,26 +32,26 @@ class EvaluateCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        parser.allow_abbrev = False
+        prepare(parser)
         parser.add_argument(
-            "--model",
-            required=True,
-            action="append",
-            metavar="[NAME=]PATH",
-            help="Model to measure, with a name for the table; repeat it to measure several side by side.",
+            "models",
+            nargs="*",
+            metavar="MODEL",
+            help="Models to measure side by side: Hub ids or folders, as NAME=MODEL with a name for the table.",
         )
+        parser.add_argument("--model", dest="named_models", action="append", default=[], help=argparse.SUPPRESS)
         parser.add_argument(
-            "--text", required=True, action="append", metavar="PATH[:WEIGHT]", help="Held-out text, as --calibration."
+            "--text", required=True, action="append", metavar="TEXT[:WEIGHT]", help="Held-out text, as --calibration."
         )
         parser.add_argument(
             "--reference",
-            help="The original model, for agreement with it; give it as --model too for a row of its own.",
+            help="The original model, for agreement with it; give it as a MODEL too for a row of its own.",
         )
         parser.add_argument(
             "--calibration",
             action="append",
-            metavar="PATH[:WEIGHT]",
-            help="What the models were calibrated on (.txt, .jsonl or .parquet); checked to have none of --text.",
+            metavar="TEXT[:WEIGHT]",
+            help="What the models were calibrated on: a file, or org/name:split; checked to have none of --text.",
         )
         parser.add_argument("--tasks", nargs="+", help="Some of: perplexity agreement choice generation. Default all.")
         parser.add_argument("--max-tokens", type=int, help="At most so many tokens of text; default 65536.")
@@ -69,7 +71,11 @@ class EvaluateCommand(MoESubcommand):
     def execute(self) -> None:
         """See `MoESubcommand`."""
         args = self.args
-        models = named_models(args.model)
+        models = named_models([*args.models, *args.named_models])
+        for model in (*models.values(), *([args.reference] if args.reference else ())):
+            check_checkpoint_name(model)
+        check_text(args.text, "--text")
+        check_text(args.calibration, "--calibration")
         files = {} if args.output is None else _output_files(Path(args.output), list(models))
         given = {name: getattr(args, name) for name in _SETTINGS}
         from transformers.utils import logging
@@ -97,15 +103,17 @@ def named_models(values: list[str]) -> dict[str, str]:
     Raises:
         ValueError: If two have the same name.
     """
+    if not values:
+        raise ValueError("A MODEL is needed, got none. Give Hub ids or folders, with names where you like: a=out.")
     models: dict[str, str] = {}
     for value in values:
         name, separator, path = value.partition("=")
         if not separator or Path(value).exists():
             name, path = Path(value).name or value, value
         if not name or not path:
-            raise ValueError(f"--model {value!r} lacks a {'path' if name else 'name'}. Write --model name=path.")
+            raise ValueError(f"MODEL {value!r} lacks a {'path' if name else 'name'}. Write name=path.")
         if name in models:
-            raise ValueError(f"Two models are named {name!r}: {models[name]} and {path}. Write --model name=path.")
+            raise ValueError(f"Two models are named {name!r}: {models[name]} and {path}. Write name=path.")
         models[name] = path
     return models
 

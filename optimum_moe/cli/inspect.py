@@ -6,7 +6,15 @@ import json
 from argparse import ArgumentParser
 from typing import Any
 
-from optimum_moe.cli.common import MoESubcommand, add_checkpoint_arguments, checkpoint_arguments, table
+from optimum_moe.cli.common import (
+    MoESubcommand,
+    add_checkpoint_arguments,
+    add_model_argument,
+    checkpoint_arguments,
+    model_of,
+    prepare,
+    table,
+)
 
 
 class InspectCommand(MoESubcommand):
@@ -15,16 +23,16 @@ class InspectCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        parser.allow_abbrev = False
-        parser.add_argument("model", nargs="?", help="Hub id, or folder of a checkpoint. Without it: as --list.")
+        prepare(parser)
+        add_model_argument(parser, "Hub id, or folder of a checkpoint, compressed or not. Without it: as --list.")
         parser.add_argument("--list", action="store_true", help="List architectures, presets, methods and saliencies.")
         parser.add_argument("--json", action="store_true", help="Print JSON.")
         add_checkpoint_arguments(parser)
 
     def execute(self) -> None:
         """See `MoESubcommand`."""
-        listing = self.args.list or self.args.model is None
-        record = supported() if listing else inspected(self.args.model, **checkpoint_arguments(self.args))
+        listing = self.args.list or self.args.model == self.args.named_model
+        record = supported() if listing else inspected(model_of(self.args), **checkpoint_arguments(self.args))
         if self.args.json:
             print(json.dumps(record, indent=1))
         else:
@@ -32,14 +40,20 @@ class InspectCommand(MoESubcommand):
 
 
 def inspected(model: str, **arguments: Any) -> dict[str, Any]:
-    """JSON-able facts of a checkpoint.
+    """JSON-able facts of a checkpoint; of a compressed one also how it was made.
 
     Raises:
         ValueError: See `optimum_moe.checkpoint.source.open_source`.
     """
-    from optimum_moe.checkpoint.source import open_source
+    from optimum_moe.checkpoint.source import config_and_headers, open_source
+    from optimum_moe.reporting.inspection import how_it_was_made, inspect_structured, is_structured
     from optimum_moe.reporting.preview import flops_per_token
 
+    directory, headers, _ = config_and_headers(model, arguments)
+    made = how_it_was_made(directory)
+    compressed = {"compressed": made} if made else {}
+    if is_structured(directory):
+        return {"model": model, **inspect_structured(directory, headers), **compressed}
     source = open_source(model, **arguments)
     active = {found.info.name: float(found.info.top_k) for found in source.blocks}
     blocks = [
@@ -62,6 +76,7 @@ def inspected(model: str, **arguments: Any) -> dict[str, Any]:
         "bytes": source.info.bytes,
         "flops_per_token": flops_per_token(source.skeleton, list(source.blocks), active),
         "blocks": blocks,
+        **compressed,
     }
 
 
@@ -88,17 +103,27 @@ def _first_line(described: Any) -> str:
 
 
 def _show_inspected(record: dict[str, Any]) -> str:
-    headers = ("MoE block", "experts", "top-k", "router groups", "hidden", "intermediate", "expert parameters")
-    return "\n".join(
-        [
-            f"{record['model']}: {record['architecture']} (surgeon {record['surgeon']})",
+    headers = ["MoE block", "experts", "top-k", "router groups", "hidden", "intermediate", "expert parameters"]
+    headers += ["of experts", "routing", "forms"] if "forms" in record["blocks"][0] else []
+    lines = [
+        f"{record['model']}: {record['architecture']} (surgeon {record['surgeon']})",
+        "",
+        table([headers, *(tuple(block.values()) for block in record["blocks"])]),
+        "",
+        f"{record['parameters']:,} parameters, {record['bytes']:,} bytes, "
+        f"{record['flops_per_token']:,.0f} FLOPs a token",
+    ]
+    made = record.get("compressed")
+    if made:
+        experts = ", ".join(
+            f"{old} -> {new}" for old, new in sorted({tuple(pair) for pair in made["experts"].values()})
+        )
+        lines += [
             "",
-            table([headers, *(tuple(block.values()) for block in record["blocks"])]),
-            "",
-            f"{record['parameters']:,} parameters, {record['bytes']:,} bytes, "
-            f"{record['flops_per_token']:,.0f} FLOPs a token",
+            f"Compressed from {made['original']} by {made['method']}; experts {experts}.",
+            f"Calibration: {made['calibration']}. Seed: {made['seed']}.",
         ]
-    )
+    return "\n".join(lines)
 
 
 def _show_supported(record: dict[str, Any]) -> str:

@@ -9,7 +9,10 @@ from optimum_moe.cli.common import (
     MoESubcommand,
     add_checkpoint_arguments,
     add_recipe_arguments,
+    check_recipe_file,
     checkpoint_arguments,
+    model_of,
+    prepare,
     recipe_of,
 )
 
@@ -20,16 +23,18 @@ class PreviewCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        parser.allow_abbrev = False
+        prepare(parser)
         add_recipe_arguments(parser)
         add_checkpoint_arguments(parser)
         parser.add_argument("--json", action="store_true", help="Print JSON.")
 
     def execute(self) -> None:
         """See `MoESubcommand`."""
+        model = model_of(self.args)
+        check_recipe_file(self.args.recipe)
         from optimum_moe.compressor import MoECompressor
 
         recipe = recipe_of(self.args)
         arguments = checkpoint_arguments(self.args)
-        preview = MoECompressor.from_pretrained(self.args.model, recipe, mtp=self.args.mtp, **arguments).preview()
+        preview = MoECompressor.from_pretrained(model, recipe, mtp=self.args.mtp, **arguments).preview()
         print(json.dumps(preview.to_dict(), indent=1) if self.args.json else preview)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
-from optimum_moe.cli.common import MoESubcommand
+from optimum_moe.checkpoint.names import check_checkpoint_name
+from optimum_moe.cli.common import MoESubcommand, add_model_argument, model_of, prepare
 
 FAILED = 1
 
@@ -15,8 +16,8 @@ class VerifyCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        parser.allow_abbrev = False
-        parser.add_argument("checkpoint", help="Folder of a compressed checkpoint.")
+        prepare(parser)
+        add_model_argument(parser, "Folder of a compressed checkpoint.")
         parser.add_argument(
             "--against",
             metavar="ORIGINAL",
@@ -26,13 +27,16 @@ class VerifyCommand(MoESubcommand):
 
     def execute(self) -> None:
         """See `MoESubcommand`."""
+        model = model_of(self.args)
+        if self.args.against is not None:
+            check_checkpoint_name(self.args.against)
         from transformers.utils import logging
 
         from optimum_moe.verification import verify
 
         if self.args.quiet:
             logging.disable_progress_bar()
-        report = verify(self.args.checkpoint, self.args.against)
+        report = verify(model, self.args.against)
         print(report)
         if not report.passed:
             raise SystemExit(FAILED)

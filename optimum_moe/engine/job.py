@@ -73,7 +73,7 @@ def choose_streaming(
         raise ValueError(
             f'engine="streaming" computes on one device, device_map={device_map!r} is none. Pass "cpu" or "cuda:0".'
         ) from error
-    return StreamingSettings(device, None if max_memory is None else parse_size(max_memory))
+    return StreamingSettings(device, None if max_memory is None else parse_size(max_memory, "max_memory"))
 
 
 class StreamingJob:

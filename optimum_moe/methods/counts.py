@@ -32,11 +32,11 @@ def exactly_one(**alternatives: Any) -> None:
         raise ValueError(f"Give exactly one of {', '.join(alternatives)}; got {shown}.")
 
 
-def parse_size(size: str | int) -> int:
+def parse_size(size: str | int, name: str = "target_size") -> int:
     """Bytes of a size such as `"16GB"`, `"900 MiB"` or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMG]?I?B?)", str(size).strip().upper())
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"target_size={size!r} is no size. Write a number of bytes, or one like '16GB' or '900MiB'.")
+        raise ValueError(f"{name}={size!r} is no size. Write a number of bytes, or one like '16GB' or '900MiB'.")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

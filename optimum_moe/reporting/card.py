@@ -137,7 +137,7 @@ def model_card(facts: CardFacts, name: str) -> str:
         experts=", ".join(f"{old} -> {new}" for old, new in sorted(set(facts.cost.counts.values()))),
         stable_rank=_stable_rank(facts.plan),
         recipe=facts.recipe.strip(),
-        method=_method(facts.plan.method),
+        method=describe_method(facts.plan.method),
         calibration=describe_calibration(facts.plan.calibration),
         seed=facts.plan.seed,
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -169,11 +169,11 @@ def _stable_rank(plan: CompressionPlan) -> str:
     return f"\n\nMean stable rank of the experts' matrices: {ranks[0]:.2f} before merging, {ranks[1]:.2f} after."
 
 
-def _method(settings: Mapping[str, Any]) -> str:
+def describe_method(settings: Mapping[str, Any]) -> str:
     """Name and settings of a method, those of the one that follows it too."""
     given = {key: value for key, value in settings.items() if key not in ("method", "then") and value is not None}
     said = f"{settings.get('method', 'given plan')} ({', '.join(f'{key}={value}' for key, value in given.items())})"
-    return said if not settings.get("then") else f"{said}, then {_method(settings['then'])}"
+    return said if not settings.get("then") else f"{said}, then {describe_method(settings['then'])}"
 
 
 def describe_calibration(record: Mapping[str, Any] | None) -> str:

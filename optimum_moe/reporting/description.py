@@ -48,6 +48,16 @@ def write_card(directory: Path, name: str, facts: CardFacts) -> None:
     (directory / "README.md").write_text(model_card(facts, name), encoding="utf-8", errors="surrogateescape")
 
 
+def expected_preview(source: ModelSource, method: Method, mtp: MTPLayers) -> Preview:
+    """What a method will give, from config and headers; of all that the checkpoint holds."""
+    counts = method.counts(source.info)
+    cost = preview(source.skeleton, list(source.blocks), source.info, counts, method)
+    gone = mtp.removed(counts, method.block_routing)
+    size = int(gone * source.info.expert_itemsize)
+    after = replace(cost.after, parameters=cost.after.parameters - gone, bytes=cost.after.bytes - size)
+    return replace(cost, after=after)
+
+
 def measured_preview(
     source: ModelSource,
     method: Method,

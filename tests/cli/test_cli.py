@@ -23,22 +23,28 @@ from optimum_moe.cli.moe import MoECommand
 from optimum_moe.evaluation import EvaluationResult
 from tests.mtp_checkpoints import save_with_mtp
 from tests.quantised_checkpoints import to_fp8
-from tests.tiny_checkpoints import save_checkpoint, write_text
+from tests.tiny_checkpoints import write_text
 
 Run = Callable[..., tuple[int, str, str]]
 
 RECIPE = {"--model", "--recipe", "--num-experts", "--keep-ratio", "--target-size", "--budget", "--set", "--mtp"}
-CHECKPOINT = {"--revision", "--trust-remote-code", "--dequantize", "--dtype"}
+CHECKPOINT = {"--revision", "--subfolder", "--variant", "--trust-remote-code", "--dequantize", "--dtype"}
 # A change here is a change of what users have in their scripts.
 OPTIONS = {
-    "inspect": {"--list", "--json", *CHECKPOINT},
+    "inspect": {"--model", "--list", "--json", *CHECKPOINT},
     "preview": {"--json", *RECIPE, *CHECKPOINT},
     "compress": {
         "--output",
         "--overwrite",
         "--calibration",
+        "--text-column",
+        "--tokenizer",
+        "--num-samples",
         "--max-tokens",
         "--sequence-length",
+        "--batch-size",
+        "--no-packing",
+        "--unseen",
         "--statistics",
         "--save-statistics",
         "--seed",
@@ -46,6 +52,8 @@ OPTIONS = {
         "--streaming",
         "--max-memory",
         "--error-propagation",
+        "--max-shard-size",
+        "--push-to-hub",
         "--quiet",
         *RECIPE,
         *CHECKPOINT,
@@ -66,42 +74,8 @@ OPTIONS = {
         "--output",
         "--quiet",
     },
-    "verify": {"--against", "--quiet"},
+    "verify": {"--model", "--against", "--quiet"},
 }
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("cli") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "corpus.jsonl")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "moe", *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            optimum_cli.main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-        return status, *capsys.readouterr()
-
-    return run_command
-
-
-@pytest.fixture
-def compress(run: Run, checkpoint: Path, corpus: Path) -> Run:
-    def run_compress(*arguments: object) -> tuple[int, str, str]:
-        short = ("--max-tokens", 1024, "--sequence-length", 64, "--calibration", corpus)
-        return run("compress", "--model", checkpoint, *short, *arguments)
-
-    return run_compress
 
 
 def test_commands_and_options_are_frozen():
@@ -110,14 +84,14 @@ def test_commands_and_options_are_frozen():
         command.COMMAND.name: {name for action in command.parser._actions for name in action.option_strings}
         for command in group.registered_subcommands
     }
-    assert found == {name: {"-h", "--help", *options} for name, options in OPTIONS.items()}
+    assert found == {name: {"-h", "--help", "--debug", *options} for name, options in OPTIONS.items()}
 
 
 def test_streaming(compress: Run, tmp_path: Path):
     arguments = ("--recipe", "m-smoe", "--num-experts", 4, "--output", tmp_path / "out")
     status, _, err = compress(*arguments, "--streaming", "--max-memory", "1KB")
     assert status == 2
-    assert "max_memory=1,000 bytes is less than" in err
+    assert "--max-memory 1,000 bytes is less than" in err
     # Nothing was finished, so that other settings may begin in the same folder.
     status, _, err = compress(*arguments, "--streaming", "--max-memory", "1GB", "--error-propagation")
     assert status == 0
@@ -182,7 +156,7 @@ def test_inspect_lists_what_is_supported(run: Run):
 
 def test_preview_overrides_the_recipe(run: Run, checkpoint: Path, tmp_path: Path):
     def preview(*arguments: object) -> dict:
-        status, out, err = run("preview", "--model", checkpoint, "--json", *arguments)
+        status, out, err = run("preview", checkpoint, "--json", *arguments)
         assert status == 0, err
         return json.loads(out)
 
@@ -204,7 +178,7 @@ def test_preview_overrides_the_recipe(run: Run, checkpoint: Path, tmp_path: Path
         "method: expert-pruning\nnum_experts: 2\nsaliency: frequency\n", encoding="utf-8"
     )
     assert preview("--recipe", tmp_path / "mine.yaml")["counts"][blocks[0]] == [8, 2]
-    assert "parameters" in run("preview", "--model", checkpoint, "--recipe", "m-smoe")[1]
+    assert "parameters" in run("preview", checkpoint, "--recipe", "m-smoe")[1]
 
 
 def test_compress_writes_what_it_says(compress: Run, tmp_path: Path):
@@ -230,7 +204,7 @@ def test_compress_again_from_saved_statistics(compress: Run, run: Run, checkpoin
     status, printed, _ = compress("--recipe", "reap", "--output", first, "--save-statistics", kept, "--quiet")
     assert (status, printed.strip()) == (0, str(first))
     assert Statistics.from_pretrained(kept).calibration["num_tokens"] == 1024
-    common = ("compress", "--model", checkpoint, "--recipe", "reap", "--quiet", "--statistics", kept)
+    common = ("compress", checkpoint, "--recipe", "reap", "--quiet", "--statistics", kept)
     assert run(*common, "--output", second)[0] == 0
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     status, _, err = run(*common, "--output", tmp_path / "third", "--max-tokens", 512)
@@ -244,7 +218,7 @@ def test_compress_a_mixture_in_another_dtype(run: Run, checkpoint: Path, corpus:
     out = tmp_path / "out"
     limits = ("--max-tokens", 1024, "--sequence-length", 32, "--dtype", "bfloat16", "--quiet")
     texts = ("--calibration", f"{corpus}:3", "--calibration", f"{other}:1")
-    status, _, err = run("compress", "--model", checkpoint, "--recipe", "reap", *texts, *limits, "--output", out)
+    status, _, err = run("compress", checkpoint, "--recipe", "reap", *texts, *limits, "--output", out)
     assert status == 0, err
     sources = json.loads((out / "plan.json").read_text(encoding="utf-8"))["calibration"]["sources"]
     assert [source["tokens"] for source in sources] == [768, 256]
@@ -253,7 +227,7 @@ def test_compress_a_mixture_in_another_dtype(run: Run, checkpoint: Path, corpus:
 
 def test_data_free_compression_needs_no_text(run: Run, checkpoint: Path, tmp_path: Path):
     arguments = ("--recipe", "reap", "--set", "saliency=aimer", "--output", tmp_path / "out", "--quiet")
-    status, _, err = run("compress", "--model", checkpoint, *arguments)
+    status, _, err = run("compress", checkpoint, *arguments)
     assert status == 0, err
 
 
@@ -293,7 +267,7 @@ def test_evaluate_prints_and_saves(run: Run, checkpoint: Path, corpus: Path, tmp
     ],
 )
 def test_user_errors_have_no_traceback_and_exit_with_2(run: Run, checkpoint: Path, arguments: tuple, message: str):
-    status, out, err = run("preview", "--model", checkpoint, *arguments)
+    status, out, err = run("preview", checkpoint, *arguments)
     assert status == 2
     assert out == ""
     assert err.startswith("error: ")
@@ -303,7 +277,7 @@ def test_user_errors_have_no_traceback_and_exit_with_2(run: Run, checkpoint: Pat
 
 def test_destination_is_checked_first(run: Run, compress: Run, tmp_path: Path):
     (tmp_path / "file.txt").write_text("mine", encoding="utf-8")
-    arguments = ("--model", "no/such/model", "--recipe", "reap", "--output", tmp_path)
+    arguments = ("org/model", "--recipe", "reap", "--output", tmp_path)
     status, _, err = run("compress", *arguments)
     assert status == 2
     assert "is not empty" in err
@@ -319,7 +293,7 @@ def test_destination_is_checked_first(run: Run, compress: Run, tmp_path: Path):
 
 
 def test_missing_data_and_wrong_arguments(run: Run, checkpoint: Path, tmp_path: Path):
-    common = ("compress", "--model", checkpoint, "--recipe", "m-smoe")
+    common = ("compress", checkpoint, "--recipe", "m-smoe")
     status, _, err = run(*common, "--output", tmp_path / "out")
     assert status == 2
     assert "Give --calibration" in err
@@ -401,13 +375,13 @@ def test_released_checkpoints(run: Run, tmp_path: Path):
     save_with_mtp(tmp_path / "plain", "deepseek_v3", torch.bfloat16)
     original = to_fp8(tmp_path / "plain", tmp_path / "original")
     (tmp_path / "recipe.yaml").write_text("method: expert-pruning\nnum_experts: 4\nsaliency: aimer\n", encoding="utf-8")
-    recipe = ("--model", original, "--recipe", tmp_path / "recipe.yaml")
+    recipe = (original, "--recipe", tmp_path / "recipe.yaml")
     status, _, error = run("preview", *recipe, "--mtp", "cut")
     assert status == 2
-    assert "already quantised (fp8). Pass dequantize=True" in error
+    assert "already quantised (fp8). Pass --dequantize to" in error
     status, _, error = run("compress", *recipe, "--dequantize", "--output", tmp_path / "out")
     assert status == 2
-    assert 'Pass mtp="copy"' in error
+    assert "Pass --mtp copy" in error
     status, text, _ = run("inspect", original, "--dequantize", "--json")
     assert status == 0
     plain = json.loads(run("inspect", tmp_path / "plain", "--json")[1])

@@ -1,0 +1,111 @@
+"""How errors end a command: one line, in the words of the command line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from argparse import Action, ArgumentParser
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+SYSTEM_ERROR = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+
+_PACKAGE = str(Path(__file__).parents[1])
+_UNEXPECTED = "Repeat the command with --debug for the traceback, and report it if it is a fault of optimum_moe."
+_ALIASES = {"output_dir": "output", "repo_id": "push_to_hub"}
+"""Arguments of the API that are called otherwise on the command line."""
+_ENGINES = {'engine="streaming"': "--streaming", 'engine="memory"': "a run without --streaming"}
+_VALUE = r"""True|False|None|"[^"]*"|'[^']*'|\[[^\]]*\]|\.{3}|(?:[\w%/-]+(?:[.:]+[\w%/-]+)*)?"""
+
+_WORD = re.compile(r"[\w.:/-]+")
+
+
+@contextmanager
+def ending_in_one_line(parser: ArgumentParser, debug: bool) -> Iterator[None]:
+    """Exit with 2 on an error of the user's, 1 on any other, 130 on Ctrl-C; with `debug` errors are raised as they are.
+
+    A `ValueError` of ours states a rule, the actual values and a remedy, an `OSError` what the system refused: neither
+    needs a traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _exit("interrupted", INTERRUPTED)
+    except Exception as error:
+        if debug:
+            raise
+        status = USER_ERROR if isinstance(error, ValueError) else SYSTEM_ERROR
+        _exit(f"error: {in_one_line(error, parser)}", status)
+
+
+def in_one_line(error: Exception, parser: ArgumentParser) -> str:
+    """What went wrong and what helps, with flags in place of arguments of the API."""
+    said = " ".join(str(error).split())
+    if isinstance(error, ValueError) and _is_ours(error.__traceback__):
+        return name_flags(said, parser)
+    if isinstance(error, OSError):
+        return f"{said}. {_UNEXPECTED}"
+    return f"{type(error).__name__}: {said}. {_UNEXPECTED}".replace(". . ", ". ").replace(".. ", ". ")
+
+
+def name_flags(message: str, parser: ArgumentParser) -> str:
+    """A message of the API in the words of the command line: `max_tokens=5` is `--max-tokens 5` here.
+
+    Settings of a method that have no flag of their own are given with --set.
+    """
+    # argparse has no public list of its arguments.
+    flags = {action.dest: action for action in parser._actions if action.option_strings}
+    flags |= {name: flags[dest] for name, dest in _ALIASES.items() if dest in flags}
+    for spelled, flag in _ENGINES.items() if "streaming" in flags else ():
+        message = message.replace(spelled, flag)
+    names = "|".join([*flags, *(_settings() if "set" in flags else ())])
+    message = re.sub(rf"(?<![\w/.\"'-])({names})=({_VALUE})", lambda found: _flag(found[1], found[2], flags), message)
+    long = "|".join(name for name in flags if "_" in name)
+    if long:
+        message = re.sub(
+            rf"(?<![\w/.\"'-])({long})(?![\w=/\"']|\.\w)", lambda found: _spelled(flags[found[1]]), message
+        )
+    return re.sub(r"(--[\w-]+) \(\1\)", r"\1", message)
+
+
+def _flag(name: str, value: str, flags: Mapping[str, Action]) -> str:
+    action = flags.get(name)
+    if action is None or (action.type is not None and value[:1] in ("'", '"', "[")):
+        return f"--set {name}={value}"
+    if action.nargs == 0 or not value:
+        return _spelled(action)
+    plain = value.strip("'\"")
+    return f"{_spelled(action)} {plain if _WORD.fullmatch(plain) else value}"
+
+
+def _spelled(action: Action) -> str:
+    return action.option_strings[-1]
+
+
+def _settings() -> set[str]:
+    """Settings of all methods; an error that names one comes after the methods were imported."""
+    if "optimum_moe.methods" not in sys.modules:
+        return set()
+    from dataclasses import fields
+
+    from optimum_moe.methods import METHODS
+
+    return {field.name for method in METHODS.values() for field in fields(method) if field.init}
+
+
+def _is_ours(trace: TracebackType | None) -> bool:
+    """Whether an error was raised by this package, which words what it raises for users."""
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE)
+
+
+def _exit(message: str, status: int) -> None:
+    print(message, file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,99 @@
+"""What config, headers and plan of a compressed checkpoint tell, without reading a weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from optimum_moe.algorithms.factors import FactorSizes
+from optimum_moe.blocks import BlockInfo
+from optimum_moe.checkpoint.contents import built, raw_config
+from optimum_moe.checkpoint.headers import Headers
+from optimum_moe.checkpoint.quantizer import METHOD
+from optimum_moe.plan import PLAN_NAME, CompressionPlan
+from optimum_moe.reporting.card import describe_calibration, describe_method
+from optimum_moe.reporting.description import REPORT_FILE, routed_multiply_adds
+from optimum_moe.reporting.preview import flops_per_token
+
+
+def is_structured(directory: Path) -> bool:
+    """Whether a checkpoint needs optimum_moe (or the code that it carries) to be loaded."""
+    record = raw_config(directory).get("quantization_config")
+    return isinstance(record, dict) and record.get("quant_method") == METHOD
+
+
+def how_it_was_made(directory: Path) -> dict[str, Any]:
+    """What the plan beside a compressed checkpoint says of all blocks; empty where there is no plan."""
+    if not (directory / f"{PLAN_NAME}.json").is_file() or not (directory / REPORT_FILE).is_file():
+        return {}
+    plan = CompressionPlan.from_pretrained(directory)
+    return {
+        "original": plan.source.get("name"),
+        "method": describe_method(plan.method),
+        "calibration": describe_calibration(plan.calibration),
+        "seed": plan.seed,
+        "experts": {name: [block.num_experts, block.num_groups] for name, block in plan.blocks.items()},
+    }
+
+
+def inspect_structured(directory: Path, headers: Headers) -> dict[str, Any]:
+    """JSON-able facts of a checkpoint that `is_structured`.
+
+    Raises:
+        ValueError: If config, plan and model do not fit together.
+    """
+    model, blocks = built(directory)
+    plan = CompressionPlan.from_pretrained(directory)
+    lacking = sorted({found.info.name for found in blocks} ^ set(plan.blocks))
+    if lacking:
+        raise ValueError(
+            f"Plan and config of {directory} have different MoE blocks ({', '.join(lacking[:3])}). Copy the checkpoint "
+            "again."
+        )
+    routed = {found.info.name: routed_multiply_adds(found.info, plan.blocks[found.info.name], None) for found in blocks}
+    return {
+        "architecture": type(model).__name__,
+        "surgeon": blocks[0].surgeon.name,
+        "parameters": headers.parameters,
+        "bytes": headers.bytes,
+        "flops_per_token": flops_per_token(model, blocks, routed),
+        "blocks": [_block(found.info, plan) for found in blocks],
+    }
+
+
+def _block(info: BlockInfo, plan: CompressionPlan) -> dict[str, Any]:
+    block = plan.blocks[info.name]
+    each = info.expert_parameters if block.sizes is None else 0
+    total = each * block.num_groups
+    if block.sizes is not None:
+        total = sum(block.sizes.numbers(expert, info.hidden_size) for expert in range(block.num_groups))
+    return {
+        "name": info.name,
+        "num_experts": block.num_groups,
+        "top_k": info.top_k,
+        "router_groups": info.router_groups,
+        "hidden_size": info.hidden_size,
+        "intermediate_size": info.intermediate_size,
+        "expert_parameters": total,
+        "original_experts": block.num_experts,
+        "routing": block.routing,
+        "forms": "stock" if block.sizes is None else describe_forms(block.sizes),
+    }
+
+
+def describe_forms(sizes: FactorSizes) -> str:
+    """The forms of a block's experts in a few words: neurons, ranks and sparse rows, from the least to the most."""
+    said = [f"{_span(sizes.widths)} neurons"]
+    for name, ranks in sizes.ranks.items():
+        factored = [rank for rank in ranks if rank is not None]
+        if factored:
+            said.append(f"{name} of rank {_span(factored)} in {len(factored)}")
+    for name, rows in sizes.rows.items():
+        said.append(f"{name} with {_span(rows)} sparse rows")
+    if sizes.base is not None:
+        said.append(f"{max(sizes.base) + 1} shared bases")
+    return ", ".join(said)
+
+
+def _span(numbers: Any) -> str:
+    return str(min(numbers)) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
