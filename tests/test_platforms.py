@@ -83,7 +83,7 @@ def test_no_decision_counts_references() -> None:
         text = file.read_text(encoding="utf-8")
         assert "getrefcount" not in text, file
         if file.name != "system.py":
-            assert not re.search(r"\bfcntl\b|posix_|preadv|\bctypes\b|MAP_PRIVATE", text), file
+            assert not re.search(r"\bfcntl\b|posix_|preadv|MAP_PRIVATE", text), file
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32"])

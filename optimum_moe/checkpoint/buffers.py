@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import weakref
 
@@ -26,7 +27,8 @@ class Buffers:
         if not size:
             return torch.empty(shape, dtype=dtype)
         buffer = self._take(size)
-        loan = memoryview(buffer)
+        # Views of this object keep it; views of a memoryview would only keep what lies below.
+        loan = (ctypes.c_ubyte * size).from_buffer(buffer)
         weakref.finalize(loan, self._idle.append, buffer).atexit = False
         return torch.frombuffer(loan, dtype=dtype).view(shape)
 

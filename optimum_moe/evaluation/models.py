@@ -6,11 +6,14 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from optimum_moe.checkpoint.system import utf8_path
 
 ModelOrPath: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 
@@ -44,11 +47,16 @@ def load_models(models: Iterable[tuple[str, ModelOrPath]]) -> list[PreTrainedMod
 def find_tokenizer(tokenizer: Any, candidates: Sequence[ModelOrPath | None]) -> Any:
     """The tokenizer given, else the one saved with the first path among `candidates`, else None."""
     if tokenizer is not None:
-        return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+        return _saved_tokenizer(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
     for candidate in candidates:
         if isinstance(candidate, str | os.PathLike):
-            return AutoTokenizer.from_pretrained(os.fspath(candidate))
+            return _saved_tokenizer(candidate)
     return None
+
+
+def _saved_tokenizer(path: str | os.PathLike[str]) -> Any:
+    with utf8_path(Path(path)) as folder:
+        return AutoTokenizer.from_pretrained(os.fspath(folder))
 
 
 @contextmanager
