@@ -10,7 +10,10 @@ import huggingface_hub
 
 def check_repo_id(repo_id: str) -> None:
     """Raise a `ValueError` where the Hub has no repository of such a name, before any work is done."""
-    huggingface_hub.utils.validate_repo_id(repo_id)
+    try:
+        huggingface_hub.utils.validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(f"repo_id={repo_id!r} names no repository. Write it as 'name' or 'user/name'.") from error
 
 
 def push(directory: Path, repo_id: str | None, token: str | None, name_card: Callable[[str], None]) -> str:

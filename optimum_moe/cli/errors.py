@@ -21,6 +21,7 @@ _ALIASES = {"output_dir": "output", "repo_id": "push_to_hub"}
 _ENGINES = {'engine="streaming"': "--streaming", 'engine="memory"': "a run without --streaming"}
 _VALUE = r"""True|False|None|"[^"]*"|'[^']*'|\[[^\]]*\]|\.{3}|(?:[\w%/-]+(?:[.:]+[\w%/-]+)*)?"""
 
+_LONGEST = 400
 _WORD = re.compile(r"[\w.:/-]+")
 
 
@@ -50,8 +51,10 @@ def in_one_line(error: Exception, parser: ArgumentParser) -> str:
     if isinstance(error, ValueError) and _is_ours(error.__traceback__):
         return name_flags(said, parser)
     if isinstance(error, OSError):
-        return f"{said}. {_UNEXPECTED}"
-    return f"{type(error).__name__}: {said}. {_UNEXPECTED}".replace(". . ", ". ").replace(".. ", ". ")
+        return f"{said.removesuffix('.')}. {_UNEXPECTED}"
+    # Some libraries put a list of all their models into one message.
+    short = said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
+    return f"{type(error).__name__}: {short.removesuffix('.')}. {_UNEXPECTED}"
 
 
 def name_flags(message: str, parser: ArgumentParser) -> str:

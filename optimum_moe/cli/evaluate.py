@@ -53,6 +53,8 @@ class EvaluateCommand(MoESubcommand):
             metavar="TEXT[:WEIGHT]",
             help="What the models were calibrated on: a file, or org/name:split; checked to have none of --text.",
         )
+        parser.add_argument("--text-column", help='Column of the text; default "text", else "messages".')
+        parser.add_argument("--tokenizer", help="Hub id, or folder; default that of the first model.")
         parser.add_argument("--tasks", nargs="+", help="Some of: perplexity agreement choice generation. Default all.")
         parser.add_argument("--max-tokens", type=int, help="At most so many tokens of text; default 65536.")
         parser.add_argument("--sequence-length", type=int, help="Tokens of a window; default 256.")
@@ -74,21 +76,27 @@ class EvaluateCommand(MoESubcommand):
         models = named_models([*args.models, *args.named_models])
         for model in (*models.values(), *([args.reference] if args.reference else ())):
             check_checkpoint_name(model)
+        if args.tokenizer is not None:
+            check_checkpoint_name(args.tokenizer)
         check_text(args.text, "--text")
         check_text(args.calibration, "--calibration")
         files = {} if args.output is None else _output_files(Path(args.output), list(models))
         given = {name: getattr(args, name) for name in _SETTINGS}
         from transformers.utils import logging
 
+        from optimum_moe.calibration import CalibrationConfig
         from optimum_moe.evaluation import evaluate_many, format_results
 
+        column = {} if args.text_column is None else {"text_column": args.text_column}
+        calibration = text_source(args.calibration)
         if args.quiet:
             logging.disable_progress_bar()
         results = evaluate_many(
             models,
-            text_source(args.text),
+            CalibrationConfig(text_source(args.text), **column),
             args.reference,
-            calibration=text_source(args.calibration),
+            args.tokenizer,
+            calibration=None if calibration is None else CalibrationConfig(calibration, **column),
             progress=not args.quiet,
             **{name: value for name, value in given.items() if value is not None},
         )

@@ -63,6 +63,8 @@ OPTIONS = {
         "--text",
         "--reference",
         "--calibration",
+        "--text-column",
+        "--tokenizer",
         "--tasks",
         "--max-tokens",
         "--sequence-length",

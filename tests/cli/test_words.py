@@ -73,7 +73,10 @@ def test_arguments_of_the_api_are_named_as_flags(message: str, said: str) -> Non
         (("--max-shard-size", "1GB", "--streaming"), "error: --max-shard-size 1GB is for a run without --streaming"),
         (("--tokenizer", "nowhere"), "error: nowhere is no folder"),
         (("--max-memory", "1GB"), "error: --max-memory 1GB is for --streaming;"),
-        (("--push-to-hub", "a/b/c"), "error: "),
+        (
+            ("--push-to-hub", "a/b/c"),
+            "--push-to-hub a/b/c names no repository. Write it as 'name' or 'user/name'.",
+        ),
         (("--budget", 0.5), "error: --budget is no size for the recipe 'reap' (expert-pruning), which takes"),
     ],
 )
@@ -263,6 +266,21 @@ def test_flags_for_the_sample(run: Run, checkpoint: Path, corpus: Path, tmp_path
     assert len(list(out.glob("model-*.safetensors"))) > 1
     assert (out / "merges.txt").read_text(encoding="utf-8") == "of the tokenizer that was given"
     assert AutoTokenizer.from_pretrained(out).get_vocab() == other.get_vocab()
+
+
+def test_evaluate_another_column_with_another_tokenizer(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "held_out.jsonl"
+    text.write_text("".join(json.dumps({"body": body}) + "\n" for body in documents(seed=2)), encoding="utf-8")
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    common = ("evaluate", checkpoint, "--text", text, "--max-tokens", 512, "--tasks", "perplexity", "--quiet")
+    status, _, err = run(*common)
+    assert status == 2
+    assert "No column 'text' or 'messages' in line 1 of held_out.jsonl, which has ['body']. Set --text-column." in err
+    status, out, err = run(*common, "--text-column", "body", "--tokenizer", tmp_path / "tokenizer")
+    assert status == 0, err
+    assert "perplexity" in out
+    status, _, err = run(*common, "--text-column", "body", "--tokenizer", tmp_path / "tokeniser")
+    assert (status, f"tokeniser is no folder; did you mean '{tmp_path / 'tokenizer'}'?" in err) == (2, True)
 
 
 def test_calibration_that_nothing_reads_is_said(run: Run, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
