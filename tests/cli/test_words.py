@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -19,6 +20,7 @@ from optimum_moe.calibration import build_batches
 from optimum_moe.checkpoint.names import check_checkpoint_name, data_set_name
 from optimum_moe.cli.compress import CompressCommand
 from optimum_moe.cli.errors import name_flags
+from optimum_moe.engine.job import StreamingJob
 from tests.cli.conftest import Run
 from tests.fake_hub import FakeHub, fake_hub  # noqa: F401
 from tests.tiny_checkpoints import documents, save_checkpoint, tokenizer
@@ -308,6 +310,26 @@ def test_push(streaming: tuple, run: Run, checkpoint: Path, tmp_path: Path, fake
         f"Check the network and your token (hf auth login), then upload it with: hf upload me/out {out}\n"
     )
     assert (out / "config.json").is_file()
+
+
+def test_a_streaming_run_that_was_interrupted_goes_on_and_is_pushed(
+    compress: Run,
+    tmp_path: Path,
+    fake_hub: FakeHub,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ("--recipe", "reap", "--output", tmp_path / "out", "--streaming", "--quiet", "--push-to-hub", "small")
+    with monkeypatch.context() as patched:
+        patched.setattr(StreamingJob, "complete", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert compress(*arguments)[0] == 130
+    assert fake_hub.files == {}
+    status, _, err = compress(*arguments)
+    assert (status, err) == (0, "")
+    assert b'from_pretrained("me/small")' in fake_hub.files["me/small"]["README.md"]
+    assert {name for name in fake_hub.files["me/small"] if name.endswith(".safetensors")} == {
+        *(f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)),
+        "plan/tensors.safetensors",
+    }
 
 
 def test_inspect_a_compressed_checkpoint(run: Run, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
