@@ -433,6 +433,25 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
         assert names(tmp_path) == [".out.lock"]
 
 
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("call", ["open", "mkdir"])
+def test_what_the_system_refuses_at_the_start_is_explained(
+    call: str, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    out = tmp_path / "made" / "out"
+    message = rf"Nothing can be written beside .*out \(.*{os.strerror(error)}.*\). Free some space"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(ValueError, match=message), owned(out):
+            pass
+    assert names(tmp_path) == []
+    with pytest.raises(ValueError, match=r"beside .* \(.*File name too long"), owned(tmp_path / ("n" * 250)):
+        pass
+
+
 def test_a_lock_whose_file_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run before removes the file between our opening and our locking it, and a third run makes another."""
     real, calls = destination.lock_descriptor, []

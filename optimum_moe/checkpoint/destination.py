@@ -208,6 +208,18 @@ def _settle(directory: Path) -> None:
 
 
 @contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """Say what an error of the system while the folder is prepared means for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"Nothing can be written beside {directory} ({error}). Free some space, change the permissions, or choose "
+            "another folder."
+        ) from error
+
+
+@contextmanager
 def _parents(directory: Path) -> Iterator[None]:
     """Make the folders above; those that stay empty go again."""
     top, made = _existing_parent(directory), []
@@ -215,7 +227,8 @@ def _parents(directory: Path) -> Iterator[None]:
         if folder == top:
             break
         made.append(folder)
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
@@ -228,7 +241,8 @@ def _parents(directory: Path) -> Iterator[None]:
 def _locked(directory: Path) -> Iterator[None]:
     """Hold the lock file of `directory`, and remove it at the end."""
     file = _beside(directory, "lock")
-    descriptor = _lock(file)
+    with _explained(directory):
+        descriptor = _lock(file)
     if descriptor is None:
         raise ValueError(f"Another run is writing to {directory}. Wait for it, or end it.")
     try:
