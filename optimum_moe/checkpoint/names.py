@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 DEFAULT_SPLIT = "train"
+_FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip")
 _HUB_ID = re.compile(r"(\b[\w\-.]+\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
 
 
@@ -64,10 +65,10 @@ def _how_to_fetch(name: str, place: Path) -> str:
 def data_set_name(source: str) -> tuple[str, str | None, str] | None:
     """Repository, config and split of a data set on the Hub; None for anything else, such as the path of a file.
 
-    A path that lies in a folder of this machine is mistyped rather than on the Hub.
+    A name that ends like a file, or lies in a folder of this machine, is a mistyped path rather than on the Hub.
     """
     name, *rest = source.split(":")
-    if "/" not in name or not is_hub_id(name) or len(rest) > 2 or not all(rest):
+    if "/" not in name or not is_hub_id(name) or name.lower().endswith(_FILES) or len(rest) > 2 or not all(rest):
         return None
     if Path(source).exists() or Path(name).is_file() or (Path(name).parent.is_dir() and not Path(name).is_dir()):
         return None

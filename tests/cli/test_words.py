@@ -135,6 +135,7 @@ MISTYPED = [
     ("compress", "models/a/b", "--output", "out"),
     ("compress", "models/tiny", "--output", "out", "--calibration", "corpus.txt"),
     ("compress", "models/tiny", "--output", "out", "--calibration", "models/corpus:2"),
+    ("compress", "models/tiny", "--output", "out", "--calibration", "gone/corpus.jsonl"),
     ("compress", "models/tiny", "--output", "out", "--statistics", "nowhere"),
     ("evaluate", "models/tini", "--text", "held_out.txt"),
     ("evaluate", "models/tiny", "--text", "nowhere.txt"),
@@ -175,7 +176,7 @@ assert not {{"torch", "transformers"}} & set(sys.modules)
     assert "fetch a Hub model of that name first: hf download models/tini" in lines[1]
     assert "No recipe file none.yaml" in lines[3]
     assert f"--calibration corpus.txt: there is no such file (the working directory is {tmp_path})" in lines[5]
-    assert "--statistics nowhere is no folder" in lines[7]
+    assert "--statistics nowhere is no folder" in lines[8]
 
 
 def test_names_of_models_and_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +194,18 @@ def test_names_of_models_and_data_sets(tmp_path: Path, monkeypatch: pytest.Monke
     assert data_set_name("org/name") == ("org/name", None, "train")
     assert data_set_name("org/name:test") == ("org/name", None, "test")
     assert data_set_name("org/name:fr:test") == ("org/name", "fr", "test")
-    for name in ("file.txt", "corpus.jsonl", "here/corpus", "/data/x.txt", "org/name:", "a/b:c:d:e", "text of its own"):
+    assert data_set_name("org/name-v1.5") == ("org/name-v1.5", None, "train")
+    for name in (
+        "file.txt",
+        "corpus.jsonl",
+        "gone/corpus.jsonl",
+        "gone/a.csv:train",
+        "here/corpus",
+        "/data/x.txt",
+        "org/name:",
+        "a/b:c:d:e",
+        "text of its own",
+    ):
         assert data_set_name(name) is None
 
 
