@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from optimum_moe.calibration.data import CalibrationConfig
-from optimum_moe.calibration.sources import FILE_TYPES
+from optimum_moe.calibration.sources import FILE_TYPES, check_source
 from optimum_moe.methods import METHODS, Composed, LowRankSparse, Method
 from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import CompressionPlan
@@ -215,6 +215,7 @@ def calibration_config(recipe: Recipe, calibration: Any, seed: int) -> Calibrati
     if data is None:
         return None
     config = CalibrationConfig.coerce(data)
+    check_source(config.source)
     if not isinstance(data, CalibrationConfig):
         settings = {k: v for k, v in recipe.calibration.items() if k != "source"}
         config = dataclasses.replace(config, **{"seed": seed, **settings})

@@ -265,3 +265,22 @@ def test_a_model_of_the_cache_of_the_hub_is_named_by_its_id(original: Path, tmp_
     assert open_source(f"{original}/").title == "mymodel"
     live = open_source(transformers.AutoModelForCausalLM.from_pretrained(original))
     assert (live.hub_id, live.title) == (None, "Qwen3MoeForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.jsonl", "There is no file 'nowhere.jsonl'"),
+        (Path("gone/corpus.txt"), "There is no file 'gone/corpus.txt'"),
+        ({"gone/corpus.txt": 2, "org/name": 1}, "There is no file 'gone/corpus.txt'"),
+        ("corpus.jsonll", "Unknown file type '.jsonll' of 'corpus.jsonll'; did you mean '.jsonl'"),
+    ],
+)
+def test_missing_calibration_data_are_refused_also_where_nothing_reads_them(
+    source: Any, message: str, original: Path
+) -> None:
+    for method in (DATA_FREE, MSMoE(num_experts=4)):
+        with pytest.raises(ValueError, match=message):
+            MoECompressor.from_pretrained(original, method, source, progress=False)
+        with pytest.raises(ValueError, match=message):
+            MoECompressor.from_pretrained(original, Recipe(method, {"source": source}), progress=False)

@@ -345,3 +345,16 @@ def _records(rows: Iterator[Any], text_column: str, name: str) -> Iterator[Docum
             raise ValueError(f"Every row is a dict, {where} is {_shorten(row)}.")
         _refuse_media(row, where)
         yield to_document(row[_pick_column(list(row), text_column, where)], where)
+
+
+def check_source(source: Any) -> None:
+    """Refuse the path of a file that is not there before any work is done, also where nothing would read it.
+
+    Raises:
+        ValueError: as `read_sources` for such a path.
+    """
+    for part, _ in _mixture(source) or [(source, 1.0)]:
+        if isinstance(part, str | os.PathLike) and not Path(native_path(part)).is_file():
+            if isinstance(part, str) and data_set_name(part) is not None:
+                continue
+            _read_one(part, "text")
