@@ -46,7 +46,7 @@ class BlockPlan:
         factors: The forms in which the G experts are kept, None where they stay as they are.
         sizes: Of these forms; what a plan that was read back knows of them.
         neurons: Neurons that each expert keeps (None for all of them); likewise.
-        digest: Of the numbers that no original gives (factors, sparse rows, shared bases); likewise.
+        digest: Of each tensor that no original gives (factors, sparse rows, shared bases), by its name; likewise.
         stable_rank: Mean stable rank of the experts' matrices before and after they were merged, where both are known.
     """
 
@@ -61,7 +61,7 @@ class BlockPlan:
     factors: BlockFactors | None = None
     sizes: FactorSizes | None = None
     neurons: tuple[torch.Tensor | None, ...] | None = None
-    digest: str | None = None
+    digest: Mapping[str, str] | None = None
     stable_rank: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:

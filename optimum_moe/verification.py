@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from optimum_moe.algorithms.factors import FactorSizes
+from optimum_moe.checkpoint.checksums import side_file_failures
+from optimum_moe.checkpoint.comparison import Comparison
 from optimum_moe.checkpoint.contents import Contents, built, raw_config
-from optimum_moe.checkpoint.factored import factored_failures
+from optimum_moe.checkpoint.factored import compare_factors
 from optimum_moe.checkpoint.headers import Headers, read_headers
 from optimum_moe.checkpoint.identity import first_difference, identity
 from optimum_moe.checkpoint.mtp import COUNT_FIELDS, MTPLayers, MTPOption, block_with, is_benign, is_mtp
 from optimum_moe.checkpoint.quantizer import METHOD
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader, take_dtypes
+from optimum_moe.checkpoint.settings import config_failures
 from optimum_moe.checkpoint.source import ModelSource, open_source
-from optimum_moe.checkpoint.writer import spell_out
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.reporting.verification import SHOWN, Check, VerificationReport
 from optimum_moe.surgeons import FoundBlock, owning_configs
@@ -38,10 +41,14 @@ class _Work:
     source: ModelSource | None = None
     original: Contents | None = None
     inputs: Mapping[str, torch.Tensor] | None = None
+    trained: bool = False
 
 
 def verify(
-    out: str | Path, against: str | Path | None = None, inputs: Mapping[str, torch.Tensor] | None = None
+    out: str | Path,
+    against: str | Path | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    trained: bool | None = None,
 ) -> VerificationReport:
     """Check a compressed checkpoint tensor by tensor; one block is in memory at a time, and the model to run it.
 
@@ -49,6 +56,8 @@ def verify(
         out: Folder of the checkpoint.
         against: The original, a folder or a Hub id: then every tensor is compared with what plan and original give.
         inputs: What the model is run on; by default a few token ids.
+        trained: Whether weights may differ from what the plan gives, because they were trained since; the report then
+            lists which do. By default a checkpoint that needs this package tells by itself whether it was saved again.
 
     Raises:
         ValueError: If `out` is no folder, or `against` no checkpoint that can be compressed.
@@ -57,48 +66,64 @@ def verify(
     if not directory.is_dir():
         raise ValueError(f"{directory} is no folder. Give the folder of a compressed checkpoint.")
     source = None if against is None else open_source(against, dequantize=_is_quantised(against))
-    names = ["files", "plan", "config", "keys", "counts", "shapes"]
+    names = ["files", "side files", "plan", "config", "keys", "counts", "shapes"]
     names += ["experts", "routers", "other tensors", "mtp layers"] if source is not None else []
     names.append("reload")
-    checks = _run(directory, source, inputs)
+    checks = _run(directory, source, inputs, trained)
     order = {name: i for i, name in enumerate(names)}
     missing = [Check(name, note="needs what failed above", ran=False) for name in names if name not in checks]
     ordered = sorted([*checks.values(), *missing], key=lambda check: order[check.name])
     return VerificationReport(str(directory), tuple(ordered), None if against is None else str(against))
 
 
-def _run(directory: Path, source: ModelSource | None, inputs: Mapping[str, torch.Tensor] | None) -> dict[str, Check]:
+def _run(
+    directory: Path,
+    source: ModelSource | None,
+    inputs: Mapping[str, torch.Tensor] | None,
+    trained: bool | None,
+) -> dict[str, Check]:
     checks: dict[str, Check] = {}
 
-    def add(name: str, failures: Iterable[str] = (), note: str = "") -> None:
-        checks[name] = Check(name, tuple(failures), note)
+    def add(name: str, failures: Iterable[str] = (), note: str = "", trained: Iterable[str] = ()) -> None:
+        checks[name] = Check(name, tuple(failures), note, trained=tuple(trained))
 
     headers = _attempt(add, "files", lambda: read_headers(directory))
     if headers is not None:
         add("files", note=f"{len(headers.files)} shards, {len(headers.tensors)} tensors, {headers.bytes:,} bytes")
+    raw = _attempt(add, "config", lambda: raw_config(directory))
+    if raw is None:
+        return checks
+    if trained is None:
+        trained = bool((raw.get("quantization_config") or {}).get("saved_again"))
+    if headers is not None:
+        add("side files", *side_file_failures(directory, trained))
     plan = _attempt(add, "plan", lambda: CompressionPlan.from_pretrained(directory))
-    model = _attempt(add, "config", lambda: (raw_config(directory), *built(directory)))
+    model = _attempt(add, "config", lambda: built(directory))
     if headers is None or plan is None or model is None:
         return checks
-    config, skeleton, blocks = model
+    skeleton, blocks = model
     originals = ShardReader({}) if source is None else source.shards()
     with ShardReader(headers.homes) as get, originals as get_original:
         reader = CheckpointReader(skeleton, headers.tensors, cast=False)
         contents = Contents(reader, headers, get)
-        work = _Work(directory, headers, config, plan, skeleton, blocks, contents, source, inputs=inputs)
+        work = _Work(directory, headers, raw, plan, skeleton, blocks, contents, source, inputs=inputs, trained=trained)
         add("plan", _plan_failures(work), f"{len(plan.blocks)} blocks")
-        add("config", _config_failures(work))
+        original = None if source is None else source.config
+        told = raw, skeleton.config, blocks, plan, original, contents.tensors, trained
+        add("config", config_failures(*told))
         add("keys", _key_failures(work))
         add("counts", _count_failures(work))
         add("shapes", _shape_failures(work), f"{len(contents.tensors)} tensors of the model")
         if source is not None and _can_be_cut(source, plan):
+            wrong = [*checks["shapes"].failures, *_dtype_failures(work, source)]
+            add("shapes", wrong, checks["shapes"].note)
             dtypes = {name: tensor.dtype for name, tensor in contents.tensors.items()}
             take_dtypes(source.skeleton, dtypes)
             take_dtypes(skeleton, dtypes)
             assert source.headers is not None
             work.original = Contents(source.reader(), source.headers, get_original)
-            for name, (failures, note) in _compared(work).items():
-                add(name, failures, note)
+            for name, found in _compared(work).items():
+                add(name, found.failures, f"{found.count} tensors", found.trained)
             add("mtp layers", *_mtp_failures(work))
         add("reload", *_reload_failures(work))
     return checks
@@ -152,40 +177,6 @@ def _plan_failures(work: _Work) -> list[str]:
     return failures
 
 
-def _config_failures(work: _Work) -> list[str]:
-    """Every spelling of the expert count agrees, with the plan too, and `quantization_config` is the plan's."""
-    fields = {found.surgeon.count_fields for found in work.blocks}
-    raw, spelled = _flat(work.config), _flat(spell_out(work.config, fields))
-    failures = [f"{key} is {raw.get(key)}, other spellings say {value}" for key, value in spelled.items() if
-                raw.get(key) != value]  # fmt: skip
-    plan = work.plan
-    for found in work.blocks:
-        block = plan.blocks.get(found.info.name)
-        if block is not None:
-            expected = block.num_groups if plan.is_plain else block.num_experts
-            if found.info.num_experts != expected:
-                failures.append(
-                    f"{found.info.name} has {found.info.num_experts} experts by config.json, {expected} by the plan"
-                )
-    structure = work.config.get("quantization_config")
-    expected_structure = {} if plan.is_plain else plan.structure()
-    if (structure or {}).get("blocks", {}) != expected_structure:
-        failures.append("the blocks of quantization_config are not those of the plan")
-    if bool(structure) != bool(work.config.get("fusion_config")):
-        failures.append("quantization_config and fusion_config must stand together: stock transformers stops at it")
-    return failures
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and key.endswith("_config"):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _key_failures(work: _Work) -> list[str]:
     """The checkpoint has every tensor of the model, and no other."""
     given = set(work.contents.tensors)
@@ -237,23 +228,39 @@ def _shape_failures(work: _Work) -> list[str]:
     ]
 
 
-def _compared(work: _Work) -> dict[str, tuple[list[str], str]]:
+def _dtype_failures(work: _Work, source: ModelSource) -> list[str]:
+    """Floating tensors have the dtype of the original, or the one that they were loaded in."""
+    if source.quantisation is not None:
+        return []
+    assert source.headers is not None
+    names = source.headers.tensors
+    with source.shards() as get:
+        stored = Contents(CheckpointReader(source.skeleton, names, cast=False), source.headers, get).tensors
+    asked = work.plan.source.get("dtype", "auto")
+    loaded = {str(source.config.dtype if asked == "auto" else asked).removeprefix("torch.")}
+    every = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()}
+    failures = []
+    for name, tensor in work.contents.tensors.items():
+        here = str(tensor.dtype).removeprefix("torch.")
+        before = {str(stored[name].dtype).removeprefix("torch.")} if name in stored else every
+        if tensor.is_floating_point() and here not in before | loaded:
+            failures.append(f"{name} is stored in {here}, the original in {', '.join(sorted(before))}")
+    return failures
+
+
+def _compared(work: _Work) -> dict[str, Comparison]:
     """Every tensor against what the plan makes of the original, one block or conversion at a time."""
     assert work.original is not None
     assert work.source is not None
-    failures: dict[str, list[str]] = {"experts": [], "routers": [], "other tensors": []}
-    numbers = dict.fromkeys(failures, 0)
+    results = {name: Comparison(work.trained) for name in ("experts", "routers", "other tensors")}
     done: set[str] = set()
     for found in work.source.blocks:
         plan = work.plan.blocks[found.info.name]
-        expected, kinds, failed, looked_at = _expected_block(work, found, plan)
-        failures["experts"] += failed
-        numbers["experts"] += looked_at
+        expected, kinds = _expected_block(work, found, plan, results["experts"])
         actual = work.contents.read(expected)
         for name, tensor in expected.items():
-            numbers[kinds[name]] += 1
-            difference = _difference(name, actual.get(name), tensor, plan if kinds[name] == "experts" else None)
-            failures[kinds[name]] += difference
+            result = results[kinds[name]]
+            result.compare(name, actual.get(name), tensor, plan if kinds[name] == "experts" else None)
         done |= {*expected, *work.original.inside(found.info.name)}
     for name in work.original.tensors:
         if name in done:
@@ -261,16 +268,15 @@ def _compared(work: _Work) -> dict[str, tuple[list[str], str]]:
         together = [other for other in work.original.beside(name) if other not in done]
         actual = work.contents.read(together)
         for other, tensor in work.original.read(together).items():
-            numbers["other tensors"] += 1
-            failures["other tensors"] += _difference(other, actual.get(other), tensor, None)
+            results["other tensors"].compare(other, actual.get(other), tensor)
         done |= set(together)
-    return {name: (failures[name], f"{numbers[name]} tensors") for name in failures}
+    return results
 
 
 def _expected_block(
-    work: _Work, found: FoundBlock, plan: BlockPlan
-) -> tuple[dict[str, torch.Tensor], dict[str, str], list[str], int]:
-    """The tensors of a block that plan and original give, what each one belongs to, and what is wrong with factors."""
+    work: _Work, found: FoundBlock, plan: BlockPlan, factors: Comparison
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a block that plan and original give, and what each one belongs to; compares its factors."""
     assert work.original is not None
     assert work.source is not None
     name = found.info.name
@@ -280,11 +286,10 @@ def _expected_block(
     if not plan.keeps_all:
         found.surgeon.cut(block, plan)
     after = {f"{name}.{key}": tensor.detach() for key, tensor in block.state_dict().items()}
-    failed: list[str] = []
-    looked_at = 0
     if plan.sizes is not None:
         stored = work.contents.read(work.contents.inside(name))
-        failed, looked_at = factored_failures(found, block, plan, stored)
+        sizes = work.config["quantization_config"]["blocks"][name]["factors"] if work.trained else plan.sizes.to_dict()
+        compare_factors(found, block, plan, stored, factors, FactorSizes.from_dict(sizes))
         left = {f"{name}.{key}" for key in block.state_dict()}
         after = {key: tensor for key, tensor in after.items() if key in left}
     kinds = {}
@@ -292,7 +297,7 @@ def _expected_block(
         changed = key not in state or state[key].shape != tensor.shape
         part = "routers" if key.startswith(router) or changed else "other tensors"
         kinds[key] = "experts" if key in experts else part
-    return after, kinds, failed, looked_at
+    return after, kinds
 
 
 def _expert_names(found: FoundBlock, block: Any) -> list[str]:
@@ -306,23 +311,6 @@ def _router_prefix(found: FoundBlock, block: Any) -> str:
     names = [name for name, p in block.named_parameters() if p.untyped_storage().data_ptr() == storage]
     # Experts that are chosen by an input of the model have no router.
     return f"{found.info.name}.{names[0].partition('.')[0]}." if names else "no router"
-
-
-def _difference(name: str, actual: torch.Tensor | None, expected: torch.Tensor, plan: BlockPlan | None) -> list[str]:
-    if actual is None:
-        return [f"{name} is missing"]
-    if actual.shape != expected.shape:
-        return [f"{name} is {tuple(actual.shape)}, and should be {tuple(expected.shape)}"]
-    if torch.equal(actual, expected):
-        return []
-    unequal = actual != expected
-    largest = float((actual.double() - expected.double()).abs().max())
-    text = f"{name}: {int(unequal.sum()):,} of {actual.numel():,} numbers differ, by {largest:.3g} at most"
-    if plan is not None and len(actual) == plan.num_groups:
-        wrong = unequal.flatten(1).any(1).nonzero()[:, 0].tolist()
-        members = [f"{group} (was {', '.join(map(str, plan.members(group)))})" for group in wrong[:SHOWN]]
-        text += f"; experts {', '.join(members)}"
-    return [text]
 
 
 def _mtp_failures(work: _Work) -> tuple[list[str], str]:
@@ -339,11 +327,11 @@ def _mtp_failures(work: _Work) -> tuple[list[str], str]:
         return said, f"{len(names)} tensors, dropped"
     option, expected = _nearest_option(work, work.source, names, set(stored))
     odd = sorted(set(expected) ^ set(stored))
-    failures = [f"{name} is {'missing' if name in expected else 'not expected'}" for name in odd]
+    result = Comparison(failures=[f"{name} is {'missing' if name in expected else 'not expected'}" for name in odd])
     for name in stored:
         if name in expected:
-            failures += _difference(name, work.contents.get(name), expected[name], None)
-    return failures, f"{len(stored)} tensors, {'copied' if option == 'copy' else 'cut'}"
+            result.compare(name, work.contents.get(name), expected[name])
+    return result.failures, f"{len(stored)} tensors, {'copied' if option == 'copy' else 'cut'}"
 
 
 def _nearest_option(

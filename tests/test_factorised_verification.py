@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from optimum_moe import CompressionPlan, verify
 from optimum_moe.checkpoint.belonging import mark_structure
+from optimum_moe.checkpoint.checksums import write_checksums
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.checkpoint.writer import write_model
 from tests.expert_forms import mixture
@@ -36,6 +37,7 @@ def save_mixture(family: str, folder: Path) -> Path:
     (folder / "out").mkdir()
     write_model(model, folder / "out", list(source.blocks), "5GB")
     plan.save_pretrained(folder / "out")
+    write_checksums(folder / "out")
     return folder
 
 

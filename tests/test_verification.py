@@ -21,7 +21,7 @@ from tests.tiny_models import Target, build, by_name, every_target, inputs_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
 
-ALONE = ["files", "plan", "config", "keys", "counts", "shapes", "reload"]
+ALONE = ["files", "side files", "plan", "config", "keys", "counts", "shapes", "reload"]
 ALL = [*ALONE[:-1], "experts", "routers", "other tensors", "mtp layers", "reload"]
 SHARD = "model.safetensors"
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"

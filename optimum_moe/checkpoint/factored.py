@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from optimum_moe.algorithms.factors import FactorSizes
+from optimum_moe.checkpoint.comparison import Comparison, same_bits
 from optimum_moe.plan import BlockPlan
 from optimum_moe.surgeons import FoundBlock, factors_digest
 
 
-def factored_failures(
-    found: FoundBlock, block: Any, plan: BlockPlan, stored: Mapping[str, torch.Tensor]
-) -> tuple[list[str], int]:
-    """Compare the compressed experts of one block: what is dense with the original, all of it with the plan's digest.
+def compare_factors(
+    found: FoundBlock,
+    block: Any,
+    plan: BlockPlan,
+    stored: Mapping[str, torch.Tensor],
+    result: Comparison,
+    sizes: FactorSizes | None = None,
+) -> None:
+    """Compare the compressed experts of one block: what is dense with the original, all of it with the plan's digests.
 
     Args:
         found: The block.
         block: It as merging or pruning left it, with the original's numbers; gets the stored experts.
         plan: Its plan, with sizes.
         stored: What the checkpoint has of the block, by the model's names.
-
-    Returns:
-        What is wrong, and how many tensors were looked at.
+        result: Takes what was found.
+        sizes: Those that are left where training dropped rows; None for the plan's.
     """
     assert plan.sizes is not None
+    resized = sizes is not None and sizes != plan.sizes
+    plan = plan if sizes is None else replace(plan, sizes=sizes)
     surgeon, name = found.surgeon, found.info.name
     view = surgeon.experts(block)
     originals = {key: values for key, values in _matrices(view).items() if values is not None}
@@ -35,14 +44,22 @@ def factored_failures(
     path = next(path for path, module in block.named_modules() if module is held)
     state = held.state_dict()
     prefix = f"{name}.{path}."
+    result.count += len(state)
     missing = [f"{prefix}{key} is missing" for key in state if f"{prefix}{key}" not in stored]
     if missing:
-        return missing, len(state)
+        result.failures += missing
+        return
     held.load_state_dict({key: stored[f"{prefix}{key}"] for key in state}, assign=True)
-    failures = [] if factors_digest(held) == plan.digest else [f"{prefix}* is not what the plan's digest says"]
+    found_digests, told = factors_digest(held), plan.digest or {}
+    for key in [*found_digests, *(key for key in told if key not in found_digests)]:
+        if found_digests.get(key) != told.get(key):
+            text = f"{prefix}{key} is not what the plan's digest says"
+            # Indices change only where rows were dropped.
+            changes = resized or (key in state and state[key].is_floating_point())
+            result.differs(text) if changes else result.failures.append(text)
     for expert in range(held.num_experts):
-        failures += _dense_failures(held, expert, plan, originals, prefix)
-    return failures, len(state)
+        for text in _dense_failures(held, expert, plan, originals, prefix):
+            result.differs(text)
 
 
 def _matrices(view: Any) -> dict[str, Any]:
@@ -61,6 +78,6 @@ def _dense_failures(held: Any, expert: int, plan: BlockPlan, originals: Mapping[
             continue
         expected = originals[projection][expert]
         expected = expected if kept is None else expected[kept]
-        if not torch.equal(held.densified(expert)[projection], expected):
+        if not same_bits(held.densified(expert)[projection], expected):
             failures.append(f"{prefix}{projection} of expert {expert} is kept dense, and differs from the original")
     return failures

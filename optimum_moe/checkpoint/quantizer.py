@@ -49,6 +49,7 @@ class MoEStructureConfig(QuantizationConfigMixin):
         format_version: Version of this schema.
         quantization: Quantisation config of the values, where another method quantised them.
         quantise_on_load: Whether the stored values are still those before `quantization`.
+        saved_again: Whether the model was loaded and saved since it was compressed, so that it may have been trained.
 
     Raises:
         ValueError: If the version or a field is not known, or a size is impossible.
@@ -60,6 +61,7 @@ class MoEStructureConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         quantization: Mapping[str, Any] | None = None,
         quantise_on_load: bool = False,
+        saved_again: bool = False,
         **unknown: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
@@ -81,6 +83,7 @@ class MoEStructureConfig(QuantizationConfigMixin):
         self.blocks = {name: dict(entry) for name, entry in blocks.items()}
         self.quantization = None if quantization is None else dict(quantization)
         self.quantise_on_load = quantise_on_load
+        self.saved_again = saved_again
         for name, entry in self.blocks.items():
             _check_entry(name, entry)
 
@@ -150,6 +153,7 @@ class StructureMixin:
         super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
         del model._adjust_missing_and_unexpected_keys
         self.structure.quantise_on_load = False
+        self.structure.saved_again = True
         mark_config(model.config, self.structure)
         return model
 

@@ -23,6 +23,11 @@ class VerifyCommand(MoESubcommand):
             metavar="ORIGINAL",
             help="The original, a Hub id or a folder: compare every tensor with what plan and original give.",
         )
+        parser.add_argument(
+            "--trained",
+            action="store_true",
+            help="Weights were trained since the checkpoint was written: list which differ, and do not fail for them.",
+        )
         parser.add_argument("--quiet", action="store_true", help="Show no progress.")
 
     def execute(self) -> None:
@@ -36,7 +41,7 @@ class VerifyCommand(MoESubcommand):
 
         if self.args.quiet:
             logging.disable_progress_bar()
-        report = verify(model, self.args.against)
+        report = verify(model, self.args.against, trained=self.args.trained or None)
         print(report)
         if not report.passed:
             raise SystemExit(FAILED)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_moe.blocks import BlockInfo
+from optimum_moe.checkpoint.checksums import write_checksums
 from optimum_moe.checkpoint.mtp import MTPLayers
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.methods import Method
@@ -32,7 +33,7 @@ def card_facts(source: ModelSource, recipe: Recipe, plan: CompressionPlan, cost:
 
 
 def write_description(directory: Path, name: str, facts: CardFacts) -> None:
-    """Write plan, recipe, report and the card of a checkpoint called `name`."""
+    """Write plan, recipe, report and the card of a checkpoint called `name`, and the digests of what stands there."""
     facts.plan.save_pretrained(directory)
     (directory / RECIPE_FILE).write_text(facts.recipe, encoding="utf-8")
     ranks = mean_stable_ranks(facts.plan)
@@ -40,6 +41,7 @@ def write_description(directory: Path, name: str, facts: CardFacts) -> None:
     report |= {} if ranks is None else {"stable_rank": dict(zip(("before", "after"), ranks, strict=True))}
     (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     write_card(directory, name, facts)
+    write_checksums(directory)
 
 
 def write_card(directory: Path, name: str, facts: CardFacts) -> None:

@@ -17,12 +17,14 @@ class Check:
         failures: What is wrong, first things first; none if all is well.
         note: What was compared, or why the check could not be made.
         ran: Whether it was made.
+        trained: What differs from the plan because the model was trained since it was written.
     """
 
     name: str
     failures: tuple[str, ...] = ()
     note: str = ""
     ran: bool = True
+    trained: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -49,6 +51,11 @@ class VerificationReport:
         """Whether all checks were made and passed."""
         return all(check.passed for check in self.checks)
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """What differs from the plan because the model was trained since it was written."""
+        return tuple(text for check in self.checks for text in check.trained)
+
     def __getitem__(self, name: str) -> Check:
         return next(check for check in self.checks if check.name == name)
 
@@ -56,7 +63,8 @@ class VerificationReport:
         width = max(len(check.name) for check in self.checks)
         lines = []
         for check in self.checks:
-            state = "ok" if check.passed else f"FAILED ({len(check.failures)})" if check.ran else "not checked"
+            fine = f"trained ({len(check.trained)})" if check.trained else "ok"
+            state = fine if check.passed else f"FAILED ({len(check.failures)})" if check.ran else "not checked"
             lines.append(f"{check.name.ljust(width)}  {state.ljust(11)}  {check.note}".rstrip())
-            lines += [f"{' ' * width}    {failure}" for failure in check.failures[:SHOWN]]
+            lines += [f"{' ' * width}    {failure}" for failure in (check.failures or check.trained)[:SHOWN]]
         return "\n".join(lines)

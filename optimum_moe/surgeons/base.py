@@ -191,9 +191,9 @@ class Surgeon(ABC):
             self.hold(block, _empty_factors(self.experts(block), sizes))
 
 
-def factors_digest(held: FactorisedExperts) -> str:
-    """SHA-256 of all that a block's compressed experts hold."""
-    return digest({}, held.state_dict())
+def factors_digest(held: FactorisedExperts) -> dict[str, str]:
+    """SHA-256 of each tensor that a block's compressed experts hold."""
+    return {name: digest({}, {name: tensor}) for name, tensor in held.state_dict().items()}
 
 
 def _empty_factors(view: ExpertTensors, sizes: FactorSizes) -> FactorisedExperts:

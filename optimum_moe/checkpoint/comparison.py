@@ -1,0 +1,76 @@
+"""Comparing tensors bit for bit: a zero with another sign differs, and a NaN is equal to itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from optimum_moe.plan import BlockPlan
+
+_NAMED = 3
+"""How many of the experts that differ are named."""
+
+
+@dataclass
+class Comparison:
+    """What was found where tensors were compared.
+
+    Args:
+        may_be_trained: Whether floating numbers may differ, because the model was trained since it was written.
+        failures: What is wrong.
+        trained: What differs, where that may be.
+        count: Tensors that were looked at.
+    """
+
+    may_be_trained: bool = False
+    failures: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def compare(
+        self, name: str, actual: torch.Tensor | None, expected: torch.Tensor, plan: BlockPlan | None = None
+    ) -> None:
+        """Compare one tensor.
+
+        Args:
+            name: What it is called.
+            actual: What is stored, None if nothing is.
+            expected: What should be.
+            plan: The plan of its block, whose groups are its first axis.
+        """
+        self.count += 1
+        if actual is None:
+            self.failures.append(f"{name} is missing")
+        elif actual.shape != expected.shape:
+            self.failures.append(f"{name} is {tuple(actual.shape)}, and should be {tuple(expected.shape)}")
+        elif actual.dtype != expected.dtype:
+            self.failures.append(f"{name} is stored in {actual.dtype}, and should be in {expected.dtype}")
+        elif not same_bits(actual, expected):
+            text = _difference(name, actual, expected, plan)
+            self.differs(text) if actual.is_floating_point() else self.failures.append(text)
+
+    def differs(self, text: str) -> None:
+        """Note floating numbers that are not what they were."""
+        (self.trained if self.may_be_trained else self.failures).append(text)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bits."""
+    return a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """(numbers, bytes of one) of a tensor."""
+    return tensor.detach().contiguous().view(-1, 1).view(torch.uint8)
+
+
+def _difference(name: str, actual: torch.Tensor, expected: torch.Tensor, plan: BlockPlan | None) -> str:
+    unequal = (_bits(actual) != _bits(expected)).any(1).view(actual.shape)
+    apart = (actual.double() - expected.double()).abs().nan_to_num(torch.inf, torch.inf)
+    text = f"{name}: {int(unequal.sum()):,} of {actual.numel():,} numbers differ, by {float(apart.max()):.3g} at most"
+    if plan is not None and len(actual) == plan.num_groups:
+        wrong = unequal.flatten(1).any(1).nonzero()[:, 0].tolist()
+        members = [f"{group} (was {', '.join(map(str, plan.members(group)))})" for group in wrong[:_NAMED]]
+        text += f"; experts {', '.join(members)}"
+    return text
