@@ -124,10 +124,10 @@ def test_every_setting(changed: Any, tmp_path: Path) -> None:
 def test_what_transformers_rewrites_is_no_fault(changed: Any) -> None:
     def rewrite(out: Path) -> None:
         edit_config(out, transformers_version="5.99.0", use_cache=False, torch_dtype="float32")
-        config = json.loads((out / "config.json").read_text())
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         del config["dtype"]
-        (out / "config.json").write_text(json.dumps(config))
-        (out / "README.md").write_text("# Mine")
+        (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (out / "README.md").write_text("# Mine", encoding="utf-8")
 
     report = changed(rewrite)
     assert report.passed, str(report)
@@ -209,7 +209,7 @@ def test_a_trained_checkpoint_is_known_as_one(kind: str, folders: Path, tmp_path
     edit_config(out, num_experts_per_tok=3)
     assert failed(verify(out, folders / "original")) == {"config"}
     edit_config(out, num_experts_per_tok=2)
-    (out / "recipe.yaml").write_text("method: reap\n")
+    (out / "recipe.yaml").write_text("method: reap\n", encoding="utf-8")
     assert failed(verify(out, folders / "original")) == {"side files"}
 
 

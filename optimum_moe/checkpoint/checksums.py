@@ -30,7 +30,7 @@ _SAVED_AGAIN = (
 def write_checksums(directory: Path) -> None:
     """Write the digests of all files of a finished checkpoint that nothing else vouches for."""
     record = {"auto_map": raw_config(directory).get("auto_map"), "files": dict(_digests(directory))}
-    (directory / CHECKSUMS_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    (directory / CHECKSUMS_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def side_file_failures(directory: Path, saved_again: bool) -> tuple[list[str], str]:
@@ -46,7 +46,7 @@ def side_file_failures(directory: Path, saved_again: bool) -> tuple[list[str], s
             return [], f"no {CHECKSUMS_FILE}: it was saved again without"
         return [f"{CHECKSUMS_FILE} is missing, so that nothing says what stood beside the weights"], ""
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         auto_map, files = record["auto_map"], dict(record["files"])
     except (ValueError, KeyError, TypeError) as error:
         return [f"{CHECKSUMS_FILE} is broken ({error})"], ""

@@ -76,7 +76,7 @@ OPTIONS = {
         "--output",
         "--quiet",
     },
-    "verify": {"--model", "--against", "--quiet"},
+    "verify": {"--model", "--against", "--quiet", "--trained"},
 }
 
 
@@ -358,11 +358,11 @@ def test_verify_prints_the_checks_and_says_by_its_status_whether_they_passed(
     status, text, _ = run("verify", out, "--against", checkpoint, "--quiet")
     assert status == 0
     assert [line.split("  ")[0] for line in text.splitlines()] == [
-        *("files", "plan", "config", "keys", "counts", "shapes", "experts", "routers", "other tensors", "mtp layers"),
-        "reload",
+        *("files", "side files", "plan", "config", "keys", "counts", "shapes", "experts", "routers", "other tensors"),
+        *("mtp layers", "reload"),
     ]
     assert [line.split("  ok")[0].strip() for line in text.splitlines() if "  ok" in line][-1] == "reload"
-    assert len([line for line in text.splitlines() if "  ok" in line]) == 11
+    assert len([line for line in text.splitlines() if "  ok" in line]) == 12
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     (out / "config.json").write_text(json.dumps(config | {"num_local_experts": 5}), encoding="utf-8")
     status, text, _ = run("verify", out)
