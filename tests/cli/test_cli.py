@@ -367,7 +367,7 @@ def test_verify_prints_the_checks_and_says_by_its_status_whether_they_passed(
     (out / "config.json").write_text(json.dumps(config | {"num_local_experts": 5}), encoding="utf-8")
     status, text, _ = run("verify", out)
     assert status == 1
-    assert "config  FAILED" in text
+    assert "config      FAILED (" in text
     status, _, error = run("verify", tmp_path / "nothing")
     assert status == 2
     assert "is no folder" in error
