@@ -29,8 +29,8 @@ from optimum_moe.surgeons.architecture import Architecture
 from optimum_moe.surgeons.base import Block, BlockWatcher
 from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon
 
-WATCHED = "optimum_moe_watched"
-"""Name of the experts implementation that runs routed pairs once, for the model and for the statistics alike."""
+WATCHED = "optimum_moe_watched_"
+"""Experts implementations whose names begin so are those behind it, and report to a watcher what their experts do."""
 
 
 class GenericSurgeon(StackedSurgeon):
@@ -137,10 +137,8 @@ class GenericSurgeon(StackedSurgeon):
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:
-        """Run the experts through the watched implementation; works below the hooks of accelerate."""
+        """Run the experts behind the watched implementation; works below the hooks of accelerate."""
         router, experts = self._router(block), self._experts(block)
-        config = experts.config
-        previous = config._experts_implementation
         path = self.architecture.logits
 
         def after_router(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
@@ -150,13 +148,12 @@ class GenericSurgeon(StackedSurgeon):
 
         handle = router.get_submodule(path or "").register_forward_hook(after_router)
         experts._optimum_moe_watcher = watcher
-        config._experts_implementation = WATCHED
         try:
-            yield
+            with implementation_of(experts, watched_implementation(experts.config._experts_implementation)):
+                yield
         finally:
             handle.remove()
             del experts._optimum_moe_watcher
-            config._experts_implementation = previous
 
     def _router(self, block: Block) -> Any:
         return getattr(block, self.architecture.router)
@@ -191,14 +188,41 @@ def canonical_fields(experts: Any, name: str, tensor: torch.Tensor) -> dict[str,
     return {f"gate{suffix}": native[:, ::2], f"up{suffix}": native[:, 1::2]}
 
 
+@contextmanager
+def implementation_of(experts: Any, name: str | None) -> Iterator[None]:
+    """While it is open, experts that share this config run by the experts implementation of that name."""
+    config = experts.config
+    previous = config._experts_implementation
+    # A plain name would be set on all sub configs, which may have others.
+    config._experts_implementation = {"": name}
+    try:
+        yield
+    finally:
+        config._experts_implementation = {"": previous}
+
+
+def watched_implementation(name: str | None) -> str:
+    """The watched implementation in front of another, or of the one in front of which this one is already."""
+    stock = name or "eager"
+    if stock.startswith(WATCHED):
+        return stock
+    ALL_EXPERTS_FUNCTIONS.register(WATCHED + stock, partial(_watched_forward, stock))
+    return WATCHED + stock
+
+
 def _watched_forward(
-    experts: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    stock: str, experts: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
+    """The output of the stock implementation, bit for bit; what each expert does is computed beside it.
+
+    In bfloat16 every implementation rounds in its own way, and the routers of the layers behind would choose other
+    experts for some tokens than they do when nobody watches.
+    """
     watcher: BlockWatcher | None = getattr(experts, "_optimum_moe_watcher", None)
-    if watcher is None:
-        return eager_experts_forward(experts, hidden_TH, index_TK, weights_TK)
-    watcher.begin(hidden_TH, index_TK, weights_TK)
-    return eager_experts_forward(experts, hidden_TH, index_TK, weights_TK, watch=watcher.expert)
-
-
-ALL_EXPERTS_FUNCTIONS.register(WATCHED, _watched_forward)
+    if watcher is not None:
+        watcher.begin(hidden_TH, index_TK, weights_TK)
+        with torch.no_grad():
+            eager_experts_forward(experts, hidden_TH, index_TK, weights_TK, watch=watcher.expert)
+    with implementation_of(experts, stock):
+        # That of the class: the hooks of accelerate, on the instance, are around this call already.
+        return type(experts).forward(experts, hidden_TH, index_TK, weights_TK)

@@ -12,6 +12,7 @@ from optimum_moe.surgeons import find_blocks
 from tests.tiny_models import TARGETS, Target, build, by_name, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 EVERY = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 
 
@@ -49,7 +50,6 @@ def test_sums_equal_direct_computation(target: Target) -> None:
         logits, weights, index, hidden = routing_of(model, found, inputs)
         experts = getattr(found.module(model), found.surgeon.architecture.experts)
         assert block.num_tokens == len(hidden)
-        # The observed forward sums a token's experts in another order than the stock one: float32 rounding apart.
         rounding = {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(block.router_gram_EE, logits.double().T @ logits.double(), **rounding)
         torch.testing.assert_close(block.router_sum_E, logits.double().sum(0), **rounding)
@@ -72,6 +72,22 @@ def test_sums_equal_direct_computation(target: Target) -> None:
                 torch.testing.assert_close(getattr(block, name)[expert], value, rtol=1e-5, atol=1e-7, msg=name)
         one_hot = torch.zeros_like(logits, dtype=torch.float64).scatter_(1, index, 1)
         torch.testing.assert_close(block.coactivation_EE, one_hot.T @ one_hot)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.implementations], ids=lambda t: t.name)
+def test_every_token_goes_where_the_stock_forward_sends_it(target: Target, dtype: torch.dtype) -> None:
+    """Not one of 1,000 (token, slot) pairs differs, whichever implementation runs the experts and however it rounds."""
+    model, inputs = build(target, dtype=dtype), inputs_for(target, rows=4, length=32)
+    for implementation in IMPLEMENTATIONS:
+        model.set_experts_implementation(implementation)
+        watched = observed(model, [inputs]).blocks
+        for found in find_blocks(model):
+            sample = watched[found.info.name].reservoir
+            _, weights, index, hidden = routing_of(model, found, inputs)
+            assert torch.equal(sample.index_SK, index), (found.info.name, implementation)
+            assert torch.equal(sample.weights_SK, weights)
+            assert torch.equal(sample.experts_input_SH, hidden)
 
 
 @EVERY
