@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def observe(
                 stack.enter_context(found.surgeon.watch_gradient(block, recorder.gradient))
         stack.callback(model.train, was_training)
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
-            inputs = {name: _placed(value, model) for name, value in batch.items()}
+            inputs = placed(batch, model)
             for found in blocks:
                 mask_T = padding_mask(inputs, found.info, found.info.name in in_text)
                 recorders[found.info.name].expect(mask_T)
@@ -121,11 +122,22 @@ def running_part(model: PreTrainedModel) -> Any:
     return model.thinker
 
 
-def _placed(value: Any, model: PreTrainedModel) -> Any:
-    """Tensors on the model's device, floating ones (pixels, audio features) in its dtype."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(model.device, model.dtype if value.is_floating_point() else None)
+def placed(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """A batch with tensors on the model's device, floating ones (pixels, audio features) in its dtype."""
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+    return {name: place(value) for name, value in batch.items()}
+
+
+def forward_calls(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Iterator[Callable[[], Any]]:
+    """The forward pass of each batch, without a cache and needless logits."""
+    part = running_part(model)
+    for batch in batches:
+        yield partial(part, **placed(batch, model), **_cheap_forward_arguments(part))
 
 
 def _cheap_forward_arguments(model: nn.Module, needs_logits: bool = False) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class Cutter:
         counts: Experts that remain in each block.
         unseen: What to do about experts without tokens.
         plan: Carry out this plan instead of deciding one.
+        surveyed: What the method was settled on.
     """
 
     source: BlockSource
@@ -78,6 +79,7 @@ class Cutter:
     counts: Mapping[str, int]
     unseen: Unseen = "warn"
     plan: CompressionPlan | None = None
+    surveyed: Observed | None = None
 
     def cut(self, unit: Unit, observed: Observed | None = None) -> dict[str, BlockPlan]:
         """Cut the blocks of a loaded unit, each when its plan is complete; returns the plans."""
@@ -112,6 +114,7 @@ class Cutter:
             statistics=None if observed is None else observed[found.info.name],
             unseen=self.unseen,
             num_blocks=len(self.source.blocks),
+            surveyed=None if self.surveyed is None else self.surveyed[found.info.name],
         )
 
     def settled(self, info: ModelInfo, statistics: Statistics, values: Sequence[str], progress: Progress) -> Cutter:
@@ -128,7 +131,7 @@ class Cutter:
         surveys = statistics.memo.get(key)
         if surveys is None:
             surveys = statistics.memo[key] = self._surveys(statistics.blocks, progress)
-        return replace(self, method=self.method.settled(info, surveys))
+        return replace(self, method=self.method.settled(info, surveys), surveyed=statistics.blocks)
 
     def _surveys(self, observed: Observed, progress: Progress) -> dict[str, Any]:
         assert self.method is not None
@@ -158,44 +161,60 @@ def cut_units(source: BlockSource, cutter: Cutter, observed: Observed | None, pr
 
 def counts_for(
     blocks: Sequence[FoundBlock], info: ModelInfo, method: Method, statistics: Statistics | None
-) -> dict[str, int]:
-    """Experts that remain in each block.
+) -> tuple[Method, dict[str, int]]:
+    """The method without blocks that it has to spare, and the experts that remain in each block.
 
     Raises:
-        ValueError: As `kept_unreached` and `check_together`.
+        ValueError: As `spare_unreached` and `check_together`.
     """
-    kept = {} if statistics is None else kept_unreached(info, method.counts(info), statistics)
-    counts = {**method.allocate(info, statistics), **kept}
+    counts = method.allocate(info, statistics)
+    if statistics is not None:
+        method, counts = spare_unreached(info, method, counts, statistics)
     check_together(blocks, counts)
-    return counts
+    return method, counts
 
 
-def kept_in_unit(unit: Unit, info: ModelInfo, counts: Mapping[str, int], statistics: Statistics) -> dict[str, int]:
-    """`kept_unreached` for the blocks of one unit."""
-    return kept_unreached(replace(info, blocks=tuple(found.info for found in unit.blocks)), counts, statistics)
+def spare_unreached(
+    info: ModelInfo, method: Method, counts: Mapping[str, int], statistics: Statistics
+) -> tuple[Method, dict[str, int]]:
+    """Leave blocks as they are that calibration never reached, because of `unseen="keep"`.
 
+    Another tower of an omni model, or the vision experts on text alone: nothing says what may be changed there.
 
-def kept_unreached(info: ModelInfo, counts: Mapping[str, int], statistics: Statistics) -> dict[str, int]:
-    """Blocks that calibration never reached and that keep all experts, because of `unseen="keep"`.
+    Args:
+        info: The model.
+        method: What decides.
+        counts: Experts that remain in each block.
+        statistics: Of all blocks or some.
 
-    Another tower of an omni model, or the vision experts on text alone: nothing says what may be cut there.
+    Returns:
+        The method that spares such blocks, and the counts with all of their experts.
 
     Raises:
-        ValueError: If there are such blocks among those to cut, and `unseen` is another.
+        ValueError: If there are such blocks among those to change, and `unseen` is another, or there are no others.
     """
+    wanted = method.changed_by_data(info, counts)
     unreached = [
         block
         for block in info.blocks
-        if counts[block.name] < block.num_experts and statistics.blocks[block.name].num_tokens == 0
+        if block.name in wanted and block.name in statistics.blocks and statistics.blocks[block.name].num_tokens == 0
     ]
-    if unreached and statistics.unseen != "keep":
-        names = [block.name for block in unreached]
-        raise ValueError(
-            f"No calibration token reached {len(names)} of the blocks to cut ({', '.join(names[:3])}"
-            f"{', ...' if len(names) > 3 else ''}), so nothing says which of their experts matter. Add data that "
-            f'reaches them, leave them out with protect=["{names[0]}", ...] or layers=, or set unseen="keep".'
-        )
-    return {block.name: block.num_experts for block in unreached}
+    if not unreached:
+        return method, dict(counts)
+    if statistics.unseen != "keep" or len(unreached) == len(wanted):
+        raise ValueError(unreached_report([block.name for block in unreached], len(wanted)))
+    spared = {block.name: block.num_experts for block in unreached}
+    return method.sparing(spared), {**counts, **spared}
+
+
+def unreached_report(names: Sequence[str], wanted: int) -> str:
+    """What to say of blocks that no token reached, of so many that are to be changed."""
+    keep = ', or set unseen="keep"' if len(names) < wanted else ""
+    return (
+        f"No calibration token reached {len(names)} of the blocks to cut ({', '.join(names[:3])}"
+        f"{', ...' if len(names) > 3 else ''}), so nothing says which of their experts matter. Add data that "
+        f'reaches them, leave them out with protect=["{names[0]}", ...] or layers={keep}.'
+    )
 
 
 def check_together(blocks: Sequence[FoundBlock], counts: Mapping[str, int]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.masks import padding_mask, text_blocks
-from optimum_moe.calibration.observe import _cheap_forward_arguments, _placed, running_part
+from optimum_moe.calibration.observe import forward_calls, placed
 from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.checkpoint.system import return_freed
 from optimum_moe.engine.cutting import BlockSource, Observed
@@ -34,13 +34,16 @@ def as_it_is(output: Any) -> Any:
 
 
 class Handler(Protocol):
-    """What becomes of the units while the model runs through them; all are called while the unit is loaded."""
+    """What becomes of the units while the model runs through them; a unit is loaded while it is handed over."""
 
     def observed(self, unit: Unit, statistics: Observed, report: UnitReport) -> None:
         """A unit was observed."""
 
     def passed(self, unit: Unit) -> None:
         """A unit that had nothing to observe is passed."""
+
+    def unreached(self, statistics: Observed) -> None:
+        """The pass is over; units that no batch reached follow, which these empty statistics are of."""
 
 
 class LayerwiseRun:
@@ -84,9 +87,8 @@ class LayerwiseRun:
         layers = [*other_layers(source.model, source.units), *layers]
         layers += [name for name in self._units if self._units[name].blocks]
         with source.running():
-            inputs = [{k: _placed(v, source.model) for k, v in batch.items()} for batch in self.batches]
-            part = running_part(source.model)
-            calls = [partial(part, **batch, **_cheap_forward_arguments(part)) for batch in inputs]
+            inputs = [placed(batch, source.model) for batch in self.batches]
+            calls = list(forward_calls(source.model, inputs))
             with Lockstep(source.model, layers, calls, self.keep) as lockstep:
                 for name, runners in lockstep.turns():
                     numbers = {id(runner): number for number, runner in enumerate(lockstep.runners)}
@@ -94,10 +96,12 @@ class LayerwiseRun:
                     # What the way here needed must not stay beside a unit.
                     source.settle()
                     self._pass(lockstep, name, runners, rows, progress)
-        for unit in source.units:
-            if unit.name in self.pending - self._seen:
-                with progress.unit(unit) as report, source.loaded(unit):
-                    self.handler.observed(unit, _statistics(self._recorders(unit)), report)
+        left = [unit for unit in source.units if unit.name in self.pending - self._seen]
+        nothing = {unit.name: _statistics(self._recorders(unit)) for unit in left}
+        self.handler.unreached({name: block for observed in nothing.values() for name, block in observed.items()})
+        for unit in left:
+            with progress.unit(unit) as report, source.loaded(unit):
+                self.handler.observed(unit, nothing[unit.name], report)
 
     def _pass(
         self, lockstep: Lockstep, name: str, runners: Sequence[Runner], rows: Sequence[Any], progress: Progress

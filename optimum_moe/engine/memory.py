@@ -84,13 +84,13 @@ def decide_and_cut(
         The plan that was carried out.
 
     Raises:
-        ValueError: If no calibration token reached a block that is to be cut, unless `unseen="keep"`, or the
+        ValueError: If no calibration token reached a block that is to be changed, unless `unseen="keep"`, or the
             architecture cannot hold the counts.
     """
-    counts = counts_for(source.blocks, info, method, statistics)
+    sparing, counts = counts_for(source.blocks, info, method, statistics)
     unseen = "warn" if statistics is None else statistics.unseen
     observed = None if statistics is None else statistics.blocks
-    cutter = Cutter(source, method, seed, counts, unseen)
+    cutter = Cutter(source, sparing, seed, counts, unseen)
     if method.needs_survey:
         assert statistics is not None
         with Progress(len(source.units), "survey", progress, lines) as shown:

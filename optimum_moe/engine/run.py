@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from optimum_moe.blocks import ModelInfo
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
-from optimum_moe.calibration.observe import _reached
+from optimum_moe.calibration.observe import _reached, forward_calls
 from optimum_moe.engine.cutting import (
     BlockSource,
     Cutter,
@@ -17,15 +19,17 @@ from optimum_moe.engine.cutting import (
     check_together,
     counts_for,
     cut_units,
-    kept_in_unit,
+    spare_unreached,
+    unreached_report,
 )
 from optimum_moe.engine.layerwise import Handler, Keep, LayerwiseRun, as_it_is
-from optimum_moe.engine.memory import carry_out, decide_and_cut
+from optimum_moe.engine.memory import MemorySource, carry_out, decide_and_cut
 from optimum_moe.engine.progress import Progress, UnitReport
 from optimum_moe.engine.units import Unit
 from optimum_moe.methods import Method
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.statistics import BlockStatistics, Statistics
+from optimum_moe.surgeons.base import hooked
 
 
 class StatisticsStore(Mapping[str, BlockStatistics]):
@@ -123,16 +127,19 @@ class Run:
             ValueError: As `counts_for`, and with `unseen="error"` for experts that no token reached.
         """
         assert self.config is not None
-        statistics = None
+        statistics, method = None, self.method
         if not self._by_unit:
             statistics = self.observe()
             if not self.propagate:
                 return self._decide_all(statistics), statistics
-            counts = counts_for(self.source.blocks, self.info, self.method, statistics)
+            method, counts = counts_for(self.source.blocks, self.info, method, statistics)
         else:
             counts = self.method.counts(self.info)
             check_together(self.source.blocks, counts)
-        cutter = Cutter(self.source, self.method, self.seed, counts, self.config.unseen)
+            if self.propagate and self.config.unseen != "keep" and isinstance(self.source, MemorySource):
+                # On disk nothing of the original changes while the pass goes on, and a pass more would read all of it.
+                self._check_reach(self.method.changed_by_data(self.info, counts))
+        cutter = Cutter(self.source, method, self.seed, counts, self.config.unseen)
         if self.method.needs_survey:
             with Progress(len(self.source.units), "survey", self.progress, self.lines) as shown:
                 assert statistics is not None
@@ -162,6 +169,27 @@ class Run:
     def _decide_all(self, statistics: Statistics | None) -> CompressionPlan:
         args = self.source, self.info, self.method, statistics, self.seed, self.identity, self.progress
         return decide_and_cut(*args, lines=self.lines)
+
+    def _check_reach(self, wanted: Collection[str]) -> None:
+        """Raise a `ValueError` if no batch runs through one of these blocks; mostly the first runs through all."""
+        assert self.batches is not None
+        model = self.source.model
+        blocks = {found.info.name: found.module(model) for found in self.source.blocks}
+        missing = [name for name in blocks if name in wanted]
+        called: set[int] = set()
+
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if any(isinstance(value, torch.Tensor) and value.numel() for value in (*args, *kwargs.values())):
+                called.add(id(module))
+
+        handles = [blocks[name].register_forward_pre_hook(before, with_kwargs=True) for name in missing]
+        with hooked(handles), torch.no_grad():
+            for call in forward_calls(model, self.batches):
+                call()
+                missing = [name for name in missing if id(blocks[name]) not in called]
+                if not missing:
+                    return
+        raise ValueError(unreached_report(missing, len(wanted)))
 
     @property
     def _by_unit(self) -> bool:
@@ -202,6 +230,9 @@ class _Remember:
     def passed(self, unit: Unit) -> None:
         """It stays as it is."""
 
+    def unreached(self, statistics: Observed) -> None:
+        """That is remembered, too."""
+
 
 class _Cut:
     """Cuts what was observed."""
@@ -214,11 +245,16 @@ class _Cut:
         unseen = found.unseen_report()
         if unseen is not None and cutter.unseen == "error":
             raise ValueError(unseen)
-        cutter.counts = {**cutter.counts, **kept_in_unit(unit, self.run.info, cutter.counts, found)}
+        self.unreached(statistics)
         check_together(self.run.source.blocks, cutter.counts)
         report.plans = cutter.cut(unit, statistics)
         self.store.put(unit, statistics)
         self.run.source.finish(unit, report.plans, statistics)
+
+    def unreached(self, statistics: Observed) -> None:
+        cutter, found = self.cutter, Statistics(statistics, unseen=self.cutter.unseen)
+        assert cutter.method is not None
+        cutter.method, cutter.counts = spare_unreached(self.run.info, cutter.method, cutter.counts, found)
 
     def passed(self, unit: Unit) -> None:
         source = self.run.source

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,8 @@ class BlockContext:
         statistics: Observed statistics, None for data-free methods.
         unseen: What to do about experts without tokens.
         num_blocks: MoE blocks of the model.
+        surveyed: The statistics that a survey saw, where a budget was spent by one; those of `statistics` may come from
+            a later pass, behind layers that are cut, in which tokens choose other experts.
     """
 
     info: BlockInfo
@@ -38,6 +41,7 @@ class BlockContext:
     statistics: BlockStatistics | None = None
     unseen: Unseen = "warn"
     num_blocks: int = 1
+    surveyed: BlockStatistics | None = None
 
     def observed(self) -> BlockStatistics:
         """The statistics, which a method that needs them was given."""
@@ -52,8 +56,15 @@ class BlockContext:
 
     def sample(self) -> SampledTokens:
         """The sampled tokens of the block, on the device of its experts."""
-        observed, experts = self.observed(), self.experts
-        found, device = observed.reservoir, experts.up[0].device
+        return self._sample(self.observed())
+
+    def surveyed_sample(self) -> SampledTokens:
+        """Those that a survey saw."""
+        return self._sample(self.observed() if self.surveyed is None else self.surveyed)
+
+    def _sample(self, observed: BlockStatistics) -> SampledTokens:
+        experts, found = self.experts, observed.reservoir
+        device = experts.up[0].device
         # Behind a norm of each expert's output the gradient at their sum is none of its own.
         gradient_SJH = found.gradient_SJH if experts.finish is None else None
         return SampledTokens(
@@ -143,6 +154,17 @@ class Method(ABC):
     def allocate(self, model: ModelInfo, statistics: Statistics | None) -> dict[str, int]:
         """Experts that remain in each block, once statistics are known."""
         return self.counts(model)
+
+    def changed_by_data(self, model: ModelInfo, counts: Mapping[str, int]) -> set[str]:
+        """Names of the blocks that change, with these counts, as what was observed of them says."""
+        if not self.needs_statistics:
+            return set()
+        return {block.name for block in model.blocks if counts[block.name] < block.num_experts}
+
+    def sparing(self, names: Collection[str]) -> Method:
+        """The method that leaves these blocks as they are, too."""
+        protect = [*(getattr(self, "protect", None) or ()), *map(glob.escape, names)]
+        return replace(self, protect=protect)  # type: ignore[call-arg]
 
     @property
     def survey_key(self) -> str:

@@ -81,10 +81,14 @@ def spend_budget(
 
 
 def build_block(context: BlockContext, forms: Sequence[Form]) -> BlockFactors:
-    """All experts of a block in the forms that were chosen, refitted together to what the block gave."""
-    sample = context.sample()
+    """All experts of a block in the forms that were chosen, refitted together to what the block gave.
+
+    An expert that no token chooses any more is fitted to those that chose it when its form was decided.
+    """
+    sample, surveyed = context.sample(), context.surveyed_sample()
     experts = [single_expert(context.experts, index) for index in range(len(forms))]
-    made = [build(expert, sample.of_expert(e), forms[e]) for e, expert in enumerate(experts)]
+    tokens = [found if len(found := sample.of_expert(e)) else surveyed.of_expert(e) for e in range(len(forms))]
+    made = [build(*parts) for parts in zip(experts, tokens, forms, strict=True)]
     # What follows an expert's output is no sum, so that no other expert can make up for it.
     summed = context.experts.finish is None and not context.experts.fixed_neurons
     return BlockFactors(tuple(refit_block(experts, made, sample) if summed else made))

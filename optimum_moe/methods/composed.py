@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +40,8 @@ class Composed(Method):
 
     first: Method
     then: LowRankSparse
+    plans: Mapping[str, BlockPlan] = field(default_factory=dict, init=False, repr=False)
+    """What the first decided of each block, once a budget is spent on what that leaves; no setting."""
 
     def __post_init__(self) -> None:
         if self.then.base is not None and self.first.block_routing == "reduce":
@@ -92,25 +94,38 @@ class Composed(Method):
         """The first's."""
         return self.first.allocate(model, statistics)
 
+    def changed_by_data(self, model: ModelInfo, counts: Mapping[str, int]) -> set[str]:
+        """By the first, the second or both."""
+        return self.first.changed_by_data(model, counts) | self.then.changed_by_data(model, counts)
+
+    def sparing(self, names: Collection[str]) -> Composed:
+        """By both."""
+        spared = replace(self, first=self.first.sparing(names), then=self.then.sparing(names))
+        return spared._with_plans({name: plan for name, plan in self.plans.items() if name not in names})
+
     @property
     def survey_key(self) -> str:
         """With all settings of the first."""
         return f"{self.first.settings()!r} {self.then.survey_key}"
 
     def survey(self, context: BlockContext, count: int) -> Any:
-        """The second's, of what the first leaves."""
+        """The first's plan, and the second's survey of what that leaves."""
         plan = self.first.decide(context, count)
-        return self.then.survey(after(context, plan), count)
+        return plan, self.then.survey(after(context, plan), count)
 
     def settled(self, model: ModelInfo, surveys: Mapping[str, Any]) -> Method:
-        """With the second settled."""
-        settled = self.then.settled(model, surveys)
-        assert isinstance(settled, LowRankSparse)
-        return replace(self, then=settled)
+        """With the second settled, whose forms are those of the experts that the first's plans leave."""
+        settled = self.then.settled(model, {name: survey for name, (_, survey) in surveys.items()})
+        return replace(self, then=settled)._with_plans({name: plan for name, (plan, _) in surveys.items()})
+
+    def _with_plans(self, plans: Mapping[str, BlockPlan]) -> Composed:
+        made = replace(self)
+        object.__setattr__(made, "plans", plans)
+        return made
 
     def decide(self, context: BlockContext, count: int) -> BlockPlan:
         """Merge or prune, and factorise what remains; with shared bases, factorise what sets experts apart."""
-        plan = self.first.decide(context, count)
+        plan = self.plans.get(context.info.name) or self.first.decide(context, count)
         if self.then.base is None:
             left, ranks = after(context, plan), None
             if any(len(plan.members(group)) > 1 for group in range(plan.num_groups)):
@@ -150,6 +165,7 @@ def after(context: BlockContext, plan: BlockPlan) -> BlockContext:
         info=replace(context.info, num_experts=plan.num_groups),
         experts=_merged(context.experts, plan),
         statistics=None if context.statistics is None else _mapped(context.statistics, plan),
+        surveyed=None if context.surveyed is None else _mapped(context.surveyed, plan),
     )
 
 

@@ -6,7 +6,7 @@ factors whitened by the activations (SVD-LLM, arXiv:2403.07378) and rows chosen 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -170,6 +170,17 @@ class LowRankSparse(Method):
             for size in shape if not self.needs_survey else ():
                 self._rows(size)
 
+    def changed_by_data(self, model: ModelInfo, counts: Mapping[str, int]) -> set[str]:
+        """All blocks to factorise, where factors are whitened."""
+        chosen = selected_blocks(model, self.layers, self.protect) if self.needs_statistics else ()
+        return {block.name for block in chosen}
+
+    def sparing(self, names: Collection[str]) -> LowRankSparse:
+        """See `Method.sparing`; forms that were chosen stay."""
+        spared = super().sparing(names)
+        assert isinstance(spared, LowRankSparse)
+        return spared._with_forms(self.forms)
+
     def applies(self, context: BlockContext) -> bool:
         """Whether a block is one of those to factorise."""
         return is_selected(context.info, context.num_blocks, self.layers, self.protect)
@@ -180,9 +191,12 @@ class LowRankSparse(Method):
 
     def settled(self, model: ModelInfo, surveys: Mapping[str, BlockSurvey | None]) -> LowRankSparse:
         """With the forms that the budget buys."""
-        settled = replace(self)
-        object.__setattr__(settled, "forms", spend_budget(model, surveys, self._budget(model)))
-        return settled
+        return self._with_forms(spend_budget(model, surveys, self._budget(model)))
+
+    def _with_forms(self, forms: Mapping[str, Sequence[Form]] | None) -> LowRankSparse:
+        made = replace(self)
+        object.__setattr__(made, "forms", forms)
+        return made
 
     def _budget(self, model: ModelInfo) -> int:
         """Numbers that the matrices of all experts may store."""
