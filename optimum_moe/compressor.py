@@ -27,6 +27,7 @@ from optimum_moe.engine import BlockSource, MemorySource, check_together
 from optimum_moe.engine.job import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
 from optimum_moe.engine.layerwise import Keep, as_it_is
 from optimum_moe.engine.run import Run
+from optimum_moe.engine.soundness import check_model
 from optimum_moe.methods import Method
 from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import CompressionPlan
@@ -329,7 +330,7 @@ class MoECompressor:
         }
         try:
             with StreamingJob(self.source, self.output_dir, made_from, self.streaming, self.overwrite) as job:
-                job.check_space(self.preview().after.bytes)
+                job.check(self.preview().after.bytes, self.mtp.stored())
                 run = self._run(job.source, batches, job.keep)
                 self.plan, self.statistics = run.carry_out(plan) if plan is not None else run.decide(used)
                 self.model = job.finished_model()
@@ -370,7 +371,7 @@ class MoECompressor:
     def _loaded(self) -> PreTrainedModel:
         if self.model is None:
             self._before = self.preview().before
-            self.model = align(self.source.load())
+            self.model = check_model(align(self.source.load()), self.source.blocks, self.mtp.stored())
         return self.model
 
     def _cut(self, run: Run, plan: CompressionPlan | None) -> CompressionPlan:

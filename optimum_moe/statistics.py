@@ -85,6 +85,40 @@ class BlockStatistics:
         """Experts that no calibration token reached."""
         return tuple((self.token_count_E == 0).nonzero()[:, 0].tolist())
 
+    def broken(self, gradients: bool) -> str | None:
+        """Which gradients, or which sums, are NaN or infinite, the first on the way through the block; or None."""
+        if gradients:
+            sums = {"gradients of the loss": self._gradient_sum_E}
+        else:
+            sums = {
+                "inputs": self.input_sq_EH.sum(-1),
+                "router logits": self.router_sum_E,
+                "hidden neurons": self.hidden_sq_EI.sum(-1),
+                "outputs": self.output_sq_sum_E,
+                "routing weights": self.gated_sq_sum_E,
+            }
+        for what, sum_E in sums.items():
+            experts = (~sum_E.isfinite()).nonzero()[:, 0].tolist()
+            if experts:
+                more = ", ..." if len(experts) > 5 else ""
+                return f"{what} of expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts[:5]))}{more}"
+        return None
+
+    @property
+    def _gradient_sum_E(self) -> torch.Tensor:
+        """(E,) sum of the sampled gradients over the tokens of each expert."""
+        sample, sum_E = self.reservoir, torch.zeros(self.num_experts + 1, dtype=torch.float64)
+        if sample.gradient_SJH is not None:
+            sum_S = sample.gradient_SJH.double().sum((1, 2))
+            index_SK = sample.index_SK.long().clamp(max=self.num_experts)
+            sum_E.index_add_(0, index_SK.flatten(), sum_S.repeat_interleave(index_SK.shape[1]))
+        return sum_E[:-1]
+
+    @property
+    def silent(self) -> tuple[int, ...]:
+        """Experts that gave zeros for all their tokens."""
+        return tuple(((self.token_count_E > 0) & (self.output_sq_sum_E == 0)).nonzero()[:, 0].tolist())
+
     def mean_distinct(self, labels_E: tuple[int, ...]) -> float:
         """Mean number of distinct groups a token runs when experts map to `labels_E`, from the reservoir's tokens."""
         return self.mean_of_distinct(labels_E, [1] * (max(labels_E, default=-1) + 1))
@@ -121,22 +155,45 @@ class Statistics:
     unseen: Unseen = "warn"
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    def check_finite(self) -> None:
+        """Raise a `ValueError` that names block and experts if something observed is NaN or infinite."""
+        # Where activations overflow in one block, gradients are NaN in those before.
+        for gradients in (False, True):
+            found = ((name, block.broken(gradients)) for name, block in self.blocks.items())
+            broken = {name: what for name, what in found if what is not None}
+            if not broken:
+                continue
+            (name, what), behind = next(iter(broken.items())), len(broken) - 1
+            more = f", and in {behind} other blocks" if behind else ""
+            raise ValueError(
+                f"Observation gave NaN or infinity in the {what} of {name}{more}, which says nothing of its experts. "
+                'Check the calibration data; if the model runs in float16, load it with dtype="bfloat16" or "float32", '
+                "whose range is larger."
+            )
+
     def unseen_report(self) -> str | None:
         """One sentence that names blocks and experts without tokens, None if every expert was reached."""
         missing = {name: block.unseen for name, block in self.blocks.items() if block.unseen}
         if not missing:
             return None
+        return f'Calibration gave no token to {self._counted(missing)}. Add data, or set unseen="keep" or "prune".'
+
+    def silent_report(self) -> str | None:
+        """One sentence that names blocks and experts that gave nothing but zeros, None if there are none."""
+        silent = {name: block.silent for name, block in self.blocks.items() if block.silent}
+        if not silent:
+            return None
+        return f"Nothing but zeros came from {self._counted(silent)}. Check their weights if that is not meant so."
+
+    def _counted(self, experts: Mapping[str, Sequence[int]]) -> str:
         total = sum(block.num_experts for block in self.blocks.values())
-        count = sum(len(experts) for experts in missing.values())
+        count = sum(len(found) for found in experts.values())
         shown = [
-            f"{name}: {', '.join(map(str, experts[:5]))}{', ...' if len(experts) > 5 else ''}"
-            for name, experts in list(missing.items())[:4]
+            f"{name}: {', '.join(map(str, found[:5]))}{', ...' if len(found) > 5 else ''}"
+            for name, found in list(experts.items())[:4]
         ]
-        more = "; ..." if len(missing) > 4 else ""
-        return (
-            f"Calibration gave no token to {count} of {total} experts ({'; '.join(shown)}{more}). "
-            'Add data, or set unseen="keep" or "prune".'
-        )
+        more = "; ..." if len(experts) > 4 else ""
+        return f"{count} of {total} experts ({'; '.join(shown)}{more})"
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `statistics.json` and `statistics/tensors.safetensors`; the folder is created."""

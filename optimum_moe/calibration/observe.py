@@ -48,7 +48,8 @@ def observe(
         Statistics of all blocks. Experts that no token reached are warned about (or raise, see `unseen`).
 
     Raises:
-        ValueError: If a mask does not fit the tokens of a block, or `unseen="error"` and an expert got no token.
+        ValueError: If a mask does not fit the tokens of a block, what was observed is NaN or infinite, or
+            `unseen="error"` and an expert got no token.
     """
     recorders = {
         found.info.name: BlockRecorder(
@@ -89,13 +90,19 @@ def observe(
         source or {},
         config.unseen,
     )
-    report = statistics.unseen_report()
-    if report is not None:
-        if config.unseen == "error":
-            raise ValueError(report)
-        if config.unseen == "warn":
-            warnings.warn(report, stacklevel=2)
+    judge(statistics, stacklevel=3)
     return statistics
+
+
+def judge(statistics: Statistics, stacklevel: int = 2) -> None:
+    """Raise a `ValueError` or warn where statistics of a whole model are broken or lack experts; see `unseen`."""
+    statistics.check_finite()
+    unseen = statistics.unseen_report()
+    if unseen is not None and statistics.unseen == "error":
+        raise ValueError(unseen)
+    for report in (statistics.silent_report(), unseen if statistics.unseen == "warn" else None):
+        if report is not None:
+            warnings.warn(report, stacklevel=stacklevel)
 
 
 def _reached(recorders: Mapping[str, BlockRecorder]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,6 +155,13 @@ class MTPLayers:
                 cut |= self._cut(prefix, block_plan, reader, get, model)
                 inside |= {prefix + name for name in self._relative(reader)}
             return self._copied(set(self.names) - inside, get) | cut
+
+    def stored(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors that are copied or cut, as they are stored."""
+        if self.names and self.option in ("copy", "cut"):
+            with self.source.shards() as get:
+                for name in self.names:
+                    yield name, get(name)
 
     def _copied(self, names: Iterable[str], get: Get) -> dict[str, torch.Tensor]:
         quantisation = self.source.quantisation

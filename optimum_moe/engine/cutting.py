@@ -165,8 +165,10 @@ def counts_for(
     """The method without blocks that it has to spare, and the experts that remain in each block.
 
     Raises:
-        ValueError: As `spare_unreached` and `check_together`.
+        ValueError: If the statistics are broken, or as `spare_unreached` and `check_together`.
     """
+    if statistics is not None:
+        statistics.check_finite()
     counts = method.allocate(info, statistics)
     if statistics is not None:
         method, counts = spare_unreached(info, method, counts, statistics)

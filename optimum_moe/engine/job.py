@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.streamed import StreamedModel
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.engine.activations import Activations
+from optimum_moe.engine.soundness import Named, check_tensors
 from optimum_moe.engine.streaming import StreamingSource
 from optimum_moe.engine.working import WorkingFolder
 from optimum_moe.methods.counts import parse_size
@@ -130,9 +132,15 @@ class StreamingJob:
                 "command."
             ) from error
 
-    def check_space(self, size: int) -> None:
-        """Raise a `ValueError` unless there is room for what is not written yet."""
+    def check(self, size: int, beside: Iterable[Named]) -> None:
+        """Raise a `ValueError` unless there is room for what is not written yet, and what is read is sound.
+
+        Args:
+            size: Bytes of the whole result.
+            beside: Tensors that are copied beside the model.
+        """
         assert self.folder is not None
+        check_tensors(chain(self.source.tensors(), beside), self.source.model, self.source.blocks)
         check_space(self.folder.destination, size - sum(unit["size"] for unit in self.folder.finished.values()))
 
     def finished_model(self) -> PreTrainedModel:

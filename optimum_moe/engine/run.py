@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from optimum_moe.blocks import ModelInfo
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
-from optimum_moe.calibration.observe import _reached, forward_calls
+from optimum_moe.calibration.observe import _reached, forward_calls, judge
 from optimum_moe.engine.cutting import (
     BlockSource,
     Cutter,
@@ -210,11 +209,7 @@ class Run:
         assert self.config is not None
         record = {**self.batches.description, "tokens_by_block": _reached(store)}  # type: ignore[arg-type]
         statistics = Statistics(store, record, self.identity, self.config.unseen)
-        report = statistics.unseen_report()
-        if report is not None and self.config.unseen == "error":
-            raise ValueError(report)
-        if report is not None and self.config.unseen == "warn":
-            warnings.warn(report, stacklevel=2)
+        judge(statistics)
         return statistics
 
 
@@ -242,6 +237,7 @@ class _Cut:
 
     def observed(self, unit: Unit, statistics: Observed, report: UnitReport) -> None:
         cutter, found = self.cutter, Statistics(statistics, unseen=self.cutter.unseen)
+        found.check_finite()
         unseen = found.unseen_report()
         if unseen is not None and cutter.unseen == "error":
             raise ValueError(unseen)

@@ -148,6 +148,13 @@ class StreamingSource:
         if following and following[0].blocks and not self.is_finished(following[0]):
             self.streamed.expect(self.streamed.names(following[0].name))
 
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is to be read for units that are not finished, one unit after the other in memory."""
+        for unit in self.units:
+            if not self.is_finished(unit):
+                with self.loaded(unit):
+                    yield from self._state(unit).items()
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Read what lies between the units when it is used."""

@@ -35,6 +35,13 @@ def survey_block(context: BlockContext, kinds: Sequence[str]) -> BlockSurvey:
     empty, unless `unseen` says that it is kept or pruned.
     """
     sample, found = context.sample(), []
+    gradient_SJH = sample.gradient_SJH
+    if gradient_SJH is not None and len(gradient_SJH) and not gradient_SJH.any():
+        raise ValueError(
+            f"All gradients of the loss at {context.info.name} are zero, as if nothing depended on its experts: they "
+            "would all be emptied. Check the weights behind it; load the model in a wider dtype, leave the block out "
+            f'with protect=["{context.info.name}"], or pass curvature=False.'
+        )
     kinds = [kind for kind in kinds if kind != "neurons" or not context.experts.fixed_neurons]
     for index in range(context.experts.num_experts):
         expert, tokens = single_expert(context.experts, index), sample.of_expert(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -28,10 +29,13 @@ class Saliency:
     def __call__(self, context: BlockContext) -> torch.Tensor:
         """(E,) float64 saliency of one block; an expert without tokens gets what the criterion's sums give: 0."""
         values_E = self.function(**{need: getattr(context, need) for need in sorted(self.needs)}).double()
-        if values_E.shape != (context.info.num_experts,) or not values_E.isfinite().all():
+        wanted, found = (context.info.num_experts,), tuple(values_E.shape)
+        broken = [] if found != wanted else (~values_E.isfinite()).nonzero()[:, 0].tolist()
+        if found != wanted or broken:
+            got = f"NaN or infinity for experts {broken}" if broken else f"shape {found}"
             raise ValueError(
-                f"saliency {self.name!r} must return {context.info.num_experts} finite values for "
-                f"{context.info.name}, got shape {tuple(values_E.shape)}. Correct the registered function."
+                f"saliency {self.name!r} must return {wanted[0]} finite values for {context.info.name}, got {got}. "
+                "Weights and statistics are finite, so correct the registered function."
             )
         return values_E
 
@@ -118,15 +122,22 @@ def router_weighted_activation(statistics: BlockStatistics) -> torch.Tensor:
 
 @register_saliency("aimer", needs={"experts"})
 def absolute_mean_over_rms(experts: ExpertTensors) -> torch.Tensor:
-    """Minus mean|w| / rms(w) over all matrices of the expert; data-free."""
+    """Minus mean|w| / rms(w) over all matrices of the expert; data-free.
+
+    That is at least -1. An expert with a matrix of zeros is dead, and worth less than any other.
+    """
     values = []
     for e in range(experts.num_experts):
         matrices = [m[e] for m in (experts.gate, experts.up, experts.down) if m is not None]
-        sums = [_sums(part) for matrix in matrices for part in in_parts(matrix)]
+        sums = [[_sums(part) for part in in_parts(matrix)] for matrix in matrices]
         count = sum(m.numel() for m in matrices)
-        mean, rms = (torch.stack(sums).sum(0) / count).tolist()
-        values.append(-mean / rms**0.5 if rms > 0 else 0.0)
+        mean, rms = (torch.stack([*chain.from_iterable(sums)]).sum(0) / count).tolist()
+        is_dead = any(not any(float(total) for total, _ in parts) for parts in sums)
+        values.append(_DEAD if is_dead else -mean / rms**0.5)
     return torch.tensor(values, dtype=torch.float64)
+
+
+_DEAD = -2.0
 
 
 def _sums(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Surgeons find, read and cut the MoE blocks of an architecture; they know no algorithm."""
 
 from optimum_moe.surgeons.architecture import ARCHITECTURES, Architecture
-from optimum_moe.surgeons.base import BlockWatcher, Surgeon, factors_digest
+from optimum_moe.surgeons.base import BlockWatcher, ExpertAxis, Surgeon, factors_digest
 from optimum_moe.surgeons.registry import (
     FoundBlock,
     find_blocks,
@@ -16,6 +16,7 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "BlockWatcher",
+    "ExpertAxis",
     "FoundBlock",
     "Surgeon",
     "config_at",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -27,6 +27,23 @@ Block: TypeAlias = Any
 """An MoE block: a module whose attributes are its architecture's own."""
 
 _FITTED = {"rows": "rows_GX", "bias": "bias_G", "correction": "correction_G"}
+
+
+@dataclass(frozen=True)
+class ExpertAxis:
+    """Where the experts lie in a tensor.
+
+    Args:
+        axis: One behind the other along this axis; what follows them there belongs to none.
+        num_experts: So many.
+        is_matrix: Whether the tensor is multiplied with tokens; else it is a bias or a correction.
+        entries: Entries along the axis that belong to one expert.
+    """
+
+    axis: int
+    num_experts: int
+    is_matrix: bool
+    entries: int = 1
 
 
 class BlockWatcher(Protocol):
@@ -90,6 +107,10 @@ class Surgeon(ABC):
     def router_tensors(self, block: Block, holds_ids: bool = False) -> list[tuple[RouterTensor, torch.Tensor]]:
         """The tensors with an expert axis that this block has, or those that hold expert ids."""
         return []
+
+    def expert_axes(self, block: Block) -> dict[str, ExpertAxis]:
+        """The tensors that hold something of every expert, by dotted path; none where experts are modules."""
+        return {}
 
     def scores(self, block: Block, logits_SN: torch.Tensor) -> torch.Tensor:
         """(S, N) scores of a router's (S, N) logits; a softmax unless the architecture says otherwise."""

@@ -22,6 +22,7 @@ from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import (
     Block,
     BlockWatcher,
+    ExpertAxis,
     Surgeon,
     attribute,
     hooked,
@@ -155,6 +156,17 @@ class StackedSurgeon(Surgeon):
         """See `Surgeon.router_tensors`."""
         rows = [row for row in self.tensors if row.holds_ids == holds_ids]
         return [(row, attribute(block, self.path(row))) for row in rows if not row.optional or self._has(block, row)]
+
+    def expert_axes(self, block: Block) -> dict[str, ExpertAxis]:
+        """The stacks and the router's tensors."""
+        num_experts, axes = self.num_experts(block), {}
+        for stack in self.stacks(block):
+            tensor = attribute(block, stack.path)
+            entries = len(tensor) // num_experts if stack.flat else 1
+            axes[stack.path] = ExpertAxis(0, num_experts, stack.flat or tensor.dim() > 2, entries)
+        for row, _ in self.router_tensors(block):
+            axes[self.path(row)] = ExpertAxis(row.axis, num_experts, row.role == "rows")
+        return axes
 
     @torch.no_grad()
     def cut(self, block: Block, plan: BlockPlan) -> None:
