@@ -23,11 +23,10 @@ from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.checkpoint.writer import choose_shard_size, describe_model, write_model
-from optimum_moe.engine import BlockSource, MemorySource, check_together
+from optimum_moe.engine import BlockSource, MemorySource, check_model, check_together
 from optimum_moe.engine.job import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
 from optimum_moe.engine.layerwise import Keep, as_it_is
 from optimum_moe.engine.run import Run
-from optimum_moe.engine.soundness import check_model
 from optimum_moe.methods import Method
 from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import CompressionPlan
