@@ -145,7 +145,7 @@ class ExpertProjection(nn.Module):
             u_RO = self._piece("u", place, opened)
             output_PO = torch.mm(hidden_PR, u_RO) if bias_O is None else torch.addmm(bias_O, hidden_PR, u_RO)
         else:
-            output_PO = input_PX.new_zeros(len(input_PX), self.outputs)
+            output_PO = input_PX.new_zeros(input_PX.shape[0], self.outputs)
             output_PO = output_PO if bias_O is None else output_PO + bias_O
         if self.rows_C[expert]:
             sparse_PM = nn.functional.linear(input_PX, self._piece("rows", place, opened))
@@ -256,5 +256,5 @@ def _add_columns(output_PO: torch.Tensor, index_M: torch.Tensor, sparse_PM: torc
     sparse_PM = sparse_PM.to(output_PO.dtype)
     if output_PO.device.type == "cpu":
         # Three times faster there for many tokens.
-        return output_PO.scatter_add_(-1, index_M.long().expand(len(sparse_PM), -1), sparse_PM)
+        return output_PO.scatter_add_(-1, index_M.long().expand_as(sparse_PM), sparse_PM)
     return output_PO.index_add_(-1, index_M, sparse_PM)

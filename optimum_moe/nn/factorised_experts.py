@@ -170,7 +170,7 @@ class FactorisedExperts(nn.Module):
         """
         home = self.home(expert)
         if home is None:
-            nothing = input_PH.new_zeros(len(input_PH), 0)
+            nothing = input_PH.new_zeros(input_PH.shape[0], 0)
             return (nothing if self.has_gate else None), nothing
         found, slot = home
         if self.is_joint:
@@ -184,7 +184,7 @@ class FactorisedExperts(nn.Module):
         home = self.home(expert)
         if home is not None:
             return home[0].projection("down")(hidden_Pn, expert=home[1], opened=opened)
-        output_PH = hidden_Pn.new_zeros(len(hidden_Pn), self.hidden_size)
+        output_PH = hidden_Pn.new_zeros(hidden_Pn.shape[0], self.hidden_size)
         return output_PH if self.empty is None else output_PH + self.empty(expert)
 
     def in_step(self, output: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,15 @@ from torch import nn
 from optimum_moe.algorithms.experts import Activate
 from optimum_moe.nn.expert_projection import Opened
 from optimum_moe.nn.factorised_experts import EmptyExperts, FactorisedExperts, WidthClass
-from optimum_moe.nn.merged_experts import MergedExpertLayer, accumulator, run_routed, sort_pairs, wide
+from optimum_moe.nn.merged_experts import (
+    MergedExpertLayer,
+    accumulator,
+    is_traced,
+    run_everywhere,
+    run_routed,
+    sort_pairs,
+    wide,
+)
 from optimum_moe.nn.shared_bases import run_shared
 
 
@@ -39,6 +47,9 @@ class FactorisedExpertLayer(MergedExpertLayer):
         """
         index_TK = top_k_index.masked_fill(top_k_weights == 0, self.num_experts)
         activate = partial(native_activation, self)
+        if is_traced():
+            traced = partial(run_factorised, self.factors, activate, native_finish(self))
+            return run_everywhere(traced, self.num_experts, hidden_states, index_TK, top_k_weights)
         if self.factors.shares_bases and native_finish(self) is None:
             return run_shared(self, activate, hidden_states, index_TK, top_k_weights)
         # Grouped matmuls save launches, of which a CPU has none; there one expert after the other is faster.

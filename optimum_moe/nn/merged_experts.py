@@ -50,7 +50,7 @@ class MergedExpertLayer(SwappedModule):
             return eager_experts_forward(self, hidden_states, index_TK, top_k_weights)
         # On a CPU shapes may depend on data for free, so that repeats need no rows. Elsewhere that would wait for the
         # device, and the stock forwards carry the rows of repeats along.
-        if hidden_states.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if hidden_states.device.type == "cpu" and not is_traced():
             if implementation == "grouped_mm":
                 return grouped_experts_forward(self, hidden_states, index_TK, top_k_weights)
             if implementation == "batched_mm":
@@ -132,6 +132,28 @@ def run_routed(
             watch(expert, token_P, weight_P1[:, 0], input_PH, hidden_PI, output_PH)
         output_TH.index_add_(0, token_P, wide(output_PH * weight_P1))
     return output_TH.to(hidden_TH.dtype)
+
+
+def run_everywhere(
+    run: RunExpert, num_experts: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """`run_routed` for compiled and exported graphs, in which no size may depend on data.
+
+    Every expert runs on every token, so that it takes E / K times the multiply-adds; what was not selected is dropped.
+    """
+    output_TH = accumulator(hidden_TH)
+    for expert in range(num_experts):
+        selected_TK = index_TK == expert
+        weight_T1 = weights_TK.masked_fill(~selected_TK, 0).sum(-1, keepdim=True)
+        given_TH = run(expert, hidden_TH)[1] * weight_T1
+        # Tokens that an expert never sees may overflow in it, and infinity times 0 is NaN.
+        output_TH = output_TH + wide(given_TH).masked_fill(~selected_TK.any(-1, keepdim=True), 0)
+    return output_TH.to(hidden_TH.dtype)
+
+
+def is_traced() -> bool:
+    """Whether a graph is being made (compiled, exported or traced), which must not depend on the data that make it."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _run_token(

@@ -18,6 +18,7 @@ from torch import nn
 
 from optimum_moe.nn import FactorisedExperts, SwappedModule, swapped_class
 from optimum_moe.nn.factorised_layer import run_factorised
+from optimum_moe.nn.merged_experts import is_traced
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import Block, BlockWatcher, hooked
@@ -52,6 +53,10 @@ class FactorisedLlama4Experts(SwappedModule):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(E * T, H) outputs of scaled inputs that lie by expert."""
         inputs_ETH = hidden_states.view(self.factors.num_experts, -1, self.hidden_size)
+        if is_traced():
+            # As the stock experts do, which run on the zeros too.
+            traced = partial(run_factorised, self.factors, partial(_activate, self), None)
+            return torch.cat([traced(expert, input_TH)[1] for expert, input_TH in enumerate(inputs_ETH)])
         run = partial(run_factorised, self.factors, partial(_activate, self), None, opened={})
         outputs = []
         for expert, input_TH in enumerate(inputs_ETH):
