@@ -30,10 +30,10 @@ lint: $(READY)  ## style and types
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/architectures.py --check
 
-docs: $(READY)  ## the table of architectures in the README
+docs: $(READY)  ## the table of architectures in docs/
 	$(BIN)/python benchmarks/architectures.py
 
-bench: $(READY)  ## the tables of the README
+bench: $(READY)  ## the tables of docs/source/benchmarks.md
 	$(BIN)/pip install --quiet -e ".[bench]"
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/compress_speed.py

@@ -1,0 +1,103 @@
+"""README and documentation: every code block runs, every link leads somewhere, the table of contents is complete."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from optimum_moe import LowRankSparse, MoECompressor
+from tests.run_page import blocks
+from tests.tiny_checkpoints import save_checkpoint, write_text
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "docs" / "source"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(SOURCE.glob("*.md"))]
+WITH_CODE = [page for page in PAGES if blocks(page)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the names of the pages exist: `org/model`, its texts, and a checkpoint of factors."""
+    folder = tmp_path_factory.mktemp("docs")
+    save_checkpoint(folder / "org" / "model")
+    write_text(folder / "corpus.jsonl", count=40)
+    (folder / "corpus.txt").write_text("\n\n".join((folder / "corpus.jsonl").read_text().splitlines()))
+    write_text(folder / "held_out.jsonl", seed=5)
+    method = LowRankSparse(rank=8, whiten=False)
+    compressor = MoECompressor.from_pretrained(folder / "org" / "model", method, progress=False)
+    compressor.apply()
+    compressor.save_pretrained(folder / "factorized")
+    return folder
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+def test_every_code_block_runs(page: Path, place: Path, tmp_path: Path):
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.run_page", str(page)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_the_readme_fits_on_three_screens():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_table_of_contents_names_every_page():
+    contents = yaml.safe_load((SOURCE / "_toctree.yml").read_text(encoding="utf-8"))
+    listed = sorted(entry["local"] for part in contents for entry in part["sections"])
+    assert listed == sorted(page.stem for page in SOURCE.glob("*.md"))
+
+
+def test_the_reference_documents_every_public_name():
+    import optimum_moe
+
+    documented = set(re.findall(r"optimum_moe\.(\w+)", (SOURCE / "api.md").read_text(encoding="utf-8")))
+    assert documented == set(optimum_moe.__all__)
+
+
+EXAMPLES = {
+    "byte_budget": [
+        "--calibration",
+        "corpus.txt",
+        "--text",
+        "held_out.jsonl",
+        "--output",
+        "out",
+        "--max-tokens",
+        "512",
+    ],
+    "compare_methods": ["--calibration", "corpus.txt", "--text", "held_out.jsonl", "--max-tokens", "512"],
+    "own_criterion": ["--num-experts", "4", "--calibration", "corpus.txt", "--output", "out"],
+    "larger_than_memory": ["--calibration", "corpus.txt", "--output", "out"],
+}
+
+
+def test_every_example_is_tried():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_runs(name: str, place: Path, tmp_path: Path):
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "org/model", *EXAMPLES[name]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
