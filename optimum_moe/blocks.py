@@ -52,9 +52,11 @@ class ModelInfo:
         parameters: Parameters of the whole model, tied ones once.
         bytes: Bytes of the whole checkpoint.
         expert_itemsize: Bytes of one expert parameter.
+        header_bytes: What the headers of its files take at most, however they are cut into shards.
     """
 
     blocks: tuple[BlockInfo, ...]
     parameters: int
     bytes: int
     expert_itemsize: float
+    header_bytes: int = 0

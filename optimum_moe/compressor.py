@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from optimum_moe.calibration import CalibrationConfig, build_batches, observe
 from optimum_moe.calibration.data import CalibrationBatches
-from optimum_moe.checkpoint.belonging import check_belongs, check_plan, mark_structure, refuse_original
+from optimum_moe.checkpoint.belonging import check_plan, check_statistics, mark_structure, refuse_original
 from optimum_moe.checkpoint.carried_files import carry_files
 from optimum_moe.checkpoint.destination import check_destination, check_space, owned, written_beside
 from optimum_moe.checkpoint.identity import identity, same_model
@@ -30,7 +30,7 @@ from optimum_moe.engine.run import Run
 from optimum_moe.methods import Method
 from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import CompressionPlan
-from optimum_moe.recipes import Recipe, calibration_config, coerce_recipe
+from optimum_moe.recipes import Recipe, calibration_config, coerce_recipe, run_seed
 from optimum_moe.records import share_as_new
 from optimum_moe.reporting import description
 from optimum_moe.reporting.card import CardFacts
@@ -119,7 +119,8 @@ class MoECompressor:
             engine: `"memory"`, or `"streaming"` for checkpoints larger than memory: layer by layer, interruptible, to
                 `output_dir`; `"auto"` (default) streams with `output_dir` what is larger than the free memory.
             output_dir: Folder that `apply()` writes the checkpoint to; it then returns the path.
-            seed: Seed of the calibration sample and of everything random; default the recipe's, else 0.
+            seed: Seed of the calibration sample (unless `calibration` has its own) and of everything random; default
+                the recipe's, else 0.
             auto_class: Auto class or model class; by default the architecture that the config names.
             tokenizer: Tokenizer or processor, or the folder or Hub id of one; by default the checkpoint's.
             dtype: Of the weights; `"auto"` (default) keeps the checkpoint's.
@@ -141,8 +142,8 @@ class MoECompressor:
         """
         choose_one("engine", engine, ("auto", "memory", "streaming"))
         recipe = coerce_recipe(method)
-        seed = next((s for s in (seed, recipe.seed) if s is not None), 0)
         config = calibration_config(recipe, calibration, seed)
+        seed = run_seed(recipe, seed)
         destination = None if output_dir is None else check_destination(output_dir, overwrite)
         if device_map is not None:
             kwargs["device_map"] = device_map
@@ -161,7 +162,9 @@ class MoECompressor:
         check_together(source.blocks, counts)
         layers.check_method(recipe.method, counts)
         run = progress, layers, streaming, error_propagation, shard_size
-        return cls(source, recipe, config, seed, tokenizer, destination, overwrite, *run)
+        compressor = cls(source, recipe, config, seed, tokenizer, destination, overwrite, *run)
+        compressor.preview().warn_if_nothing_shrinks(recipe.method)
+        return compressor
 
     @property
     def method(self) -> Method:
@@ -224,7 +227,7 @@ class MoECompressor:
             check_plan(plan, self._identity)
             self.mtp.check_plan(plan)
         elif (used := statistics or self.statistics) is not None:
-            check_belongs("statistics", used.source, self._identity)
+            check_statistics(used, self._identity, self.method)
             self.statistics = used
         observing = plan is None and self.method.needs_statistics and (self.statistics is None)
         if self.error_propagation and not observing:

@@ -17,6 +17,8 @@ from optimum_moe.calibration.sources import FILE_TYPES, check_source
 from optimum_moe.methods import METHODS, Composed, LowRankSparse, Method
 from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import CompressionPlan
+from optimum_moe.settings import check_seed, plain
+from optimum_moe.statistics import NO_SAMPLE
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,13 @@ def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None 
     check_fields(settings, [*known, "calibration", "seed", "then"])
     then = settings.pop("then", None)
     calibration = settings.pop("calibration", None) or {}
-    seed = settings.pop("seed", None)
+    seed = plain(settings.pop("seed", None))
+    if seed is not None:
+        check_seed(seed)
     if not isinstance(calibration, Mapping):
         raise ValueError(
             f"The recipe's field 'calibration' must be a mapping, got {calibration!r}. Write the path as its 'source'."
         )
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise ValueError(f"seed={seed!r} is out of range. Pass an integer of at least 0.")
     return Recipe(_then(METHODS[name](**settings), then), calibration, seed)
 
 
@@ -196,13 +198,26 @@ def coerce_recipe(method: Any) -> Recipe:
     )
 
 
-def calibration_config(recipe: Recipe, calibration: Any, seed: int) -> CalibrationConfig | None:
+def run_seed(recipe: Recipe, seed: Any) -> int:
+    """The user's seed, else the recipe's, else 0.
+
+    Raises:
+        ValueError: If it is no integer of at least 0, or too large.
+    """
+    seed = next((s for s in (plain(seed), recipe.seed) if s is not None), 0)
+    check_seed(seed)
+    return int(seed)
+
+
+def calibration_config(recipe: Recipe, calibration: Any, seed: Any = None) -> CalibrationConfig | None:
     """How to calibrate: what the user says, completed by the recipe and by the sample that its method wants.
+
+    The seed is the user's: of the config, else of the run; else the recipe's: of its calibration, else its own; else 0.
 
     Args:
         recipe: The recipe.
         calibration: The user's source or config, None for the recipe's.
-        seed: Of the run.
+        seed: That the user gives for the run.
 
     Returns:
         None where there is no source.
@@ -217,8 +232,14 @@ def calibration_config(recipe: Recipe, calibration: Any, seed: int) -> Calibrati
     config = CalibrationConfig.coerce(data)
     check_source(config.source)
     if not isinstance(data, CalibrationConfig):
-        settings = {k: v for k, v in recipe.calibration.items() if k != "source"}
-        config = dataclasses.replace(config, **{"seed": seed, **settings})
+        own = data if CalibrationConfig.is_fields(data) else ()
+        settings = {k: v for k, v in recipe.calibration.items() if k not in ("source", "seed", *own)}
+        config = dataclasses.replace(config, **settings)
+    if config.seed is None:
+        seeds = seed, recipe.calibration.get("seed"), recipe.seed
+        config = dataclasses.replace(config, seed=next((s for s in seeds if s is not None), 0))
+    if config.reservoir_tokens == 0 and recipe.method.needs_sample:
+        raise ValueError(NO_SAMPLE)
     if config.reservoir_tokens is None:
         config = dataclasses.replace(config, reservoir_tokens=recipe.method.sample_size)
     return config

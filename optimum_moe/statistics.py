@@ -133,6 +133,11 @@ class BlockStatistics:
         return float((values[groups_SK] * new_SK).sum(-1).mean())
 
 
+NO_SAMPLE = (
+    "The method looks at tokens of each block as they are, and reservoir_tokens=0 keeps none. Calibrate with "
+    "reservoir_tokens=None for as many as it wants."
+)
+
 _SUMS = tuple(f.name for f in fields(BlockStatistics) if f.name not in ("num_tokens", "reservoir"))
 _RESERVOIR = tuple(f.name for f in fields(Reservoir))
 
@@ -195,6 +200,30 @@ class Statistics:
         more = "; ..." if len(experts) > 4 else ""
         return f"{count} of {total} experts ({'; '.join(shown)}{more})"
 
+    def check_complete(self, num_experts: Mapping[str, int], needs_sample: bool) -> None:
+        """Raise a `ValueError` unless everything is there that a method reads.
+
+        Args:
+            num_experts: Experts of each block of the model.
+            needs_sample: Whether tokens of each block are wanted as they are.
+        """
+        for name, experts in num_experts.items():
+            if name not in self.blocks:
+                raise ValueError(
+                    f"The statistics lack {name}: they hold {len(self.blocks)} blocks, and the model has "
+                    f"{len(num_experts)}. Observe the model again with calibrate()."
+                )
+            block = self.blocks[name]
+            lacking = [field for field in _SUMS if not isinstance(getattr(block, field), torch.Tensor)]
+            if lacking or block.num_experts != experts:
+                found = f"no {', '.join(lacking)}" if lacking else f"{block.num_experts} experts"
+                raise ValueError(
+                    f"The statistics of {name} have {found}, and its {experts} experts need all fields of "
+                    "BlockStatistics. Observe the model again with calibrate()."
+                )
+            if needs_sample and block.num_tokens and not len(block.reservoir.index_SK):
+                raise ValueError(NO_SAMPLE)
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `statistics.json` and `statistics/tensors.safetensors`; the folder is created."""
         directory = Path(directory)
@@ -232,13 +261,19 @@ class Statistics:
         """
         record, tensors = read_record(Path(directory), STATISTICS_NAME)
         blocks = {}
-        for index, entry in enumerate(record["blocks"]):
-            prefix = f"{index}.reservoir."
-            sample = {name: tensors[prefix + name] for name in _RESERVOIR if prefix + name in tensors}
-            sample.setdefault("experts_input_SH", sample["router_input_SH"])
-            blocks[entry["name"]] = BlockStatistics(
-                num_tokens=entry["num_tokens"],
-                reservoir=Reservoir(**sample),
-                **{name: tensors[f"{index}.{name}"] for name in _SUMS},
-            )
-        return cls(blocks, record["calibration"], record["source"], record["unseen"])
+        try:
+            for index, entry in enumerate(record["blocks"]):
+                prefix = f"{index}.reservoir."
+                sample = {name: tensors[prefix + name] for name in _RESERVOIR if prefix + name in tensors}
+                sample.setdefault("experts_input_SH", tensors[f"{prefix}router_input_SH"])
+                blocks[entry["name"]] = BlockStatistics(
+                    num_tokens=entry["num_tokens"],
+                    reservoir=Reservoir(**sample),
+                    **{name: tensors[f"{index}.{name}"] for name in _SUMS},
+                )
+            return cls(blocks, record["calibration"], record["source"], record["unseen"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"The statistics in {directory} lack a field that this version of optimum_moe needs ({error}). Observe "
+                "the model again with calibrate(), or install the version that wrote them."
+            ) from error

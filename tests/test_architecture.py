@@ -15,6 +15,7 @@ LAYERS = {
     "blocks": 1,
     "plan": 1,
     "records": 1,
+    "settings": 0,
     "statistics": 1,
     "nn": 1,
     "methods": 2,

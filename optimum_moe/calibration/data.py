@@ -1,22 +1,22 @@
-"""Calibration data: one config for every kind of source, and the batches that models are run on.
+"""Calibration data: the batches that models are run on.
 
 Shape letters: B rows of a batch, S tokens of a row.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, TypeAlias, get_args, overload
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from optimum_moe.calibration.config import CalibrationConfig
 from optimum_moe.calibration.media import MediaSource, check_processor, model_inputs
 from optimum_moe.calibration.sampling import (
     Affixes,
@@ -29,114 +29,15 @@ from optimum_moe.calibration.sampling import (
     packed_rows,
     tokenized,
 )
-from optimum_moe.calibration.sources import ReadyInputs, TextSource, did_you_mean, read_sources
+from optimum_moe.calibration.sources import ReadyInputs, TextSource, read_sources
 
 logger = logging.getLogger(__name__)
 
 Batch: TypeAlias = dict[str, Tensor]
-UnseenPolicy: TypeAlias = Literal["warn", "error", "keep", "prune"]
 
 # Parts that a long document is cut into, in characters for each token of a row: about four rows of English text.
 _CHARS_PER_ROW_TOKEN = 16
 _TEXT_SETTINGS = ("seed", "max_tokens", "sequence_length", "batch_size", "packing")
-
-
-DEFAULT_SAMPLE = 4096
-"""Tokens of a block's sample where neither user nor method says how many."""
-
-
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """What a model is observed on.
-
-    Args:
-        source: one of
-            a path to a .txt (documents separated by blank lines), .jsonl or .parquet file;
-            a list of strings, or of chats (lists of {"role", "content"} messages, rendered with the tokenizer's chat
-            template), or of rows with a text or messages column; a stream of those keeps its order;
-            a `datasets.Dataset`;
-            examples with images, audio or video, which the model's processor turns into inputs one by one and whole
-            (`sequence_length`, `batch_size` and `packing` do not apply): chats with such content, or rows of {"text":
-            with the processor's placeholders, "images", "audio" or "videos": objects or paths}; paths in a .jsonl
-            start from its folder;
-            an iterable of model-input dicts, passed on untouched and whole: only `num_samples` limits them;
-            a mixture of text sources, {source: weight} or [(source, weight), ...]: token counts follow the weights,
-            and the mixture ends where its first source does.
-        num_samples: at most so many rows (of ready inputs: dicts); None (default) for no limit.
-        max_tokens: at most so many tokens, padding not counted. Default 65,536; None for all there are.
-        sequence_length: tokens of a row, default 512.
-        batch_size: rows of a batch, default 8.
-        packing: True (default) joins documents with the EOS token and cuts rows without padding; the tail that fills
-            no row is left over. False makes one document a row, padded, and cuts longer documents into several rows.
-        text_column: column of the text in .jsonl, .parquet and datasets, default "text". Without it a "messages"
-            column is read as chats.
-        seed: which documents are drawn and in which order, default 0.
-        unseen: what happens to an expert that no calibration token reached: "warn" (default), "error", "keep", "prune".
-        reservoir_tokens: tokens of each block that are kept whole, for what needs several experts on the same tokens.
-            None (default) for as many as the method wants (4,096, or more where it factorises); 0 keeps none.
-
-    Raises:
-        ValueError: a value outside of its range.
-    """
-
-    source: Any
-    num_samples: int | None = None
-    max_tokens: int | None = 65536
-    sequence_length: int = 512
-    batch_size: int = 8
-    packing: bool = True
-    text_column: str = "text"
-    seed: int = 0
-    unseen: UnseenPolicy = "warn"
-    reservoir_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.source is None:
-            raise ValueError("source is None. Pass a path, texts, chats, a dataset or model inputs.")
-        for name, least in (("num_samples", 1), ("max_tokens", 1), ("reservoir_tokens", 0)):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), least, ", or None")
-        # A row of one token predicts nothing.
-        for name, least in (("sequence_length", 2), ("batch_size", 1), ("seed", 0)):
-            _check_count(name, getattr(self, name), least)
-        if self.max_tokens is not None and self.max_tokens < self.sequence_length:
-            raise ValueError(
-                f"max_tokens={self.max_tokens} is smaller than sequence_length={self.sequence_length}: not one row "
-                "fits. Raise max_tokens or lower sequence_length."
-            )
-        if self.unseen not in get_args(UnseenPolicy):
-            raise ValueError(
-                f"unseen={self.unseen!r} is not one of {get_args(UnseenPolicy)}"
-                f"{did_you_mean(self.unseen, get_args(UnseenPolicy)) or '.'}"
-            )
-
-    @property
-    def sampled_tokens(self) -> int:
-        """Tokens of the sample of each block."""
-        return DEFAULT_SAMPLE if self.reservoir_tokens is None else self.reservoir_tokens
-
-    @classmethod
-    def coerce(cls, value: Any) -> CalibrationConfig:
-        """A config from whatever `calibration=` accepts.
-
-        Args:
-            value: a config (returned as it is), a dict of its fields with "source" among them (as a recipe has it), or
-                any source.
-
-        Raises:
-            ValueError: None, an unknown field, or a field outside of its range.
-        """
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, Mapping) and "source" in value and not isinstance(value["source"], int | float):
-            fields = [field.name for field in dataclasses.fields(cls)]
-            for key in value:
-                if key not in fields:
-                    raise ValueError(
-                        f"Unknown field {key!r}{did_you_mean(key, fields) or f', the fields are {fields}.'}"
-                    )
-            return cls(**value)
-        return cls(source=value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,11 +130,6 @@ def draw_documents(config: CalibrationConfig, tokenizer: Any) -> list[TokenIds]:
     return mix(draws, lambda draw: _tokens(draw, config, tokenizer), config.num_samples, config.max_tokens)
 
 
-def _check_count(name: str, value: Any, least: int, other: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} is out of range. Pass an integer of at least {least}{other}.")
-
-
 def _text_tokenizer(tokenizer: Any) -> Any:
     if tokenizer is None:
         raise ValueError("Text needs a tokenizer and none was given. Pass tokenizer=, or ready model inputs.")
@@ -242,7 +138,7 @@ def _text_tokenizer(tokenizer: Any) -> Any:
 
 def _tokens(draw: Draw, config: CalibrationConfig, tokenizer: Any) -> Iterator[TokenIds]:
     max_chars = _CHARS_PER_ROW_TOKEN * config.sequence_length
-    return tokenized(ordered(draw.source, config.seed, max_chars), tokenizer, draw)
+    return tokenized(ordered(draw.source, config.random_seed, max_chars), tokenizer, draw)
 
 
 def _draw_rows(
@@ -334,7 +230,7 @@ def _media_batches(source: MediaSource, config: CalibrationConfig, processor: An
     check_processor(source, processor)
     batches: list[Any] = []
     tokens = 0
-    for example in islice(source.drawn(config.seed), config.num_samples):
+    for example in islice(source.drawn(config.random_seed), config.num_samples):
         batch = model_inputs(example, processor)
         tokens += _count_tokens(batch)
         if config.max_tokens is not None and tokens > config.max_tokens:
@@ -366,6 +262,7 @@ def _finish(
         "hash": digest.hexdigest(),
         "num_samples": config.num_samples,
         **{name: getattr(config, name) if name in used else None for name in _TEXT_SETTINGS},
+        "seed": config.random_seed if "seed" in used else None,
     }
     return CalibrationBatches(tuple(batches), num_tokens, digest.hexdigest(), description)
 

@@ -57,12 +57,12 @@ def observe(
             found.info.intermediate_size,
             found.info.hidden_size,
             config.sampled_tokens,
-            config.seed,
+            config.random_seed,
             draws,
         )
         for found in blocks
     }
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.random_seed)
     was_training = model.training
     model.eval()
     part = running_part(model)

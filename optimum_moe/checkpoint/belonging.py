@@ -13,8 +13,10 @@ from optimum_moe.checkpoint.identity import first_difference
 from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_config
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.writer import set_expert_counts
+from optimum_moe.methods import Method
 from optimum_moe.nn import FactorisedExperts
 from optimum_moe.plan import CompressionPlan
+from optimum_moe.statistics import Statistics
 
 
 def refuse_original(directory: Path, source: ModelSource) -> None:
@@ -45,6 +47,12 @@ def check_belongs(what: str, made_from: Mapping[str, Any], here: Mapping[str, An
             f"whose {difference} differs from that of {here['name']} ({here['architecture']}). "
             "Use those of this checkpoint."
         )
+
+
+def check_statistics(statistics: Statistics, here: Mapping[str, Any], method: Method) -> None:
+    """Raise a `ValueError` where statistics belong to another model, or lack what a method needs."""
+    check_belongs("statistics", statistics.source, here)
+    statistics.check_complete(here["num_experts"], method.needs_sample)
 
 
 def check_plan(plan: CompressionPlan, here: Mapping[str, Any]) -> None:

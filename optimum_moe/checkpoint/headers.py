@@ -8,7 +8,7 @@ import re
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _RANK_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _VARIANT = re.compile(r"model\.(?:safetensors\.index\.(\w+)\.json|(\w+)\.safetensors)$")
+# {"NAME":{"dtype":"BF16","shape":[128,2048,4096],"data_offsets":[1234567890,1234567890]}, and what begins a file.
+_ENTRY, _FILE = 90, 48
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 
 
@@ -53,6 +55,13 @@ class Headers:
         for dtype, shape, _ in self.tensors.values():
             counts[dtype] += _numel(shape)
         return _BITS.get(counts.most_common(1)[0][0], 8) / 8
+
+
+def header_bytes(names: Iterable[str], num_files: int = 1) -> int:
+    """What headers take at most that describe tensors of these names, in so many files or one for each layer."""
+    entries = list(names)
+    layers = {match[0] for name in entries if (match := re.match(r".*?\.\d+\.", name))}
+    return sum(len(name) for name in entries) + _ENTRY * len(entries) + _FILE * max(num_files, len(layers) + 2)
 
 
 def read_headers(directory: str | Path, variant: str | None = None) -> Headers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,13 @@ from transformers import (
 
 from optimum_moe.blocks import ModelInfo
 from optimum_moe.checkpoint.carried_files import WEIGHTS
-from optimum_moe.checkpoint.headers import Headers, headers_from_metadata, read_headers, weight_files
+from optimum_moe.checkpoint.headers import (
+    Headers,
+    header_bytes,
+    headers_from_metadata,
+    read_headers,
+    weight_files,
+)
 from optimum_moe.checkpoint.names import check_checkpoint_name, is_hub_id
 from optimum_moe.checkpoint.origin import check_model, refuse_adapter, refuse_arguments
 from optimum_moe.checkpoint.quantised import (
@@ -215,7 +221,8 @@ def open_source(
     if quantisation is not None:
         plain = unpacked(headers, int(itemsize))
     size = headers.bytes if plain is headers and dtype in ("auto", None) else int(plain.parameters * itemsize)
-    info = ModelInfo(tuple(found.info for found in blocks), plain.parameters, size, itemsize)
+    described = header_bytes(headers.tensors, len(headers.files))
+    info = ModelInfo(tuple(found.info for found in blocks), plain.parameters, size, itemsize, described)
     arguments: dict[str, Any] = {"dtype": dtype, **kwargs}
     location: str | Path = model
     if is_local:
@@ -262,8 +269,15 @@ def _from_memory(model: PreTrainedModel) -> ModelSource:
         sum(p.numel() for p in parameters),
         sum(p.numel() * p.element_size() for p in parameters),
         expert.element_size(),
+        header_bytes(_names_when_saved(model, blocks)),
     )
     return ModelSource(type(model).__name__, model.config, model, blocks, info, live=model)
+
+
+def _names_when_saved(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> list[str]:
+    """Names that a model has when it is saved, or longer ones: stacked experts may be saved one by one."""
+    singles = [f"{found.info.name}.experts.{e}" for found in blocks for e in range(found.info.num_experts)] * 3
+    return [*dict(model.named_parameters()), *singles]
 
 
 def config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Headers, bool]:

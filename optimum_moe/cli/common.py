@@ -17,6 +17,7 @@ from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum_moe.checkpoint.names import check_checkpoint_name, data_set_name
 from optimum_moe.cli.errors import ending_in_one_line, name_flags
+from optimum_moe.settings import percent
 
 if TYPE_CHECKING:
     from optimum_moe.recipes import Recipe
@@ -94,10 +95,10 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
         default="budget",
         help="Preset (`optimum-cli moe inspect --list` shows them) or YAML file; by default the byte budget.",
     )
-    parser.add_argument("--budget", type=float, help="Share of the experts' bytes that remains, in (0, 1].")
+    parser.add_argument("--budget", type=share, help="Share of the experts' bytes that remains: 0.5, or 50%%.")
     parser.add_argument("--num-experts", type=int, help="Experts that remain in each block, instead of the recipe's.")
-    parser.add_argument("--keep-ratio", type=float, help="Share of experts that remain, in (0, 1].")
-    parser.add_argument("--target-size", help='Size of the checkpoint, such as "16GB" or "900MiB".')
+    parser.add_argument("--keep-ratio", type=share, help="Share of experts that remain: 0.5, or 50%%.")
+    parser.add_argument("--target-size", help='Size of the checkpoint, such as "16GB", "900MiB" or "50%%".')
     parser.add_argument(
         "--mtp",
         default="error",
@@ -111,6 +112,11 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="Another setting of the method, the value in YAML; may be repeated. Example: --set layers=[0,1]",
     )
+
+
+def share(text: str) -> float:
+    """A share that is written as a number or in percent, for argparse."""
+    return float(percent(text))
 
 
 def checkpoint_arguments(args: Namespace) -> dict[str, Any]:

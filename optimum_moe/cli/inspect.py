@@ -55,7 +55,7 @@ def inspected(model: str, **arguments: Any) -> dict[str, Any]:
     if is_structured(directory):
         return {"model": model, **inspect_structured(directory, headers), **compressed}
     source = open_source(model, **arguments)
-    active = {found.info.name: float(found.info.top_k) for found in source.blocks}
+    active = {info.name: float(info.top_k * info.expert_multiply_adds) for info in source.info.blocks}
     blocks = [
         {
             "name": info.name,

@@ -210,7 +210,7 @@ def calibration_identity(
     found: dict[str, Any] = {}
     if batches is not None and config is not None:
         found["data"] = batches.description
-        found["calibration settings"] = [config.seed, config.unseen, config.reservoir_tokens]
+        found["calibration settings"] = [config.random_seed, config.unseen, config.reservoir_tokens]
     if statistics is not None:
         found["statistics"] = statistics.digest()
     if plan is not None:

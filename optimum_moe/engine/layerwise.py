@@ -165,7 +165,7 @@ class LayerwiseRun:
         return {
             found.info.name: BlockRecorder(
                 *(found.info.num_experts, found.info.intermediate_size, found.info.hidden_size),
-                *(self.config.sampled_tokens, self.config.seed),
+                *(self.config.sampled_tokens, self.config.random_seed),
             )
             for found in unit.blocks
         }

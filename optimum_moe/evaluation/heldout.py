@@ -97,7 +97,7 @@ def texts_of(value: Any, tokenizer: Any = None) -> Iterator[str]:
             yield tokenizer.decode(row, skip_special_tokens=True)
         return
     if isinstance(sources, MediaSource):
-        yield from (example.plain_text for example in sources.drawn(config.seed))
+        yield from (example.plain_text for example in sources.drawn(config.random_seed))
         return
     for source in sources:
         for document in source.documents:

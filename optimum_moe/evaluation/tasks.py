@@ -20,6 +20,7 @@ from optimum_moe.evaluation.heldout import HeldOut
 from optimum_moe.evaluation.models import logits_of
 from optimum_moe.evaluation.perplexity import predicted_positions, window_nll
 from optimum_moe.evaluation.scores import UnitScores
+from optimum_moe.settings import check_count, check_seed, make_plain
 
 TASKS = ("perplexity", "agreement", "choice", "generation")
 
@@ -56,9 +57,10 @@ class EvaluationSettings:
     tasks: Sequence[str] = TASKS
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name, least in (("num_questions", 1), ("num_prompts", 1), ("new_tokens", generation.LOOP_TAIL)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range. Pass at least {least}.")
+            check_count(name, getattr(self, name), least)
+        check_seed(self.seed)
         tasks = (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks)
         for task in tasks:
             if task not in TASKS:

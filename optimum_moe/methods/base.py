@@ -15,6 +15,7 @@ from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.router_fit import RouterView
 from optimum_moe.blocks import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, Routing
+from optimum_moe.settings import make_plain
 from optimum_moe.statistics import BlockStatistics, Statistics, Unseen
 
 
@@ -102,11 +103,16 @@ class ExpertCost:
 class Method(ABC):
     """A way of deciding what remains of each block; subclasses are frozen dataclasses of their settings.
 
-    `size_fields` are the settings that say how much remains, of which exactly one is given.
+    `size_fields` are the settings that say how much remains, of which exactly one is given; `share_fields` are shares,
+    which may be given in percent.
     """
 
     name: ClassVar[str]
     size_fields: ClassVar[tuple[str, ...]] = ("num_experts", "keep_ratio", "target_size")
+    share_fields: ClassVar[tuple[str, ...]] = ("keep_ratio",)
+
+    def __post_init__(self) -> None:
+        make_plain(self, self.share_fields)
 
     @property
     @abstractmethod
@@ -119,6 +125,11 @@ class Method(ABC):
         return 0
 
     @property
+    def needs_sample(self) -> bool:
+        """Whether it looks at sampled tokens, and not at sums over all of them only."""
+        return False
+
+    @property
     def sample_size(self) -> int:
         """Tokens of each block that the method wants to see as they are."""
         return 4096
@@ -127,6 +138,11 @@ class Method(ABC):
     def is_adaptive(self) -> bool:
         """Whether counts are known only when all blocks were observed; so unless `allocate` is the stock one."""
         return type(self).allocate is not Method.allocate
+
+    @property
+    def knows_size(self) -> bool:
+        """Whether `cost` says what will be stored, and not only what may be."""
+        return True
 
     @property
     def needs_survey(self) -> bool:

@@ -71,6 +71,11 @@ class Composed(Method):
         return self.then.needs_survey
 
     @property
+    def needs_sample(self) -> bool:
+        """If one of them does."""
+        return self.first.needs_sample or self.then.needs_sample
+
+    @property
     def sample_size(self) -> int:
         """The larger sample."""
         return max(self.first.sample_size, self.then.sample_size)
@@ -79,6 +84,11 @@ class Composed(Method):
     def is_adaptive(self) -> bool:
         """If the first is."""
         return self.first.is_adaptive
+
+    @property
+    def knows_size(self) -> bool:
+        """If both do."""
+        return self.first.knows_size and self.then.knows_size
 
     @property
     def block_routing(self) -> Routing:

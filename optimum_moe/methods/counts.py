@@ -7,12 +7,20 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from optimum_moe.blocks import BlockInfo, ModelInfo
 from optimum_moe.plan import Routing
+from optimum_moe.settings import percent, plain, product
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1} | {
+    prefix + unit: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for unit, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+ENTRY_BYTES = 180
+"""What a tensor takes in the header of a safetensors file at most, beside the path of its block."""
 
 
 def choose_one(name: str, value: Any, allowed: Iterable[str]) -> None:
@@ -32,12 +40,50 @@ def exactly_one(**alternatives: Any) -> None:
         raise ValueError(f"Give exactly one of {', '.join(alternatives)}; got {shown}.")
 
 
-def parse_size(size: str | int, name: str = "target_size") -> int:
-    """Bytes of a size such as `"16GB"`, `"900 MiB"` or a plain number."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMG]?I?B?)", str(size).strip().upper())
+def parse_size(size: Any, name: str = "target_size", whole: int | None = None) -> int:
+    """Bytes of a size such as `"16GB"` (10^9 bytes), `"900 MiB"` (2^20 bytes), a plain number, or `"50%"` of a whole.
+
+    Args:
+        size: The size.
+        name: How errors name it.
+        whole: What a percentage is of; None where there is nothing.
+
+    Raises:
+        ValueError: If it is no size, or not one of at least a byte.
+    """
+    size = plain(size)
+    share = percent(size)
+    if whole is not None and isinstance(share, float) and isinstance(size, str):
+        return int(product(share, whole))
+    text = f"{size:f}" if isinstance(size, float) else str(size)
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMGT]?I?B?)", text.strip().upper())
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{name}={size!r} is no size. Write a number of bytes, or one like '16GB' or '900MiB'.")
-    return int(float(match[1]) * _UNITS[match[2]])
+        also = "" if whole is None else ", or a share of the model like '50%'"
+        raise ValueError(f"{name}={size!r} is no size. Write a number of bytes, or one like '16GB' or '900MiB'{also}.")
+    found = int(Decimal(match[1]) * _UNITS[match[2]])
+    if found < 1:
+        raise ValueError(f"{name}={size!r} is less than a byte. Write a number of bytes, or one like '16GB'.")
+    return found
+
+
+def bytes_for_tensors(model: ModelInfo, target_size: Any, more: int = 0) -> int:
+    """What a target size leaves for tensors beside the headers of the files.
+
+    Args:
+        model: The model.
+        target_size: Size of the checkpoint.
+        more: Bytes of headers and maps that the original does not have.
+
+    Raises:
+        ValueError: If the model is no larger than that.
+    """
+    target = parse_size(target_size, whole=model.bytes)
+    if target >= model.bytes:
+        raise ValueError(
+            f"target_size={target_size!r} is {target:,} bytes, and the model has no more than {model.bytes:,}: there "
+            "is nothing to remove. Ask for less."
+        )
+    return target - model.header_bytes - more
 
 
 def check_counts(num_experts: int | None, keep_ratio: float | None, target_size: str | int | None) -> None:
@@ -52,7 +98,12 @@ def check_counts(num_experts: int | None, keep_ratio: float | None, target_size:
     if keep_ratio is not None and not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio={keep_ratio} must lie in (0, 1]: it is the share of experts that remain.")
     if target_size is not None:
-        parse_size(target_size)
+        check_size(target_size)
+
+
+def check_size(target_size: Any) -> None:
+    """Raise a `ValueError` unless it is a size of a checkpoint, whatever the model."""
+    parse_size(target_size, whole=1)
 
 
 def selected_blocks(
@@ -64,7 +115,8 @@ def selected_blocks(
         ValueError: If a layer does not exist, a pattern matches nothing, or no block is left.
     """
     total = len(model.blocks)
-    if isinstance(layers, int | str) or isinstance(protect, str):
+    lists = all(given is None or isinstance(given, list | tuple) for given in (layers, protect))
+    if not lists or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers or ()):
         raise ValueError(f"layers={layers!r} and protect={protect!r} must be lists: [0, 1], ['*.layers.0.*'].")
     wrong = [layer for layer in layers or () if not -total <= layer < total]
     if wrong:
@@ -98,7 +150,8 @@ def resolve_counts(
     `keep_ratio` rounds up, and to a multiple of the router groups where the router shrinks with the experts.
 
     Raises:
-        ValueError: If the count is below what the router selects, above what is there, or cannot be divided.
+        ValueError: If the count is below what the router selects, above what is there, or cannot be divided, or if a
+            ratio below 1 keeps all experts.
     """
     counts = {block.name: block.num_experts for block in model.blocks}
     for block in chosen:
@@ -106,9 +159,17 @@ def resolve_counts(
             counts[block.name] = num_experts
         elif keep_ratio is not None:
             step = block.router_groups if routing == "reduce" else 1
-            counts[block.name] = min(block.num_experts, math.ceil(keep_ratio * block.num_experts / step) * step)
+            kept = math.ceil(product(keep_ratio / step, block.num_experts)) * step
+            counts[block.name] = min(block.num_experts, max(kept, step))
     if target_size is not None:
-        counts |= _fit(model, chosen, routing, parse_size(target_size))
+        counts |= _fit(model, chosen, routing, target_size)
+    if keep_ratio is not None and keep_ratio < 1 and all(counts[b.name] == b.num_experts for b in chosen):
+        most = max(chosen, key=lambda block: block.num_experts)
+        step = most.router_groups if routing == "reduce" else 1
+        raise ValueError(
+            f"keep_ratio={keep_ratio} of {most.num_experts} experts rounds up to all of them: nothing would be "
+            f"removed. Use at most {math.floor((1 - step / most.num_experts) * 1e4) / 1e4:g}."
+        )
     for block in chosen:
         check_count(block, counts[block.name], routing)
     return counts
@@ -148,8 +209,10 @@ def check_count(block: BlockInfo, count: int, routing: Routing) -> None:
         )
 
 
-def _fit(model: ModelInfo, chosen: Sequence[BlockInfo], routing: Routing, target: int) -> dict[str, int]:
-    """The largest equal share of experts with which the checkpoint fits into `target` bytes."""
+def _fit(model: ModelInfo, chosen: Sequence[BlockInfo], routing: Routing, target_size: Any) -> dict[str, int]:
+    """The largest equal share of experts with which the checkpoint fits into a size."""
+    maps = sum(8 * b.num_experts + 2 * header_entry(b) for b in chosen) if routing == "map" else 0
+    target = bytes_for_tensors(model, target_size, maps)
     most = max(block.num_experts for block in chosen)
     smallest = model.bytes
     for keep in range(most, 0, -1):
@@ -164,9 +227,15 @@ def _fit(model: ModelInfo, chosen: Sequence[BlockInfo], routing: Routing, target
         if smallest <= target:
             return counts
     raise ValueError(
-        f"target_size={target:,} bytes cannot be reached: the fewest experts that the routers can work with "
-        f"still leave {smallest:,} of {model.bytes:,} bytes. Ask for at least that."
+        f"target_size={parse_size(target_size, whole=model.bytes):,} bytes cannot be reached: the fewest experts that "
+        f"the routers can work with still leave {smallest + model.header_bytes + maps:,} of {model.bytes:,} bytes, "
+        "headers and maps included. Ask for at least that."
     )
+
+
+def header_entry(block: BlockInfo) -> int:
+    """Bytes that a tensor of a block takes in the header of a file at most."""
+    return len(block.name) + ENTRY_BYTES
 
 
 def _fewest(block: BlockInfo, routing: Routing) -> int:

@@ -22,8 +22,9 @@ class ExpertPruning(Method):
 
     Args:
         num_experts: Experts that remain in each block. Exactly one of this, `keep_ratio` and `target_size`.
-        keep_ratio: Share of experts that remain, in (0, 1]; rounds up.
-        target_size: Size of the checkpoint, for example `"16GB"`.
+        keep_ratio: Share of experts that remain, in (0, 1] or as `"50%"`; rounds up.
+        target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
+            what they are.
         saliency: Registered criterion: `"reap"`, `"frequency"`, `"gate_sum"`, `"ean"`, `"output_norm"`,
             `"output_norm_squared"`, `"aimer"` (data-free) or `"random"` (baseline).
         layers: Positions of the MoE blocks to cut, None for all.
@@ -43,6 +44,7 @@ class ExpertPruning(Method):
     protect: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_counts(self.num_experts, self.keep_ratio, self.target_size)
         get_saliency(self.saliency)
 

@@ -23,8 +23,17 @@ from optimum_moe.algorithms.uniform_factors import factorise_expert
 from optimum_moe.blocks import BlockInfo, ModelInfo
 from optimum_moe.methods.base import BlockContext, ExpertCost, Method
 from optimum_moe.methods.byte_budget import BlockSurvey, build_block, spend_budget, survey_block
-from optimum_moe.methods.counts import choose_one, exactly_one, is_selected, parse_size, selected_blocks
+from optimum_moe.methods.counts import (
+    bytes_for_tensors,
+    check_size,
+    choose_one,
+    exactly_one,
+    header_entry,
+    is_selected,
+    selected_blocks,
+)
 from optimum_moe.plan import BlockPlan, Routing, keep_all
+from optimum_moe.settings import product
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +70,8 @@ class LowRankSparse(Method):
             rows would be no smaller than it is stays dense, with this and the next.
         energy: Share of the squared singular values to keep, in (0, 1]; ranks then differ.
         budget: Share of the bytes of the experts' matrices that remains, in (0, 1].
-        target_size: Size of the checkpoint, for example `"16GB"`.
+        target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
+            what they are.
         density: Share of the rows (output neurons) of each matrix that the sparse part keeps, default 0.1 (the
             paper's); None for no sparse part. A budget makes no sparse parts.
         whiten: Weigh the error by the calibration tokens (default); False gives the plain SVD and needs no data.
@@ -79,6 +89,7 @@ class LowRankSparse(Method):
 
     name: ClassVar[str] = "low-rank-sparse"
     size_fields: ClassVar[tuple[str, ...]] = ("rank", "rank_ratio", "energy", "budget", "target_size")
+    share_fields: ClassVar[tuple[str, ...]] = ("rank_ratio", "energy", "budget", "density")
 
     rank: int | None = None
     rank_ratio: float | None = None
@@ -96,6 +107,7 @@ class LowRankSparse(Method):
     """The form of every expert by block, once a budget is spent; no setting."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         exactly_one(**{name: getattr(self, name) for name in self.size_fields})
         for name in ("rank_ratio", "energy", "budget", "density"):
             value = getattr(self, name)
@@ -107,7 +119,7 @@ class LowRankSparse(Method):
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int)):
             raise ValueError(f"rank={self.rank!r} must be an integer. For a share of the numbers use rank_ratio.")
         if self.target_size is not None:
-            parse_size(self.target_size)
+            check_size(self.target_size)
         if self.base is not None:
             choose_one("base", self.base, ("group",))
         if isinstance(self.kinds, str):
@@ -121,6 +133,11 @@ class LowRankSparse(Method):
             )
 
     @property
+    def knows_size(self) -> bool:
+        """Not with an energy."""
+        return self.energy is None
+
+    @property
     def needs_survey(self) -> bool:
         """Whether bytes are spent over all blocks at once."""
         return self.budget is not None or self.target_size is not None
@@ -132,6 +149,11 @@ class LowRankSparse(Method):
 
     @property
     def needs_statistics(self) -> bool:
+        """If factors are whitened."""
+        return self.whiten
+
+    @property
+    def needs_sample(self) -> bool:
         """If factors are whitened."""
         return self.whiten
 
@@ -204,13 +226,20 @@ class LowRankSparse(Method):
         dense = sum(block.num_experts * block.expert_multiply_adds for block in chosen)
         if self.target_size is None:
             assert self.budget is not None
-            return int(self.budget * dense)
-        rest = model.bytes - dense * model.expert_itemsize
-        left = int((parse_size(self.target_size) - rest) / model.expert_itemsize)
+            return int(product(self.budget, dense))
+        rest = int(model.bytes - dense * model.expert_itemsize)
+        # Experts lie in stacks by width, a multiple of 8: gate and up dense or in two factors, down dense.
+        headers = 0
+        for block in chosen:
+            stacks = min(block.num_experts, block.intermediate_size // RANK_STEP + 1)
+            biases = 3 if block.expert_parameters > block.expert_multiply_adds else 0
+            headers += (stacks * (7 + biases) + 2) * header_entry(block)
+        left = int((bytes_for_tensors(model, self.target_size, headers) - rest) / model.expert_itemsize)
         if left < 0:
             raise ValueError(
-                f"target_size={self.target_size!r} cannot be reached: without any expert {rest:,.0f} of "
-                f"{model.bytes:,} bytes are left. Ask for more than that."
+                f"target_size={self.target_size!r} cannot be reached: without any expert "
+                f"{rest + model.header_bytes + headers:,} of {model.bytes:,} bytes are left, headers included. Ask for "
+                "more than that."
             )
         return min(left, dense)
 

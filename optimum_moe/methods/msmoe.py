@@ -31,8 +31,9 @@ class MSMoE(Method):
     Args:
         num_experts: Experts that remain in each block (the average, with an adaptive budget). Exactly one of this,
             `keep_ratio` and `target_size`.
-        keep_ratio: Share of experts that remain, in (0, 1]; rounds up.
-        target_size: Size of the checkpoint, for example `"16GB"`.
+        keep_ratio: Share of experts that remain, in (0, 1] or as `"50%"`; rounds up.
+        target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
+            what they are.
         budget: `"uniform"`, or `"adaptive"`: dominant experts are the most frequent of the whole model, each
             block's largest frequency counting as 1.
         similarity: What makes experts similar: `"router_logits"` over calibration tokens (the paper),
@@ -67,6 +68,7 @@ class MSMoE(Method):
     protect: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_counts(self.num_experts, self.keep_ratio, self.target_size)
         choose_one("budget", self.budget, ("uniform", "adaptive"))
         choose_one("similarity", self.similarity, ("router_logits", "router_weights", "expert_weights"))
@@ -79,6 +81,11 @@ class MSMoE(Method):
     def needs_statistics(self) -> bool:
         """Dominant experts are the most frequent ones, so calibration data are always needed."""
         return True
+
+    @property
+    def needs_sample(self) -> bool:
+        """If rows of the router are fitted."""
+        return self.routing == "reduce" and self.router_rows == "fit"
 
     @property
     def is_adaptive(self) -> bool:

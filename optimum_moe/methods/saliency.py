@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 
 import torch
@@ -28,7 +28,15 @@ class Saliency:
 
     def __call__(self, context: BlockContext) -> torch.Tensor:
         """(E,) float64 saliency of one block; an expert without tokens gets what the criterion's sums give: 0."""
-        values_E = self.function(**{need: getattr(context, need) for need in sorted(self.needs)}).double()
+        try:
+            values_E = self.function(**{need: getattr(context, need) for need in sorted(self.needs)}).double()
+        except AttributeError as error:
+            if error.obj is not context.statistics:
+                raise
+            known = ", ".join(field.name for field in fields(BlockStatistics))
+            raise ValueError(
+                f"saliency {self.name!r} reads {error.name!r}, which statistics do not have. They have {known}."
+            ) from error
         wanted, found = (context.info.num_experts,), tuple(values_E.shape)
         broken = [] if found != wanted else (~values_E.isfinite()).nonzero()[:, 0].tolist()
         if found != wanted or broken:

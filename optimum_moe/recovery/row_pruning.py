@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from optimum_moe.algorithms.structured_sparse import BETA, CubicSchedule, RowImportance, global_masks
 from optimum_moe.checkpoint.belonging import refresh_structure
 from optimum_moe.nn import HasSparseRows, SparsePart
+from optimum_moe.settings import percent, plain
 
 
 class RowPruning(TrainerCallback, ExportableState):
@@ -58,6 +59,10 @@ class RowPruning(TrainerCallback, ExportableState):
         final_warmups: int = 4,
         beta: float = BETA,
     ) -> None:
+        final_density, beta = percent(plain(final_density)), plain(beta)
+        warmup_steps, initial_warmups, final_warmups = (
+            plain(given) for given in (warmup_steps, initial_warmups, final_warmups)
+        )
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta} must be in [0, 1): the share of the past in a moving average. Use {BETA}.")
         self.settings: dict[str, Any] = {

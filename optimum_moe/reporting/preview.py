@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,6 +50,16 @@ class Preview:
     after: Cost
     counts: Mapping[str, tuple[int, int]]
     plain: bool
+
+    def warn_if_nothing_shrinks(self, method: Method) -> None:
+        """Warn where the settings of a method remove nothing."""
+        before, after = self.before, self.after
+        if method.knows_size and (after.parameters, after.bytes) == (before.parameters, before.bytes):
+            shown = ", ".join(f"{k}={v!r}" for k, v in method.settings().items() if k in method.size_fields and v)
+            warnings.warn(
+                f"{method.name} with {shown} removes nothing: {before.parameters:,} parameters stay. Ask for less.",
+                stacklevel=3,
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

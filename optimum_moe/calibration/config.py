@@ -1,0 +1,126 @@
+"""`CalibrationConfig`: what a model is observed on, and how much of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from optimum_moe.calibration.sources import did_you_mean
+from optimum_moe.settings import check_count, check_seed, plain
+from optimum_moe.statistics import Unseen
+
+_LIMITS = (("num_samples", 1), ("max_tokens", 1), ("reservoir_tokens", 0))
+
+DEFAULT_SAMPLE = 4096
+"""Tokens of a block's sample where neither user nor method says how many."""
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What a model is observed on.
+
+    Args:
+        source: one of
+            a path to a .txt (documents separated by blank lines), .jsonl or .parquet file;
+            a list of strings, or of chats (lists of {"role", "content"} messages, rendered with the tokenizer's chat
+            template), or of rows with a text or messages column; a stream of those keeps its order;
+            a `datasets.Dataset`;
+            examples with images, audio or video, which the model's processor turns into inputs one by one and whole
+            (`sequence_length`, `batch_size` and `packing` do not apply): chats with such content, or rows of {"text":
+            with the processor's placeholders, "images", "audio" or "videos": objects or paths}; paths in a .jsonl
+            start from its folder;
+            an iterable of model-input dicts, passed on untouched and whole: only `num_samples` limits them;
+            a mixture of text sources, {source: weight} or [(source, weight), ...]: token counts follow the weights,
+            and the mixture ends where its first source does.
+        num_samples: at most so many rows (of ready inputs: dicts); None (default) for no limit.
+        max_tokens: at most so many tokens, padding not counted. Default 65,536; None for all there are.
+        sequence_length: tokens of a row, default 512.
+        batch_size: rows of a batch, default 8.
+        packing: True (default) joins documents with the EOS token and cuts rows without padding; the tail that fills
+            no row is left over. False makes one document a row, padded, and cuts longer documents into several rows.
+        text_column: column of the text in .jsonl, .parquet and datasets, default "text". Without it a "messages"
+            column is read as chats.
+        seed: which documents are drawn and in which order, and which tokens are sampled. None (default) for the seed of
+            the run, or 0.
+        unseen: what happens to an expert that no calibration token reached: "warn" (default), "error", "keep", "prune".
+        reservoir_tokens: tokens of each block that are kept whole, for what needs several experts on the same tokens.
+            None (default) for as many as the method wants (4,096, or more where it factorises); 0 keeps none.
+
+    Raises:
+        ValueError: a value outside of its range.
+    """
+
+    source: Any
+    num_samples: int | None = None
+    max_tokens: int | None = 65536
+    sequence_length: int = 512
+    batch_size: int = 8
+    packing: bool = True
+    text_column: str = "text"
+    seed: int | None = None
+    unseen: Unseen = "warn"
+    reservoir_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.source is None:
+            raise ValueError("source is None. Pass a path, texts, chats, a dataset or model inputs.")
+        for name in (*(limit for limit, _ in _LIMITS), "sequence_length", "batch_size", "seed"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        for name, least in _LIMITS:
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least, ", or None")
+        # A row of one token predicts nothing.
+        for name, least in (("sequence_length", 2), ("batch_size", 1)):
+            check_count(name, getattr(self, name), least)
+        if self.seed is not None:
+            check_seed(self.seed)
+        if self.max_tokens is not None and self.max_tokens < self.sequence_length:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} is smaller than sequence_length={self.sequence_length}: not one row "
+                "fits. Raise max_tokens or lower sequence_length."
+            )
+        if self.unseen not in get_args(Unseen):
+            raise ValueError(
+                f"unseen={self.unseen!r} is not one of {get_args(Unseen)}"
+                f"{did_you_mean(self.unseen, get_args(Unseen)) or '.'}"
+            )
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens of the sample of each block."""
+        return DEFAULT_SAMPLE if self.reservoir_tokens is None else self.reservoir_tokens
+
+    @property
+    def random_seed(self) -> int:
+        """The seed, 0 where neither user nor run says one."""
+        return 0 if self.seed is None else self.seed
+
+    @classmethod
+    def coerce(cls, value: Any) -> CalibrationConfig:
+        """A config from whatever `calibration=` accepts.
+
+        Args:
+            value: a config (returned as it is), a dict of its fields with "source" among them (as a recipe has it), or
+                any source.
+
+        Raises:
+            ValueError: None, an unknown field, or a field outside of its range.
+        """
+        if isinstance(value, cls):
+            return value
+        if cls.is_fields(value):
+            fields = [field.name for field in dataclasses.fields(cls)]
+            for key in value:
+                if key not in fields:
+                    raise ValueError(
+                        f"Unknown field {key!r}{did_you_mean(key, fields) or f', the fields are {fields}.'}"
+                    )
+            return cls(**value)
+        return cls(source=value)
+
+    @staticmethod
+    def is_fields(value: Any) -> bool:
+        """Whether a value is a dict of fields, and not a mixture of sources."""
+        return isinstance(value, Mapping) and "source" in value and not isinstance(value["source"], int | float)
