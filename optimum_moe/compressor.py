@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from optimum_moe.calibration import CalibrationConfig, build_batches, observe
+from optimum_moe.calibration import CalibrationConfig, batches_for, observe
 from optimum_moe.calibration.data import CalibrationBatches
 from optimum_moe.checkpoint.belonging import check_plan, check_statistics, mark_structure, refuse_original
 from optimum_moe.checkpoint.carried_files import carry_files
@@ -201,13 +201,7 @@ class MoECompressor:
             raise ValueError(
                 f"{self.method.name} needs calibration data. Pass calibration='corpus.txt', or another source."
             )
-        model_config = self.source.config
-        return build_batches(
-            self.calibration,
-            self.tokenizer,
-            is_encoder_decoder=bool(getattr(model_config, "is_encoder_decoder", False)),
-            decoder_start_token_id=getattr(model_config, "decoder_start_token_id", None),
-        )
+        return batches_for(self.source.skeleton, self.calibration, self.tokenizer)
 
     def apply(self, statistics: Statistics | None = None, plan: CompressionPlan | None = None) -> Any:
         """Decide and cut.

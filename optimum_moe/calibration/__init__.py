@@ -1,6 +1,7 @@
 """Calibration data and the observer."""
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig, build_batches
+from optimum_moe.calibration.fitting import batches_for
 from optimum_moe.calibration.observe import observe
 
-__all__ = ["CalibrationBatches", "CalibrationConfig", "build_batches", "observe"]
+__all__ = ["CalibrationBatches", "CalibrationConfig", "batches_for", "build_batches", "observe"]
