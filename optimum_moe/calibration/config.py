@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from optimum_moe.calibration.sources import did_you_mean
+from optimum_moe.calibration.documents import did_you_mean
 from optimum_moe.settings import check_count, check_seed, plain
 from optimum_moe.statistics import Unseen
 
@@ -24,14 +24,18 @@ class CalibrationConfig:
     Args:
         source: one of
             a path to a .txt (documents separated by blank lines), .jsonl or .parquet file;
-            a list of strings, or of chats (lists of {"role", "content"} messages, rendered with the tokenizer's chat
-            template), or of rows with a text or messages column; a stream of those keeps its order;
-            a `datasets.Dataset`;
+            a list of strings, or of chats (lists of {"role", "content"} or {"from", "value"} messages, rendered with
+            the tokenizer's chat template), or of rows with a text or messages column; a stream keeps its order;
+            a `datasets.Dataset`, streaming or not;
+            rows that are tokenised already, as lists of token ids or with an input_ids column (what their
+            attention_mask hides is left out): each stays a row (`packing` does not apply), longer ones are cut into
+            several; no tokenizer is needed;
             examples with images, audio or video, which the model's processor turns into inputs one by one and whole
             (`sequence_length`, `batch_size` and `packing` do not apply): chats with such content, or rows of {"text":
             with the processor's placeholders, "images", "audio" or "videos": objects or paths}; paths in a .jsonl
             start from its folder;
-            an iterable of model-input dicts, passed on untouched and whole: only `num_samples` limits them;
+            an iterable of batches of model inputs, such as a DataLoader, passed on whole but for labels: only
+            `num_samples` limits them;
             a mixture of text sources, {source: weight} or [(source, weight), ...]: token counts follow the weights,
             and the mixture ends where its first source does.
         num_samples: at most so many rows (of ready inputs: dicts); None (default) for no limit.
@@ -40,8 +44,8 @@ class CalibrationConfig:
         batch_size: rows of a batch, default 8.
         packing: True (default) joins documents with the EOS token and cuts rows without padding; the tail that fills
             no row is left over. False makes one document a row, padded, and cuts longer documents into several rows.
-        text_column: column of the text in .jsonl, .parquet and datasets, default "text". Without it a "messages"
-            column is read as chats.
+        text_column: column of the text or of the chats in .jsonl, .parquet and datasets, default "text". Without it a
+            "messages" column is read as chats, or an "input_ids" column as token ids.
         seed: which documents are drawn and in which order, and which tokens are sampled. None (default) for the seed of
             the run, or 0.
         unseen: what happens to an expert that no calibration token reached: "warn" (default), "error", "keep", "prune".

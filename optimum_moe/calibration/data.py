@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from optimum_moe.calibration.config import CalibrationConfig
+from optimum_moe.calibration.documents import TextSource
+from optimum_moe.calibration.inputs import ready_batches
 from optimum_moe.calibration.media import MediaSource, check_processor, model_inputs
 from optimum_moe.calibration.sampling import (
     Affixes,
@@ -29,7 +31,7 @@ from optimum_moe.calibration.sampling import (
     packed_rows,
     tokenized,
 )
-from optimum_moe.calibration.sources import ReadyInputs, TextSource, read_sources
+from optimum_moe.calibration.sources import ReadyInputs, read_sources
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +95,22 @@ def build_batches(
     """
     sources = read_sources(config.source, config.text_column)
     if isinstance(sources, ReadyInputs):
-        return _ready_batches(sources, config)
+        batches = list(
+            ready_batches(sources, config.num_samples, decoder_start_token_id if is_encoder_decoder else None)
+        )
+        return _finish(batches, config, [{"name": sources.name, "batches": len(batches)}])
     if isinstance(sources, MediaSource):
         return _media_batches(sources, config, tokenizer)
-    tokenizer = _text_tokenizer(tokenizer)
+    tokenizer = _text_tokenizer(tokenizer, sources)
     if is_encoder_decoder and decoder_start_token_id is None:
         raise ValueError("An encoder-decoder model needs decoder_start_token_id. Pass config.decoder_start_token_id.")
+    if is_encoder_decoder and any(source.has_labels and source.is_tokenized for source in sources):
+        raise ValueError(
+            "Rows of token ids with labels are inputs and targets of an encoder-decoder model. Pass a DataLoader of "
+            "them with DataCollatorForSeq2Seq, or rows without labels."
+        )
     if pad_token_id is None:
-        pad_token_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        pad_token_id = int(getattr(tokenizer, "pad_token_id", None) or 0)
     rows, draws = _draw_rows(config, sources, tokenizer)
     batches = []
     for start in range(0, len(rows), config.batch_size):
@@ -125,14 +135,14 @@ def draw_documents(config: CalibrationConfig, tokenizer: Any) -> list[TokenIds]:
     sources = read_sources(config.source, config.text_column)
     if not isinstance(sources, list):
         raise ValueError("Model inputs, images, audio and video have no documents. Pass text.")
-    tokenizer = _text_tokenizer(tokenizer)
+    tokenizer = _text_tokenizer(tokenizer, sources)
     draws = [Draw(source) for source in sources]
     return mix(draws, lambda draw: _tokens(draw, config, tokenizer), config.num_samples, config.max_tokens)
 
 
-def _text_tokenizer(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        raise ValueError("Text needs a tokenizer and none was given. Pass tokenizer=, or ready model inputs.")
+def _text_tokenizer(tokenizer: Any, sources: Sequence[TextSource]) -> Any:
+    if tokenizer is None and not all(source.is_tokenized for source in sources):
+        raise ValueError("Text needs a tokenizer and none was given. Pass tokenizer=, or rows of token ids.")
     return tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
 
 
@@ -144,17 +154,21 @@ def _tokens(draw: Draw, config: CalibrationConfig, tokenizer: Any) -> Iterator[T
 def _draw_rows(
     config: CalibrationConfig, sources: Sequence[TextSource], tokenizer: Any
 ) -> tuple[list[TokenIds], list[Draw]]:
-    affixes = find_affixes(tokenizer)
+    affixes = Affixes((), ()) if tokenizer is None else find_affixes(tokenizer)
     if len(affixes.prefix) >= config.sequence_length:
         raise ValueError(
             f"sequence_length={config.sequence_length} leaves no room beside the {len(affixes.prefix)} special tokens "
             "that the tokenizer puts before a text. Raise it."
         )
-    if config.packing and tokenizer.eos_token_id is None:
+    texts = [source for source in sources if not source.is_tokenized]
+    if texts and config.packing and tokenizer.eos_token_id is None:
         raise ValueError("packing joins documents with the EOS token, this tokenizer has none. Pass packing=False.")
 
     def rows_of(draw: Draw) -> Iterator[TokenIds]:
         documents = _tokens(draw, config, tokenizer)
+        if draw.source.is_tokenized:
+            # Whoever made the rows put special tokens where they belong.
+            return document_rows(documents, config.sequence_length, Affixes((), ()))
         if not config.packing:
             return document_rows(documents, config.sequence_length, affixes)
         return packed_rows(documents, config.sequence_length, int(tokenizer.eos_token_id), affixes.prefix, draw)
@@ -209,20 +223,6 @@ def _pad(rows: Sequence[TokenIds], pad_token_id: int) -> Batch:
         "input_ids": torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows]),
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
     }
-
-
-def _ready_batches(ready: ReadyInputs, config: CalibrationConfig) -> CalibrationBatches:
-    batches: list[Any] = []
-    for index, batch in enumerate(islice(ready.inputs, config.num_samples)):
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if not isinstance(batch, Mapping) or (ids is not None and not (isinstance(ids, Tensor) and ids.ndim == 2)):
-            raise ValueError(
-                f"Model inputs are dicts whose input_ids are a tensor of shape (batch, tokens), item {index} is "
-                f"{type(batch).__name__} with input_ids of {getattr(ids, 'shape', type(ids).__name__)}. Pass batches, "
-                "for instance from a DataLoader."
-            )
-        batches.append(batch)
-    return _finish(batches, config, [{"name": ready.name, "batches": len(batches)}])
 
 
 def _media_batches(source: MediaSource, config: CalibrationConfig, processor: Any) -> CalibrationBatches:

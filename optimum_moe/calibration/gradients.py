@@ -27,6 +27,17 @@ def differentiable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def gives_logits(output: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether a model gave logits for the ids that it read, from which a loss can be made."""
+    ids_BT = inputs.get(f"{_prefix(inputs)}input_ids")
+    logits_BTV = getattr(output, "logits", None)
+    return logits_BTV is not None and ids_BT is not None and logits_BTV.shape[:2] == ids_BT.shape
+
+
+def _prefix(inputs: Mapping[str, Any]) -> str:
+    return "decoder_" if "decoder_input_ids" in inputs else ""
+
+
 def sampled_loss(
     model: PreTrainedModel, output: Any, inputs: Mapping[str, Any], generator: torch.Generator
 ) -> torch.Tensor:
@@ -44,15 +55,13 @@ def sampled_loss(
     Raises:
         ValueError: If it gave no logits of its tokens.
     """
-    prefix = "decoder_" if "decoder_input_ids" in inputs else ""
-    ids_BT, mask_BT = inputs.get(f"{prefix}input_ids"), inputs.get(f"{prefix}attention_mask")
-    logits_BTV = getattr(output, "logits", None)
-    if logits_BTV is None or ids_BT is None or logits_BTV.shape[:2] != ids_BT.shape:
+    mask_BT = inputs.get(f"{_prefix(inputs)}attention_mask")
+    if not gives_logits(output, inputs):
         raise ValueError(
             f"{type(model).__name__} gives no logits for the ids that it reads, so there is no loss to go back from. "
             "Load it with the head that predicts its next token, or pass curvature=False."
         )
-    flat = logits_BTV.flatten(0, 1).float()
+    flat = output.logits.flatten(0, 1).float()
     # One number for each token, so that the draws are the same on every device.
     uniform_T1 = torch.rand(len(flat), 1, generator=generator, dtype=torch.float64).to(flat.device, torch.float32)
     cumulated_TV = flat.detach().softmax(-1).cumsum(-1)

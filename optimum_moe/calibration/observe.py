@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
-from optimum_moe.calibration.gradients import differentiable, sampled_loss
+from optimum_moe.calibration.gradients import differentiable, gives_logits, sampled_loss
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.statistics import Statistics
@@ -76,13 +76,17 @@ def observe(
             if draws:
                 stack.enter_context(found.surgeon.watch_gradient(block, recorder.gradient))
         stack.callback(model.train, was_training)
+        going_back: bool | None = None
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
             inputs = placed(batch, model)
             for found in blocks:
                 mask_T = padding_mask(inputs, found.info, found.info.name in in_text)
                 recorders[found.info.name].expect(mask_T)
             output = part(**inputs, **extra)
-            for draw in range(draws):
+            if going_back is None:
+                # Without gradients a method measures output errors, and says so.
+                going_back = draws > 0 and gives_logits(output, inputs)
+            for draw in range(draws if going_back else 0):
                 sampled_loss(part, output, inputs, generator).backward(retain_graph=draw + 1 < draws)
     statistics = Statistics(
         {name: recorder.statistics() for name, recorder in recorders.items()},

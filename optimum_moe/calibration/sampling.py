@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from optimum_moe.calibration.sources import Document, TextSource
+from optimum_moe.calibration.chats import render_chat
+from optimum_moe.calibration.documents import Document, TextSource
 
 TokenIds: TypeAlias = list[int]
 
@@ -62,7 +63,8 @@ def split_long(document: Document, max_chars: int) -> list[Document]:
     """Cut a text of more than 4 * max_chars characters into consecutive parts of at most max_chars characters.
 
     A whole book in one file would otherwise be tokenised whole, and only its beginning ever sampled. Cuts fall after a
-    line, else after a space, where there is one; the parts joined are the text. Chats stay whole.
+    line, else after a space, where there is one; the parts joined are the text. Chats and token ids
+    stay whole.
     """
     if not isinstance(document, str) or len(document) <= 4 * max_chars:
         return [document]
@@ -102,24 +104,14 @@ def ordered(source: TextSource, seed: int, max_chars: int) -> Iterator[Document]
             yield from split_long(documents[index], max_chars)
 
 
-def render_chat(chat: Document, tokenizer: Any) -> str:
-    """A document as text; chats through the tokenizer's chat template.
+def tokenized(documents: Iterable[Document], tokenizer: Any, draw: Draw) -> Iterator[TokenIds]:
+    """Token ids of every document that has any, without the special tokens that the tokenizer would add.
+
+    Rows of token ids come as they are.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: texts among rows of token ids, or the other way round.
     """
-    if isinstance(chat, str):
-        return chat
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"The calibration data holds chats, and {type(tokenizer).__name__} has no chat template. Set "
-            "tokenizer.chat_template, or pass the chats as rendered strings."
-        )
-    return str(tokenizer.apply_chat_template(chat, tokenize=False))
-
-
-def tokenized(documents: Iterable[Document], tokenizer: Any, draw: Draw) -> Iterator[TokenIds]:
-    """Token ids of every document that has any, without the special tokens that the tokenizer would add."""
     pending: list[str] = []
 
     def flush() -> Iterator[TokenIds]:
@@ -134,7 +126,15 @@ def tokenized(documents: Iterable[Document], tokenizer: Any, draw: Draw) -> Iter
         pending.clear()
 
     for document in documents:
-        pending.append(render_chat(document, tokenizer))
+        if isinstance(document, tuple) != draw.source.is_tokenized and document:
+            raise ValueError(
+                f"{draw.source.name} holds both texts and rows of token ids. Give them as two sources of a mixture."
+            )
+        if isinstance(document, tuple):
+            draw.texts_read += 1
+            yield list(document)
+            continue
+        pending.append(document if isinstance(document, str) else render_chat(document, tokenizer))
         if len(pending) == _TOKENIZE_AT_ONCE:
             yield from flush()
     yield from flush()

@@ -1,24 +1,34 @@
-"""Reading calibration text: files, lists, chats, datasets and ready model inputs behind one interface.
-
-Nothing here executes code or unpickles: text files, JSON lines and Parquet columns are the only formats read from disk.
-"""
+"""Reading calibration data: files, lists, chats, datasets and ready model inputs behind one interface."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
+from optimum_moe.calibration.chats import is_chat
+from optimum_moe.calibration.documents import (
+    IDS_COLUMN,
+    MESSAGES_COLUMN,
+    Document,
+    DocumentColumn,
+    TextSource,
+    is_tokens,
+    pick_column,
+    refuse_media,
+    row_value,
+    shorten,
+    to_document,
+)
+from optimum_moe.calibration.files import FILE_TYPES, read_file
 from optimum_moe.calibration.hub import load_hub_data_set
+from optimum_moe.calibration.inputs import ReadyInputs
 from optimum_moe.calibration.media import (
     MEDIA_COLUMNS,
     ExampleColumn,
@@ -28,71 +38,7 @@ from optimum_moe.calibration.media import (
     read_example,
 )
 from optimum_moe.checkpoint.names import data_set_name
-from optimum_moe.checkpoint.system import native_path, utf8_path
-
-Chat: TypeAlias = list[Mapping[str, Any]]
-"""One conversation: messages of {"role": ..., "content": ...}."""
-Document: TypeAlias = str | Chat
-"""What one source row holds: plain text, or a chat still to be rendered with the tokenizer's template."""
-
-FILE_TYPES = (".txt", ".jsonl", ".parquet")
-MESSAGES_COLUMN = "messages"
-
-
-class DocumentColumn:
-    """A sized, lazily read column of documents: row i is read and checked only when it is asked for.
-
-    Args:
-        length: number of rows.
-        read: row index -> raw value (a string, a list of messages, or None for an empty row).
-        name: how errors name the source.
-    """
-
-    def __init__(self, length: int, read: Callable[[int], Any], name: str) -> None:
-        self._length, self._read, self._name = length, read, name
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Document:
-        return to_document(self._read(index), f"row {index} of {self._name}")
-
-    def __iter__(self) -> Iterator[Document]:
-        return (self[index] for index in range(len(self)))
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """Documents of one source, with the share of tokens that it gets in a mixture.
-
-    Args:
-        name: the source's own name (a file name, never a full path: it ends up in model cards).
-        documents: a list in memory, a lazily read column, or a one-shot stream.
-        weight: relative share of tokens in a mixture, > 0.
-    """
-
-    name: str
-    documents: list[Document] | DocumentColumn | Iterator[Document]
-    weight: float = 1.0
-
-    @property
-    def num_documents(self) -> int | None:
-        """Number of documents, None for a stream."""
-        return None if isinstance(self.documents, Iterator) else len(self.documents)
-
-
-@dataclass(frozen=True)
-class ReadyInputs:
-    """Model inputs that the caller has already made: dicts of tensors, passed on untouched."""
-
-    name: str
-    inputs: Iterable[Mapping[str, Any]]
-
-
-def did_you_mean(word: object, options: Iterable[str]) -> str:
-    """The tail of an error about an unknown name: "; did you mean 'x'?" with the nearest of `options`, or ""."""
-    matches = difflib.get_close_matches(str(word), list(options), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+from optimum_moe.checkpoint.system import native_path
 
 
 def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | ReadyInputs | MediaSource:
@@ -100,7 +46,8 @@ def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | R
 
     Args:
         source: a path, list of strings, list of chats, dataset, iterable of model inputs, or a mixture of text sources.
-        text_column: column of text in .jsonl, .parquet and datasets; a "messages" column is read as chats without it.
+        text_column: column of text in .jsonl, .parquet and datasets; without it a "messages" column is read as chats,
+            else "input_ids" as token ids.
 
     Returns:
         The text sources with their weights (one with weight 1.0 unless it is a mixture), or the ready inputs, or
@@ -121,41 +68,8 @@ def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | R
         if not isinstance(read, TextSource):
             kind = "model inputs" if isinstance(read, ReadyInputs) else "images, audio or video"
             raise ValueError(f"A mixture holds text sources, this one holds {kind}. Mix them yourself.")
-        sources.append(TextSource(read.name, read.documents, float(weight)))
+        sources.append(replace(read, weight=float(weight)))
     return sources
-
-
-def to_document(value: Any, where: str) -> Document:
-    """Check one raw value: text, a chat, or None (an empty row, returned as "").
-
-    Raises:
-        ValueError: it is neither; `where` names the place.
-    """
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    _refuse_media(value, where)
-    if isinstance(value, list | tuple) and value and all(isinstance(m, Mapping) and "role" in m for m in value):
-        return [dict(message) for message in value]
-    raise ValueError(
-        f"Text or a chat is expected, {where} is {_shorten(value)}. Pass strings, or lists of "
-        '{"role": ..., "content": ...} messages.'
-    )
-
-
-def _refuse_media(item: Any, where: str) -> None:
-    """Rows are read as text where the first one has no media: later media would be left out."""
-    if has_media(item):
-        raise ValueError(
-            f"{where} has images, audio or video, and the first row has none. Put a row that has some first, or pass "
-            "the rows as a list."
-        )
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 def _is_number(value: Any) -> bool:
@@ -176,100 +90,27 @@ def _mixture(source: Any) -> list[tuple[Any, float]] | None:
 
 
 def _is_pair(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 2 and _is_number(item[1])
+    return isinstance(item, tuple) and len(item) == 2 and _is_number(item[1]) and not _is_number(item[0])
 
 
 def _read_one(source: Any, text_column: str) -> TextSource | ReadyInputs | MediaSource:
     if isinstance(source, str) and data_set_name(source) is not None:
         return _stream(iter(load_hub_data_set(source)), text_column, source)
     if isinstance(source, str | os.PathLike):
-        return _read_file(Path(native_path(source)), text_column)
+        return read_file(Path(native_path(source)), text_column)
     if isinstance(source, bytes) or not isinstance(source, Iterable):
         raise ValueError(
-            f"Unknown calibration source {_shorten(source)}. Pass a path to {', '.join(FILE_TYPES)}, a list of strings "
+            f"Unknown calibration source {shorten(source)}. Pass a path to {', '.join(FILE_TYPES)}, a list of strings "
             "or of chats, a datasets.Dataset, or an iterable of model inputs."
+        )
+    if hasattr(source, "columns"):
+        raise ValueError(
+            f"A {type(source).__name__} is read by column, and calibration data by row. Pass "
+            "datasets.Dataset.from_pandas(frame), or frame.to_dict('records')."
         )
     if hasattr(source, "column_names"):
         return _read_dataset(source, text_column)
     return _read_iterable(source, text_column)
-
-
-def _read_file(path: Path, text_column: str) -> TextSource | MediaSource:
-    if path.suffix.lower() not in FILE_TYPES:
-        raise ValueError(
-            f"Unknown file type {path.suffix!r} of {str(path)[:80]!r}"
-            f"{did_you_mean(path.suffix, FILE_TYPES) or '.'} A string is a path to one of "
-            f"{', '.join(FILE_TYPES)}; pass text itself as a list of strings."
-        )
-    if not path.is_file():
-        raise ValueError(f"There is no file {str(path)!r}. Check the path (the working directory is {os.getcwd()!r}).")
-    if path.suffix.lower() == ".parquet":
-        return _read_parquet(path, text_column)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 ({error}). Convert it, for instance with iconv.") from error
-    if path.suffix.lower() == ".txt":
-        blocks: list[Document] = [block.strip("\n") for block in re.split(r"\n[^\S\n]*\n", text) if block.strip()]
-        return TextSource(path.name, blocks)
-    rows = _parse_jsonl(text, path.name)
-    if any(has_media(row) for row, _ in rows):
-        return MediaSource(path.name, [read_example(row, text_column, where, path.parent) for row, where in rows])
-    documents = [to_document(row[_pick_column(list(row), text_column, where)], where) for row, where in rows]
-    return TextSource(path.name, documents)
-
-
-def _parse_jsonl(text: str, name: str) -> list[tuple[dict[str, Any], str]]:
-    """The rows, each with how errors name it."""
-    rows = []
-    # str.splitlines would also cut at U+2028, which JSON strings may hold unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {name}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Every line of a .jsonl file is one JSON object, {where} is not: {error}.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"Every line of a .jsonl file is one JSON object, {where} is {_shorten(row)}.")
-        rows.append((row, where))
-    return rows
-
-
-def _pick_column(columns: Iterable[str], text_column: str, where: str) -> str:
-    columns = list(columns)
-    for column in (text_column, MESSAGES_COLUMN):
-        if column in columns:
-            return column
-    raise ValueError(
-        f"No column {text_column!r} or {MESSAGES_COLUMN!r} in {where}, which has {columns}"
-        f"{did_you_mean(text_column, columns) or '.'} Set text_column."
-    )
-
-
-def _read_parquet(path: Path, text_column: str) -> TextSource | MediaSource:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError(
-            f"Reading {path.name} needs pyarrow, which is not installed. Run `pip install pyarrow`, or convert the "
-            "file to .jsonl."
-        ) from error
-    with utf8_path(path) as given, parquet.ParquetFile(given) as file:
-        names = file.schema_arrow.names
-        column = _pick_column(names, text_column, path.name)
-        media = [name for name in names if name in MEDIA_COLUMNS]
-        table = file.read(columns=[column, *media])
-    values = table.column(column)
-    if media or (len(values) and has_media(values[0].as_py())):
-
-        def read(index: int) -> MediaExample:
-            row = table.slice(index, 1).to_pylist()[0]
-            return read_example(row, text_column, f"row {index} of {path.name}", path.parent)
-
-        return MediaSource(path.name, ExampleColumn(len(values), read))
-    return TextSource(path.name, DocumentColumn(len(values), lambda index: values[index].as_py(), path.name))
 
 
 def _read_dataset(dataset: Any, text_column: str) -> TextSource | MediaSource:
@@ -278,14 +119,17 @@ def _read_dataset(dataset: Any, text_column: str) -> TextSource | MediaSource:
     name = f"{label}[{split}]" if split else str(label)
     if not hasattr(dataset, "__len__"):
         return _stream(iter(dataset), text_column, name)
-    column = _pick_column(dataset.column_names, text_column, name)
+    column = pick_column(dataset.column_names, text_column, name)
     media = [name for name in dataset.column_names if name in MEDIA_COLUMNS]
     # Reading a row reads all its columns.
-    texts = dataset.select_columns([column, *media])
+    mask = ["attention_mask"] if column == IDS_COLUMN and "attention_mask" in dataset.column_names else []
+    texts = dataset.select_columns([column, *media, *mask])
     if media or (len(texts) and has_media(texts[0][column])):
         read = partial(_read_row, texts, text_column, name)
         return MediaSource(name, ExampleColumn(len(texts), read))
-    return TextSource(name, DocumentColumn(len(texts), lambda index: texts[index][column], name))
+    documents = DocumentColumn(len(texts), lambda index: row_value(texts[index], column), name)
+    labelled = "labels" in dataset.column_names
+    return TextSource(name, documents, is_tokenized=column == IDS_COLUMN, has_labels=labelled)
 
 
 def _read_row(rows: Any, text_column: str, name: str, index: int) -> MediaExample:
@@ -298,7 +142,15 @@ def _stream(rows: Iterator[Any], text_column: str, name: str) -> TextSource | Me
     rows = rows if first is None else chain([first], rows)
     if has_media(first):
         return MediaSource(name, _examples(rows, text_column, name))
-    return TextSource(name, _records(rows, text_column, name))
+    return _text_source(name, _records(rows, text_column, name), first, text_column)
+
+
+def _text_source(name: str, documents: Any, first: Any, text_column: str) -> TextSource:
+    """Rows or documents whose first one says whether they are token ids."""
+    if not isinstance(first, Mapping):
+        return TextSource(name, documents, is_tokenized=is_tokens(first))
+    tokenized = not {text_column, MESSAGES_COLUMN} & set(first) and IDS_COLUMN in first
+    return TextSource(name, documents, is_tokenized=tokenized, has_labels="labels" in first)
 
 
 def _examples(rows: Iterable[Any], text_column: str, name: str) -> Iterator[MediaExample]:
@@ -311,7 +163,7 @@ def _read_iterable(source: Iterable[Any], text_column: str) -> TextSource | Read
     first = next(items, None)
     if first is None:
         raise ValueError(f"The calibration source is empty ({type(source).__name__} without items). Pass data.")
-    if isinstance(first, Mapping) and "role" in first and is_list:
+    if isinstance(first, Mapping) and is_chat([first]) and is_list:
         raise ValueError(
             "A list of messages is one chat; pass a list of chats: [[{'role': ..., 'content': ...}, ...]]."
         )
@@ -320,31 +172,33 @@ def _read_iterable(source: Iterable[Any], text_column: str) -> TextSource | Read
         inputs = source if items is not source else chain([first], items)
         return ReadyInputs(f"{type(source).__name__} of model inputs", inputs)
     stream = chain([first], items)
-    kind = "rows" if isinstance(first, Mapping) else "texts" if isinstance(first, str) else "chats"
+    kind = "rows" if isinstance(first, Mapping) or is_tokens(first) else "texts" if isinstance(first, str) else "chats"
     name = f"list of {len(source)} {kind}" if isinstance(source, list | tuple) else f"stream of {kind}"
     if any(has_media(item) for item in (source if isinstance(source, list | tuple) else [first])):
         examples = _examples(stream, text_column, name)
         return MediaSource(name, list(examples) if is_list else examples)
-    if kind == "rows":
+    if isinstance(first, Mapping):
         documents = _records(stream, text_column, name)
     else:
         documents = (to_document(item, f"item {index} of {name}") for index, item in enumerate(stream))
-    return TextSource(name, list(documents) if is_list else documents)
+    return _text_source(name, list(documents) if is_list else documents, first, text_column)
 
 
 def _is_model_input(item: Any, text_column: str) -> bool:
     if not isinstance(item, Mapping) or text_column in item or MESSAGES_COLUMN in item:
         return False
-    return "input_ids" in item or any(isinstance(value, torch.Tensor) for value in item.values())
+    if IDS_COLUMN in item:
+        return not is_tokens(item[IDS_COLUMN])
+    return any(isinstance(value, torch.Tensor) for value in item.values())
 
 
 def _records(rows: Iterator[Any], text_column: str, name: str) -> Iterator[Document]:
     for index, row in enumerate(rows):
         where = f"row {index} of {name}"
         if not isinstance(row, Mapping):
-            raise ValueError(f"Every row is a dict, {where} is {_shorten(row)}.")
-        _refuse_media(row, where)
-        yield to_document(row[_pick_column(list(row), text_column, where)], where)
+            raise ValueError(f"Every row is a dict, {where} is {shorten(row)}.")
+        refuse_media(row, where)
+        yield to_document(row_value(row, pick_column(row, text_column, where)), where)
 
 
 def check_source(source: Any) -> None:

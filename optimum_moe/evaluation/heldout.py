@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import ProcessorMixin
 
+from optimum_moe.calibration.chats import chat_text
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig, build_batches, draw_documents
 from optimum_moe.calibration.media import MediaSource
 from optimum_moe.calibration.sampling import find_affixes
@@ -76,6 +77,9 @@ def prepare(
     if isinstance(read_sources(config.source, config.text_column), ReadyInputs):
         documents = tuple(tuple(row) for row in _rows(windows))
         return HeldOut(windows, documents, ())
+    if tokenizer is None:
+        # Rows of token ids need none, and no text follows a prefix.
+        return HeldOut(windows, tuple(tuple(ids) for ids in draw_documents(config, None)), ())
     if isinstance(tokenizer, ProcessorMixin):
         tokenizer = tokenizer.tokenizer
     drawn = draw_documents(config, tokenizer)
@@ -91,20 +95,23 @@ def texts_of(value: Any, tokenizer: Any = None) -> Iterator[str]:
     config = CalibrationConfig.coerce(value)
     sources = read_sources(config.source, config.text_column)
     if isinstance(sources, ReadyInputs):
-        if tokenizer is None:
-            raise ValueError("Model inputs are compared as text, which needs a tokenizer. Pass tokenizer=.")
-        for row in _rows(build_batches(config)):
-            yield tokenizer.decode(row, skip_special_tokens=True)
+        yield from (_decoded(row, tokenizer) for row in _rows(build_batches(config)))
         return
     if isinstance(sources, MediaSource):
         yield from (example.plain_text for example in sources.drawn(config.random_seed))
         return
     for source in sources:
         for document in source.documents:
-            if isinstance(document, str):
-                yield document
+            if isinstance(document, tuple):
+                yield _decoded(document, tokenizer)
             else:
-                yield "\n".join(str(message.get("content", "")) for message in document)
+                yield document if isinstance(document, str) else chat_text(document)
+
+
+def _decoded(row: Sequence[int], tokenizer: Any) -> str:
+    if tokenizer is None:
+        raise ValueError("Model inputs are compared as text, which needs a tokenizer. Pass tokenizer=.")
+    return str(tokenizer.decode(list(row), skip_special_tokens=True))
 
 
 def _rows(batches: CalibrationBatches) -> Iterator[list[int]]:

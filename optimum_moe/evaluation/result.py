@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optimum_moe.calibration.sources import did_you_mean
+from optimum_moe.calibration.documents import did_you_mean
 from optimum_moe.evaluation.scores import Score, UnitScores, paired_interval
 
 _DIGITS = {"perplexity": 3, "kl": 5}

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from optimum_moe.calibration.sources import did_you_mean
+from optimum_moe.calibration.documents import did_you_mean
 from optimum_moe.evaluation import choice, generation
 from optimum_moe.evaluation.agreement import window_agreement
 from optimum_moe.evaluation.heldout import HeldOut

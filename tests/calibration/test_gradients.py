@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optimum_moe import CalibrationConfig, MoECompressor, MSMoE
+from optimum_moe import CalibrationConfig, LowRankSparse, MoECompressor, MSMoE
 from optimum_moe.calibration import build_batches, observe
 from optimum_moe.calibration.gradients import sampled_loss
 from optimum_moe.surgeons import find_blocks
@@ -93,8 +93,12 @@ def test_gradients_survive_saving(tmp_path) -> None:
         assert torch.equal(block.reservoir.gradient_SJH, again.blocks[name].reservoir.gradient_SJH)
 
 
-def test_a_model_without_logits_is_refused() -> None:
+def test_a_model_without_logits_falls_back_to_output_errors() -> None:
     target_model = build("qwen3_moe").model
-    with pytest.raises(ValueError, match="gives no logits for the ids"):
-        observed(target_model, inputs_for("qwen3_moe"))
+    statistics = observed(target_model, inputs_for("qwen3_moe"))
+    assert all(block.reservoir.gradient_SJH is None for block in statistics.blocks.values())
+    compressor = MoECompressor.from_pretrained(target_model, LowRankSparse(budget=0.5), [inputs_for("qwen3_moe")])
+    with pytest.warns(UserWarning, match="damage is measured by output errors"):
+        compressor.apply()
+    target_model = build("qwen3_moe").model
     assert MoECompressor.from_pretrained(target_model, MSMoE(num_experts=4), [inputs_for("qwen3_moe")]).calibrate()
