@@ -257,17 +257,19 @@ def named_tokenizer(tokenizer: Any, kwargs: Mapping[str, Any]) -> Any:
     if not isinstance(tokenizer, str | Path):
         return tokenizer
     known = {k: v for k, v in kwargs.items() if k in (*_HUB_ARGUMENTS, "trust_remote_code") and k != "revision"}
-    if Path(tokenizer).is_dir():
-        found = load_tokenizer(Path(tokenizer), bool(known.get("trust_remote_code")))
+    name = native_path(tokenizer)
+    check_checkpoint_name(name, known.get("cache_dir"))
+    if Path(name).is_dir():
+        found = load_tokenizer(Path(name), bool(known.get("trust_remote_code")))
         if found is None:
             raise ValueError(f"The folder {tokenizer} has no tokenizer. Give one that has, or a tokenizer itself.")
         return found
     try:
-        return AutoTokenizer.from_pretrained(tokenizer, **known)
+        return AutoTokenizer.from_pretrained(name, **known)
     except OSError as error:
         raise ValueError(
-            f"tokenizer={str(tokenizer)!r} is neither a local folder nor a Hub model that could be fetched. Check the "
-            "name, or pass a tokenizer itself."
+            f"tokenizer={name!r} is neither a local folder nor a Hub model that could be fetched. Check the name, or "
+            "pass a tokenizer itself."
         ) from error
 
 

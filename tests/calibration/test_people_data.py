@@ -244,13 +244,9 @@ def test_a_template_that_refuses_says_which_chat_and_what_to_do() -> None:
     refusal = "{% if m.role == 'system' %}{{ raise_exception('No system') }}{% endif %}"
     template = "{% for m in messages %}" + refusal + "{{ m.content }}{% endfor %}"
     chat = [{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}]
-    with pytest.raises(
-        ValueError, match=r"refuses a chat \(TemplateError: No system role\).*'w1'.* into the first user"
-    ):
+    with pytest.raises(ValueError, match=r"refuses a chat \(TemplateError: No system\).*'w1'.* the first user"):
         batches_of([chat], with_template(template))
-    with pytest.raises(
-        ValueError, match=r"refuses a chat \(TemplateSyntaxError.* Correct the chat, or pass the chats as"
-    ):
+    with pytest.raises(ValueError, match=r"refuses a chat \(TemplateSyntaxError.* Correct the chat, or pass the"):
         batches_of([chat[1:]], with_template("{% for %}"))
 
 
