@@ -87,7 +87,6 @@ def test_the_order_of_experts_does_not_matter() -> None:
 
 
 def test_a_target_size_is_the_size_of_the_file(tmp_path: Path) -> None:
-    # Of a size at which the names of the tensors do not matter.
     model = build("mixtral", hidden_size=256, intermediate_size=512)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     compressor = compressor_for(model, LowRankSparse(target_size=size // 2), "mixtral")
@@ -95,9 +94,10 @@ def test_a_target_size_is_the_size_of_the_file(tmp_path: Path) -> None:
     compressor.save_pretrained(tmp_path / "out")
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     largest = 4 * compressor.source.blocks[0].info.expert_multiply_adds
-    assert size // 2 - largest < written < 1.01 * (size // 2)
+    assert size // 2 - largest < written <= size // 2
     assert compressor.measured().after.bytes <= size // 2
-    assert abs(compressor.preview().after.bytes - size // 2) <= 4
+    # The rest is for the headers.
+    assert 0 < size // 2 - compressor.preview().after.bytes < 0.0013 * size
 
 
 def test_unseen_experts_are_kept_or_emptied() -> None:

@@ -319,7 +319,7 @@ def test_what_text_needs(tokenizer):
     with pytest.raises(ValueError, match=r"has none\. Pass packing=False"):
         build_batches(CalibrationConfig(["w1 w2"]), make_tokenizer(eos=False))
     with pytest.raises(ValueError, match="input_ids are a tensor"):
-        build_batches(CalibrationConfig([{"input_ids": [1, 2]}]))
+        build_batches(CalibrationConfig([{"input_ids": [[1, 2]]}]))
 
 
 def test_affixes_and_long_documents():
