@@ -19,7 +19,7 @@ from optimum_moe.checkpoint.identity import identity, same_model
 from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp
 from optimum_moe.checkpoint.origin import refuse_offloaded
 from optimum_moe.checkpoint.push import push
-from optimum_moe.checkpoint.source import ModelSource, named_tokenizer, open_source
+from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.checkpoint.writer import choose_shard_size, describe_model, write_model
@@ -156,7 +156,6 @@ class MoECompressor:
         if error_propagation and not recipe.method.needs_statistics:
             raise ValueError(f"error_propagation=True is for observed layers, and {recipe.method.name} needs no data.")
         layers = find_mtp(source, mtp)
-        tokenizer = named_tokenizer(tokenizer, kwargs)
         if destination is not None:
             refuse_original(destination, source)
         counts = recipe.method.counts(source.info)

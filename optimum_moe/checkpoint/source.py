@@ -248,31 +248,6 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     return None
 
 
-def named_tokenizer(tokenizer: Any, kwargs: Mapping[str, Any]) -> Any:
-    """A tokenizer or processor as it is, or the one of a folder or Hub model that is named.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if not isinstance(tokenizer, str | Path):
-        return tokenizer
-    known = {k: v for k, v in kwargs.items() if k in (*_HUB_ARGUMENTS, "trust_remote_code") and k != "revision"}
-    name = native_path(tokenizer)
-    check_checkpoint_name(name, known.get("cache_dir"))
-    if Path(name).is_dir():
-        found = load_tokenizer(Path(name), bool(known.get("trust_remote_code")))
-        if found is None:
-            raise ValueError(f"The folder {tokenizer} has no tokenizer. Give one that has, or a tokenizer itself.")
-        return found
-    try:
-        return AutoTokenizer.from_pretrained(name, **known)
-    except OSError as error:
-        raise ValueError(
-            f"tokenizer={name!r} is neither a local folder nor a Hub model that could be fetched. Check the name, or "
-            "pass a tokenizer itself."
-        ) from error
-
-
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
