@@ -188,7 +188,7 @@ def test_inspect_and_preview_agree_on_flops(checkpoint: Path) -> None:
         ({"source": ["text"]}, None, {"seed": 7}, (7, 7)),
         (["text"], None, {"seed": 7, "calibration": {"seed": 8}}, (8, 7)),
         (["text"], np.int64(3), {"seed": 7, "calibration": {"seed": 8}}, (3, 3)),
-        (None, 3, {"calibration": {"source": "a.txt", "seed": 8}}, (3, 3)),
+        (None, 3, {"calibration": {"source": ["text"], "seed": 8}}, (3, 3)),
     ],
 )
 def test_which_seed_counts(

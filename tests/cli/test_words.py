@@ -289,7 +289,7 @@ def test_evaluate_another_column_with_another_tokenizer(run: Run, checkpoint: Pa
     common = ("evaluate", checkpoint, "--text", text, "--max-tokens", 512, "--tasks", "perplexity", "--quiet")
     status, _, err = run(*common)
     assert status == 2
-    assert "No column 'text' or 'messages' in line 1 of held_out.jsonl, which has ['body']. Set --text-column." in err
+    assert "in line 1 of held_out.jsonl, which has ['body']; did you mean --text-column body?" in err
     status, out, err = run(*common, "--text-column", "body", "--tokenizer", tmp_path / "tokenizer")
     assert status == 0, err
     assert "perplexity" in out
