@@ -25,6 +25,10 @@ class BlockInfo:
         stack: Which input's padding mask belongs to the tokens of this block.
         fixed_router: Why the block cannot choose from fewer ids than it does; empty where it can.
         no_factors: Why its experts cannot be kept in factors; empty where they can.
+        expert_itemsize: Bytes of one number of a matrix of a routed expert, as stored; of the smallest expert where
+            they differ.
+        bias_itemsize: Bytes of one number of its biases, likewise.
+        router_itemsize: Bytes of one number of the router, as stored.
     """
 
     name: str
@@ -41,6 +45,14 @@ class BlockInfo:
     stack: Literal["encoder", "decoder"] = "decoder"
     fixed_router: str = ""
     no_factors: str = ""
+    expert_itemsize: float = 0.0
+    bias_itemsize: float = 0.0
+    router_itemsize: float = 0.0
+
+    def bytes_of_experts(self, number: float, parameters: float) -> float:
+        """Bytes that a number of experts take whose matrices and biases store so many parameters."""
+        biases = number * (self.expert_parameters - self.expert_multiply_adds)
+        return (parameters - biases) * self.expert_itemsize + biases * self.bias_itemsize
 
 
 @dataclass(frozen=True)
@@ -51,12 +63,10 @@ class ModelInfo:
         blocks: Its MoE blocks.
         parameters: Parameters of the whole model, tied ones once.
         bytes: Bytes of the whole checkpoint.
-        expert_itemsize: Bytes of one expert parameter.
         header_bytes: What the headers of its files take at most, however they are cut into shards.
     """
 
     blocks: tuple[BlockInfo, ...]
     parameters: int
     bytes: int
-    expert_itemsize: float
     header_bytes: int = 0

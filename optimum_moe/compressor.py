@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from optimum_moe.checkpoint.carried_files import carry_files
 from optimum_moe.checkpoint.destination import check_destination, check_space, owned, written_beside
 from optimum_moe.checkpoint.identity import identity, same_model
 from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp
-from optimum_moe.checkpoint.origin import refuse_offloaded
+from optimum_moe.checkpoint.origin import all_in_memory
 from optimum_moe.checkpoint.push import push
 from optimum_moe.checkpoint.source import ModelSource, open_source
+from optimum_moe.checkpoint.stored import StoredModel
 from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.checkpoint.writer import choose_shard_size, describe_model, write_model
@@ -33,7 +34,6 @@ from optimum_moe.plan import CompressionPlan
 from optimum_moe.recipes import Recipe, calibration_config, coerce_recipe, run_seed
 from optimum_moe.records import share_as_new
 from optimum_moe.reporting import description
-from optimum_moe.reporting.card import CardFacts
 from optimum_moe.reporting.preview import Cost, Preview
 from optimum_moe.statistics import Statistics
 
@@ -85,6 +85,8 @@ class MoECompressor:
         self._measured: Preview | None = None
         self._partly_cut = False
         self._identity: Mapping[str, Any] = {}
+        self._stored: StoredModel | None = None
+        self._itemsize: Callable[[str, torch.Tensor], float] | None = None
 
     @classmethod
     def from_pretrained(
@@ -232,16 +234,15 @@ class MoECompressor:
         with owned(self.output_dir, self.overwrite):
             if self.output_dir is not None:
                 check_space(self.output_dir, self.preview().after.bytes)
-            model = self._loaded()
-            refuse_offloaded(model)
+            model = all_in_memory(self._loaded())
             if batches is not None and not self.error_propagation:
                 self._observe(batches)
-            self.plan = plan = self._cut(self._run(MemorySource(model, self.source.blocks), batches), plan)
-            self._mark(model, plan)
-            model.eval()
-            return (
-                model if self.output_dir is None else self._write(self.output_dir, self.overwrite, self.max_shard_size)
-            )
+            cut = MemorySource(model, self.source.blocks, self._stored)
+            self.plan = plan = self._cut(self._run(cut, batches), plan)
+            self._mark(model.eval(), plan)
+            if self.output_dir is None:
+                return model
+            return self._write(self.output_dir, self.overwrite, self.max_shard_size)
 
     def save_pretrained(
         self,
@@ -279,7 +280,6 @@ class MoECompressor:
         else:
             directory = check_destination(directory, overwrite)
             refuse_original(directory, self.source)
-            refuse_offloaded(self.model)
             with owned(directory, overwrite):
                 self._write(directory, overwrite, max_shard_size)
         if push_to_hub:
@@ -291,7 +291,7 @@ class MoECompressor:
         assert self.model is not None
         check_space(directory, sum(p.numel() * p.element_size() for p in self.model.parameters()))
         with written_beside(directory, overwrite) as beside:
-            write_model(self.model, beside, self.source.blocks, max_shard_size)
+            write_model(self.model, beside, self.source.blocks, max_shard_size, self._stored)
             self._describe(beside, readable_path(directory.name))
         self._written = directory
         return directory
@@ -307,7 +307,7 @@ class MoECompressor:
         description.write_description(beside, name, self._card_facts())
         share_as_new(beside)
 
-    def _card_facts(self) -> CardFacts:
+    def _card_facts(self) -> description.CardFacts:
         assert self.plan is not None
         return description.card_facts(self.source, self.recipe, self.plan, self.measured(), type(self.model).__name__)
 
@@ -329,7 +329,7 @@ class MoECompressor:
                 job.check(self.preview().after.bytes, self.mtp.stored())
                 run = self._run(job.source, batches, job.keep)
                 self.plan, self.statistics = run.carry_out(plan) if plan is not None else run.decide(used)
-                self.model = job.finished_model()
+                self.model, self._itemsize = job.finished_model(), job.source.itemsize
                 self._mark(self.model, self.plan)
                 self._measured = self.measured()
                 job.complete(self._describe)
@@ -355,7 +355,7 @@ class MoECompressor:
         assert self.plan is not None
         assert self.model is not None
         made = self.model, self.plan, self.statistics
-        return description.measured_preview(self.source, self.method, *made, self.mtp, self._before)
+        return description.measured_preview(self.source, self.method, *made, self.mtp, self._before, self._itemsize)
 
     @property
     def tokenizer(self) -> Any:
@@ -367,7 +367,9 @@ class MoECompressor:
     def _loaded(self) -> PreTrainedModel:
         if self.model is None:
             self._before = self.preview().before
-            self.model = check_model(align(self.source.load()), self.source.blocks, self.mtp.stored())
+            loaded = check_model(align(self.source.load()), self.source.blocks, self.mtp.stored())
+            self._stored = stored = StoredModel(loaded, self.source)
+            self.model, self._itemsize = loaded, stored.itemsize
         return self.model
 
     def _cut(self, run: Run, plan: CompressionPlan | None) -> CompressionPlan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from optimum_moe.checkpoint.quantizer import METHOD
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader, take_dtypes
 from optimum_moe.checkpoint.settings import config_failures
 from optimum_moe.checkpoint.source import ModelSource, open_source
+from optimum_moe.checkpoint.stored import rounded
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.reporting.verification import SHOWN, Check, VerificationReport
 from optimum_moe.surgeons import FoundBlock, owning_configs
@@ -102,6 +103,7 @@ def _run(
     if headers is None or plan is None or model is None:
         return checks
     skeleton, blocks = model
+    source = None if source is None else source.read_in(plan.source.get("dtype", "auto"))
     originals = ShardReader({}) if source is None else source.shards()
     with ShardReader(headers.homes) as get, originals as get_original:
         reader = CheckpointReader(skeleton, headers.tensors, cast=False)
@@ -120,8 +122,7 @@ def _run(
             dtypes = {name: tensor.dtype for name, tensor in contents.tensors.items()}
             take_dtypes(source.skeleton, dtypes)
             take_dtypes(skeleton, dtypes)
-            assert source.headers is not None
-            work.original = Contents(source.reader(), source.headers, get_original)
+            work.original = source.contents(get_original)
             for name, found in _compared(work).items():
                 add(name, found.failures, f"{found.count} tensors", found.trained)
             add("mtp layers", *_mtp_failures(work))
@@ -169,9 +170,7 @@ def _plan_failures(work: _Work) -> list[str]:
             if tensor[: block.num_experts].tolist() != list(block.labels_E):
                 failures.append(f"{key} says {tensor.tolist()}, the plan's labels are {list(block.labels_E)}")
     if work.source is not None:
-        made_from = work.plan.source
-        loaded = {**work.source.load_arguments, "dtype": made_from.get("dtype", "auto")}
-        difference = first_difference(made_from, identity(replace(work.source, load_arguments=loaded)))
+        difference = first_difference(work.plan.source, identity(work.source))
         if difference is not None:
             failures.append(f"the plan was made for another model, whose {difference} differs from the original's")
     return failures
@@ -292,6 +291,7 @@ def _expected_block(
         compare_factors(found, block, plan, stored, factors, FactorSizes.from_dict(sizes))
         left = {f"{name}.{key}" for key in block.state_dict()}
         after = {key: tensor for key, tensor in after.items() if key in left}
+    after = rounded(after, work.original.mixed(), plan)
     kinds = {}
     for key, tensor in after.items():
         changed = key not in state or state[key].shape != tensor.shape

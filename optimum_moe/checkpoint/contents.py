@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,13 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from optimum_moe.checkpoint.headers import Headers
+from optimum_moe.checkpoint.headers import DTYPES, Headers
 from optimum_moe.checkpoint.quantizer import METHOD, MoEStructureConfig, rebuild_structure
 from optimum_moe.checkpoint.reader import CheckpointReader, Entries, Get
 from optimum_moe.surgeons import FoundBlock, find_blocks
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+Parts = tuple[tuple[tuple[str, torch.dtype], ...], ...]
+"""The stored tensors that make each entry of a tensor's first axis, with their dtypes."""
 
 
 class Contents:
@@ -79,9 +67,39 @@ class Contents:
             return None
         stored = [self.headers.tensors[part] for entry in entries for part in entry]
         made = self.tensors[name]
-        same = {_DTYPES.get(dtype) for dtype, _, _ in stored} == {made.dtype}
+        same = {DTYPES.get(dtype) for dtype, _, _ in stored} == {made.dtype}
         whole = sum(size for _, _, size in stored) == made.numel() * made.element_size()
         return entries if same and whole else None
+
+    def mixed(self) -> dict[str, Parts]:
+        """Tensors whose stored parts have different dtypes, which are saved again as they are stored.
+
+        Raises:
+            ValueError: If such parts are not put one behind the other, so that none of them is saved again.
+        """
+        found: dict[str, Parts] = {}
+        for name, target in self._target.items() if not self.reader.cast else ():
+            stored = {part: DTYPES.get(self.headers.tensors[part][0]) for part in self.reader.parts(target)}
+            kinds = {dtype for dtype in stored.values() if dtype is not None and dtype.is_floating_point}
+            if len(kinds) < 2:
+                continue
+            entries = self.reader.entries(target)
+            if entries is None or len(self.beside(name)) > 1:
+                raise ValueError(
+                    f"{name} is made of stored tensors in {' and '.join(sorted(map(str, kinds)))}, which could not be "
+                    'told apart again. Pass dtype="bfloat16" or another to have all of them in one.'
+                )
+            found[name] = tuple(tuple((part, stored[part]) for part in entry) for entry in entries)  # type: ignore[misc]
+        return found
+
+    def itemsize(self, name: str, tensor: torch.Tensor) -> float:
+        """Bytes of one number of a tensor as it is stored; of the smallest entry, where they differ."""
+        if name not in self.tensors:
+            return tensor.element_size()
+        parts = self.mixed().get(name)
+        if parts is None:
+            return self.tensors[name].element_size()
+        return min(sum(dtype.itemsize for _, dtype in entry) / len(entry) for entry in parts)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors of the model with their numbers; those that the checkpoint lacks are left out."""
@@ -90,9 +108,48 @@ class Contents:
         return {name: made[name] for name in wanted}
 
 
+def no_numbers(name: str) -> torch.Tensor:
+    """For `Contents` of which only sizes are wanted."""
+    raise AssertionError(f"{name} was read before the input was checked")
+
+
+def with_itemsizes(
+    blocks: Iterable[FoundBlock],
+    model: PreTrainedModel,
+    itemsize: Callable[[str, torch.Tensor], float],
+    mixed: Collection[str] = (),
+) -> tuple[FoundBlock, ...]:
+    """Blocks with the bytes that one number of their experts and routers is stored in.
+
+    Args:
+        blocks: Blocks of the model.
+        model: The model.
+        itemsize: Bytes of one number of a tensor of the model, given its name too.
+        mixed: Names of tensors that are stored in parts of several dtypes.
+    """
+    found = []
+    for each in blocks:
+        block = each.module(model)
+        named = [*block.named_parameters(), *block.named_buffers()]
+        names = {id(tensor): f"{each.info.name}.{name}" for name, tensor in named}
+        experts = each.surgeon.expert_parameters(block)
+        biases = [tensor for tensor in experts if names[id(tensor)].endswith("bias")]
+        matrices = [tensor for tensor in experts if not names[id(tensor)].endswith("bias")]
+        sizes = []
+        for tensors in (matrices, biases, [tensor for _, tensor in each.surgeon.router_tensors(block)]):
+            taken = sum(tensor.numel() * itemsize(names[id(tensor)], tensor) for tensor in tensors)
+            sizes.append(taken / max(1, sum(tensor.numel() for tensor in tensors)))
+        info = replace(each.info, expert_itemsize=sizes[0], bias_itemsize=sizes[1], router_itemsize=sizes[2])
+        if any(names[id(tensor)] in mixed for tensor in experts):
+            odd = 'they are stored in several dtypes, and factors have one; dtype="bfloat16" or another has all in one'
+            info = replace(info, no_factors=info.no_factors or odd)
+        found.append(replace(each, info=info))
+    return tuple(found)
+
+
 def meta_tensor(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The tensor that a header describes, on the meta device."""
-    return torch.empty(shape, dtype=_DTYPES.get(dtype, torch.uint8), device="meta")
+    return torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
 
 
 def built(directory: Path) -> tuple[PreTrainedModel, list[FoundBlock]]:

@@ -13,15 +13,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.utils import SafetensorsRepoMetadata
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _RANK_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _VARIANT = re.compile(r"model\.(?:safetensors\.index\.(\w+)\.json|(\w+)\.safetensors)$")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The torch dtypes of those that a header names."""
+_RUNNING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # {"NAME":{"dtype":"BF16","shape":[128,2048,4096],"data_offsets":[1234567890,1234567890]}, and what begins a file.
 _ENTRY, _FILE = 90, 48
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 
 
 @dataclass(frozen=True)
@@ -51,10 +68,27 @@ class Headers:
     @property
     def itemsize(self) -> float:
         """Bytes of one number in the dtype that most numbers have: that of the experts."""
+        dtype = DTYPES.get(self._counts().most_common(1)[0][0])
+        return 1.0 if dtype is None else float(dtype.itemsize)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The floating dtype that most numbers have; None where none is one that a model can run in."""
+        counts = self._counts()
+        running = [name for name, _ in counts.most_common() if DTYPES.get(name) in _RUNNING]
+        return DTYPES[running[0]] if running else None
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """All floating dtypes."""
+        found = {DTYPES.get(dtype) for dtype, _, _ in self.tensors.values()}
+        return {dtype for dtype in found if dtype is not None and dtype.is_floating_point}
+
+    def _counts(self) -> Counter[str]:
         counts: Counter[str] = Counter()
         for dtype, shape, _ in self.tensors.values():
             counts[dtype] += _numel(shape)
-        return _BITS.get(counts.most_common(1)[0][0], 8) / 8
+        return counts
 
 
 def header_bytes(names: Iterable[str], num_files: int = 1) -> int:

@@ -107,7 +107,9 @@ def _settings(source: ModelSource) -> dict[str, Any]:
 
 
 def _loaded_dtype(source: ModelSource) -> str:
-    """The dtype that a run loads in: `"auto"`, or its name."""
+    """The dtype that a run loads in: `"auto"` for the one that is stored, or its name."""
+    if source.as_stored:
+        return "auto"
     dtype = source.load_arguments.get("dtype") if source.live is None else source.live.dtype
     return "auto" if dtype is None else str(dtype).removeprefix("torch.")
 

@@ -83,26 +83,36 @@ class MTPLayers:
                 'multi-token-prediction layers cannot hold. Pass mtp="copy" or mtp="drop".'
             )
 
-    def parameters(self, counts: Mapping[str, int], routing: Routing) -> int:
-        """Parameters of the layers that are written when the blocks keep `counts` experts."""
-        return 0 if self.option == "drop" else self._stored_parameters() - self.removed(counts, routing)
-
-    def removed(self, counts: Mapping[str, int], routing: Routing) -> int:
-        """Parameters that the layers lose when the blocks keep `counts` experts."""
+    def size(self, counts: Mapping[str, int], routing: Routing) -> tuple[int, int]:
+        """Parameters and bytes of the layers that are written when the blocks keep `counts` experts."""
         if self.option == "drop":
-            return self._stored_parameters()
-        if self.option != "cut" or not self.names:
-            return 0
-        info = self.source.blocks[-1].info
-        each = info.expert_parameters + (info.router_parameters if routing == "reduce" else 0)
-        return (info.num_experts - counts[info.name]) * each * len(self._prefixes(self.source.reader()))
+            return 0, 0
+        before, gone = self._stored_size(), self.removed(counts, routing)
+        return before[0] - gone[0], before[1] - gone[1]
 
-    def _stored_parameters(self) -> int:
+    def removed(self, counts: Mapping[str, int], routing: Routing) -> tuple[int, int]:
+        """Parameters and bytes that the layers lose when the blocks keep `counts` experts."""
+        if self.option == "drop":
+            return self._stored_size()
+        if self.option != "cut" or not self.names:
+            return 0, 0
+        info = self.source.blocks[-1].info
+        number = (info.num_experts - counts[info.name]) * len(self._prefixes(self.source.reader()))
+        each, size = info.expert_parameters, info.bytes_of_experts(1, info.expert_parameters)
+        if routing == "reduce":
+            each, size = each + info.router_parameters, size + info.router_parameters * info.router_itemsize
+        return number * each, int(number * size)
+
+    def _stored_size(self) -> tuple[int, int]:
         if not self.names:
-            return 0
+            return 0, 0
         assert self.source.headers is not None
         plain = self.source.headers if self.source.quantisation is None else unpacked(self.source.headers)
-        return sum(_numel(plain.tensors[name][1]) for name in self.names if name in plain.tensors)
+        found = [plain.tensors[name] for name in self.names if name in plain.tensors]
+        numbers = sum(_numel(shape) for _, shape, _ in found)
+        if not self.source.as_stored:
+            return numbers, int(numbers * self.source.blocks[-1].info.expert_itemsize)
+        return numbers, sum(size for _, _, size in found)
 
     def update_config(self, config: PreTrainedConfig) -> None:
         """Say in the config that there are no such layers, if they are dropped."""
@@ -145,7 +155,7 @@ class MTPLayers:
         found = self.source.blocks[-1]
         block_plan = plan.blocks[found.info.name]
         take_dtypes(self.source.skeleton, {name: t.dtype for name, t in model.state_dict().items()})
-        reader = self.source.reader()
+        reader = self.source.reader(cast=False)
         with self.source.shards() as get:
             if self.option == "copy" or block_plan.is_identity:
                 return self._copied(self.names, get)

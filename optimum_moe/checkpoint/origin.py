@@ -85,8 +85,12 @@ def check_model(model: Any) -> PreTrainedModel:
     return model
 
 
-def refuse_offloaded(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` for a model some of whose weights lie elsewhere: a cut would not reach them there."""
+def all_in_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, if all of its weights are in memory: a cut would not reach them elsewhere.
+
+    Raises:
+        ValueError: If some are offloaded.
+    """
     away = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if away:
         raise ValueError(
@@ -94,6 +98,7 @@ def refuse_offloaded(model: PreTrainedModel) -> None:
             "only weights that are in memory can be cut and saved. Leave out device_map= and max_memory= if it fits, "
             'or pass engine="streaming" with output_dir=, which reads one layer at a time.'
         )
+    return model
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -90,6 +90,10 @@ class CheckpointReader:
         """What `read_targets` takes: one tensor of the model for each conversion."""
         return list(self._parts)
 
+    def parts(self, target: str) -> list[str]:
+        """The stored tensors that make one of `targets()`."""
+        return [name for name, _ in self._parts[target]]
+
     def read_targets(self, targets: Iterable[str], get: Get) -> dict[str, torch.Tensor]:
         """Like `read`, for some of `targets()`."""
         tensors: dict[str, torch.Tensor] = {}

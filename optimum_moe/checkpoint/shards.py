@@ -10,27 +10,14 @@ from pathlib import Path
 
 import torch
 
+from optimum_moe.checkpoint.headers import DTYPES
 from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.system import begin_writing, make_last
 
 _BEHIND = 32 << 20
 """Bytes that are written before the disk is told to begin."""
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_shard(file: Path, tensors: Mapping[str, torch.Tensor], copied: Mapping[str, Place] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers import (
 
 from optimum_moe.blocks import ModelInfo
 from optimum_moe.checkpoint.carried_files import WEIGHTS
+from optimum_moe.checkpoint.contents import Contents, no_numbers, with_itemsizes
 from optimum_moe.checkpoint.headers import (
     Headers,
     header_bytes,
@@ -44,7 +45,7 @@ from optimum_moe.checkpoint.quantised import (
     quantizer_of,
     unpacked,
 )
-from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader
+from optimum_moe.checkpoint.reader import CheckpointReader, Get, ShardReader
 from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
 from optimum_moe.surgeons import FoundBlock, find_blocks
 
@@ -79,6 +80,7 @@ class ModelSource:
         location: What `from_pretrained` loads the weights from: that folder, or the Hub id where it lacks them.
         load_arguments: Keyword arguments for it.
         quantisation: How the checkpoint is quantised, where it is dequantised while it is loaded.
+        as_stored: Whether each tensor is written in the dtype that it is stored in; else in the one that was asked for.
     """
 
     name: str
@@ -92,6 +94,7 @@ class ModelSource:
     location: str | Path | None = None
     load_arguments: Mapping[str, Any] = field(default_factory=dict)
     quantisation: Mapping[str, Any] | None = None
+    as_stored: bool = False
 
     def load(self) -> PreTrainedModel:
         """The model with its weights.
@@ -119,11 +122,26 @@ class ModelSource:
             )
         return model
 
-    def reader(self) -> CheckpointReader:
-        """What reads parts of the checkpoint, in the dtypes of the skeleton."""
+    def read_in(self, dtype: str) -> ModelSource:
+        """What a run with that `dtype` reads: `"auto"` for each tensor as it is stored, else one for all."""
+        if dtype == "auto":
+            return self
+        return replace(self, as_stored=False, load_arguments={**self.load_arguments, "dtype": dtype})
+
+    def reader(self, cast: bool = True) -> CheckpointReader:
+        """What reads parts of the checkpoint, in the dtypes of the skeleton; or as they are stored and written."""
         assert self.headers is not None
         quantizer = None if self.quantisation is None else quantizer_of(self.quantisation)
-        return CheckpointReader(self.skeleton, self.headers.tensors, quantizer)
+        return CheckpointReader(self.skeleton, self.headers.tensors, quantizer, cast or not self.as_stored)
+
+    def contents(self, get: Get) -> Contents:
+        """What the checkpoint holds, as its tensors are written.
+
+        Args:
+            get: Reads a stored tensor.
+        """
+        assert self.headers is not None
+        return Contents(self.reader(cast=False), self.headers, get)
 
     def shards(self) -> ShardReader:
         """What reads single tensors as they are stored; a context manager."""
@@ -213,17 +231,23 @@ def open_source(
         config = plain_config(config)
     skeleton = _skeleton(config, auto_class, kwargs.get("trust_remote_code", False))
     blocks = tuple(find_blocks(skeleton))
+    as_stored = quantisation is None and dtype in ("auto", None)
+    if as_stored:
+        # What the config says may differ, and decides nothing.
+        dtype = headers.dtype or "auto"
     itemsize, plain = headers.itemsize, headers
-    if dtype not in ("auto", None):
-        itemsize = _dtype(dtype).itemsize
-    elif quantisation is not None:
-        itemsize = _dtype(config.dtype).itemsize
+    if not as_stored:
+        itemsize = _dtype(config.dtype if dtype in ("auto", None) else dtype).itemsize
     if quantisation is not None:
         plain = unpacked(headers, int(itemsize))
-    size = headers.bytes if plain is headers and dtype in ("auto", None) else int(plain.parameters * itemsize)
+    size = headers.bytes if as_stored else int(plain.parameters * itemsize)
+    blocks = with_itemsizes(blocks, skeleton, lambda name, tensor: itemsize)
+    if as_stored and len(headers.dtypes) > 1:
+        stored = Contents(CheckpointReader(skeleton, headers.tensors, cast=False), headers, no_numbers)
+        blocks = with_itemsizes(blocks, skeleton, stored.itemsize, stored.mixed())
     described = header_bytes(headers.tensors, len(headers.files))
-    info = ModelInfo(tuple(found.info for found in blocks), plain.parameters, size, itemsize, described)
-    arguments: dict[str, Any] = {"dtype": dtype, **kwargs}
+    info = ModelInfo(tuple(found.info for found in blocks), plain.parameters, size, described)
+    arguments: dict[str, Any] = {**kwargs, "dtype": dtype}
     location: str | Path = model
     if is_local:
         # The files that were looked at are those that are loaded, also where they lie in the cache of a Hub model.
@@ -233,7 +257,8 @@ def open_source(
         # A branch may move on before the weights are loaded.
         arguments["revision"] = directory.name
     return ModelSource(
-        name, config, skeleton, blocks, info, headers, None, directory, location, arguments, quantisation
+        *(name, config, skeleton, blocks, info, headers, None, directory, location, arguments, quantisation),
+        as_stored=as_stored,
     )
 
 
@@ -261,14 +286,12 @@ def _from_memory(model: PreTrainedModel) -> ModelSource:
     accepted_quantisation(model.config, dequantize=False)
     if getattr(model, "is_quantized", False):
         raise ValueError("The model in memory is quantised. Load its unquantised weights to compress them.")
-    blocks = tuple(find_blocks(model))
+    blocks = with_itemsizes(find_blocks(model), model, lambda name, tensor: tensor.element_size())
     parameters = list(model.parameters())
-    expert = next(iter(blocks[0].surgeon.experts(blocks[0].module(model)).down))
     info = ModelInfo(
         tuple(found.info for found in blocks),
         sum(p.numel() for p in parameters),
         sum(p.numel() * p.element_size() for p in parameters),
-        expert.element_size(),
         header_bytes(_names_when_saved(model, blocks)),
     )
     return ModelSource(type(model).__name__, model.config, model, blocks, info, live=model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_moe.checkpoint.buffers import Buffers
-from optimum_moe.checkpoint.contents import Contents, meta_tensor
+from optimum_moe.checkpoint.contents import meta_tensor
 from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.quantised import load_dequantised
 from optimum_moe.checkpoint.reader import Entries, take_dtypes
@@ -39,7 +39,8 @@ class StreamedModel:
     """The model of a checkpoint on the meta device; parts of it are loaded and freed.
 
     What the checkpoint lacks (buffers that transformers computes) is there all the time, made as `from_pretrained`
-    makes it.
+    makes it. Tensors have the dtypes that are stored; while `runs` is set they are loaded in those that the model runs
+    in.
 
     Args:
         source: The checkpoint.
@@ -49,17 +50,23 @@ class StreamedModel:
     def __init__(self, source: ModelSource, device: torch.device) -> None:
         self.device = device
         self.model = empty_model(source)
-        take_dtypes(source.skeleton, {name: t.dtype for name, t in self.model.state_dict().items()})
+        self.runs = False
+        self._runs_in = {name: t.dtype for name, t in self.model.state_dict().items() if t.is_floating_point()}
+        take_dtypes(source.skeleton, self._runs_in)
         assert source.headers is not None
         self._stack = ExitStack()
         self._shards = self._stack.enter_context(source.shards())
         self._mapped: set[int] = set()
-        self.contents = Contents(source.reader(), source.headers, self._stored)
+        self.contents = source.contents(self._stored)
+        self.mixed = self.contents.mixed()
         if self.contents.broken:
             name, reason = next(iter(self.contents.broken.items()))
             raise ValueError(f"{source.name} does not give {name} ({reason}). Copy or download the checkpoint again.")
         self._tie_equal_pairs()
         self._aliases = self._find_aliases()
+        self._dtypes = {name: self.contents.tensors[first].dtype for name, (first, *_) in self._aliases.items()}
+        for name, dtype in self._dtypes.items():
+            self.at(name).data = self.at(name).data.to(dtype)
         self._entries: dict[str, Entries | None] = {}
         self.resident = _initialise(self.model, set(self._aliases), device)
         self._lent: set[str] = set()
@@ -80,12 +87,40 @@ class StreamedModel:
         wanted = sorted({self._aliases[name][0] for name in names if self.at(name).is_meta})
         whole = {name: entries for name in wanted if (entries := self.entries(name)) is not None}
         for name, entries in whole.items():
-            self._set(name, self._in_one(name, entries).to(self.device))
+            self._set(name, self._as_asked(name, self._in_one(name, entries)).to(self.device))
         for name, tensor in self.contents.read(name for name in wanted if name not in whole).items():
             # What no conversion made anew lies in the file, at any address there.
             mapped = tensor.untyped_storage().data_ptr() in self._mapped
-            self._set(name, (tensor.clone() if mapped else tensor).to(self.device))
+            self._set(name, self._as_asked(name, tensor.clone() if mapped else tensor).to(self.device))
         self._mapped.clear()
+
+    def _as_asked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._runs_in.get(name, tensor.dtype)) if self.runs else tensor
+
+    @contextmanager
+    def as_stored(self, module: str, names: Sequence[str] = ()) -> Iterator[None]:
+        """While it is open the tensors of a module, or those that are named, are those that are stored, to be cut."""
+        runs, self.runs = self.runs, False
+        runs_in: dict[torch.dtype, torch.dtype] = {}
+        for name in names or self.names(module):
+            tensor, stored = self.at(name), self._dtypes.get(name)
+            running = self._runs_in.get(name, stored)
+            # Some routers change their dtype when they first run, which brings nothing back.
+            if stored is not None and (running != stored or tensor.dtype != stored):
+                runs_in[stored] = running or stored
+                self._set(name, torch.empty_like(tensor, dtype=stored, device="meta"))
+                self.load([] if tensor.is_meta else [name])
+        try:
+            yield
+        finally:
+            self.runs = runs
+        for name, tensor in [] if names else _tensors(self.model.get_submodule(module)):
+            path = f"{module}.{name}"
+            stored = self._dtypes[path] = tensor.dtype
+            # Tensors of a compressed expert run in what the experts that they were made of ran in.
+            running = self._runs_in.get(path, runs_in.get(stored, stored))
+            if runs and not tensor.is_meta and running != stored:
+                tensor.data = tensor.data.to(running)
 
     def entries(self, name: str) -> Entries | None:
         """The stored tensors that a tensor of the model consists of, one behind the other; None where it does not."""
@@ -138,6 +173,7 @@ class StreamedModel:
     @contextmanager
     def loading_at_first_use(self) -> Iterator[None]:
         """Load each tensor when the model first asks for it, whichever way; `free_lent` lets it go."""
+        self.runs = True
         for path, module in self.model.named_modules():
             state: dict[str, Any] = vars(module)
             for kind in ("_parameters", "_buffers"):
@@ -145,6 +181,7 @@ class StreamedModel:
         try:
             yield
         finally:
+            self.runs = False
             for module in self.model.modules():
                 state = vars(module)
                 for kind in ("_parameters", "_buffers"):
@@ -170,7 +207,8 @@ class StreamedModel:
             if not both or self.at(target) is self.at(origin):
                 continue
             pair = self.contents.read([target, origin])
-            if torch.equal(pair[target], pair[origin]):
+            dtype = self._runs_in[origin]
+            if torch.equal(pair[target].to(dtype), pair[origin].to(dtype)):
                 _slot(self.model, target)[0][_slot(self.model, target)[1]] = self.at(origin)
             else:
                 self.model.all_tied_weights_keys.pop(target, None)
@@ -204,7 +242,7 @@ class StreamedModel:
 
     def _empty(self, name: str, tensor: torch.Tensor) -> None:
         if not tensor.is_meta and name not in self.resident:
-            self._set(name, torch.empty_like(tensor, device="meta"))
+            self._set(name, torch.empty_like(tensor, dtype=self._dtypes.get(name), device="meta"))
 
 
 class _LoadedAtFirstUse(dict[str, Any]):

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_moe.checkpoint.carried_code import carry_code
+from optimum_moe.checkpoint.origin import all_in_memory
+from optimum_moe.checkpoint.stored import StoredModel
 from optimum_moe.methods.counts import parse_size
 from optimum_moe.surgeons import FoundBlock, config_at, tower_of
 
@@ -33,18 +35,41 @@ def choose_shard_size(size: str | int | None, streams: bool) -> str | int:
 
 
 def write_model(
-    model: PreTrainedModel, directory: Path, blocks: Sequence[FoundBlock], max_shard_size: str | int
+    model: PreTrainedModel,
+    directory: Path,
+    blocks: Sequence[FoundBlock],
+    max_shard_size: str | int,
+    stored: StoredModel | None = None,
 ) -> None:
-    """Weights, config in every spelling that readers of this architecture know, and the code that it needs."""
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    """Weights, config in every spelling that readers of this architecture know, and the code that it needs.
+
+    Args:
+        model: The model.
+        directory: Where to.
+        blocks: Its MoE blocks as they were.
+        max_shard_size: As in transformers.
+        stored: What is to be saved of its tensors; None for what they are.
+
+    Raises:
+        ValueError: If some of its weights are offloaded.
+    """
+    all_in_memory(model)
+    state = None if stored is None else stored.state()
+    # What has the names of a checkpoint already is not to be given them again.
+    save: Any = model.save_pretrained
+    save(directory, state_dict=state, max_shard_size=max_shard_size, save_original_format=state is None)
     _spell_out_config(directory, blocks)
     carry_code(directory, model.config)
 
 
 def describe_model(model: PreTrainedModel, directory: Path, blocks: Sequence[FoundBlock]) -> None:
     """`write_model` without the weights, for a model whose shards are written already."""
+    # Its first tensor, after which transformers names the dtype, may be stored in another one than the rest.
+    dtype = model.config.dtype
     with TemporaryDirectory(dir=directory) as beside, without_bars():
         model.save_pretrained(beside, state_dict={})
+        model.config.dtype = dtype
+        model.config.save_pretrained(beside)
         for path in Path(beside).iterdir():
             # Only the empty file of weights is of no use.
             if path.suffix != ".safetensors":

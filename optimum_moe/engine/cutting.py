@@ -34,6 +34,10 @@ class BlockSource(Protocol):
     def opened(self, unit: Unit) -> AbstractContextManager[None]:
         """While it is open the unit can be cut, though it cannot run: it has what `provide` is asked for."""
 
+    def as_stored(self, unit: Unit) -> AbstractContextManager[None]:
+        """While it is open the tensors of an open unit have the dtypes and bits of the checkpoint: to decide and cut it
+        and to finish it. Around it the unit has the dtypes that the model runs in."""
+
     def provide(self, found: FoundBlock, experts: bool) -> None:
         """Have what a block of an open unit is cut by, and its experts if they are wanted.
 
@@ -140,7 +144,7 @@ class Cutter:
             if not unit.blocks:
                 progress.skip()
                 continue
-            with progress.unit(unit), self.source.loaded(unit), torch.no_grad():
+            with progress.unit(unit), self.source.loaded(unit), self.source.as_stored(unit), torch.no_grad():
                 for found in unit.blocks:
                     name = found.info.name
                     surveys[name] = self.method.survey(self.context(found, observed), self.counts[name])
@@ -153,7 +157,7 @@ def cut_units(source: BlockSource, cutter: Cutter, observed: Observed | None, pr
         if source.is_finished(unit):
             progress.skip()
             continue
-        with progress.unit(unit) as report, source.opened(unit):
+        with progress.unit(unit) as report, source.opened(unit), source.as_stored(unit):
             own = None if observed is None else {f.info.name: observed[f.info.name] for f in unit.blocks}
             report.plans = cutter.cut(unit, own)
             source.finish(unit, report.plans, own)

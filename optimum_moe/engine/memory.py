@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from optimum_moe.blocks import ModelInfo
+from optimum_moe.checkpoint.stored import StoredModel
 from optimum_moe.engine.cutting import BlockSource, Cutter, Observed, check_together, counts_for, cut_units
 from optimum_moe.engine.progress import Progress
 from optimum_moe.engine.units import Unit, find_units
@@ -19,10 +20,17 @@ from optimum_moe.surgeons import FoundBlock
 
 
 class MemorySource:
-    """The blocks of a model in memory."""
+    """The blocks of a model in memory.
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> None:
+    Args:
+        model: The model.
+        blocks: Its MoE blocks.
+        stored: What its tensors were before they were loaded; None where they are the same.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[FoundBlock], stored: StoredModel | None = None) -> None:
         self.model = model
+        self._stored = stored
         self.blocks = blocks
         self.units: Sequence[Unit] = find_units(model, blocks)
         self._plans: dict[str, BlockPlan] = {}
@@ -36,6 +44,10 @@ class MemorySource:
     def opened(self, unit: Unit) -> AbstractContextManager[None]:
         """It always is."""
         return self.loaded(unit)
+
+    def as_stored(self, unit: Unit) -> AbstractContextManager[None]:
+        """See `BlockSource.as_stored`."""
+        return self.loaded(unit) if self._stored is None else self._stored.as_stored(unit.name)
 
     def provide(self, found: FoundBlock, experts: bool) -> None:
         """It has everything."""
@@ -56,6 +68,8 @@ class MemorySource:
         """Remember the plans."""
         self._finished.add(unit.name)
         self._plans |= plans
+        if self._stored is not None:
+            self._stored.settle(plans)
 
     def restore(self, unit: Unit) -> None:
         """It is what was made of it."""

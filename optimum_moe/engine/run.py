@@ -243,9 +243,10 @@ class _Cut:
             raise ValueError(unseen)
         self.unreached(statistics)
         check_together(self.run.source.blocks, cutter.counts)
-        report.plans = cutter.cut(unit, statistics)
-        self.store.put(unit, statistics)
-        self.run.source.finish(unit, report.plans, statistics)
+        with self.run.source.as_stored(unit):
+            report.plans = cutter.cut(unit, statistics)
+            self.store.put(unit, statistics)
+            self.run.source.finish(unit, report.plans, statistics)
 
     def unreached(self, statistics: Observed) -> None:
         cutter, found = self.cutter, Statistics(statistics, unseen=self.cutter.unseen)
@@ -254,7 +255,8 @@ class _Cut:
 
     def passed(self, unit: Unit) -> None:
         source = self.run.source
-        if not source.is_finished(unit):
-            source.finish(unit, {}, None)
-        elif self.run.propagate and unit.blocks:
-            source.restore(unit)
+        with source.as_stored(unit):
+            if not source.is_finished(unit):
+                source.finish(unit, {}, None)
+            elif self.run.propagate and unit.blocks:
+                source.restore(unit)

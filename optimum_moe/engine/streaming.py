@@ -17,6 +17,7 @@ from optimum_moe.checkpoint.headers import INDEX_FILE
 from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader
 from optimum_moe.checkpoint.shards import write_shard
+from optimum_moe.checkpoint.stored import in_dtypes, plan_of, slot_dtypes
 from optimum_moe.checkpoint.streamed import StreamedModel
 from optimum_moe.checkpoint.system import return_freed
 from optimum_moe.engine.cutting import Observed
@@ -107,10 +108,14 @@ class StreamingSource:
     @contextmanager
     def loaded(self, unit: Unit) -> Iterator[None]:
         """Read the unit, and free it at the end."""
-        with self.opened(unit):
-            self._load(unit.tensors or self.streamed.names(unit.name))
-            self._runs = True
-            yield
+        runs, self.streamed.runs = self.streamed.runs, True
+        try:
+            with self.opened(unit):
+                self._load(unit.tensors or self.streamed.names(unit.name))
+                self._runs = True
+                yield
+        finally:
+            self.streamed.runs = runs
         return_freed()
 
     @contextmanager
@@ -125,6 +130,12 @@ class StreamingSource:
                 self.streamed.free_named(unit.tensors)
             else:
                 self.streamed.free(unit.name)
+
+    @contextmanager
+    def as_stored(self, unit: Unit) -> Iterator[None]:
+        """See `BlockSource.as_stored`."""
+        with self.streamed.as_stored(unit.name, unit.tensors):
+            yield
 
     def provide(self, found: FoundBlock, experts: bool) -> None:
         """Read the block, or free those experts that can be copied from file to file."""
@@ -178,7 +189,7 @@ class StreamingSource:
         if not self._stacked.intersection(self._unread(state)):
             # What experts were made from must not stay beside them while they are written.
             self.streamed.buffers.release()
-        tensors = revert_weight_conversion(self.model, state)
+        tensors = in_dtypes(revert_weight_conversion(self.model, state), self._saved_in(state, plans))
         shard, size = None, 0
         if tensors:
             shard = self._shard(unit)
@@ -191,6 +202,19 @@ class StreamingSource:
             unit.name, shard=shard, size=size, record=record, observed=observed is not None, weights=weights
         )
         self._plans |= plans
+
+    def _saved_in(self, state: Mapping[str, torch.Tensor], plans: Mapping[str, BlockPlan]) -> Mapping[str, torch.dtype]:
+        """The dtypes of experts that are stored in several, by the names that they are saved as."""
+        dtypes: dict[str, torch.dtype] = {}
+        for name in state:
+            if name in self.streamed.mixed:
+                dtypes |= slot_dtypes(self.streamed.mixed[name], plan_of(name, plans))
+        return dtypes
+
+    def itemsize(self, name: str, tensor: torch.Tensor) -> float:
+        """Bytes of one number of a tensor of the finished model, as it is saved."""
+        saved = self._saved_in({name: tensor}, self._plans).values()
+        return sum(dtype.itemsize for dtype in saved) / len(saved) if saved else tensor.element_size()
 
     def restore(self, unit: Unit) -> None:
         """Cut a unit as its plans say; experts that were factorised are read from its shard.
@@ -266,7 +290,7 @@ class StreamingSource:
             if name in self._saved_as:
                 yield self._saved_as[name], self.streamed.place(entries[0][0])
                 continue
-            plan = next((plan for block, plan in plans.items() if name.startswith(f"{block}.")), None)
+            plan = plan_of(name, plans)
             kept = [] if plan is None else plan.dominants_G
             # What trails the routed experts stays.
             rest = range(0 if plan is None else plan.num_experts, len(entries))

@@ -11,7 +11,7 @@ from optimum_moe.algorithms.byte_budget import Point, build, candidates, choose
 from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.factors import BlockFactors
 from optimum_moe.algorithms.one_expert import Form
-from optimum_moe.blocks import ModelInfo
+from optimum_moe.blocks import BlockInfo, ModelInfo
 from optimum_moe.methods.base import BlockContext
 
 
@@ -60,12 +60,14 @@ def spend_budget(
     Args:
         model: The model.
         surveys: By block; None for one that stays as it is.
-        numbers: The budget.
+        numbers: The budget, in numbers of the narrowest dtype that experts are stored in.
 
     Raises:
         ValueError: If the experts that have to stay take more.
     """
-    taken = {block.name: survey for block in model.blocks if (survey := surveys[block.name]) is not None}
+    chosen = [block for block in model.blocks if surveys[block.name] is not None]
+    taken = {block.name: survey for block in chosen if (survey := surveys[block.name]) is not None}
+    widths = {block.name: round(block.expert_itemsize / narrowest_item(chosen)) for block in chosen}
     without = [name for name, survey in taken.items() if not survey.in_loss]
     if without:
         warnings.warn(
@@ -79,12 +81,18 @@ def spend_budget(
         # Squared errors of different blocks have nothing in common but the share of what would be lost.
         total = sum(points[0].damage for points in survey.points) or 1.0
         for points in survey.points:
-            offered.append([replace(p, damage=p.damage / total) for p in points] if without else list(points))
+            unit = total if without else 1.0
+            offered.append([replace(p, damage=p.damage / unit, numbers=p.numbers * widths[name]) for p in points])
             owners.append(name)
     forms: dict[str, list[Form]] = {name: [] for name in taken}
     for name, point in zip(owners, choose(offered, numbers), strict=True):
         forms[name].append(point.form)
     return {name: tuple(found) for name, found in forms.items()}
+
+
+def narrowest_item(blocks: Sequence[BlockInfo]) -> float:
+    """Bytes of one number in the narrowest dtype that experts of some blocks are stored in."""
+    return min(block.expert_itemsize for block in blocks)
 
 
 def build_block(context: BlockContext, forms: Sequence[Form]) -> BlockFactors:

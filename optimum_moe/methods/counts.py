@@ -221,8 +221,10 @@ def _fit(model: ModelInfo, chosen: Sequence[BlockInfo], routing: Routing, target
             step = block.router_groups if routing == "reduce" else 1
             count = max(_fewest(block, routing), math.ceil(keep * block.num_experts / most / step) * step)
             counts[block.name] = count
-            each = block.expert_parameters + (block.router_parameters if routing == "reduce" else 0)
-            saved += (block.num_experts - count) * each * model.expert_itemsize
+            each = block.bytes_of_experts(1, block.expert_parameters)
+            if routing == "reduce":
+                each += block.router_parameters * block.router_itemsize
+            saved += (block.num_experts - count) * each
         smallest = int(model.bytes - saved)
         if smallest <= target:
             return counts

@@ -22,7 +22,7 @@ from optimum_moe.algorithms.structured_sparse import rows_from_density
 from optimum_moe.algorithms.uniform_factors import factorise_expert
 from optimum_moe.blocks import BlockInfo, ModelInfo
 from optimum_moe.methods.base import BlockContext, ExpertCost, Method
-from optimum_moe.methods.byte_budget import BlockSurvey, build_block, spend_budget, survey_block
+from optimum_moe.methods.byte_budget import BlockSurvey, build_block, narrowest_item, spend_budget, survey_block
 from optimum_moe.methods.counts import (
     bytes_for_tensors,
     check_size,
@@ -221,20 +221,20 @@ class LowRankSparse(Method):
         return made
 
     def _budget(self, model: ModelInfo) -> int:
-        """Numbers that the matrices of all experts may store."""
+        """Numbers that the matrices of all experts may store, wider ones counted as several of the narrowest."""
         chosen = selected_blocks(model, self.layers, self.protect)
-        dense = sum(block.num_experts * block.expert_multiply_adds for block in chosen)
+        dense, narrowest = _dense(chosen), narrowest_item(chosen)
         if self.target_size is None:
             assert self.budget is not None
             return int(product(self.budget, dense))
-        rest = int(model.bytes - dense * model.expert_itemsize)
+        rest = int(model.bytes - dense * narrowest)
         # Experts lie in stacks by width, a multiple of 8: gate and up dense or in two factors, down dense.
         headers = 0
         for block in chosen:
             stacks = min(block.num_experts, block.intermediate_size // RANK_STEP + 1)
             biases = 3 if block.expert_parameters > block.expert_multiply_adds else 0
             headers += (stacks * (7 + biases) + 2) * header_entry(block)
-        left = int((bytes_for_tensors(model, self.target_size, headers) - rest) / model.expert_itemsize)
+        left = int((bytes_for_tensors(model, self.target_size, headers) - rest) / narrowest)
         if left < 0:
             raise ValueError(
                 f"target_size={self.target_size!r} cannot be reached: without any expert "
@@ -286,7 +286,7 @@ class LowRankSparse(Method):
     def share(self, model: ModelInfo) -> float:
         """Share of the original experts' numbers that a budget leaves."""
         chosen = selected_blocks(model, self.layers, self.protect)
-        return self._budget(model) / sum(block.num_experts * block.expert_multiply_adds for block in chosen)
+        return self._budget(model) / _dense(chosen)
 
     def numbers(self, model: ModelInfo, block: BlockInfo) -> tuple[float, float, float]:
         """The fewest and the most numbers that one expert's matrices store, and its indices of sparse rows."""
@@ -326,3 +326,9 @@ class LowRankSparse(Method):
 
     def _rows(self, outputs: int) -> int:
         return 0 if self.density is None else rows_from_density(outputs, self.density)
+
+
+def _dense(blocks: Sequence[BlockInfo]) -> int:
+    """What the matrices of all experts store as they are, in numbers of the narrowest dtype among them."""
+    narrowest = narrowest_item(blocks)
+    return round(sum(b.num_experts * b.expert_multiply_adds * b.expert_itemsize / narrowest for b in blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,8 +55,7 @@ def expected_preview(source: ModelSource, method: Method, mtp: MTPLayers) -> Pre
     """What a method will give, from config and headers; of all that the checkpoint holds."""
     counts = method.counts(source.info)
     cost = preview(source.skeleton, list(source.blocks), source.info, counts, method)
-    gone = mtp.removed(counts, method.block_routing)
-    size = int(gone * source.info.expert_itemsize)
+    gone, size = mtp.removed(counts, method.block_routing)
     after = replace(cost.after, parameters=cost.after.parameters - gone, bytes=cost.after.bytes - size)
     return replace(cost, after=after)
 
@@ -68,6 +68,7 @@ def measured_preview(
     statistics: Statistics | None,
     mtp: MTPLayers,
     before: Cost | None,
+    itemsize: Callable[[str, torch.Tensor], float] | None,
 ) -> Preview:
     """A preview with actual counts, and with repeats as they were observed.
 
@@ -79,13 +80,13 @@ def measured_preview(
         statistics: What was observed.
         mtp: Layers of the checkpoint that the model does not load.
         before: Cost of the original, where its skeleton no longer tells: a model in memory is cut itself.
+        itemsize: As in `measured_cost`.
     """
     blocks = list(source.blocks)
     counts = {name: block.num_groups for name, block in plan.blocks.items()}
     cost = preview(source.skeleton, blocks, source.info, counts, method)
-    kept = mtp.parameters(counts, "reduce" if plan.is_plain else method.block_routing)
-    beside = kept, int(kept * source.info.expert_itemsize)
-    after = measured_cost(model, blocks, plan, statistics, *beside)
+    beside = mtp.size(counts, "reduce" if plan.is_plain else method.block_routing)
+    after = measured_cost(model, blocks, plan, statistics, *beside, itemsize=itemsize)
     return replace(cost, before=before or cost.before, after=after, plain=plan.is_plain)
 
 
@@ -96,6 +97,7 @@ def measured_cost(
     statistics: Statistics | None,
     more_parameters: int = 0,
     more_bytes: int = 0,
+    itemsize: Callable[[str, torch.Tensor], float] | None = None,
 ) -> Cost:
     """Cost of a compressed model, on any device, with repeats as they were observed.
 
@@ -106,16 +108,18 @@ def measured_cost(
         statistics: What was observed.
         more_parameters: Parameters of the checkpoint that the model does not load.
         more_bytes: Their bytes.
+        itemsize: Bytes of one number of a tensor as it is saved, given its name too; None for those that it has.
     """
-    tensors = [*model.parameters(), *_indices(model)]
-    size = sum(t.numel() * t.element_size() for t in tensors)
+    tensors = dict(model.named_parameters()) | _indices(model)
+    sizes = (t.numel() * (t.element_size() if itemsize is None else itemsize(name, t)) for name, t in tensors.items())
+    size = int(sum(sizes))
     routed = {}
     for found in blocks:
         name, block = found.info.name, plan.blocks[found.info.name]
         observed = None if statistics is None else statistics.blocks[name]
         routed[name] = routed_multiply_adds(found.info, block, observed)
     flops = flops_per_token(model, blocks, routed)
-    parameters = sum(t.numel() for t in tensors)
+    parameters = sum(t.numel() for t in tensors.values())
     return Cost(parameters + more_parameters, size + more_bytes, flops, flops)
 
 
@@ -140,6 +144,6 @@ def routed_multiply_adds(info: BlockInfo, plan: BlockPlan, observed: BlockStatis
     return sum(observed.mean_of_distinct(labels, each) for labels, each in own.items())
 
 
-def _indices(model: PreTrainedModel) -> list[torch.Tensor]:
+def _indices(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The indices of sparse rows, which are stored beside the parameters."""
-    return [tensor for name, tensor in model.named_buffers() if name.endswith("row_index")]
+    return {name: tensor for name, tensor in model.named_buffers() if name.endswith("row_index")}

@@ -115,21 +115,23 @@ def preview(
     skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo, counts: Mapping[str, int], method: Method
 ) -> Preview:
     """Costs of a model whose blocks keep `counts` experts, in the forms that the method gives them."""
-    removed_parameters, removed_router, indices = 0.0, 0, 0.0
+    removed_parameters, removed_router, indices, saved = 0.0, 0, 0.0, 0.0
     low, high, full = {}, {}, {}
     routing, stock = method.block_routing, True
     for found in blocks:
         block, count = found.info, counts[found.info.name]
         gone, cost = block.num_experts - count, method.cost(info, block, count)
-        removed_parameters += block.num_experts * block.expert_parameters - cost.parameters
+        removed = block.num_experts * block.expert_parameters - cost.parameters
+        removed_parameters += removed
         indices += cost.indices
+        saved += block.bytes_of_experts(gone, removed) - cost.indices * INDEX_BYTES
         if routing == "reduce":
             removed_router += gone * block.router_parameters
+            saved += gone * block.router_parameters * block.router_itemsize
         full[block.name] = float(block.top_k * block.expert_multiply_adds)
         low[block.name], high[block.name] = cost.multiply_adds
         stock &= cost.stock
     dense_saving = 2.0 * removed_router
-    size = int(info.bytes - (removed_parameters + removed_router) * info.expert_itemsize + indices * INDEX_BYTES)
     before = flops_per_token(skeleton, blocks, full)
     unchanged = {found.info.name for found in blocks if counts[found.info.name] == found.info.num_experts}
     towers = {found.info.name: tower_of(skeleton, found) for found in blocks}
@@ -138,7 +140,7 @@ def preview(
         before=Cost(info.parameters, info.bytes, before, before),
         after=Cost(
             int(info.parameters - removed_parameters - removed_router + indices),
-            size,
+            int(info.bytes - saved),
             flops_per_token(skeleton, blocks, low) - dense_saving,
             flops_per_token(skeleton, blocks, high) - dense_saving,
         ),

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -221,6 +221,11 @@ def _empty_factors(view: ExpertTensors, sizes: FactorSizes) -> FactorisedExperts
     first = view.up[0]
     biases = [name for name, values in _biases(view).items() if values is not None]
     factors = FactorisedExperts(sizes, view.hidden_size, biases, device=first.device, dtype=first.dtype)
+    widths = {values[0].dtype for values in _biases(view).values() if values is not None}
+    for name, parameter in factors.named_parameters():
+        if name.endswith("bias"):
+            # They stay what they were, and may be stored in another dtype than the matrices.
+            parameter.data = parameter.data.to(reduce(torch.promote_types, widths))
     return factors.requires_grad_(first.requires_grad)
 
 

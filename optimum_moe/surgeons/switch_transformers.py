@@ -136,9 +136,7 @@ class SwitchTransformersSurgeon(Surgeon):
             block.router.expert_map.copy_(torch.tensor(plan.labels_E))
             return
         for row, old in self.router_tensors(block):
-            # The router computes in float32 once it ran, and is saved in the dtype of the experts.
-            merged = merged_router_rows(old, plan, row.role).to(view.up[0].dtype).to(old.dtype)
-            replace_tensor(block.router, row.path, merged)
+            replace_tensor(block.router, row.path, merged_router_rows(old, plan, row.role))
 
     def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:
         """Keep the first G expert modules, whose tensors are empty anyway."""

@@ -1,0 +1,155 @@
+"""The dtypes that a checkpoint stores its tensors in, which need not be the one that its model runs in.
+
+transformers loads every tensor in one dtype. A float32 router in a bfloat16 checkpoint would come out of that with
+fewer bits than it had, so tensors are cut and written as they are stored, and run as transformers loads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from optimum_moe.checkpoint.contents import Parts
+from optimum_moe.checkpoint.source import ModelSource
+from optimum_moe.plan import BlockPlan
+
+
+class StoredModel:
+    """A model in memory with what it lost when it was loaded.
+
+    Args:
+        model: The model, as it was loaded.
+        source: Where it was loaded from; a model that was in memory is stored in the dtypes that it has.
+    """
+
+    def __init__(self, model: PreTrainedModel, source: ModelSource) -> None:
+        self.model = model
+        self._runs_in = {name: t.dtype for name, t in model.state_dict().items() if t.is_floating_point()}
+        self._dtypes = dict(self._runs_in)
+        self._exact: dict[str, torch.Tensor] = {}
+        self._mixed: dict[str, Parts] = {}
+        self._saved_in: dict[str, torch.dtype] = {}
+        self._itemsizes: dict[str, float] = {}
+        headers = source.headers
+        if headers is None or not source.as_stored or headers.dtypes == set(self._runs_in.values()):
+            return
+        with source.shards() as get:
+            contents = source.contents(get)
+            self._mixed = contents.mixed()
+            given = {name: t.dtype for name, t in contents.tensors.items() if name in self._dtypes}
+            self._dtypes |= given
+            lost = [name for name, dtype in given.items() if not _holds(self._runs_in[name], dtype)]
+            # What lies in a mapped file would go with it.
+            self._exact = {name: tensor.clone() for name, tensor in contents.read(lost).items()}
+        self.settle({})
+
+    @contextmanager
+    def as_stored(self, module: str) -> Iterator[None]:
+        """While it is open the tensors of a module are those that are stored, to be cut; then they run again."""
+        runs_in: dict[torch.dtype, torch.dtype] = {}
+        for name, tensor in self._tensors(module):
+            dtype = self._dtypes.get(name, tensor.dtype)
+            runs_in[dtype] = self._runs_in.get(name, dtype)
+            exact = self._exact.pop(name, None)
+            # Some routers change their dtype when they first run, which brings nothing back.
+            tensor.data = tensor.data.to(dtype) if exact is None else exact.to(tensor.device)
+        yield
+        for name, tensor in self._tensors(module):
+            stored = self._dtypes[name] = tensor.dtype
+            # Tensors of a compressed expert run in what the experts that they were made of ran in.
+            runs = self._runs_in.setdefault(name, runs_in.get(stored, stored))
+            if runs != stored:
+                if not _holds(runs, stored):
+                    self._exact[name] = tensor.data
+                tensor.data = tensor.data.to(runs)
+
+    def settle(self, plans: Mapping[str, BlockPlan]) -> None:
+        """Remember which of the experts of different dtypes remain where."""
+        for name, parts in self._mixed.items():
+            plan = plan_of(name, plans)
+            if plan is not None or not plans:
+                saved = slot_dtypes(parts, plan)
+                self._saved_in |= saved
+                self._itemsizes[name] = sum(dtype.itemsize for dtype in saved.values()) / len(saved)
+
+    def state(self) -> dict[str, torch.Tensor] | None:
+        """All tensors as they are saved, by the names of the checkpoint; None where the model holds them like that."""
+        state = dict(self.model.state_dict())
+        odd = {name for name, t in state.items() if t.dtype != self._dtypes.get(name, t.dtype)}
+        changed = {name: t for name, t in state.items() if name in odd or name in self._exact}
+        if not changed and not self._mixed:
+            return None
+        for name in getattr(self.model, "_keys_to_ignore_on_save", None) or ():
+            state.pop(name, None)
+        state = remove_tied_weights_from_state_dict(state, self.model)
+        state |= {name: self._stored(name, tensor) for name, tensor in changed.items() if name in state}
+        return in_dtypes(revert_weight_conversion(self.model, state), self._saved_in)
+
+    def itemsize(self, name: str, tensor: torch.Tensor) -> float:
+        """Bytes of one number of a tensor of the model, as it is saved."""
+        return self._itemsizes.get(name, self._dtypes.get(name, tensor.dtype).itemsize)
+
+    def _stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        exact = self._exact.get(name)
+        if exact is not None and torch.equal(_bits(exact.to(self._runs_in[name]).to(tensor)), _bits(tensor)):
+            return exact
+        # Somebody trained it since.
+        return tensor.to(self._dtypes[name])
+
+    def _tensors(self, module: str) -> Iterator[tuple[str, torch.Tensor]]:
+        inside: nn.Module = self.model.get_submodule(module)
+        for name, tensor in [*inside.named_parameters(), *inside.named_buffers()]:
+            path = f"{module}.{name}" if module else name
+            if tensor.is_floating_point():
+                yield path, tensor
+
+
+def plan_of(name: str, plans: Mapping[str, BlockPlan]) -> BlockPlan | None:
+    """The plan of the block that a tensor is in."""
+    return next((plan for block, plan in plans.items() if name.startswith(f"{block}.")), None)
+
+
+def slot_dtypes(parts: Parts, plan: BlockPlan | None) -> dict[str, torch.dtype]:
+    """The dtype of each stored tensor of a stack, once a plan has put the dominant experts in the first places."""
+    kept = range(len(parts)) if plan is None else [*plan.dominants_G, *range(plan.num_experts, len(parts))]
+    return {
+        name: dtype
+        for slot, expert in enumerate(kept)
+        for (name, _), (_, dtype) in zip(parts[slot], parts[expert], strict=True)
+    }
+
+
+def rounded(
+    tensors: Mapping[str, torch.Tensor], mixed: Mapping[str, Parts], plan: BlockPlan | None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a block that was cut, as they are read again once stacks are saved in parts of several dtypes."""
+    return {name: _rounded(t, mixed[name], plan) if name in mixed else t for name, t in tensors.items()}
+
+
+def _rounded(stack: torch.Tensor, parts: Parts, plan: BlockPlan | None) -> torch.Tensor:
+    kept = slot_dtypes(parts, plan)
+    slots = []
+    for entry, names in zip(stack, parts, strict=False):
+        pieces = zip(entry.chunk(len(names)), names, strict=True)
+        slots.append(torch.cat([piece.to(kept[name]) for piece, (name, _) in pieces]))
+    return torch.stack(slots)
+
+
+def in_dtypes(tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Tensors by name, those that are named in the dtypes given."""
+    return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype holds all numbers of another."""
+    return torch.promote_types(dtype, other) == dtype
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
