@@ -34,7 +34,8 @@ def _registry_is_ready() -> bool:
 
 
 def _register() -> None:
-    importlib.import_module("optimum_moe.checkpoint.quantizer").register()
+    # It registers when it is complete: what brought transformers here may be its own import.
+    importlib.import_module("optimum_moe.checkpoint.quantizer")
 
 
 class _Finder(MetaPathFinder):

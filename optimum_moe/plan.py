@@ -135,6 +135,11 @@ class BlockPlan:
         return self.keeps_all and self.sizes is None
 
     @property
+    def needs_guard(self) -> bool:
+        """True if a stock model could take what is stored of the block for its own, and fill in the rest at random."""
+        return self.sizes is not None or (self.routing == "map" and not self.keeps_all)
+
+    @property
     def keeps_experts(self) -> bool:
         """True if every expert that remains is one of the originals, unmixed and with its neurons in their order."""
         if self.sizes is not None:

@@ -142,6 +142,12 @@ class StructureMixin:
             del config.auto_map
         return super().update_attn_implementation(config)  # type: ignore[misc]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The names of guards come first: transformers takes them for experts."""
+        from optimum_moe.surgeons import guard_renamings
+
+        return [*guard_renamings(model), *super().update_weight_conversions(weight_conversions, model)]  # type: ignore[misc]
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _check_expert_parallel(self.structure, getattr(model.config, "distributed_config", None))
         blocks = rebuild_structure(model, self.structure)
@@ -270,7 +276,7 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
     Raises:
         ValueError: If a block is missing or has another number of experts.
     """
-    from optimum_moe.surgeons import find_blocks
+    from optimum_moe.surgeons import find_blocks, guarded
 
     found = {block.info.name: block for block in find_blocks(model)}
     for saved_name, entry in config.blocks.items():
@@ -284,7 +290,8 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
         block: Any = found[name].module(model)
         sizes = FactorSizes.from_dict(entry["factors"]) if "factors" in entry else None
         _check_sizes(name, sizes, found[name].info)
-        found[name].surgeon.build_structure(block, entry["num_groups"], entry["routing"], sizes)
+        with guarded(model, found[name], entry["routing"] == "map" or sizes is not None):
+            found[name].surgeon.build_structure(block, entry["num_groups"], entry["routing"], sizes)
         # Some architectures initialise a block by the config's expert count; its tensors all come from the checkpoint.
         block._is_hf_initialized = True
     return list(found)
@@ -340,3 +347,6 @@ def register() -> None:
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(MoEStructureConfig)
         register_quantizer(METHOD)(MoEStructureQuantizer)
+
+
+register()

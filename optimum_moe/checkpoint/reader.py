@@ -28,6 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from optimum_moe.checkpoint.headers import data_start, read_header
 from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.system import open_binary
+from optimum_moe.surgeons import guard_renamings
 
 Entries = tuple[tuple[str, ...], ...]
 """The stored tensors that make each entry of a tensor's first axis; their bytes in this order are the tensor's."""
@@ -53,7 +54,7 @@ class CheckpointReader:
         self.quantizer = quantizer
         self.unloaded: list[str] = []
         self._state = model.state_dict()
-        conversions = get_model_conversion_mapping(model, None, quantizer)
+        conversions = [*guard_renamings(model), *get_model_conversion_mapping(model, None, quantizer)]
         self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}

@@ -16,7 +16,7 @@ from optimum_moe.engine.units import Unit
 from optimum_moe.methods import BlockContext, Method
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.statistics import BlockStatistics, Statistics, Unseen
-from optimum_moe.surgeons import FoundBlock
+from optimum_moe.surgeons import FoundBlock, guarded
 
 Observed = Mapping[str, BlockStatistics]
 
@@ -93,7 +93,8 @@ class Cutter:
             self.source.provide(found, experts=decides is not None and decides.reads_experts)
             plan = self._plan(found, observed)
             self.source.provide(found, experts=not (plan.is_identity or plan.keeps_experts))
-            plans[found.info.name] = found.surgeon.carry_out(found.module(self.source.model), plan)
+            with guarded(self.source.model, found, plan.needs_guard):
+                plans[found.info.name] = found.surgeon.carry_out(found.module(self.source.model), plan)
         return plans
 
     def _plan(self, found: FoundBlock, observed: Observed | None) -> BlockPlan:

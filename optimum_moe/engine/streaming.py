@@ -24,7 +24,7 @@ from optimum_moe.engine.cutting import Observed
 from optimum_moe.engine.units import Unit, find_units, is_in
 from optimum_moe.engine.working import WorkingFolder
 from optimum_moe.plan import BlockPlan
-from optimum_moe.surgeons import FoundBlock, factors_digest
+from optimum_moe.surgeons import FoundBlock, factors_digest, guarded
 
 SHARD_SIZE = 5 * 10**9
 
@@ -224,10 +224,12 @@ class StreamingSource:
         """
         for found in unit.blocks:
             plan, block = self._plans[found.info.name], found.module(self.model)
-            # A plan that was read has no factors to carry out.
-            found.surgeon.carry_out(block, replace(plan, sizes=None, neurons=None))
+            with guarded(self.model, found, plan.needs_guard):
+                # A plan that was read has no factors to carry out.
+                found.surgeon.carry_out(block, replace(plan, sizes=None, neurons=None))
+                if plan.sizes is not None:
+                    found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
             if plan.sizes is not None:
-                found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
                 self._read_factors(unit, found, plan)
 
     def _read_factors(self, unit: Unit, found: FoundBlock, plan: BlockPlan) -> None:
@@ -260,7 +262,8 @@ class StreamingSource:
             plan = self._plans[found.info.name]
             block = found.module(self.model)
             if not plan.is_identity and found.surgeon.is_stock(block, plan):
-                found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
+                with guarded(self.model, found, plan.needs_guard):
+                    found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
         self._to_rebuild.clear()
 
     def write_index(self, directory: Path) -> None:

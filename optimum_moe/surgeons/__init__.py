@@ -2,6 +2,7 @@
 
 from optimum_moe.surgeons.architecture import ARCHITECTURES, Architecture
 from optimum_moe.surgeons.base import BlockWatcher, ExpertAxis, Surgeon, factors_digest
+from optimum_moe.surgeons.guard import guard_renamings, guarded
 from optimum_moe.surgeons.registry import (
     FoundBlock,
     find_blocks,
@@ -23,6 +24,8 @@ __all__ = [
     "factors_digest",
     "find_blocks",
     "get_surgeon",
+    "guard_renamings",
+    "guarded",
     "owning_configs",
     "register_surgeon",
     "registered_surgeons",

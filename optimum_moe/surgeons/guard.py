@@ -1,0 +1,135 @@
+"""One number under the name of a stock expert that is gone, so that loading without this package fails.
+
+transformers fills a tensor that a checkpoint lacks with random numbers and only warns; where a tensor has another shape
+than its class wants, every version raises. A guard is a buffer, so that it survives training, copies and
+`save_pretrained`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    revert_weight_conversion,
+)
+
+if TYPE_CHECKING:
+    from optimum_moe.surgeons.registry import FoundBlock
+
+GUARD = "optimum_moe_guard"
+"""The buffer of a block; in the checkpoint it has the name of an expert."""
+
+
+@contextmanager
+def guarded(model: PreTrainedModel, found: FoundBlock, needed: bool) -> Iterator[None]:
+    """Leave a guard in a block that loses stock experts meanwhile.
+
+    It goes to the checkpoint under the name of the last expert tensor. Where a stock tensor keeps that name, because it
+    holds all experts, its own shape is one that no stock model wants, and the block needs no other guard.
+
+    Args:
+        model: The model around the block.
+        found: The block, with its stock experts.
+        needed: Whether the block becomes one that a stock model could take for its own.
+    """
+    block: Any = found.module(model)
+    taken = {name for renaming in guard_renamings(model) for name in renaming.names}
+    last = [name for name in _stored_names(model, found) if name not in taken][-1]
+    dtype = found.surgeon.expert_parameters(block)[-1].dtype
+    yield
+    if needed and last not in _stored_names(model, found):
+        # Experts may be on the meta device while they are copied from file to file; the router is there.
+        device = found.surgeon.router_rows(block).device
+        block.register_buffer(GUARD, torch.zeros(1, dtype=dtype, device=device))
+        _save_as(model, f"{found.info.name}.{GUARD}", last)
+
+
+class GuardRenaming(WeightRenaming):
+    """Renames guards between model and checkpoint, by whole names instead of patterns.
+
+    Args:
+        names: From the name that is met to the name that it gets. Either may lack what stands in front of the other,
+            where the base of a model is loaded, or a model from its base.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__(GUARD, GUARD)
+        self.names = dict(names)
+        self._ends = {_end(name) for name in self.names}
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The new name, and what was found in the old one; the old name and None where it is not of a guard."""
+        if _end(source_key) not in self._ends:
+            return source_key, None
+        for old, new in sorted(self.names.items(), key=lambda item: item[0] != source_key):
+            if f".{source_key}".endswith(f".{old}"):
+                self._was_used = True
+                return source_key.removesuffix(old) + new, GUARD
+            if old.endswith(f".{source_key}"):
+                self._was_used = True
+                return new.removeprefix(old.removesuffix(source_key)), GUARD
+        return source_key, None
+
+    def reverse_transform(self) -> GuardRenaming:
+        """What renames them back."""
+        return GuardRenaming({new: old for old, new in self.names.items()})
+
+
+def guard_renamings(model: PreTrainedModel) -> list[GuardRenaming]:
+    """Of the guards in a model that have another name in its checkpoint."""
+    return [c for c in getattr(model, "_weight_conversions", None) or () if isinstance(c, GuardRenaming)]
+
+
+def _save_as(model: Any, name: str, stored: str) -> None:
+    """Have `save_pretrained` write a guard under another name."""
+    alias = next(iter(revert_weight_conversion(model, {name: torch.empty(1, device="meta")})))
+    names = {old: new for renaming in guard_renamings(model) for old, new in renaming.names.items()}
+    others = [conversion for conversion in _conversions(model) if not isinstance(conversion, GuardRenaming)]
+    # transformers asks this attribute for the conversions of a model. Ours is in front: the others happen on the side of
+    # the model.
+    model._weight_conversions = [GuardRenaming({**names, stored: alias}), *others]
+
+
+def _conversions(model: Any) -> list[WeightTransform]:
+    """As transformers chooses them when it saves a model."""
+    loaded = getattr(model, "_weight_conversions", None)
+    if loaded is not None:
+        return loaded
+    return [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+
+
+def _stored_names(model: PreTrainedModel, found: FoundBlock) -> list[str]:
+    """The names that expert tensors of a block have in the checkpoint of its model, those of the last expert last."""
+    block: Any = found.module(model)
+    own = {id(parameter) for parameter in found.surgeon.expert_parameters(block)}
+    named = {f"{found.info.name}.{path}": p for path, p in block.named_parameters() if id(p) in own}
+    empty: dict[str, torch.Tensor] = {}
+    # The last one is enough; where every expert became empty there is none.
+    for name, parameter in [*named.items()][-1:]:
+        like = torch.empty(parameter.shape, device="meta")
+        empty |= dict.fromkeys(_converted_with(model, name), like)
+    return sorted(revert_weight_conversion(model, empty), key=dot_natural_key)
+
+
+def _converted_with(model: PreTrainedModel, name: str) -> list[str]:
+    """A tensor of a model, and those that are converted together with it."""
+    for conversion in _conversions(model):
+        reverse = conversion.reverse_transform()
+        pattern = reverse.rename_source_key(name)[1]
+        if pattern is not None and len(reverse.source_patterns) > 1:
+            return [name.replace(pattern, other) for other in reverse.source_patterns]
+    return [name]
+
+
+def _end(name: str) -> str:
+    """Enough of a name to tell most others apart quickly."""
+    return ".".join(name.split(".")[-3:])
