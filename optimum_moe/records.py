@@ -70,7 +70,7 @@ def read_record(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, t
         record = json.loads(path.read_text(encoding="utf-8"))
         version, written = record["format_version"], record.pop("digest")
         tensors = load_file(tensors_file(directory, name))
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, SafetensorError) as error:
         raise ValueError(f"The {name} in {directory} is broken ({error}). Copy it again, or make it anew.") from error
     if version != FORMAT_VERSION:
         raise ValueError(

@@ -99,7 +99,7 @@ def _run(
     if headers is not None:
         add("side files", *side_file_failures(directory, trained))
     plan = _attempt(add, "plan", lambda: CompressionPlan.from_pretrained(directory))
-    model = _attempt(add, "config", lambda: built(directory))
+    model = _attempt(add, "config", lambda: built(directory, headers))
     if headers is None or plan is None or model is None:
         return checks
     skeleton, blocks = model

@@ -64,14 +64,14 @@ def auto_class_of(target: Target) -> str:
 
 
 def run_python(
-    code: str, *arguments: Any, flags: tuple[str, ...] = (), **environment: Any
+    code: str, *arguments: Any, flags: tuple[str, ...] = (), timeout: float = 300, **environment: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh process, away from this folder and without a terminal to ask questions on."""
     return subprocess.run(
         [sys.executable, *flags, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         cwd="/",
         stdin=subprocess.DEVNULL,
         env=os.environ | {name: str(value) for name, value in environment.items()},
@@ -220,9 +220,62 @@ def test_what_a_checkpoint_carries(saved: Any, tmp_path: Path) -> None:
         for name in archive.namelist():
             assert archive.read(name) == (PACKAGE.parent / name).read_bytes()
     assert not any(part in name for name in archive.namelist() for part in ("calibration", "methods", "compressor"))
-    # Saved again it has no code, and so must not name any.
+    # Saved again by anybody it carries the same.
     transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
-    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
+    again = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
+    assert again["auto_map"] == config["auto_map"]
+    assert again["architectures"] == config["architectures"] == ["Qwen3MoeForCausalLM"]
+    for name in ("optimum_moe.zip", "modeling_optimum_moe.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+SAVE_AGAIN = """
+import sys, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def test_carried_code_carries_itself_on(saved: Any, tmp_path: Path) -> None:
+    folder, tensors = saved
+    done = run_without_package(SAVE_AGAIN, folder, tmp_path / "again", modules=tmp_path / "modules")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again" / "optimum_moe.zip").read_bytes() == (folder / "optimum_moe.zip").read_bytes()
+    arguments = tmp_path / "again", "AutoModelForCausalLM", "{'trust_remote_code': True}"
+    done = run_without_package(LOAD, *arguments, modules=tmp_path / "modules")
+    assert done.returncode == 0, done.stderr
+    assert_seen(tmp_path / "again", tensors)
+
+
+IMPORT = """
+import importlib, os, sys
+import torch  # Costs most, and is the same for all.
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        importlib.import_module(name)
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+        assert name == "optimum_moe.autoload" or "optimum_moe" in AUTO_QUANTIZER_MAPPING
+        assert name == "optimum_moe.autoload" or "optimum_moe" in AUTO_QUANTIZATION_CONFIG_MAPPING
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(name)
+"""
+MODULES = sorted(
+    ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for file in PACKAGE.rglob("*.py")
+    if "register" not in file.parts
+)
+FEW = ["optimum_moe.checkpoint.quantizer", "optimum_moe.checkpoint.reader", "optimum_moe.surgeons"]
+
+
+@pytest.mark.parametrize(
+    "modules", [pytest.param(FEW, id="few"), pytest.param(MODULES, id="all", marks=pytest.mark.full)]
+)
+def test_any_module_of_ours_may_be_imported_first(modules: list[str]) -> None:
+    done = run_python(IMPORT, *modules, timeout=1200, OPTIMUM_MOE_AUTOLOAD=0)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "could not register" not in done.stderr
 
 
 def test_the_same_package_carries_the_same_bytes(saved: Any) -> None:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeForSequenceClassification
 
-from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
+from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE, verify
 from optimum_moe import compressor as compressor_module
 from optimum_moe.checkpoint import carried_files, destination
 from optimum_moe.reporting import description
@@ -253,14 +253,65 @@ def test_interrupted_cut_of_a_model_in_memory_is_refused_afterwards(monkeypatch:
             call()
 
 
-def test_experts_that_the_checkpoint_lacks_are_never_random(original: Path, tmp_path: Path) -> None:
-    broken = Path(shutil.copytree(original, tmp_path / "broken"))
-    tensors = load_file(broken / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not ("layers.1." in name and "down_proj" in name)}
-    assert 0 < len(kept) < len(tensors)
-    save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 tensors of MoE blocks \(model.layers.1.mlp.experts.down_proj\)"):
-        pruning(broken).apply()
+def without(folder: Path, copy: Path, *names: str) -> Path:
+    """A copy of a checkpoint that lacks tensors."""
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    for name in names:
+        del tensors[name]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+LAYER = "model.layers.1"
+LACKING = {
+    "attention": [f"{LAYER}.self_attn.q_proj.weight"],
+    "norm": ["model.norm.weight"],
+    "head": ["lm_head.weight"],
+    "router": [f"{LAYER}.mlp.gate.weight"],
+    "one expert": [f"{LAYER}.mlp.experts.3.down_proj.weight"],
+    "half of one": [f"{LAYER}.mlp.experts.7.up_proj.weight"],
+    "experts": [f"{LAYER}.mlp.experts.{e}.down_proj.weight" for e in range(8)],
+}
+
+
+@pytest.mark.parametrize("kind", LACKING)
+def test_what_a_checkpoint_lacks_is_never_random(original: Path, kind: str, tmp_path: Path) -> None:
+    broken = without(original, tmp_path / "broken", *LACKING[kind])
+    shown = ", ".join(LACKING[kind][:3]) + (", ..." if len(LACKING[kind]) > 3 else "")
+    wanted = f"{broken} lacks {len(LACKING[kind])} tensors ({shown}). They would be random. Copy or download"
+    for engine in ("memory", "streaming"):
+        with pytest.raises(ValueError, match=re.escape(wanted)):
+            pruning(broken, engine=engine, output_dir=tmp_path / engine)
+
+
+def test_a_correction_that_some_layers_lack_is_refused(tmp_path: Path) -> None:
+    build("deepseek_v3").save_pretrained(tmp_path / "original")
+    name = f"{LAYER}.mlp.gate.e_score_correction_bias"
+    broken = without(tmp_path / "original", tmp_path / "broken", name)
+    with pytest.raises(ValueError, match=re.escape(f"lacks 1 tensors ({name})")):
+        pruning(broken)
+
+
+def test_tied_tensors_and_the_head_of_another_task_may_be_missing(tmp_path: Path) -> None:
+    build("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    pruning(tmp_path / "tied")
+    build("qwen3_moe").save_pretrained(tmp_path / "original")
+    model = pruning(tmp_path / "original", auto_class=Qwen3MoeForSequenceClassification).apply()
+    assert model.score.weight.shape == (2, 64)
+
+
+@pytest.mark.parametrize("gone", ["model.layers.0.self_attn.k_norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("method", [ExpertPruning(num_experts=4), MSMoE(num_experts=4)], ids=["plain", "map"])
+def test_verification_names_what_a_result_lacks(original: Path, method: Any, gone: str, tmp_path: Path) -> None:
+    data = CalibrationConfig([inputs_for("qwen3_moe", rows=4, length=32)])
+    MoECompressor.from_pretrained(original, method, data, progress=False, output_dir=tmp_path / "out").apply()
+    report = verify(without(tmp_path / "out", tmp_path / "broken", gone), original)
+    assert report["keys"].failures == (f"{gone} is missing",)
+    if isinstance(method, MSMoE):
+        with pytest.raises(ValueError, match=re.escape(f"The checkpoint lacks 1 tensors ({gone})")):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "broken")
 
 
 def test_space_is_checked(tmp_path: Path) -> None:

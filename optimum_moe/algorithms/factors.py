@@ -189,11 +189,12 @@ class FactorSizes:
             or {len(values) for values in lists} != {len(self.widths)}
             or any(n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0) for n in numbers)
             or None in [n for values in (self.widths, *self.rows.values(), self.base or ()) for n in values]
+            or max(self.base or (0,)) >= max(1, len(self.widths))
         ):
             raise ValueError(
                 "Sizes of experts must give each expert a width and, for gate, up and down, or gate_up and down, a "
-                "rank (null for dense) and a number of rows, all whole numbers from 0; got "
-                f"{self._record()!r:.200}. "
+                "rank (null for dense) and a number of rows, all whole numbers from 0, and no more bases than "
+                f"experts; got {self._record()!r:.200}. "
                 "Restore the saved config.json."
             )
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_moe.checkpoint.identity import first_difference
-from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_config
+from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_model
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.writer import set_expert_counts
 from optimum_moe.methods import Method
@@ -71,7 +71,7 @@ def mark_structure(model: PreTrainedModel, source: ModelSource, plan: Compressio
     if plan.is_plain:
         set_expert_counts(model, source.blocks, {name: block.num_groups for name, block in plan.blocks.items()})
     elif plan.structure():
-        mark_config(model.config, MoEStructureConfig(plan.structure()))
+        mark_model(model, MoEStructureConfig(plan.structure()))
 
 
 def refresh_structure(model: nn.Module) -> None:

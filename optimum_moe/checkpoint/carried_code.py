@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_moe.checkpoint import modeling_optimum_moe
 from optimum_moe.checkpoint.quantizer import CARRIED_MODULE
+from optimum_moe.nn import SwappedModule, swapped_class
+from optimum_moe.surgeons.guard import as_stored
 
 CARRIED = (
     *("__init__.py", "arming.py", "blocks.py", "plan.py", "records.py", "algorithms/*.py", "nn/*.py", "surgeons/*.py"),
-    *("checkpoint/__init__.py", "checkpoint/quantizer.py"),
+    *(f"checkpoint/{name}.py" for name in ("__init__", "quantizer", "lacking", "carried_code", CARRIED_MODULE)),
 )
 """What of the package rebuilds a structure and runs it."""
 
@@ -41,6 +45,11 @@ def carry_code(directory: Path, config: PreTrainedConfig) -> None:
     saved["auto_map"] = {name: f"{CARRIED_MODULE}.{name}" for name in _auto_classes(config)}
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (directory / f"{CARRIED_MODULE}.py").write_text(inspect.getsource(modeling_optimum_moe), encoding="utf-8")
+    archive = getattr(__spec__.loader, "archive", None)
+    if archive is not None:
+        # We are carried code ourselves.
+        shutil.copyfile(archive, directory / modeling_optimum_moe.ARCHIVE)
+        return
     package = Path(__file__).parents[1]
     with zipfile.ZipFile(directory / modeling_optimum_moe.ARCHIVE, "w") as archive:
         for pattern in CARRIED:
@@ -48,6 +57,39 @@ def carry_code(directory: Path, config: PreTrainedConfig) -> None:
                 # ZipInfo has a fixed date: the same package writes the same bytes.
                 entry = zipfile.ZipInfo(f"optimum_moe/{source.relative_to(package).as_posix()}")
                 archive.writestr(entry, source.read_bytes(), zipfile.ZIP_DEFLATED)
+
+
+class SavesWithCode(SwappedModule):
+    """Mixin of a structured model: what its `save_pretrained` writes loads elsewhere too.
+
+    The class keeps the name of its architecture, which `save_pretrained` writes into config.json.
+    """
+
+    keeps_name = True
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, with guards and code."""
+        model: Any = self
+        stock = model.original_class.save_pretrained
+        given = inspect.signature(stock).bind(self, save_directory, *args, **kwargs).arguments
+        more = given.pop("kwargs", {})
+        if not given.get("save_original_format", True):
+            given["state_dict"] = as_stored(model, given.get("state_dict") or self.state_dict())
+        push = given.pop("push_to_hub", False)
+        stock(**given, **({} if push else more))
+        writes = model.should_save_on_this_rank(given.get("is_main_process", True))
+        # Where adapters are attached, only they are saved.
+        if writes and (Path(save_directory) / "config.json").is_file():
+            carry_code(Path(save_directory), model.config)
+        if push:
+            # It saves the model anew, by this method, and uploads all that it finds.
+            model.push_to_hub(more.pop("repo_id", Path(save_directory).name), token=given.get("token"), **more)
+
+
+def save_with_code(model: PreTrainedModel) -> None:
+    """Have a structured model write its code whenever it is saved."""
+    if not isinstance(model, SavesWithCode):
+        model.__class__ = swapped_class(SavesWithCode, type(model))  # type: ignore[assignment]
 
 
 def _auto_classes(config: Any) -> list[str]:

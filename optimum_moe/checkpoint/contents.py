@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from optimum_moe.checkpoint.headers import DTYPES, Headers
+from optimum_moe.checkpoint.lacking import as_saved, lacking, refuse_lacking
 from optimum_moe.checkpoint.quantizer import METHOD, MoEStructureConfig, rebuild_structure
 from optimum_moe.checkpoint.reader import CheckpointReader, Entries, Get
-from optimum_moe.surgeons import FoundBlock, find_blocks
+from optimum_moe.surgeons import FoundBlock, find_blocks, owning_configs, registered_surgeons
 
+_WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_COUNTS = {name for surgeon in registered_surgeons().values() for name in surgeon.count_fields}
 Parts = tuple[tuple[tuple[str, torch.dtype], ...], ...]
 """The stored tensors that make each entry of a tensor's first axis, with their dtypes."""
 
@@ -108,6 +111,45 @@ class Contents:
         return {name: made[name] for name in wanted}
 
 
+def refuse_larger_than_file(config: PreTrainedConfig, headers: Headers) -> None:
+    """Raise a `ValueError` where a config names sizes that its checkpoint cannot hold, before its modules are made."""
+    counted = {"num_hidden_layers": len(headers.tensors), "num_layers": len(headers.tensors)}
+    # A quantised file may hold two numbers in a byte.
+    counted |= dict.fromkeys((*_WIDTHS, *_COUNTS), 2 * headers.bytes)
+    for owner in owning_configs(config):
+        for name, most in counted.items():
+            # Asked for as an attribute, some configs say that it differs between layers.
+            value = vars(owner).get(name)
+            if isinstance(value, int) and value > most:
+                raise ValueError(
+                    f"config.json says {name}={value:,}, and the checkpoint has {len(headers.tensors):,} tensors of "
+                    f"{headers.bytes:,} bytes. Restore the config that belongs to these weights."
+                )
+
+
+def refuse_incomplete(name: str, model: PreTrainedModel, headers: Headers, blocks: Sequence[FoundBlock]) -> None:
+    """Raise a `ValueError` where a checkpoint lacks tensors of its model, or has some of another shape.
+
+    Args:
+        name: Of the checkpoint.
+        model: The model, on the meta device.
+        headers: Of the checkpoint, unquantised.
+        blocks: The MoE blocks of the model.
+    """
+    reader = CheckpointReader(model, headers.tensors)
+    contents = Contents(reader, headers, lambda stored: meta_tensor(*headers.tensors[stored][:2]))
+    state, given = model.state_dict(), contents.tensors
+    wrong = [key for key, tensor in given.items() if key in state and tensor.shape != state[key].shape]
+    gone = lacking(model, given.keys() | contents.broken.keys(), [found.info.name for found in blocks])
+    incomplete = set(as_saved(model, [*wrong, *contents.broken], headers.tensors)) - {*wrong, *contents.broken}
+    refuse_lacking(name, {*as_saved(model, gone, headers.tensors), *incomplete})
+    if wrong:
+        raise ValueError(
+            f"{name} has {wrong[0]} of shape {tuple(given[wrong[0]].shape)}, and {type(model).__name__} wants "
+            f"{tuple(state[wrong[0]].shape)} by its config.json. Restore the config that belongs to these weights."
+        )
+
+
 def no_numbers(name: str) -> torch.Tensor:
     """For `Contents` of which only sizes are wanted."""
     raise AssertionError(f"{name} was read before the input was checked")
@@ -152,13 +194,15 @@ def meta_tensor(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
 
 
-def built(directory: Path) -> tuple[PreTrainedModel, list[FoundBlock]]:
+def built(directory: Path, headers: Headers | None = None) -> tuple[PreTrainedModel, list[FoundBlock]]:
     """The model that a folder's config describes, on the meta device, and its blocks as they were before the cut.
 
     Raises:
-        ValueError: If the config describes no model, or a structure that the model cannot have.
+        ValueError: If the config describes no model, a structure that the model cannot have, or more than the headers.
     """
     config, structure = compressed_config(directory)
+    if headers is not None:
+        refuse_larger_than_file(config, headers)
     names = getattr(config, "architectures", None) or []
     cls: Any = getattr(transformers, names[0], None) if names else None
     with torch.device("meta"):
@@ -204,7 +248,7 @@ def raw_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}). Give the folder of a checkpoint.") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} is no JSON object. Copy it again.")

@@ -8,7 +8,7 @@ import re
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _RANK_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _VARIANT = re.compile(r"model\.(?:safetensors\.index\.(\w+)\.json|(\w+)\.safetensors)$")
+# {"NAME":{"dtype":"BF16","shape":[128,2048,4096],"data_offsets":[1234567890,1234567890]}, and what begins a file.
+_ENTRY, _FILE = 90, 48
+LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors reads none that is longer."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,8 +41,6 @@ DTYPES = {
 }
 """The torch dtypes of those that a header names."""
 _RUNNING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# {"NAME":{"dtype":"BF16","shape":[128,2048,4096],"data_offsets":[1234567890,1234567890]}, and what begins a file.
-_ENTRY, _FILE = 90, 48
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def read_headers(directory: str | Path, variant: str | None = None) -> Headers:
             first, last = entry["data_offsets"]
             tensors[name] = (entry["dtype"], tuple(entry["shape"]), last - first)
             homes[name] = file
+    if not tensors:
+        raise ValueError(f"The files of {directory} hold no tensor. Copy or download the checkpoint again.")
     lacking = sorted(set(index.get("weight_map", ())) - set(tensors))
     if lacking:
         raise ValueError(
@@ -194,8 +198,11 @@ def _indexed(directory: Path, index: Path) -> tuple[tuple[Path, ...], Mapping[st
     try:
         record = dict(json.loads(index.read_text(encoding="utf-8")))
         names = sorted(set(dict(record["weight_map"]).values()))
-    except (ValueError, KeyError, TypeError) as error:
+        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is no readable index of shards. Copy or download it again.") from error
+    if outside:
+        raise ValueError(f"{index} names {outside[0]}, outside of {directory}. Do not use this checkpoint.")
     files = tuple(directory / name for name in names)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -210,7 +217,7 @@ def _named_weights(directory: Path) -> Path | None:
     """The file that `transformers_weights` in `config.json` names, as `from_pretrained` reads it."""
     try:
         name = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     if name is None:
         return None
@@ -247,12 +254,12 @@ def read_header(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
+            if length > min(size, LONGEST_HEADER):
                 raise ValueError("header length")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        end = _end_of_tensors(header)
+    except (struct.error, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{file} is no readable safetensors file ({size:,} bytes). Copy or download it again."
         ) from error
@@ -265,7 +272,25 @@ def read_header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _numel(shape: tuple[int, ...]) -> int:
+def _end_of_tensors(header: Mapping[str, Any]) -> int:
+    """Where the last tensor ends: they lie one behind the other, each as long as its shape and dtype say.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    end = 0
+    for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+        first, last = entry["data_offsets"]
+        numbers, dtype = [*entry["shape"], first, last], DTYPES.get(entry["dtype"])
+        if any(type(number) is not int or number < 0 for number in numbers) or first != end or last < first:
+            raise ValueError("shapes or offsets")
+        if dtype is not None and _numel(entry["shape"]) * dtype.itemsize != last - first:
+            raise ValueError("shapes")
+        end = last
+    return end
+
+
+def _numel(shape: Sequence[int]) -> int:
     numel = 1
     for side in shape:
         numel *= side

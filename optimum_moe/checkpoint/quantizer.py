@@ -5,7 +5,8 @@ Imports nothing of transformers beyond its quantisers, because it is registered 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,7 +100,7 @@ def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
             "Restore the saved config.json."
         )
     experts, groups = entry["num_experts"], entry["num_groups"]
-    sizes = isinstance(experts, int) and isinstance(groups, int) and 1 <= groups <= experts
+    sizes = type(experts) is int and type(groups) is int and 1 <= groups <= experts
     if not sizes or entry["routing"] not in ("map", "reduce"):
         raise ValueError(
             f"quantization_config of {name} says num_experts={experts!r}, num_groups={groups!r}, "
@@ -137,7 +138,7 @@ class StructureMixin:
         """The first sight of the config before the model is built: takes out what is for machines without us."""
         if getattr(config, "fusion_config", None) == SENTINEL:
             del config.fusion_config
-        # `save_pretrained` of the loaded model writes the config, but not the code that a checkpoint carries.
+        # `save_pretrained` of the loaded model writes it again, together with the code.
         if CARRIED_MODULE in str(getattr(config, "auto_map", None)):
             del config.auto_map
         return super().update_attn_implementation(config)  # type: ignore[misc]
@@ -150,7 +151,13 @@ class StructureMixin:
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _check_expert_parallel(self.structure, getattr(model.config, "distributed_config", None))
+        files = kwargs.get("checkpoint_files")
+        most = max((entry["num_experts"] for entry in self.structure.blocks.values()), default=0)
+        # The map has eight bytes of each expert.
+        _refuse_larger_than_files(f"blocks of {most:,} experts", 32 * most, files)
         blocks = rebuild_structure(model, self.structure)
+        numbers = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+        _refuse_larger_than_files(f"a model of {numbers:,} numbers", numbers, files)
         _refuse_misfits(model, blocks)
         super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[misc]
         return model
@@ -160,7 +167,7 @@ class StructureMixin:
         del model._adjust_missing_and_unexpected_keys
         self.structure.quantise_on_load = False
         self.structure.saved_again = True
-        mark_config(model.config, self.structure)
+        mark_model(model, self.structure)
         return model
 
 
@@ -232,10 +239,13 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def mark_config(config: PreTrainedConfig, structure: MoEStructureConfig) -> None:
-    """Make a live model's config say what `save_pretrained` has to write for the checkpoint to load again."""
-    config.quantization_config = structure
-    config.fusion_config = dict(SENTINEL)
+def mark_model(model: Any, structure: MoEStructureConfig) -> None:
+    """Have `save_pretrained` of a live model write what the checkpoint needs to load again."""
+    from optimum_moe.checkpoint.carried_code import save_with_code
+
+    model.config.quantization_config = structure
+    model.config.fusion_config = dict(SENTINEL)
+    save_with_code(model)
 
 
 def quantise_on_load(config: PreTrainedConfig, quantization: QuantizationConfigMixin) -> PreTrainedConfig:
@@ -298,10 +308,36 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
 
 
 def _check_sizes(name: str, sizes: FactorSizes | None, info: BlockInfo) -> None:
-    if sizes is not None and max(sizes.widths) > info.intermediate_size:
+    """Refuse sizes that no compression gives, before tensors of them are made."""
+    if sizes is None:
+        return
+    if max(sizes.widths) > info.intermediate_size:
         raise ValueError(
             f"{name} has {info.intermediate_size} neurons by config.json, and an expert of {max(sizes.widths)} by its "
             "quantization_config. Restore the saved config.json."
+        )
+    for projection, ranks in sizes.ranks.items():
+        outputs, inputs = sizes.shape(projection, info.intermediate_size, info.hidden_size)
+        rank, rows = max((r for r in ranks if r is not None), default=0), max(sizes.rows.get(projection, (0,)))
+        if rank > max(outputs, inputs) or rows > outputs:
+            raise ValueError(
+                f"{projection} matrices of {name} have {outputs} rows and {inputs} columns by config.json, and one has "
+                f"rank {rank} or {rows} sparse rows by its quantization_config. Restore the saved config.json."
+            )
+
+
+def _refuse_larger_than_files(what: str, number: int, files: Sequence[str] | None) -> None:
+    """Refuse what the files cannot hold, before memory is taken for it.
+
+    Args:
+        what: What the config says.
+        number: Numbers that are stored of it. Quantised ones have half a byte each, and tied ones may count twice.
+        files: The shards.
+    """
+    size = sum(Path(file).stat().st_size for file in files or ())
+    if files and number > 4 * size:
+        raise ValueError(
+            f"config.json describes {what}, and the files have {size:,} bytes. Restore the saved config.json."
         )
 
 
@@ -317,7 +353,9 @@ def _name_in(model: PreTrainedModel, saved_name: str, found: Mapping[str, Any]) 
 
 
 def _refuse_misfits(model: Any, blocks: list[str]) -> None:
-    """Make the load fail where transformers would initialise missing tensors of an MoE block at random."""
+    """Make the load fail where transformers would initialise missing tensors at random."""
+    from optimum_moe.checkpoint.lacking import lacking, refuse_lacking
+
     adjust = model._adjust_missing_and_unexpected_keys
 
     def adjust_and_check(loading_info: Any) -> None:
@@ -332,12 +370,8 @@ def _refuse_misfits(model: Any, blocks: list[str]) -> None:
                 f"{len(misfits)} tensors of compressed blocks ({', '.join(misfits[:3])}, ...) are not what config.json "
                 "says of their number or size. Restore the saved config.json, or compress again."
             )
-        missing = sorted(key for key in loading_info.missing_keys if key.startswith(prefixes))
-        if missing:
-            raise ValueError(
-                f"The checkpoint lacks {len(missing)} tensors of compressed blocks ({', '.join(missing[:3])}, ...). "
-                "They would be random. Copy the missing files, or compress again."
-            )
+        given = set(model.state_dict()) - set(loading_info.missing_keys)
+        refuse_lacking("The checkpoint", lacking(model, given, blocks))
 
     model._adjust_missing_and_unexpected_keys = adjust_and_check
 

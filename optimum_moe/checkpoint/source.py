@@ -28,7 +28,13 @@ from transformers import (
 
 from optimum_moe.blocks import ModelInfo
 from optimum_moe.checkpoint.carried_files import WEIGHTS
-from optimum_moe.checkpoint.contents import Contents, no_numbers, with_itemsizes
+from optimum_moe.checkpoint.contents import (
+    Contents,
+    no_numbers,
+    refuse_incomplete,
+    refuse_larger_than_file,
+    with_itemsizes,
+)
 from optimum_moe.checkpoint.headers import (
     Headers,
     header_bytes,
@@ -36,6 +42,7 @@ from optimum_moe.checkpoint.headers import (
     read_headers,
     weight_files,
 )
+from optimum_moe.checkpoint.lacking import lacking, refuse_lacking
 from optimum_moe.checkpoint.names import check_checkpoint_name, is_hub_id
 from optimum_moe.checkpoint.origin import check_model, refuse_adapter, refuse_arguments
 from optimum_moe.checkpoint.quantised import (
@@ -100,7 +107,7 @@ class ModelSource:
         """The model with its weights.
 
         Raises:
-            ValueError: If the checkpoint lacks tensors of an MoE block.
+            ValueError: If the checkpoint lacks tensors.
         """
         if self.live is not None:
             return self.live
@@ -113,13 +120,8 @@ class ModelSource:
             )
         else:
             model, report = auto.from_pretrained(self.location, output_loading_info=True, **self.load_arguments)
-        prefixes = tuple(f"{found.info.name}." for found in self.blocks)
-        missing = sorted(key for key in report["missing_keys"] if key.startswith(prefixes))
-        if missing:
-            raise ValueError(
-                f"{self.name} lacks {len(missing)} tensors of MoE blocks ({', '.join(missing[:3])}). They would be "
-                "random. Copy or download the checkpoint again."
-            )
+        given = set(model.state_dict()) - set(report["missing_keys"])
+        refuse_lacking(self.name, lacking(model, given, [found.info.name for found in self.blocks]))
         return model
 
     def read_in(self, dtype: str) -> ModelSource:
@@ -215,7 +217,7 @@ def open_source(
 
     Raises:
         ValueError: If there is no such checkpoint, it is already compressed, quantised without `dequantize` or not
-            quantised with it, has no MoE blocks, or a shard is missing or broken.
+            quantised with it, has no MoE blocks, or a tensor or shard is missing or broken.
     """
     if not isinstance(model, str | os.PathLike):
         live = check_model(model)
@@ -229,6 +231,7 @@ def open_source(
     quantisation = accepted_quantisation(config, dequantize)
     if quantisation is not None:
         config = plain_config(config)
+    refuse_larger_than_file(config, headers)
     skeleton = _skeleton(config, auto_class, kwargs.get("trust_remote_code", False))
     blocks = tuple(find_blocks(skeleton))
     as_stored = quantisation is None and dtype in ("auto", None)
@@ -240,6 +243,9 @@ def open_source(
         itemsize = _dtype(config.dtype if dtype in ("auto", None) else dtype).itemsize
     if quantisation is not None:
         plain = unpacked(headers, int(itemsize))
+    # With other names of its own choice the checkpoint is checked when it is loaded.
+    if not kwargs.get("key_mapping"):
+        refuse_incomplete(name, skeleton, plain, blocks)
     size = headers.bytes if as_stored else int(plain.parameters * itemsize)
     blocks = with_itemsizes(blocks, skeleton, lambda name, tensor: itemsize)
     if as_stored and len(headers.dtypes) > 1:

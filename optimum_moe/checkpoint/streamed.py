@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum_moe.checkpoint.buffers import Buffers
 from optimum_moe.checkpoint.contents import meta_tensor
+from optimum_moe.checkpoint.lacking import lacking, refuse_lacking
 from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.quantised import load_dequantised
 from optimum_moe.checkpoint.reader import Entries, take_dtypes
@@ -62,6 +63,8 @@ class StreamedModel:
         if self.contents.broken:
             name, reason = next(iter(self.contents.broken.items()))
             raise ValueError(f"{source.name} does not give {name} ({reason}). Copy or download the checkpoint again.")
+        blocks = [found.info.name for found in source.blocks]
+        refuse_lacking(source.name, lacking(self.model, self.contents.tensors.keys(), blocks))
         self._tie_equal_pairs()
         self._aliases = self._find_aliases()
         self._dtypes = {name: self.contents.tensors[first].dtype for name, (first, *_) in self._aliases.items()}

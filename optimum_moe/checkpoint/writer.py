@@ -12,7 +12,6 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_moe.checkpoint.carried_code import carry_code
 from optimum_moe.checkpoint.origin import all_in_memory
 from optimum_moe.checkpoint.stored import StoredModel
 from optimum_moe.methods.counts import parse_size
@@ -41,7 +40,7 @@ def write_model(
     max_shard_size: str | int,
     stored: StoredModel | None = None,
 ) -> None:
-    """Weights, config in every spelling that readers of this architecture know, and the code that it needs.
+    """Weights, and config in every spelling that readers of this architecture know.
 
     Args:
         model: The model.
@@ -59,7 +58,6 @@ def write_model(
     save: Any = model.save_pretrained
     save(directory, state_dict=state, max_shard_size=max_shard_size, save_original_format=state is None)
     _spell_out_config(directory, blocks)
-    carry_code(directory, model.config)
 
 
 def describe_model(model: PreTrainedModel, directory: Path, blocks: Sequence[FoundBlock]) -> None:
@@ -75,7 +73,6 @@ def describe_model(model: PreTrainedModel, directory: Path, blocks: Sequence[Fou
             if path.suffix != ".safetensors":
                 path.rename(directory / path.name)
     _spell_out_config(directory, blocks)
-    carry_code(directory, model.config)
 
 
 @contextmanager

@@ -9,9 +9,13 @@ from torch import nn
 
 
 class SwappedModule(nn.Module):
-    """Base of the mixins put in front of a stock class; `original_class` is that class."""
+    """Base of the mixins put in front of a stock class; `original_class` is that class.
+
+    With `keeps_name` the new class is called like the original one.
+    """
 
     original_class: type[nn.Module]
+    keeps_name = False
 
     def __reduce__(self) -> tuple[Callable[..., nn.Module], tuple[type, type], dict[str, Any]]:
         return _blank_instance, (type(self).__mro__[1], self.original_class), self.__dict__
@@ -31,7 +35,10 @@ def swapped_class(mixin: type[SwappedModule], original: type[nn.Module]) -> type
     if (mixin, original) not in _CLASSES:
         # A hub kernel chosen by its layer name would replace forward() and with it the mixin.
         namespace = {"original_class": original, "kernel_layer_name": None, "__module__": mixin.__module__}
-        _CLASSES[mixin, original] = type(f"{mixin.__name__}{original.__name__}", (mixin, original), namespace)
+        name = original.__name__ if mixin.keeps_name else f"{mixin.__name__}{original.__name__}"
+        if mixin.keeps_name:
+            namespace["__module__"] = original.__module__
+        _CLASSES[mixin, original] = type(name, (mixin, original), namespace)
     return _CLASSES[mixin, original]
 
 

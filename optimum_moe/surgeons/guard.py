@@ -89,13 +89,20 @@ def guard_renamings(model: PreTrainedModel) -> list[GuardRenaming]:
     return [c for c in getattr(model, "_weight_conversions", None) or () if isinstance(c, GuardRenaming)]
 
 
+def as_stored(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a model, of which only the guards have the names of the checkpoint."""
+    guards = {name for name in state if name.rpartition(".")[2] == GUARD}
+    kept = {name: tensor for name, tensor in state.items() if name not in guards}
+    return kept | revert_weight_conversion(model, {name: state[name] for name in guards})
+
+
 def _save_as(model: Any, name: str, stored: str) -> None:
     """Have `save_pretrained` write a guard under another name."""
     alias = next(iter(revert_weight_conversion(model, {name: torch.empty(1, device="meta")})))
     names = {old: new for renaming in guard_renamings(model) for old, new in renaming.names.items()}
     others = [conversion for conversion in _conversions(model) if not isinstance(conversion, GuardRenaming)]
-    # transformers asks this attribute for the conversions of a model. Ours is in front: the others happen on the side of
-    # the model.
+    # transformers asks this attribute for the conversions of a model. Ours is in front: the others happen on the side
+    # of the model.
     model._weight_conversions = [GuardRenaming({**names, stored: alias}), *others]
 
 

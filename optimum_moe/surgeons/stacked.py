@@ -210,9 +210,9 @@ class StackedSurgeon(Surgeon):
 
     def add_map(self, block: Block, num_groups: int, others: int = 0) -> None:
         """Give the router its buffer `expert_map`; ids of `others` that trail the experts follow the groups."""
-        device, zeros = self.router_rows(block).device, (0,) * self.num_experts(block)
-        ids = [*zeros, *range(num_groups, num_groups + others)]
-        getattr(block, self.router_name).register_buffer("expert_map", torch.tensor(ids, device=device))
+        ids_N = torch.zeros(self.num_experts(block) + others, dtype=torch.int64, device=self.router_rows(block).device)
+        ids_N[self.num_experts(block) :] = torch.arange(num_groups, num_groups + others)
+        getattr(block, self.router_name).register_buffer("expert_map", ids_N)
 
     def drop_stacks(self, block: Block) -> None:
         """Take the stock tensors of the experts out of the block."""
