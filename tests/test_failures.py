@@ -297,8 +297,8 @@ def test_tied_tensors_and_the_head_of_another_task_may_be_missing(tmp_path: Path
     build("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
     pruning(tmp_path / "tied")
-    build("qwen3_moe").save_pretrained(tmp_path / "original")
-    model = pruning(tmp_path / "original", auto_class=Qwen3MoeForSequenceClassification).apply()
+    build("qwen3_moe").model.save_pretrained(tmp_path / "base")
+    model = pruning(tmp_path / "base", auto_class=Qwen3MoeForSequenceClassification).apply()
     assert model.score.weight.shape == (2, 64)
 
 
