@@ -100,7 +100,8 @@ def stored(folder):
 
 
 def attempt(folder, original):
-    cls = getattr(transformers, json.loads(Path(folder, "config.json").read_text())["architectures"][0], None)
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    cls = getattr(transformers, config["architectures"][0], None)
     if cls is None:
         return "no such model"
     try:
@@ -206,7 +207,7 @@ def main() -> None:
     text = "\n".join([*lines, "", f"{len(failures)} failures.", *failures]) + "\n"
     print(text)
     if arguments.output is not None:
-        arguments.output.write_text(text)
+        arguments.output.write_text(text, encoding="utf-8")
     sys.exit(bool(failures))
 
 

@@ -37,9 +37,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edited(folder: Path, copy: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
     """A copy of a checkpoint with another config."""
     shutil.copytree(folder, copy)
-    config = json.loads((copy / "config.json").read_text())
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     edit(config)
-    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return copy
 
 
@@ -61,8 +61,8 @@ def with_factors(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str,
 
 def with_blocks(**fields: Any) -> Callable[[dict[str, Any]], None]:
     def edit(config: dict[str, Any]) -> None:
-        config.update({name: fields["num_experts"] for name in ("num_experts", "num_local_experts")} if
-                      "num_experts" in fields else {})  # fmt: skip
+        if "num_experts" in fields:
+            config.update(dict.fromkeys(("num_experts", "num_local_experts"), fields["num_experts"]))
         for block in blocks_of(config):
             block.update(fields)
 
@@ -113,9 +113,8 @@ def test_a_config_larger_than_its_weights(folders: Path, name: str, tmp_path: Pa
             del config["num_local_experts"]
 
     broken = edited(folders / "original", tmp_path / "broken", edit)
-    with pytest.raises(
-        ValueError, match=rf"config.json says num_\w+|says {name}={CONFIGS[name]:,}, and the checkpoint"
-    ):
+    shown = "num_(local_)?experts" if name == "num_experts" else name
+    with pytest.raises(ValueError, match=f"config.json says {shown}={CONFIGS[name]:,}, and the checkpoint has"):
         MoECompressor.from_pretrained(broken, ExpertPruning(num_experts=4, saliency="random"))
 
 
@@ -154,7 +153,7 @@ def write_header(file: Path, header: Any, size: int = 4) -> None:
 @pytest.mark.parametrize("case", HEADERS)
 def test_headers_that_are_none(case: str, tmp_path: Path) -> None:
     write_header(tmp_path / "model.safetensors", HEADERS[case])
-    with pytest.raises(ValueError, match="model.safetensors is no readable safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is no readable safetensors file"):
         read_headers(tmp_path)
 
 
@@ -171,8 +170,8 @@ INDICES: dict[str, tuple[Any, str]] = {
     "list": (["a"], "no readable index"),
     "null": (None, "no readable index"),
     "nested": ({"a": {"b": 1}}, "no readable index"),
-    "above": ({"a": "../model.safetensors"}, "names files outside of"),
-    "absolute": ({"a": "/model.safetensors"}, "names files outside of"),
+    "above": ({"a": "../model.safetensors"}, "outside of"),
+    "absolute": ({"a": "/model.safetensors"}, "outside of"),
     "empty": ({}, "hold no tensor"),
 }
 
@@ -180,7 +179,7 @@ INDICES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", INDICES)
 def test_indices_that_are_none(case: str, tmp_path: Path) -> None:
     weight_map, message = INDICES[case]
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_headers(tmp_path)
 
