@@ -12,7 +12,7 @@ import transformers
 from optimum_moe.checkpoint.belonging import mark_structure
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.plan import CompressionPlan, keep_all
-from optimum_moe.surgeons import find_blocks
+from optimum_moe.surgeons import find_blocks, guarded
 from tests.expert_forms import joint, lossless, mixture
 from tests.test_reload import assert_same_tensors, move_out_of_the_file
 from tests.tiny_models import Target, build, every_target, inputs_for, logits_of
@@ -26,7 +26,8 @@ def factorised(model, make) -> CompressionPlan:
         with torch.no_grad():
             factors = make(found.surgeon.experts(block))
         plan = replace(keep_all(found.info.name, found.info.num_experts), factors=factors)
-        plans[found.info.name] = found.surgeon.carry_out(block, plan)
+        with guarded(model, found, plan.needs_guard):
+            plans[found.info.name] = found.surgeon.carry_out(block, plan)
     return CompressionPlan(plans)
 
 

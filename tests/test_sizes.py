@@ -69,13 +69,19 @@ def with_blocks(**fields: Any) -> Callable[[dict[str, Any]], None]:
     return edit
 
 
+def of_all(number: object) -> str:
+    """The table of eight experts."""
+    return " ".join([str(number)] * 8)
+
+
 STRUCTURES = {
-    "bases": ("factors", with_factors(lambda f: f.update(base=[10**9] * 8)), "no more bases than experts"),
-    "rows": ("factors", with_factors(lambda f: f["rows"].update(down=[HUGE] * 8)), "or 1000000000000 sparse rows"),
-    "float": ("factors", with_factors(lambda f: f["rows"].update(down=[1e12] * 8)), "all whole numbers from 0"),
-    "ranks": ("factors", with_factors(lambda f: f["ranks"].update(up=[HUGE] * 8)), "and one has rank 1000000000000"),
-    "widths": ("factors", with_factors(lambda f: f.update(widths=[HUGE] * 8)), "has 24 neurons by config.json"),
-    "no widths": ("factors", with_factors(lambda f: f.update(widths=[])), "must give each expert a width"),
+    "bases": ("factors", with_factors(lambda f: f.update(base=of_all(10**9))), "no more bases than experts"),
+    "rows": ("factors", with_factors(lambda f: f["rows"].update(down=of_all(HUGE))), "or 1000000000000 sparse rows"),
+    "float": ("factors", with_factors(lambda f: f["rows"].update(down=of_all(1e12))), "no whole number"),
+    "numbers": ("factors", with_factors(lambda f: f["rows"].update(down=[HUGE] * 8)), "cannot be read"),
+    "ranks": ("factors", with_factors(lambda f: f["ranks"].update(up=of_all(HUGE))), "and one has rank 1000000000000"),
+    "widths": ("factors", with_factors(lambda f: f.update(widths=of_all(HUGE))), "has 24 neurons by config.json"),
+    "no widths": ("factors", with_factors(lambda f: f.update(widths="")), "no whole number"),
     "list": ("factors", with_blocks(factors=[1]), "Sizes of experts cannot be read"),
     "experts": ("map", with_blocks(num_experts=10**9), "1,000,000,000"),
     "groups": ("map", with_blocks(num_groups=HUGE), "num_groups=1000000000000"),
