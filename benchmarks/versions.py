@@ -140,6 +140,9 @@ def make_checkpoints(folder: Path) -> Iterator[tuple[str, str, Path, Path]]:
         original = folder / family / "original"
         torch.manual_seed(0)
         getattr(transformers, f"{family}{head}")(config).save_pretrained(original)
+        # Released configs have the names that older versions know; transformers 5 saves some under another.
+        written = json.loads((original / "config.json").read_text(encoding="utf-8"))
+        (original / "config.json").write_text(json.dumps(fields | written), encoding="utf-8")
         ids = {"input_ids": torch.randint(3, 99, (8, 32))}
         yield family, "original", original, original
         data = [ids | ({"decoder_input_ids": ids["input_ids"]} if config.is_encoder_decoder else {})]
