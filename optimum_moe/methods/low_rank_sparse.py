@@ -228,12 +228,13 @@ class LowRankSparse(Method):
             assert self.budget is not None
             return int(product(self.budget, dense))
         rest = int(model.bytes - dense * narrowest)
-        # Experts lie in stacks by width, a multiple of 8: gate and up dense or in two factors, down dense.
+        # Experts lie in stacks by width, a multiple of 8: gate and up dense or in two factors, down dense. One number
+        # guards them.
         headers = 0
         for block in chosen:
             stacks = min(block.num_experts, block.intermediate_size // RANK_STEP + 1)
             biases = 3 if block.expert_parameters > block.expert_multiply_adds else 0
-            headers += (stacks * (7 + biases) + 2) * header_entry(block)
+            headers += (stacks * (7 + biases) + 3) * header_entry(block)
         left = int((bytes_for_tensors(model, self.target_size, headers) - rest) / narrowest)
         if left < 0:
             raise ValueError(
