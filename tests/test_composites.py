@@ -174,7 +174,7 @@ def test_a_config_without_architectures_opens_as_the_whole_model(composite: Comp
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     source = open_source(tmp_path)
     assert type(source.skeleton) is type(model)
-    assert [found.info for found in source.blocks] == [found.info for found in find_blocks(model)]
+    assert [found.info for found in source.blocks] == [found.info for found in open_source(model).blocks]
 
 
 def test_each_pool_of_ernie_counts_its_own_tokens_without_padding() -> None:

@@ -60,6 +60,11 @@ def bytes_by_kind(checkpoint: Path) -> dict[str, int]:
     return {"expert": one, "router": router, "other": other}
 
 
+def checks(sizes: dict[str, int], times: int) -> int:
+    """Bytes that are read to know the model again and to find broken weights; of large tensors the former samples."""
+    return times * (24 * sizes["expert"] + sizes["router"] + sizes["other"])
+
+
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of bytes that are read, while the test runs."""
@@ -91,7 +96,7 @@ def test_each_tensor_is_read_once_for_what_it_is_needed(
 ) -> None:
     sizes = bytes_by_kind(checkpoint)
     streamed = compressed(checkpoint, method, None, tmp_path / "streaming" / "out", "streaming")
-    assert sum(read) == experts_read * sizes["expert"] + sizes["router"] + sizes["other"]
+    assert sum(read) == experts_read * sizes["expert"] + sizes["router"] + sizes["other"] + checks(sizes, 2)
     assert_same(compressed(checkpoint, method, None, tmp_path / "memory" / "out", "memory"), streamed)
 
 
@@ -125,7 +130,7 @@ def test_given_statistics_read_each_tensor_once(
     monkeypatch.setattr(Place, "read_into", counted)
     paths = {engine: compressor.apply(statistics) for engine, compressor in compressors.items()}
     sizes = bytes_by_kind(checkpoint)
-    assert sum(counts) == experts_read * sizes["expert"] + sizes["router"] + sizes["other"]
+    assert sum(counts) == experts_read * sizes["expert"] + sizes["router"] + sizes["other"] + checks(sizes, 3)
     assert_same(paths["memory"], paths["streaming"])
 
 
@@ -177,7 +182,7 @@ def test_a_plan_that_only_keeps_experts(checkpoint: Path, tmp_path: Path, read: 
     )
     streamed = compressor.apply(plan=CompressionPlan.from_pretrained(whole))
     sizes = bytes_by_kind(checkpoint)
-    assert sum(read) == 3 * 4 * sizes["expert"] + sizes["router"] + sizes["other"]
+    assert sum(read) == 3 * 4 * sizes["expert"] + sizes["router"] + sizes["other"] + checks(sizes, 2)
     assert (whole / "config.json").read_bytes() == (streamed / "config.json").read_bytes()
 
 
@@ -214,14 +219,15 @@ def test_memory_is_used_again_only_when_nothing_refers_to_it() -> None:
     assert (first.shape, first.dtype, first.data_ptr() % 4096) == (shape, torch.bfloat16, 0)
     address, view = first.data_ptr(), first[1:3]
     del first
-    assert buffers.empty(shape, torch.bfloat16).data_ptr() != address
+    other = buffers.empty(shape, torch.bfloat16).data_ptr()
+    assert other != address
     del view
     again = buffers.empty(torch.Size((2, 1024)), torch.float32)
-    assert again.data_ptr() == address
-    assert len(buffers._all) == 2
+    assert again.data_ptr() in (address, other)
+    assert len(buffers._idle) == 1
     # What is idle goes before more is taken.
     larger = buffers.empty(torch.Size((8, 1024)), torch.float32)
-    assert sorted(len(buffer) for buffer in buffers._all) == [8192, 32768]
+    assert buffers._idle == []
     assert buffers.empty(torch.Size((0, 3)), torch.float32).shape == (0, 3)
     del again, larger
 

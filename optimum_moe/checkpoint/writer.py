@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from optimum_moe.checkpoint.carried_code import carry_code
 from optimum_moe.checkpoint.origin import all_in_memory
 from optimum_moe.checkpoint.stored import StoredModel
 from optimum_moe.methods.counts import parse_size
@@ -68,6 +69,7 @@ def describe_model(model: PreTrainedModel, directory: Path, blocks: Sequence[Fou
         model.save_pretrained(beside, state_dict={})
         model.config.dtype = dtype
         model.config.save_pretrained(beside)
+        carry_code(Path(beside), model.config)
         for path in Path(beside).iterdir():
             # Only the empty file of weights is of no use.
             if path.suffix != ".safetensors":

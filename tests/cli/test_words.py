@@ -359,7 +359,7 @@ def test_inspect_a_compressed_checkpoint(run: Run, checkpoint: Path, corpus: Pat
     assert record["compressed"]["original"] == "tiny"
     assert record["compressed"]["experts"] == {f"model.layers.{i}.mlp": [8, 3] for i in range(3)}
     report = json.loads((tmp_path / "map" / "compression_report.json").read_text(encoding="utf-8"))
-    assert record["bytes"] == report["after"]["bytes"] + 3 * 8 * 8
+    assert record["bytes"] == report["after"]["bytes"] + 3 * (8 * 8 + 4)
     plain = json.loads(run("inspect", tmp_path / "plain", "--json")[1])
     assert [block["num_experts"] for block in plain["blocks"]] == [4, 4, 4]
     status, text, _ = run("inspect", tmp_path / "plain")
