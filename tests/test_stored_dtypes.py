@@ -28,8 +28,13 @@ def stored(folder: Path) -> Tensors:
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
+def is_beside(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a map or a guard, which no cost counts."""
+    return name.endswith("expert_map") or (".experts" in name and tensor.shape == (1,))
+
+
 def bytes_of(tensors: Tensors) -> int:
-    return sum(t.numel() * t.element_size() for name, t in tensors.items() if not name.endswith("expert_map"))
+    return sum(t.numel() * t.element_size() for name, t in tensors.items() if not is_beside(name, t))
 
 
 def mixed_checkpoint(folder: Path, wide: Wide, target: str = "qwen3_moe", **config: Any) -> Path:

@@ -358,20 +358,27 @@ def _refuse_misfits(model: Any, blocks: list[str]) -> None:
 
     adjust = model._adjust_missing_and_unexpected_keys
 
-    def adjust_and_check(loading_info: Any) -> None:
-        adjust(loading_info)
+    def check(loading_info: Any) -> None:
         prefixes = tuple(f"{name}." for name in blocks)
         suspects = {key for key, *_ in loading_info.mismatched_keys} | set(loading_info.unexpected_keys)
         misfits = sorted(key for key in suspects if key.startswith(prefixes))
         if misfits:
-            # transformers raises of these too, later and with less to say.
-            loading_info.mismatched_keys.clear()
             raise ValueError(
                 f"{len(misfits)} tensors of compressed blocks ({', '.join(misfits[:3])}, ...) are not what config.json "
                 "says of their number or size. Restore the saved config.json, or compress again."
             )
         given = set(model.state_dict()) - set(loading_info.missing_keys)
         refuse_lacking("The checkpoint", lacking(model, given, blocks))
+
+    def adjust_and_check(loading_info: Any) -> None:
+        adjust(loading_info)
+        try:
+            check(loading_info)
+        except ValueError:
+            # transformers raises of these too, later and with less to say.
+            loading_info.mismatched_keys.clear()
+            loading_info.conversion_errors.clear()
+            raise
 
     model._adjust_missing_and_unexpected_keys = adjust_and_check
 
