@@ -233,11 +233,11 @@ def rewritten(statistics: Statistics, folder: Path, change: Any) -> Path:
 
     statistics.save_pretrained(folder)
     path, file = folder / "statistics.json", folder / "statistics" / "tensors.safetensors"
-    record, tensors = json.loads(path.read_text()), load_file(file)
+    record, tensors = json.loads(path.read_text(encoding="utf-8")), load_file(file)
     change(record, tensors)
     save_file(tensors, file)
     del record["digest"]
-    path.write_text(json.dumps({**record, "digest": digest(record, tensors)}))
+    path.write_text(json.dumps({**record, "digest": digest(record, tensors)}), encoding="utf-8")
     return folder
 
 

@@ -45,9 +45,9 @@ def mixed_checkpoint(folder: Path, wide: Wide, target: str = "qwen3_moe", **conf
     for name in filter(wide, tensors):
         tensors[name] = tensors[name].float() + 1e-4 * torch.randn(tensors[name].shape, generator=generator)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    record = json.loads((folder / "config.json").read_text()) | config
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8")) | config
     known = {key: value for key, value in record.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(known))
+    (folder / "config.json").write_text(json.dumps(known), encoding="utf-8")
     return folder
 
 
@@ -88,9 +88,9 @@ def test_float32_routers_and_norms_keep_their_bits(tmp_path: Path, method: Metho
     before = stored(source)
     after, foretold = compressed(source, tmp_path / "out", method, engine)
     assert foretold == bytes_of(after)
-    report = json.loads((tmp_path / "out" / "compression_report.json").read_text())
+    report = json.loads((tmp_path / "out" / "compression_report.json").read_text(encoding="utf-8"))
     assert report["after"]["bytes"] == bytes_of(after)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
     for name, tensor in before.items():
         if ".experts." not in name and not is_router(name):
             assert_same(after[name], tensor, name)
@@ -171,7 +171,9 @@ def test_what_is_stored_decides_and_not_what_the_config_says(tmp_path: Path, con
         }
         assert bytes_of(after) <= foretold
         assert number or target * 0.8 < bytes_of(after) == foretold <= target
-        assert json.loads((tmp_path / f"out {number}" / "config.json").read_text())["dtype"] == "bfloat16"
+        assert (
+            json.loads((tmp_path / f"out {number}" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+        )
 
 
 @ENGINES
@@ -184,7 +186,7 @@ def test_experts_of_several_dtypes(tmp_path: Path, routing: str, engine: str) ->
     method = merge if routing == "map" else ExpertPruning(num_experts=4, saliency="aimer")
     after, foretold = compressed(source, tmp_path / "out", method, engine)
     assert bytes_of(after) <= foretold
-    report = json.loads((tmp_path / "out" / "compression_report.json").read_text())
+    report = json.loads((tmp_path / "out" / "compression_report.json").read_text(encoding="utf-8"))
     assert report["after"]["bytes"] == bytes_of(after)
     dtypes = set()
     for plan in CompressionPlan.from_pretrained(tmp_path / "out").blocks.values():

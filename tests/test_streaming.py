@@ -23,7 +23,7 @@ from optimum_moe.engine.activations import Activations
 from optimum_moe.engine.lockstep import Lockstep
 from optimum_moe.engine.units import find_units
 from optimum_moe.methods import BlockContext
-from optimum_moe.surgeons import find_blocks
+from optimum_moe.surgeons import find_blocks, guarded
 from tests.composites_table import build_composite, composite_named, inputs_with_media
 from tests.mtp_checkpoints import save_with_mtp
 from tests.test_composites import reached_only
@@ -183,7 +183,8 @@ def test_error_propagation_by_hand(engine: str, name: str, checkpoints: Any, tmp
         )
         with torch.no_grad():
             plan = method.decide(context, 4)
-        found.surgeon.cut(block, plan)
+        with guarded(model, found, needed=True):
+            found.surgeon.cut(block, plan)
     model.save_pretrained(tmp_path / "hand")
     left, right = tensors(tmp_path / "hand"), tensors(path)
     assert left.keys() == right.keys()
