@@ -46,7 +46,7 @@ class Setting:
 
     Args:
         model: Checkpoint.
-        source: What it is, and its licence.
+        source: What it is, and its license.
         variants: What is compared.
         evaluation: Settings of `evaluate`.
         calibration_tokens: Tokens that are observed.
@@ -71,7 +71,7 @@ def merged(share: float) -> Method:
     return MSMoE(num_experts=max(1, int(NUM_EXPERTS * share)))
 
 
-def merged_and_factorised(share: float) -> list[Method]:
+def merged_and_factorized(share: float) -> list[Method]:
     """Of equal parts: the share of the experts and the share of the numbers of each, which has a tenth of its rows."""
     each = max(share**0.5, REFERENCE_SMALLEST + 0.12)
     count = max(1, int(NUM_EXPERTS * share / each))
@@ -109,7 +109,7 @@ SETTINGS = {
         source_line(),
         {
             "M-SMoE": merged,
-            "MC-SMoE": merged_and_factorised,
+            "MC-SMoE": merged_and_factorized,
             "base + delta": based,
             "plain SVD": uniform(REFERENCE_SMALLEST, whiten=False),
             "whitened SVD": uniform(REFERENCE_SMALLEST, whiten=True),

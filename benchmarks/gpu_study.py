@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 import transformers
-from factorised_speed import compressed_block, mixed, predicted, random_factors, uniform
+from factorized_speed import compressed_block, mixed, predicted, random_factors, uniform
 from layer_speed import Layer, cut_block, random_block
 from torch import nn
 

@@ -20,7 +20,7 @@ The three blocks are timed in turns, in a random order; the figures are medians 
 within one turn, for these machines are noisy. The last column is the same ratio for stock against itself, a second
 block with the same weights: what it differs from 0 is noise.
 
-Below them experts in compressed forms are timed beside dense ones: see factorised_speed.py.
+Below them experts in compressed forms are timed beside dense ones: see factorized_speed.py.
 
     python benchmarks/layer_speed.py [--threads 2] [--dtype float32] [--repeats 300] [--seconds 20]
     python benchmarks/layer_speed.py --layers --threads 1 --clock cpu --seconds 5     # compressed forms only
@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 import transformers
-from factorised_speed import NOTES, run_compressed
+from factorized_speed import NOTES, run_compressed
 from torch import nn
 
 from optimum_moe.plan import BlockPlan

@@ -33,7 +33,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def source_line() -> str:
-    """What the tables of the reference model ran on, with its licence."""
+    """What the tables of the reference model ran on, with its license."""
     return (
         "Model: the bundled reference MoE (Qwen3-MoE, 4 blocks x 32 experts, top-4), trained by "
         "benchmarks/train_reference.py on public-domain text (State of the Union addresses, Moby-Dick, King James "

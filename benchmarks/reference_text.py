@@ -158,7 +158,7 @@ def _austen_documents(cache: Path) -> list[Document]:
 
 
 def _xdr_strings(raw: bytes) -> list[str]:
-    """The strings of a serialised R character vector (flags, length, bytes for each)."""
+    """The strings of a serialized R character vector (flags, length, bytes for each)."""
     start = raw.index(struct.pack(">i", 16), 14)
     count = struct.unpack_from(">i", raw, start + 4)[0]
     position, strings = start + 8, []

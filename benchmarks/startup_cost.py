@@ -41,7 +41,7 @@ def main() -> None:
     for name, times in (("autoload off", off), ("autoload on", on)):
         low, middle, high = (1000 * t for t in statistics.quantiles(times, n=4))
         print(f"| {name} | {middle:.1f} | {low:.1f} - {high:.1f} |")
-    print(f"\nRatio of neighbouring runs, median of {runs}: {ratio:.4f}")
+    print(f"\nRatio of neighboring runs, median of {runs}: {ratio:.4f}")
 
 
 if __name__ == "__main__":

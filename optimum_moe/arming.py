@@ -1,7 +1,7 @@
 """Make transformers know our checkpoints as soon as, and only if, transformers itself is imported.
 
 Standard library only: registration imports torch and transformers, which takes seconds, so it waits for an import
-hook on the module that holds the registry of quantisers.
+hook on the module that holds the registry of quantizers.
 """
 
 from __future__ import annotations

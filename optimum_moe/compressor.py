@@ -127,7 +127,7 @@ class MoECompressor:
             tokenizer: Tokenizer or processor, or the folder or Hub id of one; by default the checkpoint's.
             dtype: Of the weights; `"auto"` (default) keeps the checkpoint's.
             device_map: As in `from_pretrained`.
-            dequantize: Compress the bf16 values of an FP8 or MXFP4 checkpoint; the result is not quantised.
+            dequantize: Compress the bf16 values of an FP8 or MXFP4 checkpoint; the result is not quantized.
             mtp: What becomes of multi-token-prediction layers, which transformers does not load: `"copy"`, `"cut"`
                 (their experts like those of the last MoE block) or `"drop"`; `"error"` (default) refuses a checkpoint
                 that has some.

@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 
 
 def tensors_file(directory: Path, name: str) -> Path:
-    """Where the tensors of a record lie: in a folder of their own, because quantisers and servers take every
+    """Where the tensors of a record lie: in a folder of their own, because quantizers and servers take every
     safetensors file beside a model for its weights.
     """
     return directory / name / "tensors.safetensors"

@@ -66,7 +66,7 @@ def verify(
     directory = Path(out)
     if not directory.is_dir():
         raise ValueError(f"{directory} is no folder. Give the folder of a compressed checkpoint.")
-    source = None if against is None else open_source(against, dequantize=_is_quantised(against))
+    source = None if against is None else open_source(against, dequantize=_is_quantized(against))
     names = ["files", "side files", "plan", "config", "keys", "counts", "shapes"]
     names += ["experts", "routers", "other tensors", "mtp layers"] if source is not None else []
     names.append("reload")
@@ -145,7 +145,7 @@ def _attempt(add: Callable[..., None], name: str, action: Callable[[], Any]) -> 
         return None
 
 
-def _is_quantised(against: str | Path) -> bool:
+def _is_quantized(against: str | Path) -> bool:
     try:
         config = AutoConfig.from_pretrained(against)
     except (OSError, ValueError):
@@ -229,7 +229,7 @@ def _shape_failures(work: _Work) -> list[str]:
 
 def _dtype_failures(work: _Work, source: ModelSource) -> list[str]:
     """Floating tensors have the dtype of the original, or the one that they were loaded in."""
-    if source.quantisation is not None:
+    if source.quantization is not None:
         return []
     assert source.headers is not None
     names = source.headers.tensors

@@ -144,9 +144,9 @@ def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
 FAMILIES = (
     family("mixtral", "MixtralForCausalLM", "MixtralConfig"),
     family("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"norm_topk_prob": True}),
-    family("qwen3_moe-unnormalised", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"norm_topk_prob": False}),
+    family("qwen3_moe-unnormalized", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"norm_topk_prob": False}),
     family("olmoe", "OlmoeForCausalLM", "OlmoeConfig", {"norm_topk_prob": False}),
-    family("olmoe-normalised", "OlmoeForCausalLM", "OlmoeConfig", {"norm_topk_prob": True}),
+    family("olmoe-normalized", "OlmoeForCausalLM", "OlmoeConfig", {"norm_topk_prob": True}),
     family("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Config", _MLA),
     family(
         "deepseek_v3-groups",

@@ -1,4 +1,4 @@
-"""The ways of factorising experts that tests run through, and which of them an architecture takes."""
+"""The ways of factorizing experts that tests run through, and which of them an architecture takes."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.quantised_checkpoints import edit_config
+from tests.quantized_checkpoints import edit_config
 from tests.tiny_models import build
 
 PREFIXES = {"deepseek_v3": "model.layers.3.", "qwen3_next": "mtp.layers.0."}

@@ -24,7 +24,7 @@ def stream(checkpoint: Path, out: Path) -> None:
     method = {
         "uniform": MSMoE(num_experts=4),
         "adaptive": MSMoE(num_experts=4, budget="adaptive"),
-        "factorised": [MSMoE(num_experts=4), LowRankSparse(rank=8)],
+        "factorized": [MSMoE(num_experts=4), LowRankSparse(rank=8)],
     }[kind]
     MoECompressor.from_pretrained(checkpoint, method, data, engine="streaming", output_dir=out, progress=False).apply()
 

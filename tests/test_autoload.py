@@ -296,7 +296,7 @@ def test_plain_checkpoints_carry_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.22.9", "5.24.0.dev0", "6.0.0"])
 def test_other_versions_of_transformers_are_refused(saved: Any, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The module that the quantiser saw: transformers puts a lazy one in its own place once it is imported.
+    # The module that the quantizer saw: transformers puts a lazy one in its own place once it is imported.
     monkeypatch.setattr(quantizer.transformers, "__version__", version)
     with pytest.raises(ValueError, match=rf"transformers >=5.23,<5.24; transformers {version} is installed"):
         transformers.AutoModelForCausalLM.from_pretrained(saved[0])

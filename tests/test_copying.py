@@ -20,7 +20,7 @@ from optimum_moe.plan import BlockPlan, CompressionPlan, keep_all
 from optimum_moe.statistics import BlockStatistics
 from tests.composites_table import COMPOSITES, build_composite
 from tests.test_released_sources import EVEN
-from tests.test_released_sources import written as written_quantised
+from tests.test_released_sources import written as written_quantized
 from tests.test_streaming import assert_same, calibration, compressed
 from tests.tiny_models import build, every_target
 
@@ -158,8 +158,8 @@ def test_what_is_copied_expert_by_expert(name: str, settings: Any, stacked: set[
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
-def test_what_is_dequantised_is_not_copied(name: str, tmp_path: Path) -> None:
-    original = written_quantised(name, tmp_path / "original", **EVEN)
+def test_what_is_dequantized_is_not_copied(name: str, tmp_path: Path) -> None:
+    original = written_quantized(name, tmp_path / "original", **EVEN)
     found = streaming_source(original, dequantize=True)
     assert (found._stacked, found._saved_as) == (set(), {})
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optimum_moe import CompressionPlan
 from optimum_moe.algorithms.factors import FactorSizes
 from optimum_moe.records import digest
-from tests.test_factorised_verification import save_mixture
+from tests.test_factorized_verification import save_mixture
 from tests.test_mutations import CASES, at, outcome, places
 
 pytestmark = pytest.mark.filterwarnings("ignore")

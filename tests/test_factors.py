@@ -18,7 +18,7 @@ from tests.test_reload import assert_same_tensors, move_out_of_the_file
 from tests.tiny_models import Target, build, every_target, inputs_for, logits_of
 
 
-def factorised(model, make) -> CompressionPlan:
+def factorized(model, make) -> CompressionPlan:
     """Carry out forms on all blocks of a model."""
     plans = {}
     for found in find_blocks(model):
@@ -42,7 +42,7 @@ def test_lossless_forms_change_nothing(target: Target) -> None:
     skip_without_factors(target)
     model = build(target)
     expected = logits_of(model, inputs_for(target))
-    factorised(model, lossless)
+    factorized(model, lossless)
     actual = logits_of(model, inputs_for(target))
     assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
 
@@ -57,7 +57,7 @@ def test_reload_is_bit_equal(target: Target, make, tmp_path: Path) -> None:
         pytest.skip("its experts have no gate, or neurons whose number is fixed")
     source = open_source(model)
     before = logits_of(model, inputs_for(target))
-    mark_structure(model, source, factorised(model, make))
+    mark_structure(model, source, factorized(model, make))
     expected = logits_of(model, inputs_for(target))
     # The negative control: the forms do change the model.
     assert (expected - before).abs().max() > 1e-4 * before.abs().max()

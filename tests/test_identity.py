@@ -19,7 +19,7 @@ from optimum_moe.checkpoint.source import open_source
 from optimum_moe.checkpoint.values import RUN, sample_runs
 from optimum_moe.engine.cutting import Cutter
 from tests.factor_methods import calibration
-from tests.quantised_checkpoints import edit_config, to_fp8
+from tests.quantized_checkpoints import edit_config, to_fp8
 from tests.test_resume import contents, interrupted, stream
 from tests.tiny_models import build, every_target
 
@@ -279,7 +279,7 @@ def test_what_a_budget_saw_is_remembered_with_the_model(
         assert len(looks) == expected
 
 
-def test_a_quantised_checkpoint_counts_by_its_bytes(tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_counts_by_its_bytes(tmp_path: Path) -> None:
     build("qwen3_moe", dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
     original = to_fp8(tmp_path / "plain", tmp_path / "fp8")
     expected = values(original, dequantize=True)

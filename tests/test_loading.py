@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from optimum_moe import CalibrationConfig, MoECompressor, MSMoE
-from optimum_moe.checkpoint.quantizer import quantise_on_load, quantised_tensors
+from optimum_moe.checkpoint.quantizer import quantize_on_load, quantized_tensors
 from tests.tiny_models import TARGETS, Target, build, by_name, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
@@ -276,7 +276,7 @@ def test_greedy_tokens_with_every_cache(saved: Any, target: Target, method: str)
     assert torch.equal(loaded.generate(**inputs, **settings, cache_implementation="static"), tokens)
 
 
-def randomised(peft_model: Any) -> Any:
+def randomized(peft_model: Any) -> Any:
     """LoRA starts as a change of nothing: give it values."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -302,7 +302,7 @@ def test_lora(saved: Any, tmp_path: Path, target: Target, method: str, adapted: 
     if not set(LORA[adapted]["target_modules"] + LORA[adapted].get("target_parameters", [])) <= fits:
         pytest.skip(f"{target.architecture} names its {adapted} otherwise")
     config = LoraConfig(r=2, lora_alpha=4, **LORA[adapted])
-    adapter = randomised(get_peft_model(source.load(), config))
+    adapter = randomized(get_peft_model(source.load(), config))
     logits = logits_of(adapter, inputs)
     assert (logits - logits_of(source.model, inputs)).abs().max() > 1e-3
     adapter.save_pretrained(tmp_path / "adapter")
@@ -365,7 +365,7 @@ EXPERTS = r"re:.*experts\.(gate_up_proj|down_proj)"
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_fp8_experts_on_top(tmp_path: Path, name: str, method: str) -> None:
-    """torchao quantises the merged experts, really and only those, and the result loads again."""
+    """torchao quantizes the merged experts, really and only those, and the result loads again."""
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     source = Saved(by_name(name), method, tmp_path / "out", dtype=torch.bfloat16)
     fp8 = transformers.TorchAoConfig(torchao.FqnToConfig({EXPERTS: torchao.Float8WeightOnlyConfig()}))
@@ -375,34 +375,34 @@ def test_fp8_experts_on_top(tmp_path: Path, name: str, method: str) -> None:
         loaded = source.load(quantization_config=fp8, **arguments)
     else:
         config = transformers.AutoConfig.from_pretrained(source.folder)
-        loaded = source.load(config=quantise_on_load(config, fp8), **arguments)
-    quantised = quantised_tensors(loaded)
+        loaded = source.load(config=quantize_on_load(config, fp8), **arguments)
+    quantized = quantized_tensors(loaded)
     experts = [n for n, _ in source.model.named_parameters() if n.endswith(("gate_up_proj", "down_proj"))]
-    assert quantised == dict.fromkeys(experts, "Float8Tensor")
+    assert quantized == dict.fromkeys(experts, "Float8Tensor")
     inputs, before = inputs_for(name), source.model.state_dict()
     for tensor_name, parameter in loaded.named_parameters():
-        if tensor_name in quantised:
+        if tensor_name in quantized:
             error = (parameter.dequantize().float() - before[tensor_name].float()).norm() / before[tensor_name].norm()
             assert 0.005 < error < 0.05
         else:
             assert torch.equal(parameter, before[tensor_name])
     loaded.save_pretrained(tmp_path / "fp8")
     again = source.load(tmp_path / "fp8", **arguments)
-    assert quantised_tensors(again) == quantised
+    assert quantized_tensors(again) == quantized
     for tensor_name, parameter in again.named_parameters():
         ours, theirs = (
-            t.dequantize() if tensor_name in quantised else t for t in (parameter, loaded.get_parameter(tensor_name))
+            t.dequantize() if tensor_name in quantized else t for t in (parameter, loaded.get_parameter(tensor_name))
         )
         assert torch.equal(ours, theirs), tensor_name
     assert torch.equal(logits_of(again, inputs), logits_of(loaded, inputs))
 
 
-def test_only_structured_checkpoints_are_quantised_on_load(saved: Any) -> None:
+def test_only_structured_checkpoints_are_quantized_on_load(saved: Any) -> None:
     plain = transformers.AutoConfig.from_pretrained(saved("qwen3_moe", "reduce").folder)
     with pytest.raises(ValueError, match=r"got quantization_config=None. Pass quantization_config= to from_pretrained"):
-        quantise_on_load(plain, transformers.BitNetQuantConfig())
+        quantize_on_load(plain, transformers.BitNetQuantConfig())
     structured = transformers.AutoConfig.from_pretrained(saved("qwen3_moe", "map").folder)
-    quantise_on_load(structured, transformers.BitNetQuantConfig())
-    with pytest.raises(ValueError, match="is not quantised, got"):
-        quantise_on_load(structured, transformers.BitNetQuantConfig())
-    assert quantised_tensors(saved("qwen3_moe", "map").load()) == {}
+    quantize_on_load(structured, transformers.BitNetQuantConfig())
+    with pytest.raises(ValueError, match="is not quantized, got"):
+        quantize_on_load(structured, transformers.BitNetQuantConfig())
+    assert quantized_tensors(saved("qwen3_moe", "map").load()) == {}

@@ -43,11 +43,11 @@ def test_what_loses_nothing_changes_nothing(target: Target, kind: str) -> None:
     else:
         expected = logits_of(model, inputs_for(target))
     compressor = compressor_for(model, method, target)
-    factorised = compressor.apply()
+    factorized = compressor.apply()
     found = [block.sizes.ranks["up"] for block in compressor.plan.blocks.values() if block.sizes is not None]
     assert len(found) == len(layers if kind != "every row" else widths)
     assert {rank for ranks in found for rank in ranks} == {8 if kind == "every row" else full}
-    assert_rounding(logits_of(factorised, inputs_for(target)), expected)
+    assert_rounding(logits_of(factorized, inputs_for(target)), expected)
 
 
 @pytest.mark.parametrize("target", every_target())

@@ -17,7 +17,7 @@ from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.checkpoint.headers import read_headers
 from optimum_moe.checkpoint.source import open_source
 from tests.mtp_checkpoints import PREFIXES, save_with_mtp
-from tests.quantised_checkpoints import dequantise_fp8, to_fp8
+from tests.quantized_checkpoints import dequantize_fp8, to_fp8
 from tests.tiny_models import by_name, inputs_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
@@ -196,7 +196,7 @@ def test_mtp_layers_that_are_not_like_the_last_block_cannot_be_cut(tmp_path: Pat
 
 
 @pytest.mark.parametrize("option", ["copy", "cut"])
-def test_quantised_mtp_layers_are_dequantised(option: str, tmp_path: Path) -> None:
+def test_quantized_mtp_layers_are_dequantized(option: str, tmp_path: Path) -> None:
     names = save_with_mtp(tmp_path / "plain", "deepseek_v3", torch.bfloat16)
     checkpoint = to_fp8(tmp_path / "plain", tmp_path / "in", skip=["eh_proj"])
     method = "map" if option == "copy" else "prune"
@@ -206,7 +206,7 @@ def test_quantised_mtp_layers_are_dequantised(option: str, tmp_path: Path) -> No
 
     def expected(name: str) -> torch.Tensor:
         scale = before.get(f"{name}_scale_inv")
-        return before[name] if scale is None else dequantise_fp8(before[name], scale, (16, 16)).bfloat16()
+        return before[name] if scale is None else dequantize_fp8(before[name], scale, (16, 16)).bfloat16()
 
     moved = {f".experts.{old}.": f".experts.{new}." for new, old in enumerate(kept)}
     compared = 0

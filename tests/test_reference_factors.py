@@ -1,4 +1,4 @@
-"""On the reference model the output error of factorised matrices is the closed form, and whitening pays."""
+"""On the reference model the output error of factorized matrices is the closed form, and whitening pays."""
 
 from __future__ import annotations
 

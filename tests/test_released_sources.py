@@ -1,4 +1,4 @@
-"""Checkpoints as they are released: FP8 and MXFP4, several shards; compressed from their dequantised values."""
+"""Checkpoints as they are released: FP8 and MXFP4, several shards; compressed from their dequantized values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
 from optimum_moe.checkpoint.headers import read_headers
 from optimum_moe.checkpoint.identity import identity
 from optimum_moe.checkpoint.source import open_source
-from tests.quantised_checkpoints import dequantise_fp8, edit_config, quantise_mxfp4, to_fp8, to_mxfp4
+from tests.quantized_checkpoints import dequantize_fp8, edit_config, quantize_mxfp4, to_fp8, to_mxfp4
 from tests.tiny_models import build, by_name, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
@@ -31,10 +31,10 @@ METHODS = {
 
 
 def written(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Path:
-    """A quantised checkpoint, beside the unquantised one that it was made from."""
+    """A quantized checkpoint, beside the unquantized one that it was made from."""
     build(name, dtype=dtype, **fields).save_pretrained(folder / "plain")
     make = to_mxfp4 if name == "gpt_oss" else to_fp8
-    return make(folder / "plain", folder / "quantised")
+    return make(folder / "plain", folder / "quantized")
 
 
 def compressor_of(checkpoint: Path, method: Any = METHODS["prune"], **settings: Any) -> MoECompressor:
@@ -43,8 +43,8 @@ def compressor_of(checkpoint: Path, method: Any = METHODS["prune"], **settings: 
     return MoECompressor.from_pretrained(checkpoint, method, CalibrationConfig(data), progress=False, **settings)
 
 
-def dequantised(checkpoint: Path, name: str) -> transformers.PreTrainedModel:
-    """The model as transformers itself dequantises it."""
+def dequantized(checkpoint: Path, name: str) -> transformers.PreTrainedModel:
+    """The model as transformers itself dequantizes it."""
     config = Mxfp4Config(dequantize=True) if name == "gpt_oss" else FineGrainedFP8Config(dequantize=True)
     cls = getattr(transformers, by_name(name).architecture)
     return cls.from_pretrained(checkpoint, quantization_config=config, dtype="auto")
@@ -56,10 +56,10 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe", "mixtral"])
-def test_loaded_as_transformers_dequantises(name: str, tmp_path: Path) -> None:
+def test_loaded_as_transformers_dequantizes(name: str, tmp_path: Path) -> None:
     checkpoint = written(name, tmp_path, **EVEN)
     model = open_source(checkpoint, dequantize=True).load()
-    theirs = dequantised(checkpoint, name).state_dict()
+    theirs = dequantized(checkpoint, name).state_dict()
     assert_same(model.state_dict(), theirs)
     original = build(name, dtype=torch.bfloat16, **EVEN).state_dict()
     # FP8 rounds to 1/16 of a number at most, MXFP4 to 1/3 of the largest of a block of 32.
@@ -71,7 +71,7 @@ def test_loaded_as_transformers_dequantises(name: str, tmp_path: Path) -> None:
 def test_blocks_at_the_edge_of_a_matrix(block: tuple[int, int], tmp_path: Path) -> None:
     """Sides that are no multiple of the block, like the 576 rows of DeepSeek-V3's kv_a_proj_with_mqa."""
     build("deepseek_v3", dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
-    checkpoint = to_fp8(tmp_path / "plain", tmp_path / "quantised", block)
+    checkpoint = to_fp8(tmp_path / "plain", tmp_path / "quantized", block)
     model = open_source(checkpoint, dequantize=True).load()
     tensors = load_file(checkpoint / "model.safetensors")
     state = model.state_dict()
@@ -79,18 +79,18 @@ def test_blocks_at_the_edge_of_a_matrix(block: tuple[int, int], tmp_path: Path) 
     for name in tensors:
         scale = tensors.get(f"{name}_scale_inv")
         if scale is not None and ".experts." not in name:
-            assert torch.equal(state[name], dequantise_fp8(tensors[name], scale, block).bfloat16()), name
+            assert torch.equal(state[name], dequantize_fp8(tensors[name], scale, block).bfloat16()), name
             checked += 1
     assert checked == 24  # 5 of attention in 3 layers, 3 of the dense one, 3 of 2 shared experts
     for expert in range(8):
         names = [f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up")]
-        parts = [dequantise_fp8(tensors[n], tensors[f"{n}_scale_inv"], block).bfloat16() for n in names]
+        parts = [dequantize_fp8(tensors[n], tensors[f"{n}_scale_inv"], block).bfloat16() for n in names]
         assert torch.equal(state["model.layers.1.mlp.experts.gate_up_proj"][expert], torch.cat(parts))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe", "deepseek_v3"])
-def test_compressed_as_the_dequantised_model_in_memory(name: str, method: str, tmp_path: Path) -> None:
+def test_compressed_as_the_dequantized_model_in_memory(name: str, method: str, tmp_path: Path) -> None:
     checkpoint = written(name, tmp_path, **(EVEN if name == "gpt_oss" else {}))
     compressor = compressor_of(checkpoint, METHODS[method], dequantize=True)
     model = compressor.apply()
@@ -99,8 +99,8 @@ def test_compressed_as_the_dequantised_model_in_memory(name: str, method: str, t
     loaded = cls.from_pretrained(tmp_path / "out", dtype="auto")
     assert_same(loaded.state_dict(), model.state_dict())
 
-    open_source(checkpoint, dequantize=True).load().save_pretrained(tmp_path / "dequantised")
-    again = compressor_of(tmp_path / "dequantised", METHODS[method])
+    open_source(checkpoint, dequantize=True).load().save_pretrained(tmp_path / "dequantized")
+    again = compressor_of(tmp_path / "dequantized", METHODS[method])
     assert_same(again.apply().state_dict(), model.state_dict())
     assert torch.equal(logits_of(loaded, inputs_for(name)), logits_of(again.model, inputs_for(name)))
 
@@ -117,7 +117,7 @@ def test_compressed_as_the_dequantised_model_in_memory(name: str, method: str, t
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
-def test_sizes_are_those_of_the_dequantised_model(name: str, tmp_path: Path) -> None:
+def test_sizes_are_those_of_the_dequantized_model(name: str, tmp_path: Path) -> None:
     checkpoint = written(name, tmp_path, **EVEN)
     ours = compressor_of(checkpoint, dequantize=True).preview()
     plain = compressor_of(tmp_path / "plain").preview()
@@ -131,9 +131,9 @@ def test_sizes_are_those_of_the_dequantised_model(name: str, tmp_path: Path) -> 
 def test_a_dtype_of_its_own(tmp_path: Path) -> None:
     model = open_source(written("qwen3_moe", tmp_path), dtype="float32", dequantize=True).load()
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
-    tensors = load_file(tmp_path / "quantised" / "model.safetensors")
+    tensors = load_file(tmp_path / "quantized" / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
-    expected = dequantise_fp8(tensors[name], tensors[f"{name}_scale_inv"], (16, 16))
+    expected = dequantize_fp8(tensors[name], tensors[f"{name}_scale_inv"], (16, 16))
     assert torch.equal(model.get_parameter(name), expected)
 
 
@@ -147,25 +147,25 @@ def test_a_config_without_dtype_gives_bfloat16(tmp_path: Path) -> None:
     assert source.load().dtype == torch.bfloat16
 
 
-def test_quantised_only_with_dequantize_and_the_reverse(tmp_path: Path) -> None:
+def test_quantized_only_with_dequantize_and_the_reverse(tmp_path: Path) -> None:
     checkpoint = written("qwen3_moe", tmp_path)
-    message = r"already quantised \(fp8\). Pass dequantize=True to compress its bf16 values\."
+    message = r"already quantized \(fp8\). Pass dequantize=True to compress its bf16 values\."
     with pytest.raises(ValueError, match=message):
         compressor_of(checkpoint)
-    with pytest.raises(ValueError, match=r"dequantize=True is for quantised checkpoints, and this one is not"):
+    with pytest.raises(ValueError, match=r"dequantize=True is for quantized checkpoints, and this one is not"):
         compressor_of(tmp_path / "plain", dequantize=True)
     with pytest.raises(ValueError, match=r"this model is in memory"):
         MoECompressor.from_pretrained(build("qwen3_moe"), METHODS["prune"], dequantize=True)
     for method in ("compressed-tensors", "gptq", "awq"):
         edit_config(checkpoint, quantization_config={"quant_method": method})
-        with pytest.raises(ValueError, match=rf"quantised \({method}\); dequantize=True reads fp8 and mxfp4"):
+        with pytest.raises(ValueError, match=rf"quantized \({method}\); dequantize=True reads fp8 and mxfp4"):
             compressor_of(checkpoint, dequantize=True)
 
 
-def test_an_embedding_that_stays_quantised_is_refused(tmp_path: Path) -> None:
+def test_an_embedding_that_stays_quantized_is_refused(tmp_path: Path) -> None:
     checkpoint = written("qwen3_moe", tmp_path)
-    quantisation = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    edit_config(checkpoint, quantization_config=quantisation | {"modules_to_convert": ["embed_tokens"]})
+    quantization = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    edit_config(checkpoint, quantization_config=quantization | {"modules_to_convert": ["embed_tokens"]})
     with pytest.raises(ValueError, match=r"keeps \['embed_tokens'\] of this checkpoint in fp8"):
         compressor_of(checkpoint, dequantize=True)
 
@@ -175,7 +175,7 @@ def test_mxfp4_blocks_of_the_tests_are_what_transformers_unpacks() -> None:
 
     exact = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0, 6.0])
     weight_EXR = exact.repeat(2, 3, 2, 2).reshape(2, 3, 64).transpose(1, 2) * torch.tensor([1.0, 0.25, 8.0])
-    blocks, scales = quantise_mxfp4(weight_EXR)
+    blocks, scales = quantize_mxfp4(weight_EXR)
     assert blocks.shape == (2, 3, 2, 16)
     assert torch.equal(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32), weight_EXR)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, verify
 from optimum_moe.checkpoint.comparison import Comparison, same_bits
 from optimum_moe.recovery import RowPruning
-from tests.quantised_checkpoints import edit_config
+from tests.quantized_checkpoints import edit_config
 from tests.recovery.test_trained_experts import train
 from tests.test_verification import failed
 from tests.tiny_checkpoints import save_checkpoint

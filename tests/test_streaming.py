@@ -28,7 +28,7 @@ from tests.composites_table import build_composite, composite_named, inputs_with
 from tests.mtp_checkpoints import save_with_mtp
 from tests.test_composites import reached_only
 from tests.test_released_sources import EVEN
-from tests.test_released_sources import written as written_quantised
+from tests.test_released_sources import written as written_quantized
 from tests.tiny_checkpoints import save_checkpoint, write_text
 from tests.tiny_models import build, inputs_for, logits_of
 
@@ -431,8 +431,8 @@ def test_multi_token_prediction_layers(name: str, option: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
-def test_dequantised_on_the_way(name: str, tmp_path: Path) -> None:
-    original = written_quantised(name, tmp_path / "original", **EVEN)
+def test_dequantized_on_the_way(name: str, tmp_path: Path) -> None:
+    original = written_quantized(name, tmp_path / "original", **EVEN)
     written = {}
     for engine in ("memory", "streaming"):
         out = tmp_path / engine / "out"

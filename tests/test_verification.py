@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from optimum_moe import CalibrationConfig, CompressionPlan, MoECompressor, verify
 from tests.mtp_checkpoints import PREFIXES, save_with_mtp
-from tests.quantised_checkpoints import edit_config, to_fp8, to_mxfp4
+from tests.quantized_checkpoints import edit_config, to_fp8, to_mxfp4
 from tests.test_reload import METHODS
 from tests.tiny_models import Target, build, by_name, every_target, inputs_for
 
@@ -282,7 +282,7 @@ def test_another_original(folders: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["map", "prune"])
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
-def test_a_quantised_original(name: str, method: str, tmp_path: Path) -> None:
+def test_a_quantized_original(name: str, method: str, tmp_path: Path) -> None:
     fields = {"intermediate_size": 64} if name == "gpt_oss" else {}
     build(name, dtype=torch.bfloat16, **fields).save_pretrained(tmp_path / "plain")
     make = to_mxfp4 if name == "gpt_oss" else to_fp8
@@ -290,7 +290,7 @@ def test_a_quantised_original(name: str, method: str, tmp_path: Path) -> None:
     out = compress(original, tmp_path / "out", method, name, dequantize=True)
     report = verify(out, original)
     assert report.passed, str(report)
-    # The values before they were quantised are others.
+    # The values before they were quantized are others.
     assert failed(verify(out, tmp_path / "plain")) >= {"experts"}
 
 

@@ -239,7 +239,7 @@ def test_the_written_recipe_draws_the_same_sample(original: Path, tmp_path: Path
         ("license: [unclosed", None),
     ],
 )
-def test_the_licence_and_language_of_the_original(
+def test_the_license_and_language_of_the_original(
     block: str, inherited: dict[str, Any] | None, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     folder = save_checkpoint(tmp_path / "original")

@@ -1,4 +1,4 @@
-"""Factorising what cannot be factorised is refused with the rule, the values and the remedy; few tokens are enough."""
+"""Factorizing what cannot be factorized is refused with the rule, the values and the remedy; few tokens are enough."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_tokens_and_weights_that_are_not_finite() -> None:
     compressor = compressor_for(build("qwen3_moe"), LowRankSparse(rank=8), "qwen3_moe")
     broken = with_tokens(compressor.calibrate(), lambda tokens: tokens.index_fill_(0, torch.tensor([3]), float("nan")))
     with pytest.raises(
-        ValueError, match=r"Expert \d of model.layers.0.mlp cannot be factorised. input_(rows_PX|gram_XX) holds NaN"
+        ValueError, match=r"Expert \d of model.layers.0.mlp cannot be factorized. input_(rows_PX|gram_XX) holds NaN"
     ):
         compressor.apply(broken)
     model = build("qwen3_moe")
@@ -184,7 +184,7 @@ def test_an_expert_without_tokens_gets_the_plain_svd() -> None:
         num_blocks=3,
     )
     with torch.no_grad():
-        factors = compressor.method.factorise(context)
+        factors = compressor.method.factorize(context)
         seen, unseen_expert = factors.experts[5], factors.experts[6]
         for name, matrices in (("up", context.experts.up), ("down", context.experts.down)):
             plain = [decompose(matrices[expert].float()).truncated(8).densified() for expert in (5, 6)]

@@ -226,9 +226,9 @@ def test_calibration_data_are_checked_before_weights(original: Path, calibration
         opened(original, calibration=calibration).apply()
 
 
-def test_quantised_and_compressed_checkpoints(checkpoint: Path) -> None:
+def test_quantized_and_compressed_checkpoints(checkpoint: Path) -> None:
     edit_config(checkpoint, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    with pytest.raises(ValueError, match=r"already quantised \(fp8\).*dequantize=True"):
+    with pytest.raises(ValueError, match=r"already quantized \(fp8\).*dequantize=True"):
         opened(checkpoint)
     blocks = {"model.layers.0.mlp": {"num_experts": 8, "num_groups": 4, "routing": "map"}}
     edit_config(checkpoint, quantization_config={"quant_method": "optimum_moe", "blocks": blocks, "format_version": 1})

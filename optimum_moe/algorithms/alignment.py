@@ -3,7 +3,7 @@
 Shape letters: E experts, G groups, H hidden, I intermediate, D features of a neuron (its rows of gate and up and its
 column of down side by side), S feature segments.
 
-The assignment maximises sum_i C[i, perm[i]] with C[i, j] = a_i . b_j, a_i and b_j the features of neuron i of the
+The assignment maximizes sum_i C[i, perm[i]] with C[i, j] = a_i . b_j, a_i and b_j the features of neuron i of the
 reference and neuron j of the member. Subtracting any v_j from column j changes the value of every permutation equally.
 Two facts follow, which save most of the work without giving up the optimum:
 
@@ -214,7 +214,7 @@ def _assign(memory: np.ndarray, size: int, row_dual_I: np.ndarray, column_dual_I
 
 
 def _entropic_duals(cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Duals of the entropy-regularised assignment after a few sweeps of falling temperature."""
+    """Duals of the entropy-regularized assignment after a few sweeps of falling temperature."""
     size = cost.shape[0]
     row_dual_I, column_dual_I = cost.new_zeros(size), cost.new_zeros(size)
     scale = max(float(cost[:: max(1, size // 64)].std()), torch.finfo(torch.float32).tiny * 1e6)
@@ -245,7 +245,7 @@ def alignment_permutation(
 ) -> torch.Tensor:
     """Order of a member's neurons that matches the reference best (M-SMoE, arXiv 2310.01334).
 
-    Maximises sum_i C[i, perm[i]], C = Wg_ref Wg^T + Wu_ref Wu^T + Wd_ref^T Wd, exactly (up to the rounding of C, which
+    Maximizes sum_i C[i, perm[i]], C = Wg_ref Wg^T + Wu_ref Wu^T + Wd_ref^T Wd, exactly (up to the rounding of C, which
     is computed in float32, in float64 for float64 weights). `member_up[perm]` and `member_down[:, perm]` are aligned.
 
     Args:

@@ -2,7 +2,7 @@
 
 Shape letters: H hidden, I intermediate.
 
-Empty, with fewer neurons, of low rank, or as it is: pruning, narrowing, factorising and keeping are one decision. Each
+Empty, with fewer neurons, of low rank, or as it is: pruning, narrowing, factorizing and keeping are one decision. Each
 expert's candidates are measured in one unit, the loss; the lower convex hull of (stored numbers, damage) is its curve;
 and the steepest steps over all experts of all blocks are taken until the budget is spent.
 
@@ -96,7 +96,7 @@ def candidates(
                 ranks = _ranks(len(narrow.expert.stacked), hidden)
                 for rank, made in zip(ranks, cutter.at_ranks(narrow, ranks), strict=True):
                     form = Form(width, rank)
-                    points.append(Point(form.numbers(hidden, gated), judge.factorised(narrow, made), form))
+                    points.append(Point(form.numbers(hidden, gated), judge.factorized(narrow, made), form))
     return sorted(points, key=lambda point: point.numbers)
 
 

@@ -46,7 +46,7 @@ class Narrowed:
 
 
 @dataclass(frozen=True, eq=False)
-class Factorised:
+class Factorized:
     """A narrowed expert with factors.
 
     Args:
@@ -82,7 +82,7 @@ class Cutter:
         made_SN = narrowed(self.seen.outputs.target_SI, gram_II, kept_N, self.damping)
         return Narrowed(self.expert.narrowed(kept_N), kept_N, made_SN)
 
-    def at_ranks(self, narrow: Narrowed, ranks: list[int]) -> Iterator[Factorised]:
+    def at_ranks(self, narrow: Narrowed, ranks: list[int]) -> Iterator[Factorized]:
         """A narrowed expert with factors of each rank, from one decomposition."""
         weight_P, local_OO = self.seen.local(narrow.expert, narrow.made_SN)
         rows_PH = self.seen.input_PH * weight_P.sqrt().to(self.seen.input_PH.dtype)[:, None]
@@ -97,7 +97,7 @@ class Cutter:
         for rank in ranks:
             moments = self.seen.of_factors(narrow.expert, spectrum.left_OD[:, :rank], spectrum.right_DX[:rank])
             made_SN = refitted(moments.cross_SN, moments.gram_NN, narrow.made_SN, self.damping)
-            yield Factorised(spectrum.truncated(rank), made_SN, moments)
+            yield Factorized(spectrum.truncated(rank), made_SN, moments)
 
 
 class Judge:
@@ -124,7 +124,7 @@ class Judge:
         seen, held = (e.damage(narrow.made_SN, e.of_neurons(narrow.kept_N)) for e in (self.seen, self.held))
         return self._total(seen, held)
 
-    def factorised(self, narrow: Narrowed, made: Factorised) -> float:
+    def factorized(self, narrow: Narrowed, made: Factorized) -> float:
         """Of a narrowed expert with factors."""
         assert made.stacked.u_RO is not None
         assert made.stacked.v_RX is not None

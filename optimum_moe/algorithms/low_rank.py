@@ -3,7 +3,7 @@
 Shape letters: O rows of a matrix (its outputs), X columns (its inputs), D = min(O, X), R rank, P tokens, S the shorter
 and T the longer side of a matrix.
 
-With A = sum x x^T of the inputs and B = sum g g^T of the loss gradients at the output (both regularised by their
+With A = sum x x^T of the inputs and B = sum g g^T of the loss gradients at the output (both regularized by their
 ridge), a change dW costs tr(B dW A dW^T) = |B^1/2 dW A^1/2|^2, which a truncated SVD of B^1/2 W A^1/2 makes smallest
 (SVD-LLM, arXiv 2403.07378, on the input side; Kronecker-factored curvature on both). Three facts make it cheap:
 

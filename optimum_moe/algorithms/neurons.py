@@ -129,7 +129,7 @@ def refitted(
 ) -> torch.Tensor:
     """(S, N) float64 what changed hidden activations are mapped to, to come nearest to a target.
 
-    Minimises sum_P |W h - y|^2 + ridge |W - prior|^2; no metric of the output changes the answer (MergeMoE's refit).
+    Minimizes sum_P |W h - y|^2 + ridge |W - prior|^2; no metric of the output changes the answer (MergeMoE's refit).
 
     Args:
         cross_SN: (H, N) sum of y h^T over (weighted) tokens.

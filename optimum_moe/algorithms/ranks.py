@@ -17,7 +17,7 @@ def rank_from_number(shape: tuple[int, int], rank: int, lowest: int = 1) -> int:
     Args:
         shape: (O, X) of the matrix.
         rank: in lowest..min(O, X).
-        lowest: 0 where what is factorised is added to something.
+        lowest: 0 where what is factorized is added to something.
 
     Raises:
         ValueError: If it is neither, or the matrix has no such rank.

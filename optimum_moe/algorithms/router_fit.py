@@ -213,7 +213,7 @@ def _fit_rows(
             return _divergence(scores_SN, target)
         return _share_divergence(scores_SN, target, _choice(router, logits_SN, scores_SN), shared_by)
 
-    def penalised() -> torch.Tensor:
+    def penalized() -> torch.Tensor:
         value = loss(fitted) + RIDGE * scale * (rows_GX - first_GX).square().sum()
         if bias_G is not None and first_G is not None:
             value = value + RIDGE * (bias_G - first_G).square().sum()
@@ -224,7 +224,7 @@ def _fit_rows(
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        value = penalised()
+        value = penalized()
         value.backward()
         return value
 

@@ -9,7 +9,7 @@ import torch
 
 
 def gram_similarity(gram_EE: torch.Tensor) -> torch.Tensor:
-    """Similarity of experts from the uncentred Gram matrix of their signals.
+    """Similarity of experts from the uncentered Gram matrix of their signals.
 
     With `gram_EE = sum_t l_t l_t^T` over router logits l_t this is the router-logit similarity of M-SMoE
     ("Merge, Then Compress", arXiv 2310.01334): (cosine + 1) / 2 between logit columns over the calibration tokens.

@@ -15,7 +15,7 @@ RankOf = Callable[[Spectrum], int | None]
 """The rank of a decomposed matrix, None to keep it dense."""
 
 
-def factorise_expert(
+def factorize_expert(
     expert: Expert,
     tokens: ExpertTokens | None,
     rank_of: RankOf,
@@ -23,7 +23,7 @@ def factorise_expert(
     base: Mapping[str, torch.Tensor] | None = None,
     neurons: torch.Tensor | None = None,
 ) -> ExpertFactors:
-    """Factorise gate, up and down, whitened by what each of them sees on the expert's tokens.
+    """Factorize gate, up and down, whitened by what each of them sees on the expert's tokens.
 
     The error that is made smallest is sum_t g_t^2 |dW x_t|^2 with the routing weight g: the matrix's share in the
     block's output, but for what follows it.
@@ -33,7 +33,7 @@ def factorise_expert(
         tokens: Its tokens; None for the plain SVD. An expert that no token reached gets the plain SVD too.
         rank_of: The rank of each matrix.
         density_rows: From the rows of a matrix to those that its sparse part keeps; the ones of the highest energy.
-        base: By projection the (O, X) matrix that is shared, so that only what is left over is factorised.
+        base: By projection the (O, X) matrix that is shared, so that only what is left over is factorized.
         neurons: (I,) order of the neurons here, where it is not the model's.
 
     Returns:

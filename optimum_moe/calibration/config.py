@@ -27,7 +27,7 @@ class CalibrationConfig:
             a list of strings, or of chats (lists of {"role", "content"} or {"from", "value"} messages, rendered with
             the tokenizer's chat template), or of rows with a text or messages column; a stream keeps its order;
             a `datasets.Dataset`, streaming or not;
-            rows that are tokenised already, as lists of token ids or with an input_ids column (what their
+            rows that are tokenized already, as lists of token ids or with an input_ids column (what their
             attention_mask hides is left out): each stays a row (`packing` does not apply), longer ones are cut into
             several; no tokenizer is needed;
             examples with images, audio or video, which the model's processor turns into inputs one by one and whole
@@ -50,7 +50,7 @@ class CalibrationConfig:
             the run, or 0.
         unseen: what happens to an expert that no calibration token reached: "warn" (default), "error", "keep", "prune".
         reservoir_tokens: tokens of each block that are kept whole, for what needs several experts on the same tokens.
-            None (default) for as many as the method wants (4,096, or more where it factorises); 0 keeps none.
+            None (default) for as many as the method wants (4,096, or more where it factorizes); 0 keeps none.
 
     Raises:
         ValueError: a value outside of its range.

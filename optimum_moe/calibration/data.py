@@ -80,7 +80,7 @@ def build_batches(
     is_encoder_decoder: bool = False,
     decoder_start_token_id: int | None = None,
 ) -> CalibrationBatches:
-    """Read, sample, tokenise and batch the calibration data.
+    """Read, sample, tokenize and batch the calibration data.
 
     Args:
         config: what to read and how much of it.

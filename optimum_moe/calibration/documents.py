@@ -12,7 +12,7 @@ from optimum_moe.calibration.media import has_media
 from optimum_moe.settings import plain
 
 TokenRow: TypeAlias = tuple[int, ...]
-"""A row that was tokenised before, special tokens and all."""
+"""A row that was tokenized before, special tokens and all."""
 Document: TypeAlias = str | Chat | TokenRow
 """Plain text, a chat still to be rendered with the tokenizer's template, or token ids."""
 

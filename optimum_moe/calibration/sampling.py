@@ -1,4 +1,4 @@
-"""From documents to rows of token ids: seeded order, tokenisation, packing, and mixing by weight. All of it is lazy."""
+"""From documents to rows of token ids: seeded order, tokenization, packing, and mixing by weight. All of it is lazy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optimum_moe.calibration.documents import Document, TextSource
 
 TokenIds: TypeAlias = list[int]
 
-# Documents tokenised in one call: enough for the fast tokenizers' threads, few enough to waste little at the end.
+# Documents tokenized in one call: enough for the fast tokenizers' threads, few enough to waste little at the end.
 _TOKENIZE_AT_ONCE = 32
 
 
@@ -30,7 +30,7 @@ class Draw:
 
     Args:
         source: where the documents come from.
-        texts_read: documents tokenised so far (parts, for documents cut by `split_long`).
+        texts_read: documents tokenized so far (parts, for documents cut by `split_long`).
         empty_texts: how many of those had no token.
         items: rows (or documents) taken.
         tokens: tokens in them.
@@ -62,7 +62,7 @@ def find_affixes(tokenizer: Any) -> Affixes:
 def split_long(document: Document, max_chars: int) -> list[Document]:
     """Cut a text of more than 4 * max_chars characters into consecutive parts of at most max_chars characters.
 
-    A whole book in one file would otherwise be tokenised whole, and only its beginning ever sampled. Cuts fall after a
+    A whole book in one file would otherwise be tokenized whole, and only its beginning ever sampled. Cuts fall after a
     line, else after a space, where there is one; the parts joined are the text. Chats and token ids
     stay whole.
     """

@@ -128,8 +128,8 @@ def _read_dataset(dataset: Any, text_column: str) -> TextSource | MediaSource:
         read = partial(_read_row, texts, text_column, name)
         return MediaSource(name, ExampleColumn(len(texts), read))
     documents = DocumentColumn(len(texts), lambda index: row_value(texts[index], column), name)
-    labelled = "labels" in dataset.column_names
-    return TextSource(name, documents, is_tokenized=column == IDS_COLUMN, has_labels=labelled)
+    labeled = "labels" in dataset.column_names
+    return TextSource(name, documents, is_tokenized=column == IDS_COLUMN, has_labels=labeled)
 
 
 def _read_row(rows: Any, text_column: str, name: str, index: int) -> MediaExample:

@@ -14,7 +14,7 @@ from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_model
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.writer import set_expert_counts
 from optimum_moe.methods import Method
-from optimum_moe.nn import FactorisedExperts
+from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.statistics import Statistics
 
@@ -88,6 +88,6 @@ def refresh_structure(model: nn.Module) -> None:
     for name, entry in structure.blocks.items():
         paths = name, name.removeprefix(prefix), prefix + name
         block = next((modules[path] for path in paths if path in modules), None)
-        held = [] if block is None else [m for m in block.modules() if isinstance(m, FactorisedExperts)]
+        held = [] if block is None else [m for m in block.modules() if isinstance(m, FactorizedExperts)]
         if held:
             entry["factors"] = held[0].sizes.to_dict()

@@ -1,4 +1,4 @@
-"""What a compressed checkpoint takes over from its original byte for byte: tokenizer, templates, parsers, licence.
+"""What a compressed checkpoint takes over from its original byte for byte: tokenizer, templates, parsers, license.
 
 Saving a tokenizer anew would change its files: transformers 5 writes class names that transformers 4 does not know,
 and leaves out what it does not use itself.

@@ -114,7 +114,7 @@ class Contents:
 def refuse_larger_than_file(config: PreTrainedConfig, headers: Headers) -> None:
     """Raise a `ValueError` where a config names sizes that its checkpoint cannot hold, before its modules are made."""
     counted = {"num_hidden_layers": len(headers.tensors), "num_layers": len(headers.tensors)}
-    # A quantised file may hold two numbers in a byte.
+    # A quantized file may hold two numbers in a byte.
     counted |= dict.fromkeys((*_WIDTHS, *_COUNTS), 2 * headers.bytes)
     for owner in owning_configs(config):
         for name, most in counted.items():
@@ -133,7 +133,7 @@ def refuse_incomplete(name: str, model: PreTrainedModel, headers: Headers, block
     Args:
         name: Of the checkpoint.
         model: The model, on the meta device.
-        headers: Of the checkpoint, unquantised.
+        headers: Of the checkpoint, unquantized.
         blocks: The MoE blocks of the model.
     """
     reader = CheckpointReader(model, headers.tensors)
@@ -220,7 +220,7 @@ def compressed_config(directory: Path) -> tuple[PreTrainedConfig, MoEStructureCo
     """The stock config of a folder, and the structure that its `quantization_config` adds.
 
     Raises:
-        ValueError: If the folder is quantised by something else, or the structure is broken.
+        ValueError: If the folder is quantized by something else, or the structure is broken.
     """
     config = AutoConfig.from_pretrained(directory)
     record = getattr(config, "quantization_config", None)
@@ -233,8 +233,8 @@ def compressed_config(directory: Path) -> tuple[PreTrainedConfig, MoEStructureCo
         record = record.to_dict()
     if record.get("quant_method") != METHOD:
         raise ValueError(
-            f"{directory} is quantised ({record.get('quant_method')}), and optimum_moe did not do that. "
-            "Verify the checkpoint before it is quantised."
+            f"{directory} is quantized ({record.get('quant_method')}), and optimum_moe did not do that. "
+            "Verify the checkpoint before it is quantized."
         )
     return config, MoEStructureConfig(**record)
 

@@ -123,7 +123,7 @@ def _values(source: ModelSource) -> list[str]:
     if gone:
         raise ValueError(f"{gone[0]} is gone since it was opened. Copy it again, or make a new MoECompressor.")
     with source.shards() as shards:
-        if source.quantisation is not None:
+        if source.quantization is not None:
             return values_packed(source.headers, shards)
         reader = CheckpointReader(source.skeleton, source.headers.tensors, cast=False)
         contents = Contents(reader, source.headers, shards)

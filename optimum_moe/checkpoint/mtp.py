@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_moe.algorithms.alignment import align_experts
 from optimum_moe.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_headers
-from optimum_moe.checkpoint.quantised import quantizer_of, read_dequantised, unpacked
+from optimum_moe.checkpoint.quantized import quantizer_of, read_dequantized, unpacked
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, take_dtypes
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.methods import Method
@@ -31,7 +31,7 @@ MTP_FILE = "model-mtp.safetensors"
 
 _NAMED = re.compile(r"(^|\.)mtp[^.]*\.")
 _LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")
-# Buffers that transformers computes, and scales of a quantised key-value cache, which bf16 values do not need.
+# Buffers that transformers computes, and scales of a quantized key-value cache, which bf16 values do not need.
 _BENIGN = re.compile(r"(rotary_emb\.(original_)?inv_freq|(^|\.)position_ids|\.[kv]_scale|\.input_scale)$")
 
 
@@ -107,7 +107,7 @@ class MTPLayers:
         if not self.names:
             return 0, 0
         assert self.source.headers is not None
-        plain = self.source.headers if self.source.quantisation is None else unpacked(self.source.headers)
+        plain = self.source.headers if self.source.quantization is None else unpacked(self.source.headers)
         found = [plain.tensors[name] for name in self.names if name in plain.tensors]
         numbers = sum(_numel(shape) for _, shape, _ in found)
         if not self.source.as_stored:
@@ -146,7 +146,7 @@ class MTPLayers:
         index.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def tensors(self, model: PreTrainedModel, plan: CompressionPlan) -> dict[str, torch.Tensor]:
-        """The tensors to write: copied (dequantised where the checkpoint is quantised) or cut.
+        """The tensors to write: copied (dequantized where the checkpoint is quantized) or cut.
 
         Args:
             model: The compressed model, which gives dtypes and the names that are saved.
@@ -174,11 +174,11 @@ class MTPLayers:
                     yield name, get(name)
 
     def _copied(self, names: Iterable[str], get: Get) -> dict[str, torch.Tensor]:
-        quantisation = self.source.quantisation
-        if quantisation is None:
+        quantization = self.source.quantization
+        if quantization is None:
             return {name: get(name) for name in names}
         dtype = getattr(torch, str(self.source.config.dtype).removeprefix("torch."))
-        return read_dequantised(names, get, quantizer_of(quantisation), dtype)
+        return read_dequantized(names, get, quantizer_of(quantization), dtype)
 
     def _relative(self, reader: CheckpointReader) -> list[str]:
         """Names of the last block's tensors without their layer."""

@@ -1,6 +1,6 @@
-"""Loading through `AutoModel...from_pretrained`: a quantiser that rebuilds our structure before weights are read.
+"""Loading through `AutoModel...from_pretrained`: a quantizer that rebuilds our structure before weights are read.
 
-Imports nothing of transformers beyond its quantisers, because it is registered in the middle of their import.
+Imports nothing of transformers beyond its quantizers, because it is registered in the middle of their import.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SUPPORTED_TRANSFORMERS = ((5, 23), (5, 24))
 CARRIED_MODULE = "modeling_optimum_moe"
 """The module of code that `checkpoint.carried_code` puts beside the weights."""
 SENTINEL = {"a compressed checkpoint: pip install optimum-moe, or pass trust_remote_code=True": True}
-"""Stands in `config.fusion_config`. transformers only warns of an unknown quantisation method and would go on to
-initialise missing experts at random; of an unknown fusion it raises, with this name in the message."""
+"""Stands in `config.fusion_config`. transformers only warns of an unknown quantization method and would go on to
+initialize missing experts at random; of an unknown fusion it raises, with this name in the message."""
 
 ENTRY_FIELDS = {"num_experts", "num_groups", "routing"}
 
@@ -48,8 +48,8 @@ class MoEStructureConfig(QuantizationConfigMixin):
         blocks: By module path: `num_experts` (before), `num_groups` (after), `routing` (`"map"` or `"reduce"`), and
             `factors` (`FactorSizes.to_dict()`) where experts are kept in compressed forms.
         format_version: Version of this schema.
-        quantization: Quantisation config of the values, where another method quantised them.
-        quantise_on_load: Whether the stored values are still those before `quantization`.
+        quantization: Quantization config of the values, where another method quantized them.
+        quantize_on_load: Whether the stored values are still those before `quantization`.
         saved_again: Whether the model was loaded and saved since it was compressed, so that it may have been trained.
 
     Raises:
@@ -61,7 +61,7 @@ class MoEStructureConfig(QuantizationConfigMixin):
         blocks: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quantization: Mapping[str, Any] | None = None,
-        quantise_on_load: bool = False,
+        quantize_on_load: bool = False,
         saved_again: bool = False,
         **unknown: Any,
     ) -> None:
@@ -83,13 +83,13 @@ class MoEStructureConfig(QuantizationConfigMixin):
             )
         self.blocks = {name: dict(entry) for name, entry in blocks.items()}
         self.quantization = None if quantization is None else dict(quantization)
-        self.quantise_on_load = quantise_on_load
+        self.quantize_on_load = quantize_on_load
         self.saved_again = saved_again
         for name, entry in self.blocks.items():
             _check_entry(name, entry)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds; fields of an inner quantisation only where there is one."""
+        """What config.json holds; fields of an inner quantization only where there is one."""
         return {key: value for key, value in super().to_dict().items() if value not in (None, False)}
 
 
@@ -115,7 +115,7 @@ def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
 
 
 class StructureMixin:
-    """Gives the empty model the structure of the checkpoint, in front of whatever a quantiser does to its values."""
+    """Gives the empty model the structure of the checkpoint, in front of whatever a quantizer does to its values."""
 
     structure: MoEStructureConfig
 
@@ -165,17 +165,17 @@ class StructureMixin:
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
         del model._adjust_missing_and_unexpected_keys
-        self.structure.quantise_on_load = False
+        self.structure.quantize_on_load = False
         self.structure.saved_again = True
         mark_model(model, self.structure)
         return model
 
 
 class MoEStructureQuantizer(StructureMixin, HfQuantizer):
-    """What transformers calls for our checkpoints; no value is quantised unless the config holds a quantisation."""
+    """What transformers calls for our checkpoints; no value is quantized unless the config holds a quantization."""
 
     def __new__(cls, quantization_config: MoEStructureConfig, **kwargs: Any) -> Any:
-        """A quantiser of the inner method's class where there is one, and then none of this class."""
+        """A quantizer of the inner method's class where there is one, and then none of this class."""
         if quantization_config.quantization is not None:
             return _with_inner_quantizer(quantization_config)
         return super().__new__(cls)
@@ -186,7 +186,7 @@ class MoEStructureQuantizer(StructureMixin, HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)
-        # Nothing is quantised: with these marks Trainer, .half() and save_pretrained(state_dict=...) would refuse.
+        # Nothing is quantized: with these marks Trainer, .half() and save_pretrained(state_dict=...) would refuse.
         del model.hf_quantizer
         del model.quantization_method
         model.is_quantized = False
@@ -210,7 +210,7 @@ def _with_inner_quantizer(structure: MoEStructureConfig) -> HfQuantizer:
     inner = AutoQuantizationConfig.from_dict(dict(structure.quantization or {}))
     stock = type(AutoHfQuantizer.from_config(inner))
     quantizer = type(f"Structure{stock.__name__}", (StructureMixin, stock), {})(
-        inner, pre_quantized=not structure.quantise_on_load
+        inner, pre_quantized=not structure.quantize_on_load
     )
     quantizer.structure = structure
     return quantizer
@@ -219,10 +219,10 @@ def _with_inner_quantizer(structure: MoEStructureConfig) -> HfQuantizer:
 def _check_expert_parallel(config: MoEStructureConfig, distributed: Any) -> None:
     processes = getattr(distributed, "ep_size", None) or 1
     split = max(processes, getattr(distributed, "tp_size", None) or 1)
-    factorised = next((name for name, entry in config.blocks.items() if "factors" in entry), None)
-    if split > 1 and factorised is not None:
+    factorized = next((name for name, entry in config.blocks.items() if "factors" in entry), None)
+    if split > 1 and factorized is not None:
         raise ValueError(
-            f"{factorised} keeps its experts in factors with sizes of their own, which cannot be split evenly over "
+            f"{factorized} keeps its experts in factors with sizes of their own, which cannot be split evenly over "
             f"{split} processes. Use data parallelism (FSDP) or device_map=."
         )
     odd = {name: entry["num_groups"] for name, entry in config.blocks.items() if entry["num_groups"] % processes}
@@ -248,28 +248,28 @@ def mark_model(model: Any, structure: MoEStructureConfig) -> None:
     save_with_code(model)
 
 
-def quantise_on_load(config: PreTrainedConfig, quantization: QuantizationConfigMixin) -> PreTrainedConfig:
-    """Have a compressed checkpoint quantised while it is loaded; the config of transformers has one slot for both.
+def quantize_on_load(config: PreTrainedConfig, quantization: QuantizationConfigMixin) -> PreTrainedConfig:
+    """Have a compressed checkpoint quantized while it is loaded; the config of transformers has one slot for both.
 
     Args:
         config: `AutoConfig.from_pretrained(checkpoint)`, to be passed to `from_pretrained` as `config=`.
         quantization: For example a `TorchAoConfig`.
 
     Raises:
-        ValueError: If the config is none of a structured checkpoint, or is quantised already.
+        ValueError: If the config is none of a structured checkpoint, or is quantized already.
     """
     ours = getattr(config, "quantization_config", None)
     if not isinstance(ours, dict) or ours.get("quant_method") != METHOD or "quantization" in ours:
         raise ValueError(
-            f"quantise_on_load takes the config of a compressed checkpoint that needs optimum_moe and is not "
-            f"quantised, got quantization_config={ours!r:.100}. Pass quantization_config= to from_pretrained instead."
+            f"quantize_on_load takes the config of a compressed checkpoint that needs optimum_moe and is not "
+            f"quantized, got quantization_config={ours!r:.100}. Pass quantization_config= to from_pretrained instead."
         )
-    ours |= {"quantization": quantization.to_dict(), "quantise_on_load": True}
+    ours |= {"quantization": quantization.to_dict(), "quantize_on_load": True}
     return config
 
 
-def quantised_tensors(model: PreTrainedModel) -> dict[str, str]:
-    """The parameters that are really held quantised, by name: the class of the tensor that stands for them."""
+def quantized_tensors(model: PreTrainedModel) -> dict[str, str]:
+    """The parameters that are really held quantized, by name: the class of the tensor that stands for them."""
     return {
         name: type(parameter.data).__name__
         for name, parameter in model.named_parameters()
@@ -302,7 +302,7 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
         _check_sizes(name, sizes, found[name].info)
         with guarded(model, found[name], entry["routing"] == "map" or sizes is not None):
             found[name].surgeon.build_structure(block, entry["num_groups"], entry["routing"], sizes)
-        # Some architectures initialise a block by the config's expert count; its tensors all come from the checkpoint.
+        # Some architectures initialize a block by the config's expert count; its tensors all come from the checkpoint.
         block._is_hf_initialized = True
     return list(found)
 
@@ -331,7 +331,7 @@ def _refuse_larger_than_files(what: str, number: int, files: Sequence[str] | Non
 
     Args:
         what: What the config says.
-        number: Numbers that are stored of it. Quantised ones have half a byte each, and tied ones may count twice.
+        number: Numbers that are stored of it. Quantized ones have half a byte each, and tied ones may count twice.
         files: The shards.
     """
     size = sum(Path(file).stat().st_size for file in files or ())
@@ -353,7 +353,7 @@ def _name_in(model: PreTrainedModel, saved_name: str, found: Mapping[str, Any]) 
 
 
 def _refuse_misfits(model: Any, blocks: list[str]) -> None:
-    """Make the load fail where transformers would initialise missing tensors at random."""
+    """Make the load fail where transformers would initialize missing tensors at random."""
     from optimum_moe.checkpoint.lacking import lacking, refuse_lacking
 
     adjust = model._adjust_missing_and_unexpected_keys

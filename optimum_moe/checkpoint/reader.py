@@ -42,7 +42,7 @@ class CheckpointReader:
     Args:
         model: The model, on any device; its dtypes are those that are read.
         names: Names of the tensors in the checkpoint.
-        quantizer: Dequantises what it reads; None for an unquantised checkpoint.
+        quantizer: Dequantizes what it reads; None for an unquantized checkpoint.
         cast: Read in the dtypes of the model; else in those that are stored.
     """
 
@@ -130,8 +130,8 @@ class CheckpointReader:
             if transform is None:
                 transform = deepcopy(self._by_pattern[pattern]) if pattern else WeightRenaming(name, target)
             tensor = get(name)
-            dequantised = any(getattr(op, "hf_quantizer", None) for op in getattr(transform, "operations", ()))
-            if self.cast and tensor.is_floating_point() and not dequantised:
+            dequantized = any(getattr(op, "hf_quantizer", None) for op in getattr(transform, "operations", ()))
+            if self.cast and tensor.is_floating_point() and not dequantized:
                 tensor = tensor.to(self._state[target].dtype)
             transform.add_tensor(target, name, pattern or name, tensor)
         return transform.convert(target, model=self.model, config=self.model.config, hf_quantizer=self.quantizer)

@@ -45,9 +45,9 @@ from optimum_moe.checkpoint.headers import (
 from optimum_moe.checkpoint.lacking import lacking, refuse_lacking
 from optimum_moe.checkpoint.names import check_checkpoint_name, is_hub_id
 from optimum_moe.checkpoint.origin import check_model, refuse_adapter, refuse_arguments
-from optimum_moe.checkpoint.quantised import (
-    accepted_quantisation,
-    load_dequantised,
+from optimum_moe.checkpoint.quantized import (
+    accepted_quantization,
+    load_dequantized,
     plain_config,
     quantizer_of,
     unpacked,
@@ -86,7 +86,7 @@ class ModelSource:
         directory: Local folder with the config and the tokenizer.
         location: What `from_pretrained` loads the weights from: that folder, or the Hub id where it lacks them.
         load_arguments: Keyword arguments for it.
-        quantisation: How the checkpoint is quantised, where it is dequantised while it is loaded.
+        quantization: How the checkpoint is quantized, where it is dequantized while it is loaded.
         as_stored: Whether each tensor is written in the dtype that it is stored in; else in the one that was asked for.
     """
 
@@ -100,7 +100,7 @@ class ModelSource:
     directory: Path | None = None
     location: str | Path | None = None
     load_arguments: Mapping[str, Any] = field(default_factory=dict)
-    quantisation: Mapping[str, Any] | None = None
+    quantization: Mapping[str, Any] | None = None
     as_stored: bool = False
 
     def load(self) -> PreTrainedModel:
@@ -114,9 +114,9 @@ class ModelSource:
         auto: Any = type(self.skeleton)
         assert self.location is not None
         assert self.headers is not None
-        if self.quantisation is not None:
-            model, report = load_dequantised(
-                auto, self.location, self.config, self.quantisation, self.headers, self.load_arguments
+        if self.quantization is not None:
+            model, report = load_dequantized(
+                auto, self.location, self.config, self.quantization, self.headers, self.load_arguments
             )
         else:
             model, report = auto.from_pretrained(self.location, output_loading_info=True, **self.load_arguments)
@@ -133,7 +133,7 @@ class ModelSource:
     def reader(self, cast: bool = True) -> CheckpointReader:
         """What reads parts of the checkpoint, in the dtypes of the skeleton; or as they are stored and written."""
         assert self.headers is not None
-        quantizer = None if self.quantisation is None else quantizer_of(self.quantisation)
+        quantizer = None if self.quantization is None else quantizer_of(self.quantization)
         return CheckpointReader(self.skeleton, self.headers.tensors, quantizer, cast or not self.as_stored)
 
     def contents(self, get: Get) -> Contents:
@@ -216,8 +216,8 @@ def open_source(
         kwargs: Passed to `from_pretrained`; `revision`, `token`, `cache_dir`, `local_files_only` also to the download.
 
     Raises:
-        ValueError: If there is no such checkpoint, it is already compressed, quantised without `dequantize` or not
-            quantised with it, has no MoE blocks, or a tensor or shard is missing or broken.
+        ValueError: If there is no such checkpoint, it is already compressed, quantized without `dequantize` or not
+            quantized with it, has no MoE blocks, or a tensor or shard is missing or broken.
     """
     if not isinstance(model, str | os.PathLike):
         live = check_model(model)
@@ -228,20 +228,20 @@ def open_source(
     name, model = readable_path(model), native_path(model)
     directory, headers, is_local = config_and_headers(model, kwargs)
     config = AutoConfig.from_pretrained(directory, **{k: v for k, v in kwargs.items() if k in _CONFIG_ARGUMENTS})
-    quantisation = accepted_quantisation(config, dequantize)
-    if quantisation is not None:
+    quantization = accepted_quantization(config, dequantize)
+    if quantization is not None:
         config = plain_config(config)
     refuse_larger_than_file(config, headers)
     skeleton = _skeleton(config, auto_class, kwargs.get("trust_remote_code", False))
     blocks = tuple(find_blocks(skeleton))
-    as_stored = quantisation is None and dtype in ("auto", None)
+    as_stored = quantization is None and dtype in ("auto", None)
     if as_stored:
         # What the config says may differ, and decides nothing.
         dtype = headers.dtype or "auto"
     itemsize, plain = headers.itemsize, headers
     if not as_stored:
         itemsize = _dtype(config.dtype if dtype in ("auto", None) else dtype).itemsize
-    if quantisation is not None:
+    if quantization is not None:
         plain = unpacked(headers, int(itemsize))
     # With other names of its own choice the checkpoint is checked when it is loaded.
     if not kwargs.get("key_mapping"):
@@ -263,7 +263,7 @@ def open_source(
         # A branch may move on before the weights are loaded.
         arguments["revision"] = directory.name
     return ModelSource(
-        *(name, config, skeleton, blocks, info, headers, None, directory, location, arguments, quantisation),
+        *(name, config, skeleton, blocks, info, headers, None, directory, location, arguments, quantization),
         as_stored=as_stored,
     )
 
@@ -289,9 +289,9 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _from_memory(model: PreTrainedModel) -> ModelSource:
-    accepted_quantisation(model.config, dequantize=False)
+    accepted_quantization(model.config, dequantize=False)
     if getattr(model, "is_quantized", False):
-        raise ValueError("The model in memory is quantised. Load its unquantised weights to compress them.")
+        raise ValueError("The model in memory is quantized. Load its unquantized weights to compress them.")
     blocks = with_itemsizes(find_blocks(model), model, lambda name, tensor: tensor.element_size())
     parameters = list(model.parameters())
     info = ModelInfo(

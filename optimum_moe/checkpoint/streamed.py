@@ -15,7 +15,7 @@ from optimum_moe.checkpoint.buffers import Buffers
 from optimum_moe.checkpoint.contents import meta_tensor
 from optimum_moe.checkpoint.lacking import lacking, refuse_lacking
 from optimum_moe.checkpoint.places import Place
-from optimum_moe.checkpoint.quantised import load_dequantised
+from optimum_moe.checkpoint.quantized import load_dequantized
 from optimum_moe.checkpoint.reader import Entries, take_dtypes
 from optimum_moe.checkpoint.shards import bytes_of
 from optimum_moe.checkpoint.source import ModelSource
@@ -71,7 +71,7 @@ class StreamedModel:
         for name, dtype in self._dtypes.items():
             self.at(name).data = self.at(name).data.to(dtype)
         self._entries: dict[str, Entries | None] = {}
-        self.resident = _initialise(self.model, set(self._aliases), device)
+        self.resident = _initialize(self.model, set(self._aliases), device)
         self._lent: set[str] = set()
         self.buffers = Buffers()
 
@@ -280,8 +280,8 @@ def empty_model(source: ModelSource) -> PreTrainedModel:
         if hasattr(config, key):
             setattr(config, key, source.load_arguments[key])
     with without_bars():
-        if source.quantisation is not None:
-            model, _ = load_dequantised(cls, None, config, source.quantisation, source.headers, arguments)  # type: ignore[arg-type]
+        if source.quantization is not None:
+            model, _ = load_dequantized(cls, None, config, source.quantization, source.headers, arguments)  # type: ignore[arg-type]
         else:
             model = cls.from_pretrained(None, config=config, **arguments)
     model.config.name_or_path = str(source.location)
@@ -303,7 +303,7 @@ def align(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _initialise(model: PreTrainedModel, given: set[str], device: torch.device) -> set[str]:
+def _initialize(model: PreTrainedModel, given: set[str], device: torch.device) -> set[str]:
     """Compute what the checkpoint does not give; returns the names."""
     lacking = {name for name, tensor in _tensors(model) if tensor.is_meta and name not in given}
     for name in lacking:
@@ -311,7 +311,7 @@ def _initialise(model: PreTrainedModel, given: set[str], device: torch.device) -
         real = torch.empty_like(store[key], device="cpu")
         store[key] = nn.Parameter(real, store[key].requires_grad) if isinstance(store[key], nn.Parameter) else real
     for module in model.modules():
-        # The empty model was initialised as a whole; parameters that are given carry this mark of their own.
+        # The empty model was initialized as a whole; parameters that are given carry this mark of their own.
         vars(module).pop("_is_hf_initialized", None)
     initialize: Any = model.initialize_weights
     initialize()

@@ -108,7 +108,7 @@ def values_stored(
 
 
 def values_packed(headers: Headers, shards: ShardReader) -> list[str]:
-    """The digest of a quantised checkpoint: of the bytes that are stored, for its values would all have to be made."""
+    """The digest of a quantized checkpoint: of the bytes that are stored, for its values would all have to be made."""
     found = {}
     for name, (_, shape, size) in headers.tensors.items():
         item = size // max(prod(shape), 1)

@@ -217,7 +217,7 @@ class StreamingSource:
         return sum(dtype.itemsize for dtype in saved) / len(saved) if saved else tensor.element_size()
 
     def restore(self, unit: Unit) -> None:
-        """Cut a unit as its plans say; experts that were factorised are read from its shard.
+        """Cut a unit as its plans say; experts that were factorized are read from its shard.
 
         Raises:
             ValueError: If the shard holds other factors than when it was written.

@@ -104,8 +104,8 @@ def evaluate_many(
     overlap = None
     if calibration is not None:
         overlap = check_disjoint(texts_of(calibration, tokenizer), texts_of(text, tokenizer))
-    labelled = [(f"models[{name!r}]", model) for name, model in models.items()]
-    loaded = load_models(labelled if reference is None else [*labelled, ("reference", reference)])
+    labeled = [(f"models[{name!r}]", model) for name, model in models.items()]
+    loaded = load_models(labeled if reference is None else [*labeled, ("reference", reference)])
     original = None if reference is None else loaded[-1]
     run = Run(dict(zip(models, loaded, strict=False)), original, held_out, chosen, progress)
     with measuring(loaded):

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out text, tokenised once for all models.
+    """Held-out text, tokenized once for all models.
 
     Args:
         windows: rows of sequence_length tokens without overlap, as batches.
@@ -59,7 +59,7 @@ class HeldOut:
 def prepare(
     text: Any, tokenizer: Any, *, max_tokens: int | None, sequence_length: int, batch_size: int, seed: int
 ) -> HeldOut:
-    """Read, sample and tokenise held-out text; arguments as for `evaluate`.
+    """Read, sample and tokenize held-out text; arguments as for `evaluate`.
 
     Raises:
         ValueError: as for `build_batches`.

@@ -30,7 +30,7 @@ class Composed(Method):
 
     Args:
         first: Merges or prunes.
-        then: Factorises what remains.
+        then: Factorizes what remains.
 
     Raises:
         ValueError: If `first` leaves nothing to be composed.
@@ -51,7 +51,7 @@ class Composed(Method):
             )
         if isinstance(self.first, Composed | LowRankSparse):
             raise ValueError(
-                f"A list of methods is one that merges or prunes experts and one that factorises them, got "
+                f"A list of methods is one that merges or prunes experts and one that factorizes them, got "
                 f"{self.first.name} first. Give for example [MSMoE(num_experts=8), LowRankSparse(rank=32)]."
             )
 
@@ -134,16 +134,16 @@ class Composed(Method):
         return made
 
     def decide(self, context: BlockContext, count: int) -> BlockPlan:
-        """Merge or prune, and factorise what remains; with shared bases, factorise what sets experts apart."""
+        """Merge or prune, and factorize what remains; with shared bases, factorize what sets experts apart."""
         plan = self.plans.get(context.info.name) or self.first.decide(context, count)
         if self.then.base is None:
             left, ranks = after(context, plan), None
             if any(len(plan.members(group)) > 1 for group in range(plan.num_groups)):
                 ranks = _mean_stable_rank(context.experts), _mean_stable_rank(left.experts)
-            return replace(plan, factors=self.then.factorise(left), stable_rank=ranks)
+            return replace(plan, factors=self.then.factorize(left), stable_rank=ranks)
         aligned = replace(context, experts=_aligned(context.experts, plan))
         kept = keep_all(context.info.name, context.info.num_experts, self.block_routing)
-        return replace(kept, factors=self.then.factorise(aligned, _shared(context.experts, plan)))
+        return replace(kept, factors=self.then.factorize(aligned, _shared(context.experts, plan)))
 
     def cost(self, model: ModelInfo, block: BlockInfo, count: int) -> ExpertCost:
         """Of the first's experts in the second's forms."""

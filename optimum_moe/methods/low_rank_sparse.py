@@ -19,7 +19,7 @@ from optimum_moe.algorithms.low_rank import Spectrum
 from optimum_moe.algorithms.one_expert import Form
 from optimum_moe.algorithms.ranks import RANK_STEP, rank_from_energy, rank_from_number, rank_from_ratio
 from optimum_moe.algorithms.structured_sparse import rows_from_density
-from optimum_moe.algorithms.uniform_factors import factorise_expert
+from optimum_moe.algorithms.uniform_factors import factorize_expert
 from optimum_moe.blocks import BlockInfo, ModelInfo
 from optimum_moe.methods.base import BlockContext, ExpertCost, Method
 from optimum_moe.methods.byte_budget import BlockSurvey, build_block, narrowest_item, spend_budget, survey_block
@@ -78,9 +78,9 @@ class LowRankSparse(Method):
         curvature: Measure damage in the loss, by backward passes over the calibration data (default); False measures
             output errors, as where no backward pass is possible. For budgets only.
         kinds: What a budget may make of an expert between empty and untouched: `"neurons"` and `"rank"` (default).
-        base: `"group"` keeps every expert apart, as a factorised difference to the merged expert of its group, which
+        base: `"group"` keeps every expert apart, as a factorized difference to the merged expert of its group, which
             a method in front of this one makes: rank 0 is that merge, the full rank the original.
-        layers: Positions of the MoE blocks to factorise, None for all.
+        layers: Positions of the MoE blocks to factorize, None for all.
         protect: Patterns of block names that stay as they are.
 
     Raises:
@@ -180,7 +180,7 @@ class LowRankSparse(Method):
         return {block.name: block.num_experts for block in model.blocks}
 
     def check(self, model: ModelInfo) -> None:
-        """Raise a `ValueError` unless the settings fit the matrices of all blocks to factorise."""
+        """Raise a `ValueError` unless the settings fit the matrices of all blocks to factorize."""
         for block in selected_blocks(model, self.layers, self.protect):
             shape = block.intermediate_size, block.hidden_size
             if block.no_factors:
@@ -193,7 +193,7 @@ class LowRankSparse(Method):
                 self._rows(size)
 
     def changed_by_data(self, model: ModelInfo, counts: Mapping[str, int]) -> set[str]:
-        """All blocks to factorise, where factors are whitened."""
+        """All blocks to factorize, where factors are whitened."""
         chosen = selected_blocks(model, self.layers, self.protect) if self.needs_statistics else ()
         return {block.name for block in chosen}
 
@@ -204,7 +204,7 @@ class LowRankSparse(Method):
         return spared._with_forms(self.forms)
 
     def applies(self, context: BlockContext) -> bool:
-        """Whether a block is one of those to factorise."""
+        """Whether a block is one of those to factorize."""
         return is_selected(context.info, context.num_blocks, self.layers, self.protect)
 
     def survey(self, context: BlockContext, count: int) -> BlockSurvey | None:
@@ -245,11 +245,11 @@ class LowRankSparse(Method):
         return min(left, dense)
 
     def decide(self, context: BlockContext, count: int) -> BlockPlan:
-        """Factorise the experts of one block."""
+        """Factorize the experts of one block."""
         kept = keep_all(context.info.name, context.info.num_experts, self.block_routing)
-        return replace(kept, factors=self.factorise(context))
+        return replace(kept, factors=self.factorize(context))
 
-    def factorise(self, context: BlockContext, shared: SharedBases | None = None) -> BlockFactors | None:
+    def factorize(self, context: BlockContext, shared: SharedBases | None = None) -> BlockFactors | None:
         """The factors of all experts of a block; None for a block that stays as it is.
 
         Args:
@@ -267,9 +267,9 @@ class LowRankSparse(Method):
             base, neurons = (None, None) if shared is None else shared.of_expert(index)
             single = single_expert(context.experts, index)
             try:
-                experts.append(factorise_expert(single, tokens, self._rank_of, self._rows, base, neurons))
+                experts.append(factorize_expert(single, tokens, self._rank_of, self._rows, base, neurons))
             except ValueError as error:
-                raise ValueError(f"Expert {index} of {context.info.name} cannot be factorised. {error}") from error
+                raise ValueError(f"Expert {index} of {context.info.name} cannot be factorized. {error}") from error
         if shared is None:
             return BlockFactors(tuple(experts))
         return BlockFactors(tuple(experts), shared.labels_E, shared.matrices)

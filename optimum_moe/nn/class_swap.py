@@ -1,4 +1,4 @@
-"""Give a live module new behaviour by swapping its class: parameters, names and hooks stay what they are."""
+"""Give a live module new behavior by swapping its class: parameters, names and hooks stay what they are."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class ExpertProjection(nn.Module):
             return stacked[parts[place]]
         if opened is None:
             return getattr(self, name)[parts[place]]
-        # The gradient of a split is one stack, that of selections a full-sized tensor for each. A parametrised tensor
+        # The gradient of a split is one stack, that of selections a full-sized tensor for each. A parametrized tensor
         # (an adapter) is computed anew at each access.
         key = (id(self), name)
         if key not in opened:

@@ -12,7 +12,7 @@ import torch
 
 from optimum_moe.algorithms.experts import Activate
 from optimum_moe.nn.expert_projection import Opened
-from optimum_moe.nn.factorised_experts import FactorisedExperts, WidthClass
+from optimum_moe.nn.factorized_experts import FactorizedExperts, WidthClass
 from optimum_moe.nn.merged_experts import accumulator, sort_pairs, wide
 
 
@@ -34,7 +34,7 @@ def run_shared(
     Returns:
         (T, H) in the dtype of `hidden_TH`.
     """
-    factors: FactorisedExperts = experts.factors
+    factors: FactorizedExperts = experts.factors
     found = factors.classes[0]
     assert isinstance(found, WidthClass)
     up, down = found.projection("up"), found.projection("down")

@@ -78,7 +78,7 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 
 
 def inherited_metadata(directory: Path | None) -> dict[str, Any]:
-    """Licence, language and task from the card of the original in a folder; empty where it says nothing of them."""
+    """License, language and task from the card of the original in a folder; empty where it says nothing of them."""
     card = None if directory is None else directory / "README.md"
     if card is None or not card.is_file():
         return {}
@@ -90,7 +90,7 @@ def inherited_metadata(directory: Path | None) -> dict[str, Any]:
         found = yaml.load(block[1], Loader=yaml.BaseLoader) if block else {}
     except yaml.YAMLError as error:
         warnings.warn(
-            f"The metadata of the original's README.md are no YAML ({str(error).splitlines()[0]}). Add its licence and "
+            f"The metadata of the original's README.md are no YAML ({str(error).splitlines()[0]}). Add its license and "
             "language to the new card yourself.",
             stacklevel=2,
         )

@@ -30,7 +30,7 @@ def support() -> list[Support]:
     found = [
         Support(
             name,
-            ("merge", *(() if surgeon.fixed_router else ("prune",)), *(() if surgeon.no_factors else ("factorise",))),
+            ("merge", *(() if surgeon.fixed_router else ("prune",)), *(() if surgeon.no_factors else ("factorize",))),
             not surgeon.fixed_router,
             "; ".join(filter(None, (surgeon.remark, surgeon.fixed_router and f"map only: {surgeon.fixed_router}"))),
         )

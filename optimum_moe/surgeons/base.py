@@ -18,7 +18,7 @@ from optimum_moe.algorithms.factors import FactorSizes
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.algorithms.router_fit import RouterView
 from optimum_moe.blocks import BlockInfo
-from optimum_moe.nn import FactorisedExperts
+from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.records import digest
 from optimum_moe.surgeons.architecture import Role, RouterTensor
@@ -169,13 +169,13 @@ class Surgeon(ABC):
         """The experts' own gate function: hidden neurons from gate and up, each neuron from its own two."""
         raise NotImplementedError(f"{type(self).__name__} does not give the gate function of its experts")
 
-    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+    def hold(self, block: Block, factors: FactorizedExperts) -> None:
         """Put experts in compressed forms in the place of the stock ones; the block runs them afterwards."""
         raise NotImplementedError(f"{type(self).__name__} has no `hold`, and should say why in `no_factors`")
 
-    def factors(self, block: Block) -> FactorisedExperts | None:
+    def factors(self, block: Block) -> FactorizedExperts | None:
         """The experts in compressed forms that the block holds; None where they are stock ones."""
-        return next((m for m in block.modules() if isinstance(m, FactorisedExperts)), None)
+        return next((m for m in block.modules() if isinstance(m, FactorizedExperts)), None)
 
     def carry_out(self, block: Block, plan: BlockPlan) -> BlockPlan:
         """Do to a block all that its plan says; returns the plan as it is kept, without what the block now holds.
@@ -212,15 +212,15 @@ class Surgeon(ABC):
             self.hold(block, _empty_factors(self.experts(block), sizes))
 
 
-def factors_digest(held: FactorisedExperts) -> dict[str, str]:
+def factors_digest(held: FactorizedExperts) -> dict[str, str]:
     """SHA-256 of each tensor that a block's compressed experts hold."""
     return {name: digest({}, {name: tensor}) for name, tensor in held.state_dict().items()}
 
 
-def _empty_factors(view: ExpertTensors, sizes: FactorSizes) -> FactorisedExperts:
+def _empty_factors(view: ExpertTensors, sizes: FactorSizes) -> FactorizedExperts:
     first = view.up[0]
     biases = [name for name, values in _biases(view).items() if values is not None]
-    factors = FactorisedExperts(sizes, view.hidden_size, biases, device=first.device, dtype=first.dtype)
+    factors = FactorizedExperts(sizes, view.hidden_size, biases, device=first.device, dtype=first.dtype)
     widths = {values[0].dtype for values in _biases(view).values() if values is not None}
     for name, parameter in factors.named_parameters():
         if name.endswith("bias"):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_moe.nn import FactorisedExperts, SwappedModule, map_routing, swapped_class
+from optimum_moe.nn import FactorizedExperts, SwappedModule, map_routing, swapped_class
 from optimum_moe.nn.expert_projection import Opened
-from optimum_moe.nn.factorised_layer import run_factorised
+from optimum_moe.nn.factorized_layer import run_factorized
 from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
@@ -89,7 +89,7 @@ class DbrxSurgeon(StackedSurgeon):
         """See `Surgeon.activate`."""
         return _activate(block.experts, gate_PI, up_PI)
 
-    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+    def hold(self, block: Block, factors: FactorizedExperts) -> None:
         """See `Surgeon.hold`."""
         self.drop_stacks(block)
         block.experts.factors = factors
@@ -122,7 +122,7 @@ def _run_expert(
     experts: Any, expert: int, input_PH: torch.Tensor, opened: Opened | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if hasattr(experts, "factors"):
-        return run_factorised(experts.factors, partial(_activate, experts), None, expert, input_PH, opened)
+        return run_factorized(experts.factors, partial(_activate, experts), None, expert, input_PH, opened)
     mlp = experts.mlp
     w1, v1, w2 = (
         tensor.view(experts.num_experts, -1, experts.hidden_size)[expert] for tensor in (mlp.w1, mlp.v1, mlp.w2)

@@ -230,7 +230,7 @@ def _run(block: Any, input_BSH: torch.Tensor) -> torch.Tensor:
 
 
 def _labels(surgeon: GenericSurgeon, block: Block) -> tuple[int, ...]:
-    """Neighbours belong together, so that no group crosses router groups."""
+    """Neighbors belong together, so that no group crosses router groups."""
     return tuple(expert // 2 for expert in range(surgeon.num_experts(block)))
 
 
@@ -241,7 +241,7 @@ def _orders(surgeon: GenericSurgeon, block: Block) -> torch.Tensor:
 
 
 def _copy_experts(surgeon: GenericSurgeon, block: Block) -> None:
-    """Make every second expert a copy of its neighbour, with its neurons in another order."""
+    """Make every second expert a copy of its neighbor, with its neurons in another order."""
     view, order_EI = surgeon.experts(block), _orders(surgeon, block)
     for expert in range(1, view.num_experts, 2):
         for name, axis in NEURON_AXIS.items():
@@ -260,7 +260,7 @@ def _merge_copies(surgeon: GenericSurgeon, block: Block, input_BSH: torch.Tensor
 
 
 def _reorder(surgeon: GenericSurgeon, block: Block, input_BSH: torch.Tensor) -> None:
-    """Swap neighbours, which stay in their router group."""
+    """Swap neighbors, which stay in their router group."""
     count = surgeon.num_experts(block)
     order_E = [expert ^ 1 if expert ^ 1 < count else expert for expert in range(count)]
     stacks = [tensor.data for tensor in surgeon.expert_parameters(block)]

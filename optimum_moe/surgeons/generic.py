@@ -15,14 +15,14 @@ from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from optimum_moe.nn import (
-    FactorisedExpertLayer,
-    FactorisedExperts,
+    FactorizedExpertLayer,
+    FactorizedExperts,
     MappedRouter,
     MergedExpertLayer,
     SwappedModule,
     swapped_class,
 )
-from optimum_moe.nn.factorised_layer import native_activation, native_finish
+from optimum_moe.nn.factorized_layer import native_activation, native_finish
 from optimum_moe.nn.merged_experts import eager_experts_forward
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.surgeons.architecture import Architecture
@@ -120,14 +120,14 @@ class GenericSurgeon(StackedSurgeon):
         """The module's own norm."""
         return native_finish(self._experts(block))
 
-    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+    def hold(self, block: Block, factors: FactorizedExperts) -> None:
         """See `Surgeon.hold`."""
         experts = self._experts(block)
         self.drop_stacks(block)
         experts.factors = factors
         # Where experts were merged, this class does what that one did.
         stock = experts.original_class if isinstance(experts, MergedExpertLayer) else type(experts)
-        experts.__class__ = swapped_class(FactorisedExpertLayer, stock)
+        experts.__class__ = swapped_class(FactorizedExpertLayer, stock)
         if getattr(type(block), "kernel_layer_name", None) is not None:
             block.__class__ = swapped_class(SwappedModule, type(block))
 

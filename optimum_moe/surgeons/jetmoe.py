@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_moe.nn import FactorisedExperts, SwappedModule, map_routing, swapped_class
+from optimum_moe.nn import FactorizedExperts, SwappedModule, map_routing, swapped_class
 from optimum_moe.nn.expert_projection import Opened
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
@@ -46,10 +46,10 @@ class MappedJetMoeRouter(SwappedModule):
         return slot_P, slot_P // self.top_k, summed_TK.flatten()[slot_P], sizes, logits_TN
 
 
-class FactorisedJetMoeInput(SwappedModule):
+class FactorizedJetMoeInput(SwappedModule):
     """The first linear layer with experts in compressed forms; the missing neurons of narrower ones are zeros."""
 
-    shared: tuple[FactorisedExperts]
+    shared: tuple[FactorizedExperts]
     output_size: int
 
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
@@ -65,10 +65,10 @@ class FactorisedJetMoeInput(SwappedModule):
         return torch.cat(outputs)
 
 
-class FactorisedJetMoeOutput(SwappedModule):
+class FactorizedJetMoeOutput(SwappedModule):
     """The second linear layer with experts in compressed forms."""
 
-    shared: tuple[FactorisedExperts]
+    shared: tuple[FactorizedExperts]
 
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
         """(P, H) outputs of pairs that lie by expert."""
@@ -119,11 +119,11 @@ class JetMoeSurgeon(StackedSurgeon):
         """The block's activation of the gate; attention experts have neither."""
         return up_PI if gate_PI is None else block.activation(gate_PI) * up_PI
 
-    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+    def hold(self, block: Block, factors: FactorizedExperts) -> None:
         """See `Surgeon.hold`."""
         self.drop_stacks(block)
         block.factors = factors
-        linears = (block.input_linear, FactorisedJetMoeInput), (block.output_linear, FactorisedJetMoeOutput)
+        linears = (block.input_linear, FactorizedJetMoeInput), (block.output_linear, FactorizedJetMoeOutput)
         for linear, mixin in linears:
             # In a tuple, because a module that is the child of two would be saved twice.
             linear.shared = (factors,)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_moe.nn import FactorisedExperts, SwappedModule, swapped_class
-from optimum_moe.nn.factorised_layer import run_factorised
+from optimum_moe.nn import FactorizedExperts, SwappedModule, swapped_class
+from optimum_moe.nn.factorized_layer import run_factorized
 from optimum_moe.nn.merged_experts import is_traced
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
@@ -43,10 +43,10 @@ class MappedLlama4Router(SwappedModule):
         return mapped.scatter(1, columns_TK, scores_TK), logits_TN
 
 
-class FactorisedLlama4Experts(SwappedModule):
+class FactorizedLlama4Experts(SwappedModule):
     """Runs each expert in its compressed form on the tokens that selected it: the inputs of others are zeros."""
 
-    factors: FactorisedExperts
+    factors: FactorizedExperts
     act_fn: Callable[[torch.Tensor], torch.Tensor]
     hidden_size: int
 
@@ -55,9 +55,9 @@ class FactorisedLlama4Experts(SwappedModule):
         inputs_ETH = hidden_states.view(self.factors.num_experts, -1, self.hidden_size)
         if is_traced():
             # As the stock experts do, which run on the zeros too.
-            traced = partial(run_factorised, self.factors, partial(_activate, self), None)
+            traced = partial(run_factorized, self.factors, partial(_activate, self), None)
             return torch.cat([traced(expert, input_TH)[1] for expert, input_TH in enumerate(inputs_ETH)])
-        run = partial(run_factorised, self.factors, partial(_activate, self), None, opened={})
+        run = partial(run_factorized, self.factors, partial(_activate, self), None, opened={})
         outputs = []
         for expert, input_TH in enumerate(inputs_ETH):
             token_P = (input_TH != 0).any(-1).nonzero()[:, 0]
@@ -110,11 +110,11 @@ class Llama4Surgeon(StackedSurgeon):
         """See `Surgeon.activate`."""
         return _activate(block.experts, gate_PI, up_PI)
 
-    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+    def hold(self, block: Block, factors: FactorizedExperts) -> None:
         """See `Surgeon.hold`."""
         self.drop_stacks(block)
         block.experts.factors = factors
-        block.experts.__class__ = swapped_class(FactorisedLlama4Experts, type(block.experts))
+        block.experts.__class__ = swapped_class(FactorizedLlama4Experts, type(block.experts))
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:

@@ -220,7 +220,7 @@ class StackedSurgeon(Surgeon):
             *path, last = stack.path.split(".")
             owner: Any = block.get_submodule(".".join(path))
             delattr(owner, last)
-            # transformers would look for the tensor to initialise it.
+            # transformers would look for the tensor to initialize it.
             owner._is_hf_initialized = True
 
     def _experts_first(self, block: Block, stack: ExpertStack) -> torch.Tensor:

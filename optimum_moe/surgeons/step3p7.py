@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_moe.nn import FactorisedExperts, MappedRouter, SwappedModule, swapped_class
+from optimum_moe.nn import FactorizedExperts, MappedRouter, SwappedModule, swapped_class
 from optimum_moe.nn.expert_projection import Opened
-from optimum_moe.nn.factorised_layer import run_factorised
+from optimum_moe.nn.factorized_layer import run_factorized
 from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
@@ -76,7 +76,7 @@ class Step3p7Surgeon(StackedSurgeon):
         """See `Surgeon.activate`."""
         return _activate(block.experts, gate_PI, up_PI)
 
-    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+    def hold(self, block: Block, factors: FactorizedExperts) -> None:
         """See `Surgeon.hold`."""
         self.drop_stacks(block)
         block.experts.factors = factors
@@ -98,6 +98,6 @@ def _run_expert(
     experts: Any, expert: int, input_PH: torch.Tensor, opened: Opened | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if hasattr(experts, "factors"):
-        return run_factorised(experts.factors, partial(_activate, experts), None, expert, input_PH, opened)
+        return run_factorized(experts.factors, partial(_activate, experts), None, expert, input_PH, opened)
     hidden_PI = experts._apply_gate(nn.functional.linear(input_PH, experts.gate_up_proj[expert]))
     return hidden_PI, nn.functional.linear(hidden_PI, experts.down_proj[expert])

@@ -12,8 +12,8 @@ from torch import nn
 
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.blocks import BlockInfo
-from optimum_moe.nn import FactorisedExperts, SwappedModule, swapped_class
-from optimum_moe.nn.factorised_layer import run_factorised
+from optimum_moe.nn import FactorizedExperts, SwappedModule, swapped_class
+from optimum_moe.nn.factorized_layer import run_factorized
 from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.surgeons.architecture import RouterTensor
@@ -46,10 +46,10 @@ class MappedSwitchRouter(SwappedModule):
         return mapped, probability, logits
 
 
-class FactorisedSwitchExperts(SwappedModule):
+class FactorizedSwitchExperts(SwappedModule):
     """Runs experts in compressed forms; `act` is the activation of the stock ones."""
 
-    factors: FactorisedExperts
+    factors: FactorizedExperts
     act: nn.Module
     dropout: nn.Module
 
@@ -65,7 +65,7 @@ class FactorisedSwitchExperts(SwappedModule):
         """
         dropped_T = selected_experts.sum((1, 2)) == 0
         index_T1 = selected_experts.argmax(-1).masked_fill(dropped_T.unsqueeze(-1), self.factors.num_experts)
-        run = partial(run_factorised, self.factors, self._activate, None, opened={})
+        run = partial(run_factorized, self.factors, self._activate, None, opened={})
         return run_routed(run, self.factors.num_experts, hidden_states, index_T1, routing_weights)
 
     def _activate(self, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
@@ -161,13 +161,13 @@ class SwitchTransformersSurgeon(Surgeon):
         """The activation that all experts have."""
         return next(iter(block.experts.values())).act(up_PI)
 
-    def hold(self, block: Block, factors: FactorisedExperts) -> None:
+    def hold(self, block: Block, factors: FactorizedExperts) -> None:
         """See `Surgeon.hold`."""
         experts = block.experts
         first = next(iter(experts.values()))
         experts.clear()
         experts.factors, experts.act, experts.dropout = factors, first.act, first.dropout
-        experts.__class__ = swapped_class(FactorisedSwitchExperts, type(experts))
+        experts.__class__ = swapped_class(FactorizedSwitchExperts, type(experts))
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:

@@ -100,7 +100,7 @@ def test_noisy_permuted_copies_are_aligned_exactly(size, noise, gated, solver_ca
 
 def test_certificate_skips_most_of_the_product(solver_calls, product_share):
     generator = torch.Generator().manual_seed(0)
-    # Neurons of very different size: only the nearest-neighbour form of the bound proves these.
+    # Neurons of very different size: only the nearest-neighbor form of the bound proves these.
     scale_I = torch.randn(600, generator=generator).mul(0.7).exp()
     reference = random_expert(600, 512, generator, scale_I=scale_I)
     order = torch.randperm(600, generator=generator)

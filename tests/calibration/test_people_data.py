@@ -1,4 +1,4 @@
-"""Calibration data as people have them: tokenised data sets, chats of all kinds, files of all encodings, loaders."""
+"""Calibration data as people have them: tokenized data sets, chats of all kinds, files of all encodings, loaders."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from optimum_moe.cli.evaluate import named_models
 from optimum_moe.cli.moe import MoECommand
 from optimum_moe.evaluation import EvaluationResult
 from tests.mtp_checkpoints import save_with_mtp
-from tests.quantised_checkpoints import to_fp8
+from tests.quantized_checkpoints import to_fp8
 from tests.tiny_checkpoints import write_text
 
 Run = Callable[..., tuple[int, str, str]]
@@ -380,7 +380,7 @@ def test_released_checkpoints(run: Run, tmp_path: Path):
     recipe = (original, "--recipe", tmp_path / "recipe.yaml")
     status, _, error = run("preview", *recipe, "--mtp", "cut")
     assert status == 2
-    assert "already quantised (fp8). Pass --dequantize to" in error
+    assert "already quantized (fp8). Pass --dequantize to" in error
     status, _, error = run("compress", *recipe, "--dequantize", "--output", tmp_path / "out")
     assert status == 2
     assert "Pass --mtp copy" in error

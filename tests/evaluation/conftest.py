@@ -1,4 +1,4 @@
-"""A tokenizer trained here, held-out text, and tiny causal MoE models with known behaviour."""
+"""A tokenizer trained here, held-out text, and tiny causal MoE models with known behavior."""
 
 import random
 from collections.abc import Callable

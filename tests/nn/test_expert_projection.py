@@ -1,4 +1,4 @@
-"""Gradients of factorised experts: the same however the stacked tensors are read, and read once a pass."""
+"""Gradients of factorized experts: the same however the stacked tensors are read, and read once a pass."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from optimum_moe.algorithms.factors import FactorSizes
-from optimum_moe.nn import FactorisedExperts
-from optimum_moe.nn.factorised_layer import run_factorised
+from optimum_moe.nn import FactorizedExperts
+from optimum_moe.nn.factorized_layer import run_factorized
 from optimum_moe.nn.merged_experts import run_routed
 
 EXPERTS, HIDDEN, WIDTH = 6, 16, 24
@@ -27,25 +27,25 @@ def activate(gate_Pn: torch.Tensor, up_Pn: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
-def factors() -> FactorisedExperts:
+def factors() -> FactorizedExperts:
     torch.manual_seed(0)
-    made = FactorisedExperts(SIZES, HIDDEN, ("gate", "up", "down"))
+    made = FactorizedExperts(SIZES, HIDDEN, ("gate", "up", "down"))
     for parameter in made.parameters():
         nn.init.normal_(parameter)
     return made
 
 
-def output_of(factors: FactorisedExperts, tokens: int, opened: dict | None) -> torch.Tensor:
+def output_of(factors: FactorizedExperts, tokens: int, opened: dict | None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(tokens)
     hidden_TH = torch.randn(tokens, HIDDEN, generator=generator)
     index_TK = torch.rand(tokens, EXPERTS + 1, generator=generator).argsort(-1)[:, :3]
     weights_TK = torch.rand(tokens, 3, generator=generator)
-    run = partial(run_factorised, factors, activate, None, opened=opened)
+    run = partial(run_factorized, factors, activate, None, opened=opened)
     return run_routed(run, EXPERTS, hidden_TH, index_TK, weights_TK)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 100])
-def test_gradients_do_not_depend_on_how_tensors_are_read(factors: FactorisedExperts, tokens: int) -> None:
+def test_gradients_do_not_depend_on_how_tensors_are_read(factors: FactorizedExperts, tokens: int) -> None:
     gradients, outputs = [], []
     for opened in (None, {}):
         factors.zero_grad()
@@ -61,8 +61,8 @@ def test_gradients_do_not_depend_on_how_tensors_are_read(factors: FactorisedExpe
         torch.testing.assert_close(gradients[1][name], expected, msg=name)
 
 
-def test_one_token_is_a_row_of_many(factors: FactorisedExperts) -> None:
-    run = partial(run_factorised, factors, activate, None)
+def test_one_token_is_a_row_of_many(factors: FactorizedExperts) -> None:
+    run = partial(run_factorized, factors, activate, None)
     hidden_TH, weights_TK = torch.randn(20, HIDDEN), torch.rand(20, 3)
     # The id beyond the experts is a sentinel.
     index_TK = torch.rand(20, EXPERTS + 1).argsort(-1)[:, :3]
@@ -77,7 +77,7 @@ def test_one_token_is_a_row_of_many(factors: FactorisedExperts) -> None:
 
 
 class Counted(nn.Module):
-    """A parametrisation that counts how often it is computed."""
+    """A parametrization that counts how often it is computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Counted(nn.Module):
 
 
 @pytest.mark.parametrize("learning", [True, False])
-def test_an_adapted_tensor_is_computed_once_a_pass(factors: FactorisedExperts, learning: bool) -> None:
+def test_an_adapted_tensor_is_computed_once_a_pass(factors: FactorizedExperts, learning: bool) -> None:
     projection = factors.classes[1].projection("up")
     counted = Counted()
     expected = output_of(factors, 50, {})

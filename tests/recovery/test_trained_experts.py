@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_moe import LowRankSparse, MSMoE
 from optimum_moe.checkpoint.headers import read_headers
-from optimum_moe.nn import FactorisedExperts
+from optimum_moe.nn import FactorizedExperts
 from optimum_moe.recovery import RowPruning
 from optimum_moe.recovery.row_pruning import sparse_modules
 from tests.factor_methods import compressor_for
@@ -71,7 +71,7 @@ def test_rows_shrink_and_the_smaller_checkpoint_loads(family: str, tmp_path: Pat
     for either in (loaded, model):
         move_out_of_the_file(either)
     assert torch.equal(logits_of(loaded, inputs_for(family)), logits_of(model.eval(), inputs_for(family)))
-    held = [module for module in model.modules() if isinstance(module, FactorisedExperts)]
+    held = [module for module in model.modules() if isinstance(module, FactorizedExperts)]
     structure = loaded.config.quantization_config.blocks
     assert [entry["factors"] for entry in structure.values()] == [module.sizes.to_dict() for module in held]
     # Experts keep different numbers of rows.

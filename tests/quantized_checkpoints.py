@@ -1,4 +1,4 @@
-"""Tiny checkpoints as they are released: MXFP4 and block-wise FP8, written by the inverse of what dequantises them."""
+"""Tiny checkpoints as they are released: MXFP4 and block-wise FP8, written by the inverse of what dequantizes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.integrations.mxfp4 import FP4_VALUES
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
-def quantise_mxfp4(weight_EXR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_mxfp4(weight_EXR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks (E, R, X / 32, 16) of two numbers a byte and scales (E, R, X / 32) of a matrix (E, X, R)."""
     values = weight_EXR.transpose(1, 2).float().unflatten(-1, (-1, 32))
     exponent = (values.abs().amax(-1) / 6).clamp(min=2.0**-100).log2().ceil()
@@ -23,7 +23,7 @@ def quantise_mxfp4(weight_EXR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return codes[..., ::2] | (codes[..., 1::2] << 4), (exponent + 127).to(torch.uint8)
 
 
-def quantise_fp8(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix in e4m3 and one float32 scale for each block, blocks at the edge being cut."""
     rows, columns = weight.shape
     scales = torch.empty(-(-rows // block[0]), -(-columns // block[1]))
@@ -36,7 +36,7 @@ def quantise_fp8(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Te
     return stored, scales
 
 
-def dequantise_fp8(stored: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+def dequantize_fp8(stored: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """Written out number by number of the scales, in float32."""
     spread = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return stored.float() * spread[: stored.shape[0], : stored.shape[1]]
@@ -48,7 +48,7 @@ def to_mxfp4(plain: Path, out: Path) -> Path:
     tensors = {}
     for name, tensor in load_file(plain / "model.safetensors").items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = quantise_mxfp4(tensor)
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = quantize_mxfp4(tensor)
         else:
             tensors[name] = tensor
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
@@ -63,12 +63,12 @@ def to_fp8(plain: Path, out: Path, block: tuple[int, int] = (16, 16), skip: Iter
     for name, tensor in load_file(plain / "model.safetensors").items():
         skipped = any(part in name for part in (*skip, "embed", "norm", "lm_head", "mlp.gate."))
         if tensor.dim() == 2 and not skipped:
-            tensors[name], tensors[f"{name}_scale_inv"] = quantise_fp8(tensor, block)
+            tensors[name], tensors[f"{name}_scale_inv"] = quantize_fp8(tensor, block)
         else:
             tensors[name] = tensor
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    quantisation = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": block}
-    edit_config(out, quantization_config=quantisation)
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": block}
+    edit_config(out, quantization_config=quantization)
     return out
 
 

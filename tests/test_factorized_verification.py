@@ -20,7 +20,7 @@ from optimum_moe.checkpoint.source import open_source
 from optimum_moe.checkpoint.writer import write_model
 from tests.expert_forms import mixture
 from tests.factor_methods import METHODS, compressor_for, refusal
-from tests.test_factors import factorised
+from tests.test_factors import factorized
 from tests.test_verification import ALL, SHARD, edit, failed
 from tests.tiny_models import Target, build, every_target, inputs_for
 
@@ -32,7 +32,7 @@ def save_mixture(family: str, folder: Path) -> Path:
     build(family).save_pretrained(folder / "original")
     model = build(family)
     source = open_source(model)
-    plan = factorised(model, mixture)
+    plan = factorized(model, mixture)
     mark_structure(model, source, plan)
     (folder / "out").mkdir()
     write_model(model, folder / "out", list(source.blocks), "5GB")

@@ -1,4 +1,4 @@
-"""Factorised experts layer by layer from disk to disk: the same bits as in memory, also after a kill."""
+"""Factorized experts layer by layer from disk to disk: the same bits as in memory, also after a kill."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("factorised")
+    folder = tmp_path_factory.mktemp("factorized")
 
     def saved(name: str) -> Path:
         if not (folder / name).is_dir():
@@ -134,10 +134,10 @@ def test_a_full_disk(checkpoints: Any, tmp_path: Path, monkeypatch: pytest.Monke
 def test_killed_at_random_moments(kills: int, checkpoints: Any, tmp_path: Path) -> None:
     script = Path(__file__).with_name("streaming_kills.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
-    command = [sys.executable, str(script), str(checkpoints("qwen3_moe")), str(tmp_path), str(kills), "factorised"]
+    command = [sys.executable, str(script), str(checkpoints("qwen3_moe")), str(tmp_path), str(kills), "factorized"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
-    expected = contents(tmp_path / "factorised-undisturbed" / "out")
+    expected = contents(tmp_path / "factorized-undisturbed" / "out")
     for number in range(kills):
-        assert contents(tmp_path / f"factorised-{number}" / "out") == expected
-        assert [path.name for path in (tmp_path / f"factorised-{number}").iterdir()] == ["out"]
+        assert contents(tmp_path / f"factorized-{number}" / "out") == expected
+        assert [path.name for path in (tmp_path / f"factorized-{number}").iterdir()] == ["out"]

@@ -1,4 +1,4 @@
-"""`FactorisedExpertLayer`: an experts class that runs experts in compressed forms."""
+"""`FactorizedExpertLayer`: an experts class that runs experts in compressed forms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from optimum_moe.algorithms.experts import Activate
 from optimum_moe.nn.expert_projection import Opened
-from optimum_moe.nn.factorised_experts import EmptyExperts, FactorisedExperts, WidthClass
+from optimum_moe.nn.factorized_experts import EmptyExperts, FactorizedExperts, WidthClass
 from optimum_moe.nn.merged_experts import (
     MergedExpertLayer,
     accumulator,
@@ -24,13 +24,13 @@ from optimum_moe.nn.merged_experts import (
 from optimum_moe.nn.shared_bases import run_shared
 
 
-class FactorisedExpertLayer(MergedExpertLayer):
+class FactorizedExpertLayer(MergedExpertLayer):
     """Mixin put in front of an experts class whose stock parameters gave way to `factors`.
 
     Like merged experts these run once a token: slots with routing weight 0 are left out.
     """
 
-    factors: FactorisedExperts
+    factors: FactorizedExperts
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -48,7 +48,7 @@ class FactorisedExpertLayer(MergedExpertLayer):
         index_TK = top_k_index.masked_fill(top_k_weights == 0, self.num_experts)
         activate = partial(native_activation, self)
         if is_traced():
-            traced = partial(run_factorised, self.factors, activate, native_finish(self))
+            traced = partial(run_factorized, self.factors, activate, native_finish(self))
             return run_everywhere(traced, self.num_experts, hidden_states, index_TK, top_k_weights)
         if self.factors.shares_bases and native_finish(self) is None:
             return run_shared(self, activate, hidden_states, index_TK, top_k_weights)
@@ -56,12 +56,12 @@ class FactorisedExpertLayer(MergedExpertLayer):
         grouped = self.config._experts_implementation == "grouped_mm" and hidden_states.device.type != "cpu"
         if grouped and hasattr(nn.functional, "grouped_mm"):
             return run_grouped(self, activate, hidden_states, index_TK, top_k_weights)
-        run = partial(run_factorised, self.factors, activate, native_finish(self), opened={})
+        run = partial(run_factorized, self.factors, activate, native_finish(self), opened={})
         return run_routed(run, self.num_experts, hidden_states, index_TK, top_k_weights)
 
 
-def run_factorised(
-    factors: FactorisedExperts,
+def run_factorized(
+    factors: FactorizedExperts,
     activate: Activate,
     finish: Callable[[torch.Tensor], torch.Tensor] | None,
     expert: int,
@@ -101,7 +101,7 @@ def run_grouped(
     Returns:
         (T, H) in the dtype of `hidden_TH`.
     """
-    factors: FactorisedExperts = experts.factors
+    factors: FactorizedExperts = experts.factors
     finish = native_finish(experts)
     order_P, ends_G, _ = sort_pairs(index_TK, factors.num_experts)
     ends = ends_G.tolist()

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from optimum_moe.algorithms.factors import BlockFactors, FactorSizes
-from optimum_moe.nn import FactorisedExperts, HasSparseRows
-from optimum_moe.nn.factorised_layer import native_activation, run_grouped
+from optimum_moe.nn import FactorizedExperts, HasSparseRows
+from optimum_moe.nn.factorized_layer import native_activation, run_grouped
 from optimum_moe.plan import keep_all
 from optimum_moe.surgeons import find_blocks
 from tests.expert_forms import mixture
@@ -42,7 +42,7 @@ class Held:
         self.width = found.info.intermediate_size
         found.surgeon.carry_out(block, replace(plan, factors=self.forms))
         self.experts: Any = next(m for m in block.modules() if hasattr(m, "factors"))
-        self.factors: FactorisedExperts = self.experts.factors
+        self.factors: FactorizedExperts = self.experts.factors
         self.hidden_size = found.info.hidden_size
 
     def routed(self, tokens: int = 40, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -189,7 +189,7 @@ def test_sizes_are_written_as_one_text_for_all_experts() -> None:
 def test_sizes_give_the_empty_tensors_on_the_meta_device(held: Held) -> None:
     sizes = FactorSizes.from_dict(held.factors.sizes.to_dict())
     assert sizes == held.factors.sizes
-    empty = FactorisedExperts(sizes, held.hidden_size, list(held.biases), device="meta")
+    empty = FactorizedExperts(sizes, held.hidden_size, list(held.biases), device="meta")
     state = held.factors.state_dict()
     assert {k: (t.shape, t.dtype) for k, t in empty.state_dict().items()} == {
         k: (t.shape, t.dtype) for k, t in state.items()
@@ -206,7 +206,7 @@ def test_sizes_give_the_empty_tensors_on_the_meta_device(held: Held) -> None:
 
 
 def assert_sizes_say_what_is_stored(held: Held) -> None:
-    empty = FactorisedExperts(held.factors.sizes, held.hidden_size, list(held.biases), device="meta")
+    empty = FactorizedExperts(held.factors.sizes, held.hidden_size, list(held.biases), device="meta")
     stored = {key: tensor.shape for key, tensor in held.factors.state_dict().items()}
     assert {key: tensor.shape for key, tensor in empty.state_dict().items()} == stored
 

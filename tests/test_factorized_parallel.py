@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.test_factorised_verification import save_mixture
+from tests.test_factorized_verification import save_mixture
 from tests.test_parallel import expected, run_processes
 from tests.tiny_models import inputs_for
 

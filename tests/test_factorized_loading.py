@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from optimum_moe.recovery import RowPruning
 from tests.factor_methods import METHODS, compressor_for
 from tests.recovery.test_trained_experts import train
-from tests.test_factorised_verification import save_mixture
+from tests.test_factorized_verification import save_mixture
 from tests.test_loading import (
     DEVICE_MAPS,
     assert_loads_equal,
     gradients,
-    randomised,
+    randomized,
     without_noise,
 )
 from tests.test_reload import assert_same_tensors
@@ -128,7 +128,7 @@ def test_lora(saved: Any, tmp_path: Path, family: str, parameters: str) -> None:
         "rows": ["up_stacks.rows"],
     }[parameters]
     config = LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=targets)
-    adapter = randomised(get_peft_model(source.load(), config))
+    adapter = randomized(get_peft_model(source.load(), config))
     logits = logits_of(adapter, inputs)
     assert (logits - logits_of(source.model, inputs)).abs().max() > 1e-3
     adapter.save_pretrained(tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""Checkpoints as they are released: FP8 and MXFP4, dequantised while they are loaded."""
+"""Checkpoints as they are released: FP8 and MXFP4, dequantized while they are loaded."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ class _BlockFp8Quantizer(FineGrainedFP8HfQuantizer):
         return {"dequantize": _BlockFp8Dequantize}
 
 
-def accepted_quantisation(config: PreTrainedConfig, dequantize: bool) -> dict[str, Any] | None:
-    """The quantisation of a checkpoint that is to be dequantised; None where it has none.
+def accepted_quantization(config: PreTrainedConfig, dequantize: bool) -> dict[str, Any] | None:
+    """The quantization of a checkpoint that is to be dequantized; None where it has none.
 
     Raises:
-        ValueError: If it is quantised and `dequantize` is not set or impossible, or the reverse.
+        ValueError: If it is quantized and `dequantize` is not set or impossible, or the reverse.
     """
     for owner in owning_configs(config):
         quantization = getattr(owner, "quantization_config", None)
@@ -90,26 +90,26 @@ def accepted_quantisation(config: PreTrainedConfig, dequantize: bool) -> dict[st
             raise ValueError("This checkpoint was already compressed by optimum_moe. Start from the original one.")
         if method not in _LOADED_AS:
             raise ValueError(
-                f"This checkpoint is already quantised ({method}); dequantize=True reads "
-                f"{' and '.join(_LOADED_AS)}. Start from its unquantised original."
+                f"This checkpoint is already quantized ({method}); dequantize=True reads "
+                f"{' and '.join(_LOADED_AS)}. Start from its unquantized original."
             )
         if not dequantize:
             raise ValueError(
-                f"This checkpoint is already quantised ({method}). Pass dequantize=True to compress its bf16 values."
+                f"This checkpoint is already quantized ({method}). Pass dequantize=True to compress its bf16 values."
             )
         if record.get("modules_to_convert"):
             raise ValueError(
-                f"transformers keeps {record['modules_to_convert']} of this checkpoint in fp8 even when it dequantises "
-                "the rest. Start from its unquantised original."
+                f"transformers keeps {record['modules_to_convert']} of this checkpoint in fp8 even when it dequantizes "
+                "the rest. Start from its unquantized original."
             )
         return record
     if dequantize:
-        raise ValueError("dequantize=True is for quantised checkpoints, and this one is not. Leave it out.")
+        raise ValueError("dequantize=True is for quantized checkpoints, and this one is not. Leave it out.")
     return None
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the dequantised model; bfloat16 where it names no dtype."""
+    """The config of the dequantized model; bfloat16 where it names no dtype."""
     config = deepcopy(config)
     _forget(config)
     if getattr(config, "dtype", None) is None:
@@ -117,26 +117,26 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def quantizer_of(quantisation: Mapping[str, Any]) -> HfQuantizer:
-    """What dequantises such a checkpoint."""
-    return AutoHfQuantizer.from_config(_loading_record(quantisation), pre_quantized=True)
+def quantizer_of(quantization: Mapping[str, Any]) -> HfQuantizer:
+    """What dequantizes such a checkpoint."""
+    return AutoHfQuantizer.from_config(_loading_record(quantization), pre_quantized=True)
 
 
-def load_dequantised(
+def load_dequantized(
     cls: Any,
     location: str | Path,
     config: PreTrainedConfig,
-    quantisation: Mapping[str, Any],
+    quantization: Mapping[str, Any],
     headers: Headers,
     arguments: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """Load the model as if its checkpoint were unquantised.
+    """Load the model as if its checkpoint were unquantized.
 
     Args:
         cls: Model class.
         location: Folder or Hub id.
         config: As `plain_config` gives it.
-        quantisation: As `accepted_quantisation` gives it.
+        quantization: As `accepted_quantization` gives it.
         headers: Of the checkpoint.
         arguments: For `from_pretrained`.
 
@@ -144,19 +144,19 @@ def load_dequantised(
         The model and the loading report.
     """
     config = deepcopy(config)
-    config.quantization_config = _loading_record(quantisation)
+    config.quantization_config = _loading_record(quantization)
     model, report = cls.from_pretrained(location, config=config, output_loading_info=True, **arguments)
     _forget(model.config)
-    # Saving reverts the conversions of loading, and these would quantise again.
+    # Saving reverts the conversions of loading, and these would quantize again.
     model._weight_conversions = CheckpointReader(model, unpacked(headers).tensors).used_conversions
     return model, report
 
 
 def unpacked(headers: Headers, itemsize: int = 2) -> Headers:
-    """What the headers of the dequantised checkpoint would say: no scales, packed numbers at their full count.
+    """What the headers of the dequantized checkpoint would say: no scales, packed numbers at their full count.
 
     Args:
-        headers: Of the quantised checkpoint.
+        headers: Of the quantized checkpoint.
         itemsize: Bytes of one number.
     """
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
@@ -177,7 +177,7 @@ def unpacked(headers: Headers, itemsize: int = 2) -> Headers:
 
 
 def scaled_parts(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """`(stored tensor, its scales)` by the name of the dequantised tensor."""
+    """`(stored tensor, its scales)` by the name of the dequantized tensor."""
     known = set(names)
     parts = {}
     for name in known:
@@ -189,8 +189,8 @@ def scaled_parts(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return parts
 
 
-def read_dequantised(names: Iterable[str], get: Get, quantizer: HfQuantizer, dtype: torch.dtype) -> dict[str, Any]:
-    """Tensors that no model loads, dequantised by themselves.
+def read_dequantized(names: Iterable[str], get: Get, quantizer: HfQuantizer, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors that no model loads, dequantized by themselves.
 
     Args:
         names: As stored, scales among them.
@@ -206,12 +206,12 @@ def read_dequantised(names: Iterable[str], get: Get, quantizer: HfQuantizer, dty
     return tensors | {n: get(n) for n in sorted(names - used) if not n.endswith("activation_scale")}
 
 
-def _loading_record(quantisation: Mapping[str, Any]) -> dict[str, Any]:
+def _loading_record(quantization: Mapping[str, Any]) -> dict[str, Any]:
     if _BLOCK_FP8 not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(_BLOCK_FP8)(FineGrainedFP8Config)
         register_quantizer(_BLOCK_FP8)(_BlockFp8Quantizer)
-    method = quantisation["quant_method"]
-    return {**quantisation, "quant_method": _LOADED_AS[getattr(method, "value", method)], "dequantize": True}
+    method = quantization["quant_method"]
+    return {**quantization, "quant_method": _LOADED_AS[getattr(method, "value", method)], "dequantize": True}
 
 
 def _forget(config: PreTrainedConfig) -> None:

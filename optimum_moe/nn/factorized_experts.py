@@ -86,7 +86,7 @@ class EmptyExperts(nn.Module):
         return self.bias[self.members.index(expert)]
 
 
-class FactorisedExperts(nn.Module):
+class FactorizedExperts(nn.Module):
     """All routed experts of one block in compressed forms.
 
     Args:
