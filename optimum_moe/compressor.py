@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from optimum_moe.calibration import CalibrationConfig, batches_for, observe
 from optimum_moe.calibration.data import CalibrationBatches
-from optimum_moe.checkpoint.belonging import check_plan, check_statistics, mark_structure, refuse_original
 from optimum_moe.checkpoint.carried_files import carry_files
+from optimum_moe.checkpoint.compatibility import check_plan, check_statistics, mark_structure, refuse_original
 from optimum_moe.checkpoint.destination import check_destination, check_space, owned, written_beside
 from optimum_moe.checkpoint.identity import identity, same_model
 from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp

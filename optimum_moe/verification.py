@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from optimum_moe.algorithms.factors import FactorSizes
+from optimum_moe.checkpoint.checkpoint_tensors import CheckpointTensors, built, raw_config
 from optimum_moe.checkpoint.checksums import side_file_failures
 from optimum_moe.checkpoint.comparison import Comparison
-from optimum_moe.checkpoint.contents import Contents, built, raw_config
-from optimum_moe.checkpoint.factored import compare_factors
+from optimum_moe.checkpoint.factor_comparison import compare_factors
 from optimum_moe.checkpoint.headers import Headers, read_headers
 from optimum_moe.checkpoint.identity import first_difference, identity
 from optimum_moe.checkpoint.mtp import COUNT_FIELDS, MTPLayers, MTPOption, block_with, is_benign, is_mtp
@@ -38,9 +38,9 @@ class _Work:
     plan: CompressionPlan
     model: PreTrainedModel
     blocks: list[FoundBlock]
-    contents: Contents
+    checkpoint_tensors: CheckpointTensors
     source: ModelSource | None = None
-    original: Contents | None = None
+    original: CheckpointTensors | None = None
     inputs: Mapping[str, torch.Tensor] | None = None
     trained: bool = False
 
@@ -107,22 +107,24 @@ def _run(
     originals = ShardReader({}) if source is None else source.shards()
     with ShardReader(headers.homes) as get, originals as get_original:
         reader = CheckpointReader(skeleton, headers.tensors, cast=False)
-        contents = Contents(reader, headers, get)
-        work = _Work(directory, headers, raw, plan, skeleton, blocks, contents, source, inputs=inputs, trained=trained)
+        checkpoint_tensors = CheckpointTensors(reader, headers, get)
+        work = _Work(
+            directory, headers, raw, plan, skeleton, blocks, checkpoint_tensors, source, inputs=inputs, trained=trained
+        )
         add("plan", _plan_failures(work), f"{len(plan.blocks)} blocks")
         original = None if source is None else source.config
-        told = raw, skeleton.config, blocks, plan, original, contents.tensors, trained
+        told = raw, skeleton.config, blocks, plan, original, checkpoint_tensors.tensors, trained
         add("config", config_failures(*told))
         add("keys", _key_failures(work))
         add("counts", _count_failures(work))
-        add("shapes", _shape_failures(work), f"{len(contents.tensors)} tensors of the model")
+        add("shapes", _shape_failures(work), f"{len(checkpoint_tensors.tensors)} tensors of the model")
         if source is not None and _can_be_cut(source, plan):
             wrong = [*checks["shapes"].failures, *_dtype_failures(work, source)]
             add("shapes", wrong, checks["shapes"].note)
-            dtypes = {name: tensor.dtype for name, tensor in contents.tensors.items()}
+            dtypes = {name: tensor.dtype for name, tensor in checkpoint_tensors.tensors.items()}
             take_dtypes(source.skeleton, dtypes)
             take_dtypes(skeleton, dtypes)
-            work.original = source.contents(get_original)
+            work.original = source.checkpoint_tensors(get_original)
             for name, found in _compared(work).items():
                 add(name, found.failures, f"{found.count} tensors", found.trained)
             add("mtp layers", *_mtp_failures(work))
@@ -162,11 +164,11 @@ def _plan_failures(work: _Work) -> list[str]:
         return [f"plan and model have different MoE blocks: {', '.join(odd[:SHOWN])}"]
     failures = []
     for name, block in work.plan.blocks.items():
-        maps = [key for key in work.contents.inside(name) if key.endswith("expert_map")]
+        maps = [key for key in work.checkpoint_tensors.inside(name) if key.endswith("expert_map")]
         mapped = block.routing == "map" and not block.keeps_all
         if bool(maps) != mapped:
             failures.append(f"{name}: {'no' if mapped else 'an'} expert_map is stored, and routing={block.routing!r}")
-        for key, tensor in work.contents.read(maps).items():
+        for key, tensor in work.checkpoint_tensors.read(maps).items():
             if tensor[: block.num_experts].tolist() != list(block.labels_E):
                 failures.append(f"{key} says {tensor.tolist()}, the plan's labels are {list(block.labels_E)}")
     if work.source is not None:
@@ -178,7 +180,7 @@ def _plan_failures(work: _Work) -> list[str]:
 
 def _key_failures(work: _Work) -> list[str]:
     """The checkpoint has every tensor of the model, and no other."""
-    given = set(work.contents.tensors)
+    given = set(work.checkpoint_tensors.tensors)
     tied: dict[str, str] = getattr(work.model, "all_tied_weights_keys", {})
     failures = []
     groups = [{target, other} for target, other in tied.items()]
@@ -187,9 +189,9 @@ def _key_failures(work: _Work) -> list[str]:
         while len(linked) > seen:
             seen = len(linked)
             linked |= {name for group in groups if group & linked for name in group}
-        if not linked & given and key not in work.contents.broken:
+        if not linked & given and key not in work.checkpoint_tensors.broken:
             failures.append(f"{key} is missing")
-    unloaded = work.contents.reader.unloaded
+    unloaded = work.checkpoint_tensors.reader.unloaded
     strange = [name for name in unloaded if not is_benign(name) and not is_mtp(name, work.model.config)]
     return failures + [f"{name} belongs to no tensor of the model" for name in strange]
 
@@ -206,7 +208,7 @@ def _count_failures(work: _Work) -> list[str]:
         built_count = len(found.surgeon.experts(block).up) if held is None else held.num_experts
         counts = {"plan": plan.num_groups, "config": built_count}
         for name in _expert_names(found, block):
-            stored = work.contents.tensors.get(name)
+            stored = work.checkpoint_tensors.tensors.get(name)
             if stored is not None:
                 rows = len(work.model.get_parameter(name))
                 counts[name.removeprefix(f"{found.info.name}.")] = len(stored) * built_count // rows
@@ -219,10 +221,10 @@ def _count_failures(work: _Work) -> list[str]:
 def _shape_failures(work: _Work) -> list[str]:
     """Every tensor has the shape that the model wants."""
     state = work.model.state_dict()
-    wrong = [f"{name} cannot be read: {reason}" for name, reason in work.contents.broken.items()]
+    wrong = [f"{name} cannot be read: {reason}" for name, reason in work.checkpoint_tensors.broken.items()]
     return wrong + [
         f"{name} is {tuple(tensor.shape)}, the model wants {tuple(state[name].shape)}"
-        for name, tensor in work.contents.tensors.items()
+        for name, tensor in work.checkpoint_tensors.tensors.items()
         if name in state and tensor.shape != state[name].shape
     ]
 
@@ -234,12 +236,12 @@ def _dtype_failures(work: _Work, source: ModelSource) -> list[str]:
     assert source.headers is not None
     names = source.headers.tensors
     with source.shards() as get:
-        stored = Contents(CheckpointReader(source.skeleton, names, cast=False), source.headers, get).tensors
+        stored = CheckpointTensors(CheckpointReader(source.skeleton, names, cast=False), source.headers, get).tensors
     asked = work.plan.source.get("dtype", "auto")
     loaded = {str(source.config.dtype if asked == "auto" else asked).removeprefix("torch.")}
     every = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()}
     failures = []
-    for name, tensor in work.contents.tensors.items():
+    for name, tensor in work.checkpoint_tensors.tensors.items():
         here = str(tensor.dtype).removeprefix("torch.")
         before = {str(stored[name].dtype).removeprefix("torch.")} if name in stored else every
         if tensor.is_floating_point() and here not in before | loaded:
@@ -256,7 +258,7 @@ def _compared(work: _Work) -> dict[str, Comparison]:
     for found in work.source.blocks:
         plan = work.plan.blocks[found.info.name]
         expected, kinds = _expected_block(work, found, plan, results["experts"])
-        actual = work.contents.read(expected)
+        actual = work.checkpoint_tensors.read(expected)
         for name, tensor in expected.items():
             result = results[kinds[name]]
             result.compare(name, actual.get(name), tensor, plan if kinds[name] == "experts" else None)
@@ -265,7 +267,7 @@ def _compared(work: _Work) -> dict[str, Comparison]:
         if name in done:
             continue
         together = [other for other in work.original.beside(name) if other not in done]
-        actual = work.contents.read(together)
+        actual = work.checkpoint_tensors.read(together)
         for other, tensor in work.original.read(together).items():
             results["other tensors"].compare(other, actual.get(other), tensor)
         done |= set(together)
@@ -286,7 +288,7 @@ def _expected_block(
         found.surgeon.cut(block, plan)
     after = {f"{name}.{key}": tensor.detach() for key, tensor in block.state_dict().items()}
     if plan.sizes is not None:
-        stored = work.contents.read(work.contents.inside(name))
+        stored = work.checkpoint_tensors.read(work.checkpoint_tensors.inside(name))
         sizes = work.config["quantization_config"]["blocks"][name]["factors"] if work.trained else plan.sizes.to_dict()
         compare_factors(found, block, plan, stored, factors, FactorSizes.from_dict(sizes))
         left = {f"{name}.{key}" for key in block.state_dict()}
@@ -318,7 +320,7 @@ def _mtp_failures(work: _Work) -> tuple[list[str], str]:
     assert work.original is not None
     assert work.source is not None
     names = [n for n in work.original.reader.unloaded if is_mtp(n, work.source.config)]
-    stored = [n for n in work.contents.reader.unloaded if is_mtp(n, work.model.config)]
+    stored = [n for n in work.checkpoint_tensors.reader.unloaded if is_mtp(n, work.model.config)]
     if not names:
         return [f"{name} is not in the original" for name in stored], "none in the original"
     if not stored:
@@ -330,7 +332,7 @@ def _mtp_failures(work: _Work) -> tuple[list[str], str]:
     result = Comparison(failures=[f"{name} is {'missing' if name in expected else 'not expected'}" for name in odd])
     for name in stored:
         if name in expected:
-            result.compare(name, work.contents.get(name), expected[name])
+            result.compare(name, work.checkpoint_tensors.get(name), expected[name])
     return result.failures, f"{len(stored)} tensors, {'copied' if option == 'copy' else 'cut'}"
 
 

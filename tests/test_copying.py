@@ -11,8 +11,8 @@ import torch
 
 from optimum_moe import ExpertPruning, MoECompressor, MSMoE, register_saliency
 from optimum_moe.checkpoint.buffers import Buffers
+from optimum_moe.checkpoint.byte_ranges import ByteRange
 from optimum_moe.checkpoint.headers import read_headers
-from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.checkpoint.streamed import StreamedModel
 from optimum_moe.engine.streaming import StreamingSource
@@ -121,13 +121,13 @@ def test_given_statistics_read_each_tensor_once(
         )
     statistics = compressors["memory"].calibrate()
     counts: list[int] = []
-    real = Place.read_into
+    real = ByteRange.read_into
 
-    def counted(place: Place, buffer: memoryview) -> None:
+    def counted(place: ByteRange, buffer: memoryview) -> None:
         counts.append(place.size)
         real(place, buffer)
 
-    monkeypatch.setattr(Place, "read_into", counted)
+    monkeypatch.setattr(ByteRange, "read_into", counted)
     paths = {engine: compressor.apply(statistics) for engine, compressor in compressors.items()}
     sizes = bytes_by_kind(checkpoint)
     assert sum(counts) == experts_read * sizes["expert"] + sizes["router"] + sizes["other"] + checks(sizes, 3)

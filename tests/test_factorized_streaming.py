@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from optimum_moe import LowRankSparse, MoECompressor, MSMoE
 from optimum_moe.checkpoint import shards
 from optimum_moe.engine.lockstep import Runner
-from optimum_moe.engine.working import WorkingFolder
+from optimum_moe.engine.working_folder import WorkingFolder
 from tests.factor_methods import METHODS, calibration, refusal
 from tests.test_resume import contents, stop_at
 from tests.test_streaming import FAMILIES, assert_same, tensors

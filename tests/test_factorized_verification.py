@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimum_moe import CompressionPlan, verify
-from optimum_moe.checkpoint.belonging import mark_structure
 from optimum_moe.checkpoint.checksums import write_checksums
+from optimum_moe.checkpoint.compatibility import mark_structure
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.checkpoint.writer import write_model
 from tests.expert_forms import mixture

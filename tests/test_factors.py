@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from optimum_moe.checkpoint.belonging import mark_structure
+from optimum_moe.checkpoint.compatibility import mark_structure
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.plan import CompressionPlan, keep_all
 from optimum_moe.surgeons import find_blocks, guarded

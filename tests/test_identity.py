@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from optimum_moe import CompressionPlan, LowRankSparse, MoECompressor, MSMoE, Statistics
 from optimum_moe.checkpoint.identity import identity
 from optimum_moe.checkpoint.source import open_source
-from optimum_moe.checkpoint.values import RUN, sample_runs
+from optimum_moe.checkpoint.value_digest import RUN, sample_runs
 from optimum_moe.engine.cutting import Cutter
 from tests.factor_methods import calibration
 from tests.quantized_checkpoints import edit_config, to_fp8
@@ -134,9 +134,9 @@ def test_the_sample_of_a_large_tensor() -> None:
 def test_samples_lie_at_the_same_numbers_in_every_layout(
     checkpoint: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimum_moe.checkpoint.values.WHOLE", 64)
-    monkeypatch.setattr("optimum_moe.checkpoint.values.SPAN", 96)
-    monkeypatch.setattr("optimum_moe.checkpoint.values.RUN", 48)
+    monkeypatch.setattr("optimum_moe.checkpoint.value_digest.WHOLE", 64)
+    monkeypatch.setattr("optimum_moe.checkpoint.value_digest.SPAN", 96)
+    monkeypatch.setattr("optimum_moe.checkpoint.value_digest.RUN", 48)
     build("qwen3_moe").save_pretrained(tmp_path / "shards", max_shard_size="30KB")
     expected = values(checkpoint)
     assert values(build("qwen3_moe")) == values(tmp_path / "shards") == expected

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from optimum_moe.checkpoint.contents import Contents
+from optimum_moe.checkpoint.checkpoint_tensors import CheckpointTensors
 from optimum_moe.checkpoint.reader import CheckpointReader
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.streamed import empty_model
-from optimum_moe.checkpoint.values import values_in_memory, values_packed, values_stored
+from optimum_moe.checkpoint.value_digest import values_in_memory, values_packed, values_stored
 from optimum_moe.surgeons import tower_of
 
 _NOT_SETTINGS = {
@@ -126,8 +126,10 @@ def _values(source: ModelSource) -> list[str]:
         if source.quantization is not None:
             return values_packed(source.headers, shards)
         reader = CheckpointReader(source.skeleton, source.headers.tensors, cast=False)
-        contents = Contents(reader, source.headers, shards)
-        return values_stored(contents, shards, _counting(source), tied, _loaded_dtypes(source, contents))
+        checkpoint_tensors = CheckpointTensors(reader, source.headers, shards)
+        return values_stored(
+            checkpoint_tensors, shards, _counting(source), tied, _loaded_dtypes(source, checkpoint_tensors)
+        )
 
 
 def _counting(source: ModelSource) -> set[str]:
@@ -140,12 +142,12 @@ def _counting(source: ModelSource) -> set[str]:
     return parameters | {name for name in source.skeleton.state_dict() if name.startswith(prefixes)}
 
 
-def _loaded_dtypes(source: ModelSource, contents: Contents) -> dict[str, torch.dtype]:
+def _loaded_dtypes(source: ModelSource, checkpoint_tensors: CheckpointTensors) -> dict[str, torch.dtype]:
     """The dtypes that loading gives, where it may change some."""
     asked = source.load_arguments.get("dtype")
     asked = getattr(source.config, "dtype", None) if asked in ("auto", None) else asked
     name = str(asked).removeprefix("torch.")
-    if all(str(t.dtype) == f"torch.{name}" for t in contents.tensors.values() if t.is_floating_point()):
+    if all(str(t.dtype) == f"torch.{name}" for t in checkpoint_tensors.tensors.values() if t.is_floating_point()):
         return {}
     model: PreTrainedModel = empty_model(source)
     return {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}

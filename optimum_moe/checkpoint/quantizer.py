@@ -354,7 +354,7 @@ def _name_in(model: PreTrainedModel, saved_name: str, found: Mapping[str, Any]) 
 
 def _refuse_misfits(model: Any, blocks: list[str]) -> None:
     """Make the load fail where transformers would initialize missing tensors at random."""
-    from optimum_moe.checkpoint.lacking import lacking, refuse_lacking
+    from optimum_moe.checkpoint.missing import lacking, refuse_lacking
 
     adjust = model._adjust_missing_and_unexpected_keys
 

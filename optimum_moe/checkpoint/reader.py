@@ -25,8 +25,8 @@ from transformers.core_model_loading import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from optimum_moe.checkpoint.byte_ranges import ByteRange
 from optimum_moe.checkpoint.headers import data_start, read_header
-from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.system import open_binary
 from optimum_moe.surgeons import guard_renamings
 
@@ -148,7 +148,7 @@ class ShardReader:
     def __init__(self, homes: Mapping[str, Path], local: Callable[[Path], Path] = lambda file: file) -> None:
         self._homes, self._local = homes, local
         self._open: dict[Path, Any] = {}
-        self._places: dict[Path, dict[str, Place]] = {}
+        self._byte_ranges: dict[Path, dict[str, ByteRange]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> ShardReader:
@@ -158,7 +158,7 @@ class ShardReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.clear()
-        self._places.clear()
+        self._byte_ranges.clear()
         self._stack.close()
 
     def __call__(self, name: str) -> torch.Tensor:
@@ -168,20 +168,20 @@ class ShardReader:
             self._open[file] = self._stack.enter_context(safe_open(self._local(file), "pt"))
         return self._open[file].get_tensor(name)
 
-    def place(self, name: str) -> Place:
+    def byte_range(self, name: str) -> ByteRange:
         """Where the bytes of the tensor are."""
         file = self._homes[name]
-        if file not in self._places:
+        if file not in self._byte_ranges:
             local = self._local(file)
             descriptor = open_binary(local)
             self._stack.callback(os.close, descriptor)
             begin, header = data_start(local), read_header(local)
             offsets = {stored: entry["data_offsets"] for stored, entry in header.items()}
-            self._places[file] = {
-                stored: Place(local, descriptor, begin + first, last - first)
+            self._byte_ranges[file] = {
+                stored: ByteRange(local, descriptor, begin + first, last - first)
                 for stored, (first, last) in offsets.items()
             }
-        return self._places[file][name]
+        return self._byte_ranges[file][name]
 
 
 def _only_stacks(operations: Sequence[ConversionOps]) -> bool:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from optimum_moe.checkpoint.byte_ranges import ByteRange
 from optimum_moe.checkpoint.headers import DTYPES
-from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.system import begin_writing, make_last
 
 _BEHIND = 32 << 20
@@ -20,7 +20,7 @@ _BEHIND = 32 << 20
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_shard(file: Path, tensors: Mapping[str, torch.Tensor], copied: Mapping[str, Place] | None = None) -> int:
+def write_shard(file: Path, tensors: Mapping[str, torch.Tensor], copied: Mapping[str, ByteRange] | None = None) -> int:
     """Write a shard beside its place, make it last, and rename it; returns its bytes.
 
     Unlike `save_file` of safetensors it holds the bytes of one tensor at a time.

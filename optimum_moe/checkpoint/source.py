@@ -28,8 +28,8 @@ from transformers import (
 
 from optimum_moe.blocks import ModelInfo
 from optimum_moe.checkpoint.carried_files import WEIGHTS
-from optimum_moe.checkpoint.contents import (
-    Contents,
+from optimum_moe.checkpoint.checkpoint_tensors import (
+    CheckpointTensors,
     no_numbers,
     refuse_incomplete,
     refuse_larger_than_file,
@@ -42,7 +42,7 @@ from optimum_moe.checkpoint.headers import (
     read_headers,
     weight_files,
 )
-from optimum_moe.checkpoint.lacking import lacking, refuse_lacking
+from optimum_moe.checkpoint.missing import lacking, refuse_lacking
 from optimum_moe.checkpoint.names import check_checkpoint_name, is_hub_id
 from optimum_moe.checkpoint.origin import check_model, refuse_adapter, refuse_arguments
 from optimum_moe.checkpoint.quantized import (
@@ -136,14 +136,14 @@ class ModelSource:
         quantizer = None if self.quantization is None else quantizer_of(self.quantization)
         return CheckpointReader(self.skeleton, self.headers.tensors, quantizer, cast or not self.as_stored)
 
-    def contents(self, get: Get) -> Contents:
+    def checkpoint_tensors(self, get: Get) -> CheckpointTensors:
         """What the checkpoint holds, as its tensors are written.
 
         Args:
             get: Reads a stored tensor.
         """
         assert self.headers is not None
-        return Contents(self.reader(cast=False), self.headers, get)
+        return CheckpointTensors(self.reader(cast=False), self.headers, get)
 
     def shards(self) -> ShardReader:
         """What reads single tensors as they are stored; a context manager."""
@@ -249,7 +249,7 @@ def open_source(
     size = headers.bytes if as_stored else int(plain.parameters * itemsize)
     blocks = with_itemsizes(blocks, skeleton, lambda name, tensor: itemsize)
     if as_stored and len(headers.dtypes) > 1:
-        stored = Contents(CheckpointReader(skeleton, headers.tensors, cast=False), headers, no_numbers)
+        stored = CheckpointTensors(CheckpointReader(skeleton, headers.tensors, cast=False), headers, no_numbers)
         blocks = with_itemsizes(blocks, skeleton, stored.itemsize, stored.mixed())
     described = header_bytes(headers.tensors, len(headers.files))
     info = ModelInfo(tuple(found.info for found in blocks), plain.parameters, size, described)

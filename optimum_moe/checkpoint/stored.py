@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from optimum_moe.checkpoint.contents import Parts
+from optimum_moe.checkpoint.checkpoint_tensors import Parts
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.plan import BlockPlan
 
@@ -40,13 +40,13 @@ class StoredModel:
         if headers is None or not source.as_stored or headers.dtypes == set(self._runs_in.values()):
             return
         with source.shards() as get:
-            contents = source.contents(get)
-            self._mixed = contents.mixed()
-            given = {name: t.dtype for name, t in contents.tensors.items() if name in self._dtypes}
+            checkpoint_tensors = source.checkpoint_tensors(get)
+            self._mixed = checkpoint_tensors.mixed()
+            given = {name: t.dtype for name, t in checkpoint_tensors.tensors.items() if name in self._dtypes}
             self._dtypes |= given
             lost = [name for name, dtype in given.items() if not _holds(self._runs_in[name], dtype)]
             # What lies in a mapped file would go with it.
-            self._exact = {name: tensor.clone() for name, tensor in contents.read(lost).items()}
+            self._exact = {name: tensor.clone() for name, tensor in checkpoint_tensors.read(lost).items()}
         self.settle({})
 
     @contextmanager

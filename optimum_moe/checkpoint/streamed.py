@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_moe.checkpoint.buffers import Buffers
-from optimum_moe.checkpoint.contents import meta_tensor
-from optimum_moe.checkpoint.lacking import lacking, refuse_lacking
-from optimum_moe.checkpoint.places import Place
+from optimum_moe.checkpoint.byte_ranges import ByteRange
+from optimum_moe.checkpoint.checkpoint_tensors import meta_tensor
+from optimum_moe.checkpoint.missing import lacking, refuse_lacking
 from optimum_moe.checkpoint.quantized import load_dequantized
 from optimum_moe.checkpoint.reader import Entries, take_dtypes
 from optimum_moe.checkpoint.shards import bytes_of
@@ -58,16 +58,18 @@ class StreamedModel:
         self._stack = ExitStack()
         self._shards = self._stack.enter_context(source.shards())
         self._mapped: set[int] = set()
-        self.contents = source.contents(self._stored)
-        self.mixed = self.contents.mixed()
-        if self.contents.broken:
-            name, reason = next(iter(self.contents.broken.items()))
+        self.checkpoint_tensors = source.checkpoint_tensors(self._stored)
+        self.mixed = self.checkpoint_tensors.mixed()
+        if self.checkpoint_tensors.broken:
+            name, reason = next(iter(self.checkpoint_tensors.broken.items()))
             raise ValueError(f"{source.name} does not give {name} ({reason}). Copy or download the checkpoint again.")
         blocks = [found.info.name for found in source.blocks]
-        refuse_lacking(source.name, lacking(self.model, self.contents.tensors.keys(), blocks))
+        refuse_lacking(source.name, lacking(self.model, self.checkpoint_tensors.tensors.keys(), blocks))
         self._tie_equal_pairs()
         self._aliases = self._find_aliases()
-        self._dtypes = {name: self.contents.tensors[first].dtype for name, (first, *_) in self._aliases.items()}
+        self._dtypes = {
+            name: self.checkpoint_tensors.tensors[first].dtype for name, (first, *_) in self._aliases.items()
+        }
         for name, dtype in self._dtypes.items():
             self.at(name).data = self.at(name).data.to(dtype)
         self._entries: dict[str, Entries | None] = {}
@@ -91,7 +93,7 @@ class StreamedModel:
         whole = {name: entries for name in wanted if (entries := self.entries(name)) is not None}
         for name, entries in whole.items():
             self._set(name, self._as_asked(name, self._in_one(name, entries)).to(self.device))
-        for name, tensor in self.contents.read(name for name in wanted if name not in whole).items():
+        for name, tensor in self.checkpoint_tensors.read(name for name in wanted if name not in whole).items():
             # What no conversion made anew lies in the file, at any address there.
             mapped = tensor.untyped_storage().data_ptr() in self._mapped
             self._set(name, self._as_asked(name, tensor.clone() if mapped else tensor).to(self.device))
@@ -131,29 +133,29 @@ class StreamedModel:
             return None
         first = self._aliases[name][0]
         if first not in self._entries:
-            self._entries[first] = self.contents.entries(first)
+            self._entries[first] = self.checkpoint_tensors.entries(first)
         return self._entries[first]
 
     def expect(self, names: Iterable[str]) -> None:
         """Have the system fetch tensors of the model while something else is done, to where it may drop them again."""
         begun = 0
         for entries in (self.entries(name) for name in names):
-            for place in (self.place(stored) for entry in entries or () for stored in entry):
+            for place in (self.byte_range(stored) for entry in entries or () for stored in entry):
                 if begun < _AHEAD:
                     place.expect()
                 begun += place.size
 
-    def place(self, stored: str) -> Place:
+    def byte_range(self, stored: str) -> ByteRange:
         """Where the bytes of a stored tensor are."""
-        return self._shards.place(stored)
+        return self._shards.byte_range(stored)
 
     def _in_one(self, name: str, entries: Entries) -> torch.Tensor:
         """Read stored tensors to where they belong, without a copy on the way."""
-        like = self.contents.tensors[name]
+        like = self.checkpoint_tensors.tensors[name]
         tensor, done = self.buffers.empty(like.shape, like.dtype), 0
         if tensor.numel():
             memory = bytes_of(tensor)
-            for place in (self.place(stored) for entry in entries for stored in entry):
+            for place in (self.byte_range(stored) for entry in entries for stored in entry):
                 place.read_into(memory[done : done + place.size])
                 done += place.size
         return tensor
@@ -206,10 +208,10 @@ class StreamedModel:
     def _tie_equal_pairs(self) -> None:
         """Tie tensors that the config ties and the checkpoint holds twice, if they are equal, as loading does."""
         for target, origin in list(self.model.all_tied_weights_keys.items()):
-            both = target in self.contents.tensors and origin in self.contents.tensors
+            both = target in self.checkpoint_tensors.tensors and origin in self.checkpoint_tensors.tensors
             if not both or self.at(target) is self.at(origin):
                 continue
-            pair = self.contents.read([target, origin])
+            pair = self.checkpoint_tensors.read([target, origin])
             dtype = self._runs_in[origin]
             if torch.equal(pair[target].to(dtype), pair[origin].to(dtype)):
                 _slot(self.model, target)[0][_slot(self.model, target)[1]] = self.at(origin)
@@ -223,7 +225,7 @@ class StreamedModel:
             by_tensor.setdefault(id(tensor), []).append(name)
         aliases: dict[str, list[str]] = {}
         for names in by_tensor.values():
-            given = [name for name in names if name in self.contents.tensors]
+            given = [name for name in names if name in self.checkpoint_tensors.tensors]
             if given:
                 ordered = [given[0], *(name for name in names if name != given[0])]
                 aliases |= dict.fromkeys(names, ordered)

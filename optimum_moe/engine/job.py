@@ -23,7 +23,7 @@ from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.engine.activations import Activations
 from optimum_moe.engine.soundness import Named, check_tensors
 from optimum_moe.engine.streaming import StreamingSource
-from optimum_moe.engine.working import WorkingFolder
+from optimum_moe.engine.working_folder import WorkingFolder
 from optimum_moe.methods.counts import parse_size
 from optimum_moe.plan import PLAN_NAME, CompressionPlan
 from optimum_moe.records import read_digest

@@ -13,8 +13,8 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from optimum_moe.checkpoint.byte_ranges import ByteRange
 from optimum_moe.checkpoint.headers import INDEX_FILE
-from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader
 from optimum_moe.checkpoint.shards import write_shard
 from optimum_moe.checkpoint.stored import in_dtypes, plan_of, slot_dtypes
@@ -22,7 +22,7 @@ from optimum_moe.checkpoint.streamed import StreamedModel
 from optimum_moe.checkpoint.system import return_freed
 from optimum_moe.engine.cutting import Observed
 from optimum_moe.engine.units import Unit, find_units, is_in
-from optimum_moe.engine.working import WorkingFolder
+from optimum_moe.engine.working_folder import WorkingFolder
 from optimum_moe.plan import BlockPlan
 from optimum_moe.surgeons import FoundBlock, factors_digest, guarded
 
@@ -102,7 +102,7 @@ class StreamingSource:
 
     def _comes_back(self, part: str, dtype: torch.dtype, stored: Mapping[str, torch.Tensor]) -> bool:
         """Whether a part of a stack is saved under the name that it is stored under."""
-        size = self.streamed.contents.headers.tensors[part][2]
+        size = self.streamed.checkpoint_tensors.headers.tensors[part][2]
         return part in stored and stored[part].dtype == dtype and _bytes(stored[part]) == size
 
     @contextmanager
@@ -285,13 +285,15 @@ class StreamingSource:
         inside = self.model.get_submodule(unit.name).state_dict(prefix=f"{unit.name}.")
         return {name: tensor for name, tensor in inside.items() if name not in self._dropped}
 
-    def _copies(self, state: Mapping[str, torch.Tensor], plans: Mapping[str, BlockPlan]) -> Iterator[tuple[str, Place]]:
+    def _copies(
+        self, state: Mapping[str, torch.Tensor], plans: Mapping[str, BlockPlan]
+    ) -> Iterator[tuple[str, ByteRange]]:
         """Where the bytes of those tensors are that are still on the meta device, by the names they are saved as."""
         for name in self._unread(state):
             entries = self.streamed.entries(name)
             assert entries is not None
             if name in self._saved_as:
-                yield self._saved_as[name], self.streamed.place(entries[0][0])
+                yield self._saved_as[name], self.streamed.byte_range(entries[0][0])
                 continue
             plan = plan_of(name, plans)
             kept = [] if plan is None else plan.dominants_G
@@ -299,7 +301,7 @@ class StreamingSource:
             rest = range(0 if plan is None else plan.num_experts, len(entries))
             for slot, expert in enumerate([*kept, *rest]):
                 for saved, stored in zip(entries[slot], entries[expert], strict=True):
-                    yield saved, self.streamed.place(stored)
+                    yield saved, self.streamed.byte_range(stored)
 
     def _unread(self, state: Mapping[str, torch.Tensor]) -> list[str]:
         return [name for name, tensor in state.items() if tensor.is_meta]

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from optimum_moe.algorithms.structured_sparse import BETA, CubicSchedule, RowImportance, global_masks
-from optimum_moe.checkpoint.belonging import refresh_structure
+from optimum_moe.checkpoint.compatibility import refresh_structure
 from optimum_moe.nn import HasSparseRows, SparsePart
 from optimum_moe.settings import percent, plain
 

@@ -13,7 +13,7 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Place:
+class ByteRange:
     """The bytes of one stored tensor.
 
     Args:
@@ -54,6 +54,6 @@ class Place:
         """The bytes in order; each chunk is gone when the next one is asked for."""
         buffer = memoryview(bytearray(min(self.size, _CHUNK)))
         for start in range(0, self.size, _CHUNK):
-            part = Place(self.file, self.descriptor, self.start + start, min(_CHUNK, self.size - start))
+            part = ByteRange(self.file, self.descriptor, self.start + start, min(_CHUNK, self.size - start))
             part.read_into(buffer[: part.size])
             yield buffer[: part.size]

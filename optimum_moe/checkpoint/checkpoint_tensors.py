@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from optimum_moe.checkpoint.headers import DTYPES, Headers
-from optimum_moe.checkpoint.lacking import as_saved, lacking, refuse_lacking
+from optimum_moe.checkpoint.missing import as_saved, lacking, refuse_lacking
 from optimum_moe.checkpoint.quantizer import METHOD, MoEStructureConfig, rebuild_structure
 from optimum_moe.checkpoint.reader import CheckpointReader, Entries, Get
 from optimum_moe.surgeons import FoundBlock, find_blocks, owning_configs, registered_surgeons
@@ -24,7 +24,7 @@ Parts = tuple[tuple[tuple[str, torch.dtype], ...], ...]
 """The stored tensors that make each entry of a tensor's first axis, with their dtypes."""
 
 
-class Contents:
+class CheckpointTensors:
     """A checkpoint as its model sees it.
 
     Args:
@@ -137,11 +137,14 @@ def refuse_incomplete(name: str, model: PreTrainedModel, headers: Headers, block
         blocks: The MoE blocks of the model.
     """
     reader = CheckpointReader(model, headers.tensors)
-    contents = Contents(reader, headers, lambda stored: meta_tensor(*headers.tensors[stored][:2]))
-    state, given = model.state_dict(), contents.tensors
+    checkpoint_tensors = CheckpointTensors(reader, headers, lambda stored: meta_tensor(*headers.tensors[stored][:2]))
+    state, given = model.state_dict(), checkpoint_tensors.tensors
     wrong = [key for key, tensor in given.items() if key in state and tensor.shape != state[key].shape]
-    gone = lacking(model, given.keys() | contents.broken.keys(), [found.info.name for found in blocks])
-    incomplete = set(as_saved(model, [*wrong, *contents.broken], headers.tensors)) - {*wrong, *contents.broken}
+    gone = lacking(model, given.keys() | checkpoint_tensors.broken.keys(), [found.info.name for found in blocks])
+    incomplete = set(as_saved(model, [*wrong, *checkpoint_tensors.broken], headers.tensors)) - {
+        *wrong,
+        *checkpoint_tensors.broken,
+    }
     refuse_lacking(name, {*as_saved(model, gone, headers.tensors), *incomplete})
     if wrong:
         raise ValueError(
@@ -151,7 +154,7 @@ def refuse_incomplete(name: str, model: PreTrainedModel, headers: Headers, block
 
 
 def no_numbers(name: str) -> torch.Tensor:
-    """For `Contents` of which only sizes are wanted."""
+    """For `CheckpointTensors` of which only sizes are wanted."""
     raise AssertionError(f"{name} was read before the input was checked")
 
 

@@ -19,9 +19,9 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
-from optimum_moe.checkpoint.contents import Contents
+from optimum_moe.checkpoint.byte_ranges import ByteRange
+from optimum_moe.checkpoint.checkpoint_tensors import CheckpointTensors
 from optimum_moe.checkpoint.headers import Headers
-from optimum_moe.checkpoint.places import Place
 from optimum_moe.checkpoint.reader import ShardReader
 from optimum_moe.checkpoint.shards import bytes_of
 
@@ -72,7 +72,7 @@ def values_in_memory(model: nn.Module, names: Collection[str], tied: Mapping[str
 
 
 def values_stored(
-    contents: Contents,
+    checkpoint_tensors: CheckpointTensors,
     shards: ShardReader,
     names: Collection[str],
     tied: Mapping[str, str],
@@ -81,7 +81,7 @@ def values_stored(
     """The digest of a checkpoint's values as they are stored, and of those that a run loads where these are others.
 
     Args:
-        contents: The checkpoint, read in the dtypes that are stored.
+        checkpoint_tensors: The checkpoint, read in the dtypes that are stored.
         shards: Where its tensors are.
         names: The tensors of the model that count.
         tied: Those that are another one, by their names.
@@ -91,15 +91,15 @@ def values_stored(
         ValueError: If a shard is no longer what its header said.
     """
     stored, loaded = {}, {}
-    for name, like in contents.tensors.items():
+    for name, like in checkpoint_tensors.tensors.items():
         if name not in names:
             continue
-        entries = contents.entries(name)
+        entries = checkpoint_tensors.entries(name)
         if entries is None:
             # What a conversion moves or changes has no place of its own in the file.
-            numbers = _sample(name, contents.read([name])[name])
+            numbers = _sample(name, checkpoint_tensors.read([name])[name])
         else:
-            places = [shards.place(part) for entry in entries for part in entry]
+            places = [shards.byte_range(part) for entry in entries for part in entry]
             numbers = _read(places, name, like.shape, like.dtype)
         stored[name] = loaded[name] = _digest(like.shape, numbers)
         if dtypes.get(name, like.dtype) != like.dtype:
@@ -113,7 +113,7 @@ def values_packed(headers: Headers, shards: ShardReader) -> list[str]:
     for name, (_, shape, size) in headers.tensors.items():
         item = size // max(prod(shape), 1)
         shape = (*shape, item) if item * prod(shape) == size else (size,)
-        found[name] = _digest(shape, _read([shards.place(name)], name, shape, torch.uint8))
+        found[name] = _digest(shape, _read([shards.byte_range(name)], name, shape, torch.uint8))
     return [_total(found, {})]
 
 
@@ -122,7 +122,7 @@ def _sample(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([flat[first : first + count] for first, count in sample_runs(name, tensor.shape)])
 
 
-def _read(places: Sequence[Place], name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def _read(places: Sequence[ByteRange], name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """The sample of a tensor whose bytes lie in several places, one behind the other."""
     runs = sample_runs(name, shape)
     if prod(shape) * dtype.itemsize != sum(place.size for place in places):
@@ -139,7 +139,7 @@ def _read(places: Sequence[Place], name: str, shape: Sequence[int], dtype: torch
     return numbers
 
 
-def _pieces(places: Sequence[Place], runs: Runs, item: int) -> Iterator[Place]:
+def _pieces(places: Sequence[ByteRange], runs: Runs, item: int) -> Iterator[ByteRange]:
     ends = list(accumulate(place.size for place in places))
     for begin, count in runs:
         first, last = begin * item, (begin + count) * item
