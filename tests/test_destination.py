@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from optimum_moe import ExpertPruning, MoECompressor
 from optimum_moe.checkpoint import destination
 from optimum_moe.checkpoint.destination import check_destination, owned, written_beside
-from optimum_moe.engine import working
+from optimum_moe.engine import working_folder
 from optimum_moe.surgeons.generic import GenericSurgeon
 from tests.tiny_models import build
 
@@ -272,13 +272,13 @@ def test_a_streaming_run_that_is_ended_goes_on(
     out = tmp_path / "out"
 
     def ended() -> None:
-        real = working.WorkingFolder.add
+        real = working_folder.WorkingFolder.add
 
         def add(self: Any, name: str, **unit: Any) -> None:
             real(self, name, **unit)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        working.WorkingFolder.add = add  # type: ignore[method-assign]
+        working_folder.WorkingFolder.add = add  # type: ignore[method-assign]
         compress(checkpoint, out, "streaming")
 
     assert forked(ended) == 128 + signal.SIGTERM
@@ -354,7 +354,7 @@ def test_what_is_damaged_during_a_run_is_never_put_in_place(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, real = tmp_path / "out", working.WorkingFolder.add
+    out, real = tmp_path / "out", working_folder.WorkingFolder.add
 
     def add(self: Any, name: str, **unit: Any) -> None:
         real(self, name, **unit)
@@ -362,7 +362,7 @@ def test_what_is_damaged_during_a_run_is_never_put_in_place(
             damage(self.checkpoint / "model-00001-of-00004.safetensors")
 
     with monkeypatch.context() as patch:
-        patch.setattr(working.WorkingFolder, "add", add)
+        patch.setattr(working_folder.WorkingFolder, "add", add)
         with pytest.raises(ValueError, match=r"does not hold what was written there: model-00001-of-00004.safetensors"):
             compress(checkpoint, out, "streaming")
     assert not out.exists()
