@@ -27,16 +27,16 @@ import transformers
 from reference import CALIBRATION, HELD_OUT, MODEL, NUM_EXPERTS, ROOT, source_line
 from smollm2 import CHECKPOINT, SOURCE
 
-from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, Statistics
+from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, Statistics
 from optimum_moe.evaluation import EvaluationResult, evaluate_many
-from optimum_moe.methods import Method
+from optimum_moe.stages import Stage
 
 COLUMNS = ("perplexity", "kl", "top1_agreement", "choice_accuracy", "generation_agreement", "loop_rate")
 ORIGINAL = "original"
 SHARES = (75, 50, 25, 20, 15, 10)
 BUDGET = "byte budget"
 
-Variant = Callable[[float], "Method | list[Method] | None"]
+Variant = Callable[[float], "Stage | list[Stage] | None"]
 """From a share of the experts' bytes to what is left of that size; None where the variant cannot be so small."""
 
 
@@ -61,24 +61,24 @@ class Setting:
     at_once: int = 12
 
 
-def pruned(share: float) -> Method | None:
+def pruned(share: float) -> Stage | None:
     """REAP, down to the number of experts that the router selects."""
     count = int(NUM_EXPERTS * share)
     return ExpertPruning(num_experts=count) if count >= 4 else None
 
 
-def merged(share: float) -> Method:
+def merged(share: float) -> Stage:
     return MSMoE(num_experts=max(1, int(NUM_EXPERTS * share)))
 
 
-def merged_and_factorized(share: float) -> list[Method]:
+def merged_and_factorized(share: float) -> list[Stage]:
     """Of equal parts: the share of the experts and the share of the numbers of each, which has a tenth of its rows."""
     each = max(share**0.5, REFERENCE_SMALLEST + 0.12)
     count = max(1, int(NUM_EXPERTS * share / each))
     return [MSMoE(num_experts=count), LowRankSparse(rank_ratio=NUM_EXPERTS * share / count - 0.11, density=0.1)]
 
 
-def based(share: float) -> list[Method] | None:
+def based(share: float) -> list[Stage] | None:
     """Bases and differences of equal parts."""
     delta = max(share / 2, REFERENCE_SMALLEST)
     count = int(NUM_EXPERTS * (share - delta))
@@ -89,17 +89,17 @@ def based(share: float) -> list[Method] | None:
 
 
 def uniform(smallest: float, whiten: bool) -> Variant:
-    def variant(share: float) -> Method | None:
+    def variant(share: float) -> Stage | None:
         return LowRankSparse(rank_ratio=share, density=None, whiten=whiten) if share >= smallest else None
 
     return variant
 
 
 BUDGETS: dict[str, Variant] = {
-    "experts only": lambda share: LowRankSparse(budget=share, kinds=[]),
-    "ranks only": lambda share: LowRankSparse(budget=share, kinds=["rank"]),
-    "neurons only": lambda share: LowRankSparse(budget=share, kinds=["neurons"]),
-    BUDGET: lambda share: LowRankSparse(budget=share),
+    "experts only": lambda share: ByteBudget(share=share, formats=[]),
+    "ranks only": lambda share: ByteBudget(share=share, formats=["rank"]),
+    "neurons only": lambda share: ByteBudget(share=share, formats=["neurons"]),
+    BUDGET: lambda share: ByteBudget(share=share),
 }
 REFERENCE_SMALLEST = 8 * (80 + 128) / (80 * 128)
 SMOLLM2_SMALLEST = 8 * (192 + 576) / (192 * 576)
@@ -150,7 +150,7 @@ def statistics_of(setting: Setting, seed: int, folder: Path) -> Statistics:
             str(CALIBRATION), sequence_length=256, max_tokens=setting.calibration_tokens, seed=seed
         )
         MoECompressor.from_pretrained(
-            setting.model, LowRankSparse(budget=0.5), config, seed=seed, progress=False
+            setting.model, ByteBudget(share=0.5), config, seed=seed, progress=False
         ).calibrate().save_pretrained(kept)
     return Statistics.from_pretrained(kept)
 

@@ -30,13 +30,13 @@ PROMPT = "And it came to pass, that the President"
 
 def compress_all(output: Path) -> dict[str, Path]:
     """Compress the reference model with every variant; one calibration serves all."""
-    from optimum_moe import CalibrationConfig, LowRankSparse, MoECompressor
+    from optimum_moe import ByteBudget, CalibrationConfig, MoECompressor
 
     calibration = CalibrationConfig(str(CALIBRATION), sequence_length=256, max_tokens=32768)
     statistics, folders = None, {}
     for share, names in SHOWN.items():
         for name in names:
-            method = LowRankSparse(budget=share / 100) if name == BUDGET else VARIANTS[name](NUM_EXPERTS * share // 100)
+            method = ByteBudget(share=share / 100) if name == BUDGET else VARIANTS[name](NUM_EXPERTS * share // 100)
             compressor = MoECompressor.from_pretrained(MODEL, method, calibration, progress=False)
             statistics = statistics or compressor.calibrate()
             compressor.apply(statistics=statistics)

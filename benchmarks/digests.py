@@ -25,7 +25,15 @@ import transformers
 from reference import CALIBRATION, MODEL, ROOT
 from safetensors import safe_open
 
-from optimum_moe import CalibrationConfig, CompressionPlan, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
+from optimum_moe import (
+    ByteBudget,
+    CalibrationConfig,
+    CompressionPlan,
+    ExpertPruning,
+    LowRankSparse,
+    MoECompressor,
+    MSMoE,
+)
 
 sys.path.insert(0, str(ROOT))
 
@@ -37,7 +45,7 @@ ENGINES = ("memory", "streaming")
 
 def recipes(rank: int) -> dict[str, Any]:
     """The presets, with a rank that fits the model."""
-    adaptive = MSMoE(keep_ratio=0.5, budget="adaptive")
+    adaptive = MSMoE(keep_ratio=0.5, allocation="adaptive")
     return {
         "m-smoe": MSMoE(keep_ratio=0.5),
         "m-smoe-plain": MSMoE(keep_ratio=0.5, routing="reduce"),
@@ -45,7 +53,7 @@ def recipes(rank: int) -> dict[str, Any]:
         "mc-smoe": [adaptive, LowRankSparse(rank=rank, whiten=False)],
         "mc-smoe-fast": [adaptive, LowRankSparse(rank=rank)],
         "reap": ExpertPruning(keep_ratio=0.5),
-        "budget": LowRankSparse(budget=0.5),
+        "budget": ByteBudget(share=0.5),
     }
 
 
@@ -90,7 +98,7 @@ def plan_digest(plan: CompressionPlan) -> str:
         sizes = block.sizes
         record[name] = {
             "labels": list(block.labels_E),
-            "dominants": list(block.dominants_G),
+            "dominants": list(block.references_G),
             "routing": block.routing,
             "weights": of_tensor(block.merge_weights_E.double()),
             "orders": of_tensor(None if block.permutations_EI is None else block.permutations_EI.long()),

@@ -21,7 +21,7 @@ VARIANTS: dict[str, Variant] = {
     "M-SMoE": lambda k: MSMoE(num_experts=k),
     "M-SMoE, plain checkpoint": lambda k: MSMoE(num_experts=k, routing="reduce"),
     "plain, dominant rows": lambda k: MSMoE(num_experts=k, routing="reduce", router_rows="dominant"),
-    "M-SMoE, adaptive budget": lambda k: MSMoE(num_experts=k, budget="adaptive"),
+    "M-SMoE, adaptive budget": lambda k: MSMoE(num_experts=k, allocation="adaptive"),
     "no alignment": lambda k: MSMoE(num_experts=k, align=False),
     "random groups": lambda k: MSMoE(num_experts=k, grouping="random"),
     "plain average": lambda k: MSMoE(num_experts=k, weighting="uniform"),

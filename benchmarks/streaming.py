@@ -41,7 +41,7 @@ method = method or MSMoE(keep_ratio=0.5, align=False)
 logging.disable_progress_bar()
 began = time.monotonic()
 compressor = MoECompressor.from_pretrained(
-    model, method, data if method.needs_statistics else None, engine=engine, output_dir=out, progress=False
+    model, method, data if method.needs else None, engine=engine, output_dir=out, progress=False
 )
 opened = time.monotonic() - began
 statistics = compressor.calibrate() if kind == "merge" else None

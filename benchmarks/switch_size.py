@@ -35,10 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.utils import logging
 
-from optimum_moe import CalibrationConfig, MoECompressor
+from optimum_moe import CalibrationConfig, MoECompressor, MSMoE
 from optimum_moe.checkpoint.shards import write_shard
-from optimum_moe.methods.composed import Composed
-from optimum_moe.recipes import coerce_recipe
+from optimum_moe.recipe import coerce_recipe
 
 LEAST_SAVED_BYTES, LEAST_SAVED_FLOPS, PREVIEW_TOLERANCE = 0.85, 0.20, 0.01
 UNALIGNED = "unaligned (random experts have nothing to align, and no size depends on it)"
@@ -140,12 +139,10 @@ def counted_flops(folder: Path, tokens: int) -> tuple[float, float]:
 def compress(original: Path, out: Path, preset: str, data: CalibrationConfig, align: bool) -> Any:
     """Preview of a preset, and the compressed checkpoint in `out`."""
     recipe = coerce_recipe(preset)
-    method = recipe.method
-    assert isinstance(method, Composed)
-    if not align:
-        method = replace(method, first=replace(method.first, align=False))
+    merge, *following = recipe.stages
+    assert isinstance(merge, MSMoE)
     compressor = MoECompressor.from_pretrained(
-        original, method, data, engine="streaming", output_dir=out, progress=False
+        original, [replace(merge, align=align), *following], data, engine="streaming", output_dir=out, progress=False
     )
     expected = compressor.preview()
     compressor.apply()

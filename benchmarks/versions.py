@@ -26,7 +26,7 @@ import torch
 import transformers
 
 import optimum_moe
-from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
+from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
 from optimum_moe.autoload import SWITCH
 from optimum_moe.checkpoint.quantizer import SUPPORTED_TRANSFORMERS
 
@@ -37,7 +37,7 @@ METHODS = {
     "map": MSMoE(num_experts=4),
     "factors": LowRankSparse(rank=8),
     "map and factors": [MSMoE(num_experts=4), LowRankSparse(rank=8)],
-    "budget": LowRankSparse(budget=0.5),
+    "budget": ByteBudget(share=0.5),
 }
 SIZES = {
     "vocab_size": 99,

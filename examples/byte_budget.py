@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from optimum_moe import CalibrationConfig, LowRankSparse, MoECompressor, evaluate
+from optimum_moe import ByteBudget, CalibrationConfig, MoECompressor, evaluate
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=65536, help="of held-out text")
     arguments = parser.parse_args()
     compressor = MoECompressor.from_pretrained(
-        arguments.model, LowRankSparse(budget=arguments.share), CalibrationConfig(arguments.calibration)
+        arguments.model, ByteBudget(share=arguments.share), CalibrationConfig(arguments.calibration)
     )
     print(compressor.preview())
     compressor.apply()

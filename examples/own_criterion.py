@@ -13,9 +13,9 @@ from optimum_moe import ExpertPruning, MoECompressor, register_saliency
 
 
 @register_saliency("mean_gate")
-def mean_gate(statistics) -> torch.Tensor:  # noqa: ANN001
+def mean_gate(gate_sum_E: torch.Tensor, token_count_E: torch.Tensor) -> torch.Tensor:
     """(E,) mean routing weight of an expert over its tokens: how sure the router is when it picks it."""
-    return statistics.gate_sum_E / statistics.token_count_E.clamp(min=1)
+    return gate_sum_E / token_count_E.clamp(min=1)
 
 
 def main() -> None:

@@ -15,9 +15,22 @@ if TYPE_CHECKING:
     from optimum_moe.calibration import CalibrationConfig
     from optimum_moe.compressor import MoECompressor
     from optimum_moe.evaluation import evaluate
-    from optimum_moe.methods import ExpertPruning, LowRankSparse, MSMoE, register_saliency
     from optimum_moe.nn import LowRankSparseLinear, MergedExpertLayer
     from optimum_moe.plan import CompressionPlan
+    from optimum_moe.stages import (
+        ByteBudget,
+        ExpertMerging,
+        ExpertPruning,
+        LowRankSparse,
+        MSMoE,
+        Stage,
+        register_grouping,
+        register_router_rows,
+        register_saliency,
+        register_similarity,
+        register_stage,
+        register_weighting,
+    )
     from optimum_moe.statistics import Statistics
     from optimum_moe.surgeons import register_surgeon
     from optimum_moe.verification import verify
@@ -25,34 +38,50 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ByteBudget": "optimum_moe.stages",
     "CalibrationConfig": "optimum_moe.calibration",
     "CompressionPlan": "optimum_moe.plan",
-    "ExpertPruning": "optimum_moe.methods",
-    "LowRankSparse": "optimum_moe.methods",
+    "ExpertMerging": "optimum_moe.stages",
+    "ExpertPruning": "optimum_moe.stages",
+    "LowRankSparse": "optimum_moe.stages",
     "LowRankSparseLinear": "optimum_moe.nn",
-    "MSMoE": "optimum_moe.methods",
+    "MSMoE": "optimum_moe.stages",
     "MergedExpertLayer": "optimum_moe.nn",
     "MoECompressor": "optimum_moe.compressor",
+    "Stage": "optimum_moe.stages",
     "Statistics": "optimum_moe.statistics",
     "evaluate": "optimum_moe.evaluation",
-    "register_saliency": "optimum_moe.methods",
+    "register_grouping": "optimum_moe.stages",
+    "register_router_rows": "optimum_moe.stages",
+    "register_saliency": "optimum_moe.stages",
+    "register_similarity": "optimum_moe.stages",
+    "register_stage": "optimum_moe.stages",
     "register_surgeon": "optimum_moe.surgeons",
+    "register_weighting": "optimum_moe.stages",
     "verify": "optimum_moe.verification",
 }
 
 __all__ = [
+    "ByteBudget",
     "CalibrationConfig",
     "CompressionPlan",
+    "ExpertMerging",
     "ExpertPruning",
     "LowRankSparse",
     "LowRankSparseLinear",
     "MSMoE",
     "MergedExpertLayer",
     "MoECompressor",
+    "Stage",
     "Statistics",
     "evaluate",
+    "register_grouping",
+    "register_router_rows",
     "register_saliency",
+    "register_similarity",
+    "register_stage",
     "register_surgeon",
+    "register_weighting",
     "verify",
 ]
 

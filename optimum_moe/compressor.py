@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from optimum_moe.calibration import CalibrationConfig, batches_for, observe
+from optimum_moe.calibration import CalibrationConfig, batches_for
 from optimum_moe.calibration.data import CalibrationBatches
 from optimum_moe.checkpoint.carried_files import carry_files
 from optimum_moe.checkpoint.compatibility import check_plan, check_statistics, mark_structure, refuse_original
@@ -24,17 +24,16 @@ from optimum_moe.checkpoint.stored import StoredModel
 from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.checkpoint.writer import choose_shard_size, describe_model, write_model
-from optimum_moe.engine import BlockSource, MemorySource, check_model, check_together
+from optimum_moe.engine import MemoryStore, Run, Store, check_model, check_together
 from optimum_moe.engine.job import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
 from optimum_moe.engine.layerwise import Keep, as_it_is
-from optimum_moe.engine.run import Run
-from optimum_moe.methods import Method
-from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import CompressionPlan
-from optimum_moe.recipes import Recipe, calibration_config, coerce_recipe, run_seed
+from optimum_moe.recipe import Recipe, calibration_config, coerce_recipe, run_seed
 from optimum_moe.records import share_as_new
 from optimum_moe.reporting import description
 from optimum_moe.reporting.preview import Cost, Preview
+from optimum_moe.settings import choose_one
+from optimum_moe.stages import Stage
 from optimum_moe.statistics import Statistics
 
 
@@ -92,7 +91,7 @@ class MoECompressor:
     def from_pretrained(
         cls,
         model: str | Path | PreTrainedModel,
-        method: Method | Sequence[Method] | Recipe | str | Path,
+        recipe: Stage | Sequence[Stage] | Recipe | str | Path,
         calibration: Any = None,
         *,
         engine: str = "auto",
@@ -115,7 +114,7 @@ class MoECompressor:
 
         Args:
             model: Hub id, local path, or a `PreTrainedModel` in memory (which is then changed in place).
-            method: A method such as `MSMoE(num_experts=8)`, a preset name, or the path of a YAML recipe.
+            recipe: A stage such as `MSMoE(num_experts=8)`, a list of stages, a preset, or the path of a YAML recipe.
             calibration: A `CalibrationConfig`, path of a .txt/.jsonl/.parquet file, list of strings or chats,
                 `datasets.Dataset`, or iterable of model inputs; None for data-free methods.
             engine: `"memory"`, or `"streaming"` for checkpoints larger than memory: layer by layer, interruptible, to
@@ -140,10 +139,10 @@ class MoECompressor:
             kwargs: Everything else goes to `from_pretrained` of the model class.
 
         Raises:
-            ValueError: If the model, the method's settings, the calibration data or the output folder do not fit.
+            ValueError: If the model, the settings of a stage, the calibration data or the output folder do not fit.
         """
         choose_one("engine", engine, ("auto", "memory", "streaming"))
-        recipe = coerce_recipe(method)
+        recipe = coerce_recipe(recipe)
         config = calibration_config(recipe, calibration, seed)
         seed = run_seed(recipe, seed)
         destination = None if output_dir is None else check_destination(output_dir, overwrite)
@@ -155,27 +154,34 @@ class MoECompressor:
         tokenizer = source.load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         if max_memory is not None and streaming is None:
             source = replace(source, load_arguments={**source.load_arguments, "max_memory": max_memory})
-        if error_propagation and not recipe.method.needs_statistics:
-            raise ValueError(f"error_propagation=True is for observed layers, and {recipe.method.name} needs no data.")
+        if error_propagation and not recipe.needs:
+            raise ValueError(f"error_propagation=True is for observed layers, and {recipe.name} needs no data.")
         layers = find_mtp(source, mtp)
         if destination is not None:
             refuse_original(destination, source)
-        counts = recipe.method.counts(source.info)
-        check_together(source.blocks, counts)
-        layers.check_method(recipe.method, counts)
-        run = progress, layers, streaming, error_propagation, shard_size
-        compressor = cls(source, recipe, config, seed, tokenizer, destination, overwrite, *run)
-        compressor.preview().warn_if_nothing_shrinks(recipe.method)
+        recipe.check(source.info)
+        check_together(source.blocks, {name: cost.experts for name, cost in recipe.costs(source.info).items()})
+        layers.check_recipe(recipe)
+        compressor = cls(
+            source,
+            recipe,
+            config,
+            seed=seed,
+            tokenizer=tokenizer,
+            output_dir=destination,
+            overwrite=overwrite,
+            progress=progress,
+            mtp=layers,
+            streaming=streaming,
+            error_propagation=error_propagation,
+            max_shard_size=shard_size,
+        )
+        compressor.preview().warn_if_nothing_shrinks(recipe)
         return compressor
-
-    @property
-    def method(self) -> Method:
-        """The method."""
-        return self.recipe.method
 
     def preview(self) -> Preview:
         """Parameters, bytes and FLOPs a token before and after, from config and headers."""
-        return description.expected_preview(self.source, self.method, self.mtp)
+        return description.expected_preview(self.source, self.recipe, self.mtp)
 
     def calibrate(self) -> Statistics:
         """Observe the model on the calibration data; the result serves other methods and ratios too.
@@ -187,21 +193,18 @@ class MoECompressor:
         return self._observe(self._batches())
 
     def _observe(self, batches: CalibrationBatches) -> Statistics:
-        assert self.calibration is not None
         if self.streaming is not None:
             with StreamingJob(self.source, None, {}, self.streaming) as job:
-                self.statistics = self._run(job.source, batches, job.keep).observe()
-            return self.statistics
-        self.statistics = observe(
-            *(self._loaded(), self.source.blocks, batches, self.calibration, self._identity, self.progress),
-            draws=self.method.gradient_draws,
-        )
+                self.statistics = self._run(job.store, batches, job.keep).observe()
+        else:
+            store = MemoryStore(self._loaded(), self.source.blocks)
+            self.statistics = replace(self._run(store, batches), propagate=False).observe()
         return self.statistics
 
     def _batches(self) -> CalibrationBatches:
         if self.calibration is None:
             raise ValueError(
-                f"{self.method.name} needs calibration data. Pass calibration='corpus.txt', or another source."
+                f"{self.recipe.name} needs calibration data. Pass calibration='corpus.txt', or another source."
             )
         return batches_for(self.source.skeleton, self.calibration, self.tokenizer)
 
@@ -223,9 +226,9 @@ class MoECompressor:
             check_plan(plan, self._identity)
             self.mtp.check_plan(plan)
         elif (used := statistics or self.statistics) is not None:
-            check_statistics(used, self._identity, self.method)
+            check_statistics(used, self._identity, self.recipe)
             self.statistics = used
-        observing = plan is None and self.method.needs_statistics and (self.statistics is None)
+        observing = plan is None and bool(self.recipe.needs) and self.statistics is None
         if self.error_propagation and not observing:
             raise ValueError("error_propagation=True observes while it cuts. Leave out statistics= and plan=.")
         batches = self._batches() if observing else None
@@ -235,11 +238,15 @@ class MoECompressor:
             if self.output_dir is not None:
                 check_space(self.output_dir, self.preview().after.bytes)
             model = all_in_memory(self._loaded())
-            if batches is not None and not self.error_propagation:
-                self._observe(batches)
-            cut = MemorySource(model, self.source.blocks, self._stored)
-            self.plan = plan = self._cut(self._run(cut, batches), plan)
-            self._mark(model.eval(), plan)
+            run = self._run(MemoryStore(model, self.source.blocks, self._stored), batches)
+            try:
+                self._carry_out(run, plan)
+            except BaseException:
+                # Some blocks may be cut by now: a checkpoint is read again next time, a model in memory is lost.
+                if run.has_cut:
+                    self._partly_cut, self.model = self.source.live is not None, None
+                raise
+            self._mark(model.eval())
             if self.output_dir is None:
                 return model
             return self._write(self.output_dir, self.overwrite, self.max_shard_size)
@@ -315,9 +322,9 @@ class MoECompressor:
         """`apply()` layer by layer, to the destination."""
         assert self.streaming is not None
         assert self.output_dir is not None
-        used = self.statistics if self.method.needs_statistics else None
+        used = self.statistics if self.recipe.needs else None
         made_from = {
-            "recipe": {**self.recipe.method.settings(), "mtp": self.mtp.option},
+            "recipe": {"stages": self.recipe.settings(), "mtp": self.mtp.option},
             "seed": self.seed,
             "dtype": str(self.source.load_arguments.get("dtype")),
             "error propagation": self.error_propagation,
@@ -327,10 +334,9 @@ class MoECompressor:
         try:
             with StreamingJob(self.source, self.output_dir, made_from, self.streaming, self.overwrite) as job:
                 job.check(self.preview().after.bytes, self.mtp.stored())
-                run = self._run(job.source, batches, job.keep)
-                self.plan, self.statistics = run.carry_out(plan) if plan is not None else run.decide(used)
-                self.model, self._itemsize = job.finished_model(), job.source.itemsize
-                self._mark(self.model, self.plan)
+                self._carry_out(self._run(job.store, batches, job.keep), plan)
+                self.model, self._itemsize = job.finished_model(), job.store.itemsize
+                self._mark(self.model)
                 self._measured = self.measured()
                 job.complete(self._describe)
             self._written = self.output_dir
@@ -343,10 +349,28 @@ class MoECompressor:
             self.statistics = used
         return self.output_dir
 
-    def _run(self, source: BlockSource, batches: CalibrationBatches | None, keep: Keep = as_it_is) -> Run:
-        how = self.error_propagation, self.progress, self.streaming is not None, keep
-        facts = self.source.info, self.method, self.seed, self._identity
-        return Run(source, *facts, batches, self.calibration, *how)
+    def _run(self, store: Store, batches: CalibrationBatches | None, keep: Keep = as_it_is) -> Run:
+        return Run(
+            store,
+            self.source.info,
+            self.recipe,
+            self.seed,
+            self._identity,
+            batches=batches,
+            config=self.calibration,
+            propagate=self.error_propagation,
+            progress=self.progress,
+            lines=self.streaming is not None,
+            keep=keep,
+        )
+
+    def _carry_out(self, run: Run, plan: CompressionPlan | None) -> None:
+        """Cut as a plan says, or decide."""
+        if plan is not None:
+            self.plan = run.carry_out(plan)
+            return
+        self.plan, observed = run.decide(self.statistics if self.recipe.needs else None)
+        self.statistics = observed or self.statistics
 
     def measured(self) -> Preview:
         """Like `preview()`, after `apply()`: actual counts, and FLOPs with repeats as they were observed."""
@@ -354,8 +378,16 @@ class MoECompressor:
             return self._measured
         assert self.plan is not None
         assert self.model is not None
-        made = self.model, self.plan, self.statistics
-        return description.measured_preview(self.source, self.method, *made, self.mtp, self._before, self._itemsize)
+        return description.measured_preview(
+            self.source,
+            self.recipe,
+            self.model,
+            self.plan,
+            self.statistics,
+            mtp=self.mtp,
+            before=self._before,
+            itemsize=self._itemsize,
+        )
 
     @property
     def tokenizer(self) -> Any:
@@ -372,21 +404,10 @@ class MoECompressor:
             self.model, self._itemsize = loaded, stored.itemsize
         return self.model
 
-    def _cut(self, run: Run, plan: CompressionPlan | None) -> CompressionPlan:
-        try:
-            if plan is not None:
-                return run.carry_out(plan)[0]
-            plan, observed = run.decide(self.statistics if self.method.needs_statistics else None)
-            self.statistics = observed or self.statistics
-            return plan
-        except BaseException:
-            # Some blocks may be cut by now: a checkpoint is read again next time, a model in memory is lost.
-            self._partly_cut, self.model = self.source.live is not None, None
-            raise
-
-    def _mark(self, model: PreTrainedModel, plan: CompressionPlan) -> None:
-        self.mtp.check_plan(plan)
-        mark_structure(model, self.source, plan)
+    def _mark(self, model: PreTrainedModel) -> None:
+        assert self.plan is not None
+        self.mtp.check_plan(self.plan)
+        mark_structure(model, self.source, self.plan)
         self.mtp.update_config(model.config)
 
     def _begin(self) -> None:

@@ -1,15 +1,15 @@
 """The plan: what was decided for every MoE block, as frozen data.
 
 A plan is all that a surgeon needs to cut a block, and all that reload, verification and reports need to know about
-a cut. On disk it is `plan.json` (structure, labels, dominant experts, the method) and `plan/tensors.safetensors` (merge
+a cut. On disk it is `plan.json` (structure, labels, dominant experts, the stages) and `plan/tensors.safetensors` (merge
 weights, permutations, router weights, kept neurons). The factors of matrices lie in the checkpoint and nowhere else.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,13 +30,14 @@ _FITTED = tuple(f.name for f in fields(RouterFit))
 class BlockPlan:
     """The decision for one MoE block of E routed experts, of which G remain.
 
-    Groups are numbered by ascending index of their dominant expert, so that a plan that keeps everything is the
+    Groups are numbered by ascending index of their reference expert, so that a plan that keeps everything is the
     identity and the experts of one router group stay together.
 
     Args:
         name: Module path of the block.
         labels_E: Group of each expert, -1 for a pruned expert.
-        dominants_G: The dominant expert of each group: the one its members are aligned to.
+        dominants_G: The dominant expert of each group: the most frequent one, which its members are aligned to. None
+            where no expert of a group counts more than the others; the first one is the reference then.
         routing: `"map"` keeps the router and maps its E ids to the groups; `"reduce"` gives the router G rows.
         merge_weights_E: (E,) float64, sums to 1 in every group, 0 for pruned experts.
         permutations_EI: (E, I) int64; expert e enters the merge with its neurons in the order `permutations_EI[e]`.
@@ -52,7 +53,7 @@ class BlockPlan:
 
     name: str
     labels_E: tuple[int, ...]
-    dominants_G: tuple[int, ...]
+    dominants_G: tuple[int, ...] | None
     routing: Routing
     merge_weights_E: torch.Tensor
     permutations_EI: torch.Tensor | None = None
@@ -74,17 +75,21 @@ class BlockPlan:
             )
         if self.routing not in ("map", "reduce"):
             raise ValueError(f"Plan for {self.name}: routing must be 'map' or 'reduce', got {self.routing!r}.")
-        groups = [label for label in self.labels_E if label >= 0]
-        if sorted(set(groups)) != list(range(self.num_groups)):
-            raise ValueError(
-                f"Plan for {self.name}: labels must use each of 0..{self.num_groups - 1} at least once, "
-                f"got {sorted(set(groups))}."
-            )
-        if any(self.labels_E[expert] != group for group, expert in enumerate(self.dominants_G)):
-            raise ValueError(f"Plan for {self.name}: a dominant expert must be a member of its own group.")
-        if list(self.dominants_G) != sorted(self.dominants_G):
-            raise ValueError(f"Plan for {self.name}: groups must be numbered by ascending dominant expert.")
+        self._check_groups()
         self._check_tensors()
+
+    def _check_groups(self) -> None:
+        groups = sorted({label for label in self.labels_E if label >= 0})
+        if groups != list(range(self.num_groups)) or not groups:
+            raise ValueError(
+                f"Plan for {self.name}: labels must use each of 0..{max(self.num_groups, 1) - 1} at least once, "
+                f"got {groups}."
+            )
+        references = self.references_G
+        if any(self.labels_E[expert] != group for group, expert in enumerate(references)):
+            raise ValueError(f"Plan for {self.name}: a dominant expert must be a member of its own group.")
+        if list(references) != sorted(references):
+            raise ValueError(f"Plan for {self.name}: groups must be numbered by ascending reference expert.")
 
     def _check_tensors(self) -> None:
         experts, weights_E = self.num_experts, self.merge_weights_E
@@ -122,7 +127,14 @@ class BlockPlan:
     @property
     def num_groups(self) -> int:
         """Routed experts after the cut (G)."""
-        return len(self.dominants_G)
+        return max(self.labels_E, default=-1) + 1 if self.dominants_G is None else len(self.dominants_G)
+
+    @property
+    def references_G(self) -> tuple[int, ...]:
+        """The expert of each group that its members are aligned to: the dominant one, else the first."""
+        if self.dominants_G is not None:
+            return self.dominants_G
+        return tuple(self.labels_E.index(group) for group in range(self.num_groups))
 
     @property
     def keeps_all(self) -> bool:
@@ -145,18 +157,38 @@ class BlockPlan:
         if self.sizes is not None:
             return False
         alone_E = torch.zeros(self.num_experts, dtype=torch.float64)
-        alone_E[list(self.dominants_G)] = 1.0
+        alone_E[list(self.references_G)] = 1.0
         if not torch.equal(self.merge_weights_E.double(), alone_E):
             return False
         if self.permutations_EI is None:
             return True
-        kept_GI = self.permutations_EI[list(self.dominants_G)].long()
+        kept_GI = self.permutations_EI[list(self.references_G)].long()
         return torch.equal(kept_GI, torch.arange(kept_GI.shape[-1]).expand_as(kept_GI))
 
     def members(self, group: int) -> list[int]:
-        """The experts of a group, its dominant expert first."""
-        dominant = self.dominants_G[group]
-        return [dominant] + [e for e, label in enumerate(self.labels_E) if label == group and e != dominant]
+        """The experts of a group, its reference first."""
+        reference = self.references_G[group]
+        return [reference] + [e for e, label in enumerate(self.labels_E) if label == group and e != reference]
+
+    def with_forms_of(self, following: BlockPlan) -> BlockPlan:
+        """This plan, followed by one that keeps all experts that it leaves, in other forms.
+
+        Raises:
+            ValueError: If the other plan merges or removes experts.
+        """
+        if not following.keeps_all or following.num_experts != self.num_groups:
+            raise ValueError(
+                f"Plan for {self.name}: experts that were merged or pruned already cannot be merged or pruned again, "
+                f"got a second plan from {following.num_experts} to {following.num_groups} of {self.num_groups}."
+            )
+        return replace(
+            self,
+            factors=following.factors,
+            sizes=following.sizes,
+            neurons=following.neurons,
+            digest=following.digest,
+            stable_rank=following.stable_rank,
+        )
 
 
 def is_expressible(counts: Mapping[str, int], unchanged: Collection[str], towers: Mapping[str, str | None]) -> bool:
@@ -189,14 +221,14 @@ class CompressionPlan:
 
     Args:
         blocks: One `BlockPlan` for each MoE block, by module path.
-        method: Name and settings of the method that decided.
+        stages: Name and settings of each stage that decided, in order.
         source: Identity of the checkpoint: architecture, name, number of experts of each block.
         calibration: Record of the calibration data (None for data-free methods).
         seed: Seed of everything random in the decision.
     """
 
     blocks: Mapping[str, BlockPlan]
-    method: Mapping[str, Any] = field(default_factory=dict)
+    stages: Sequence[Mapping[str, Any]] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     seed: int = 0
@@ -230,7 +262,7 @@ class CompressionPlan:
                     "name": plan.name,
                     "routing": plan.routing,
                     "labels": list(plan.labels_E),
-                    "dominants": list(plan.dominants_G),
+                    "dominants": None if plan.dominants_G is None else list(plan.dominants_G),
                 }
             )
             if plan.sizes is not None:
@@ -249,7 +281,7 @@ class CompressionPlan:
                 fitted = {name: getattr(plan.router_fit, name) for name in _FITTED}
                 tensors |= {f"{index}.fitted.{name}": t for name, t in fitted.items() if t is not None}
         record = {
-            "method": dict(self.method),
+            "stages": [dict(stage) for stage in self.stages],
             "source": dict(self.source),
             "calibration": self.calibration,
             "seed": self.seed,
@@ -267,7 +299,7 @@ class CompressionPlan:
         record, tensors = read_record(Path(directory), PLAN_NAME)
         try:
             blocks = {block["name"]: _read_block(block, index, tensors) for index, block in enumerate(record["blocks"])}
-            return cls(blocks, record["method"], record["source"], record["calibration"], record["seed"])
+            return cls(blocks, record["stages"], record["source"], record["calibration"], record["seed"])
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"The plan in {directory} is broken ({error}). Copy it again, or make it anew.") from error
 
@@ -275,11 +307,13 @@ class CompressionPlan:
 def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torch.Tensor]) -> BlockPlan:
     permutations = tensors.get(f"{index}.permutations_EI")
     sizes = FactorSizes.from_dict(block["factors"]) if "factors" in block else None
-    kept = [tensors.get(f"{index}.neurons.{e}") for e in range(len(block["dominants"]))]
+    dominants = block["dominants"]
+    groups = 0 if sizes is None else len(sizes.widths)
+    kept = [tensors.get(f"{index}.neurons.{e}") for e in range(groups)]
     return BlockPlan(
         name=block["name"],
         labels_E=tuple(operator.index(label) for label in block["labels"]),
-        dominants_G=tuple(operator.index(expert) for expert in block["dominants"]),
+        dominants_G=None if dominants is None else tuple(operator.index(expert) for expert in dominants),
         routing=block["routing"],
         merge_weights_E=tensors[f"{index}.merge_weights_E"],
         permutations_EI=None if permutations is None else permutations.long(),

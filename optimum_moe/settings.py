@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from decimal import Decimal
@@ -57,3 +58,26 @@ def check_seed(value: Any) -> None:
     check_count("seed", value, 0)
     if value > MAX_SEED:
         raise ValueError(f"seed={value} is out of range. Pass an integer of at most {MAX_SEED}.")
+
+
+def nearest(value: Any, known: Iterable[str]) -> str | None:
+    """The known name that a mistyped one resembles most, None where it resembles none."""
+    found = difflib.get_close_matches(str(value), list(known), n=1)
+    return found[0] if found else None
+
+
+def choose_one(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise a `ValueError` with the nearest match unless `value` is one of `allowed`."""
+    allowed = sorted(allowed)
+    if value not in allowed:
+        near = nearest(value, allowed)
+        hint = f"did you mean {near!r}? " if near else ""
+        raise ValueError(f"{name}={value!r} is unknown; {hint}Choose one of {', '.join(map(repr, allowed))}.")
+
+
+def exactly_one(**alternatives: Any) -> None:
+    """Raise a `ValueError` unless exactly one of the alternatives is given."""
+    given = {name: value for name, value in alternatives.items() if value is not None}
+    if len(given) != 1:
+        shown = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none of them"
+        raise ValueError(f"Give exactly one of {', '.join(alternatives)}; got {shown}.")

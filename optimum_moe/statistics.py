@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,23 @@ from optimum_moe.records import digest, read_record, write_record
 STATISTICS_NAME = "statistics"
 
 Unseen = Literal["warn", "error", "keep", "prune"]
+
+OBSERVATIONS: Mapping[str, tuple[str, ...]] = {
+    "frequency": ("token_count_E",),
+    "routing_weights": ("gate_sum_E",),
+    "outputs": ("output_norm_sum_E", "output_sq_sum_E", "gated_norm_sum_E", "gated_sq_sum_E"),
+    "inputs": ("input_sq_EH",),
+    "neurons": ("hidden_sq_EI",),
+    "coactivation": ("coactivation_EE",),
+    "router_logits": ("router_gram_EE", "router_sum_E"),
+    "sample": ("reservoir",),
+    "gradients": (),
+}
+"""What can be observed of a block, and the fields of `BlockStatistics` with it; gradients are part of the sample."""
+OBSERVATION_OF: Mapping[str, str] = {
+    field: name for name, fields_ in OBSERVATIONS.items() for field in fields_ if field != "reservoir"
+}
+"""The observation that a field belongs to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,12 +217,12 @@ class Statistics:
         more = "; ..." if len(experts) > 4 else ""
         return f"{count} of {total} experts ({'; '.join(shown)}{more})"
 
-    def check_complete(self, num_experts: Mapping[str, int], needs_sample: bool) -> None:
-        """Raise a `ValueError` unless everything is there that a method reads.
+    def check_complete(self, num_experts: Mapping[str, int], needs: Collection[str]) -> None:
+        """Raise a `ValueError` unless everything is there that a recipe reads.
 
         Args:
             num_experts: Experts of each block of the model.
-            needs_sample: Whether tokens of each block are wanted as they are.
+            needs: Names of the observations that are read, see `OBSERVATIONS`.
         """
         for name, experts in num_experts.items():
             if name not in self.blocks:
@@ -221,7 +238,7 @@ class Statistics:
                     f"The statistics of {name} have {found}, and its {experts} experts need all fields of "
                     "BlockStatistics. Observe the model again with calibrate()."
                 )
-            if needs_sample and block.num_tokens and not len(block.reservoir.index_SK):
+            if "sample" in needs and block.num_tokens and not len(block.reservoir.index_SK):
                 raise ValueError(NO_SAMPLE)
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from optimum.commands import optimum_cli
 
-from optimum_moe.recipes import parse_recipe
+from optimum_moe.recipe import parse_recipe
 
 BLOCK = re.compile(r"(?P<skip><!-- not run: .+? -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 

@@ -23,7 +23,7 @@ def stream(checkpoint: Path, out: Path) -> None:
     kind = out.parts[-2].partition("-")[0]
     method = {
         "uniform": MSMoE(num_experts=4),
-        "adaptive": MSMoE(num_experts=4, budget="adaptive"),
+        "adaptive": MSMoE(num_experts=4, allocation="adaptive"),
         "factorized": [MSMoE(num_experts=4), LowRankSparse(rank=8)],
     }[kind]
     MoECompressor.from_pretrained(checkpoint, method, data, engine="streaming", output_dir=out, progress=False).apply()

@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: imports point down, files stay small, names are documented."""
+"""The rules of the house that a machine can check: imports point down, names are documented."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import optimum_moe
 PACKAGE = Path(optimum_moe.__file__).parent
 LAYERS = {
     "algorithms": 0,
-    "blocks": 1,
+    "model_info": 1,
     "plan": 1,
     "records": 1,
     "settings": 0,
     "statistics": 1,
     "nn": 1,
-    "methods": 2,
+    "stages": 2,
     "surgeons": 2,
     "arming": 3,
     "autoload": 3,
     "calibration": 3,
     "checkpoint": 3,
-    "recipes": 3,
+    "recipe": 3,
     "engine": 4,
     "reporting": 4,
     "compressor": 5,
@@ -35,7 +35,6 @@ LAYERS = {
     "__init__": 7,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
-TABLES = {"architecture.py"}
 
 
 def module_of(path: Path) -> str:
@@ -71,24 +70,13 @@ def test_imports_point_downward(path: Path) -> None:
             continue
         other = name.split(".")[1]
         assert LAYERS[other] <= LAYERS[own], f"{path.name} (layer {LAYERS[own]}) imports {name} ({LAYERS[other]})"
-        assert {own, other} != {"methods", "surgeons"}, f"{path.name} imports {name}"
+        assert {own, other} != {"stages", "surgeons"}, f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_lower_layers_do_not_import_transformers(path: Path) -> None:
-    if module_of(path) in ("algorithms", "plan", "blocks", "records", "statistics", "nn", "methods", "arming"):
+    if module_of(path) in ("algorithms", "plan", "model_info", "records", "statistics", "nn", "stages", "arming"):
         assert not {n for n in imported_names(path) if n.split(".")[0] in ("transformers", "optimum", "accelerate")}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_and_functions_stay_small(path: Path) -> None:
-    if path.name in TABLES:
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 400
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno < 80, f"{path.name}:{node.name}"
 
 
 def test_every_public_name_exists_and_is_documented() -> None:

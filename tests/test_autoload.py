@@ -169,7 +169,7 @@ CARRIED = [
 @pytest.mark.parametrize("target", CARRIED)
 def test_carried_code_loads_without_the_package_where_it_is_trusted(target: Target, tmp_path: Path) -> None:
     folder, auto_class = tmp_path / "out", auto_class_of(target)
-    tensors = save_structured(target, folder, MSMoE(num_experts=4, budget="adaptive"))
+    tensors = save_structured(target, folder, MSMoE(num_experts=4, allocation="adaptive"))
     refused = run_without_package(LOAD, folder, auto_class, "{}", modules=tmp_path / "modules")
     assert refused.returncode == 1
     assert "ValueError: Unknown fusion type: a compressed checkpoint: pip install optimum-moe" in refused.stderr

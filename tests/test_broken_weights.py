@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
-from optimum_moe.methods.saliency import saliency_names
+from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
+from optimum_moe.stages.saliency import saliency_names
 from tests.tiny_models import build, inputs_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:No gradient of the loss")
@@ -21,11 +21,11 @@ METHODS: dict[str, Any] = {
     **{name: ExpertPruning(num_experts=4, saliency=name) for name in saliency_names()},
     "map": MSMoE(num_experts=4),
     "reduce": MSMoE(num_experts=4, routing="reduce"),
-    "adaptive": MSMoE(num_experts=4, budget="adaptive"),
+    "adaptive": MSMoE(num_experts=4, allocation="adaptive"),
     "rank": LowRankSparse(rank=8),
     "rank without data": LowRankSparse(rank=8, whiten=False),
-    "budget": LowRankSparse(budget=0.5),
-    "merged and budget": [MSMoE(num_experts=4), LowRankSparse(budget=0.5)],
+    "budget": ByteBudget(share=0.5),
+    "merged and budget": [MSMoE(num_experts=4), ByteBudget(share=0.5)],
 }
 MLP = "model.layers.1.mlp"
 PLACES = [
@@ -169,7 +169,7 @@ def test_gradients_that_say_nothing_are_blamed(factor: float, message: str, monk
     observing = importlib.import_module("optimum_moe.calibration.observe")
     real = observing.sampled_loss
     monkeypatch.setattr(observing, "sampled_loss", lambda *given: real(*given) * factor)
-    refused(compressor_of(build("qwen3_moe"), LowRankSparse(budget=0.5)), message)
+    refused(compressor_of(build("qwen3_moe"), ByteBudget(share=0.5)), message)
 
 
 def test_statistics_of_another_day_are_checked_too(tmp_path: Path) -> None:

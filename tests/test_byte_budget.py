@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
+from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
 from tests.expert_order import edited, permute_experts, reordered
 from tests.test_reload import assert_same_tensors, move_out_of_the_file
 from tests.tiny_models import TARGETS, Target, build, inputs_for, logits_of
@@ -44,7 +44,7 @@ def original(compressor: MoECompressor) -> int:
 def test_the_whole_budget_changes_nothing(target: Target) -> None:
     model = build(target)
     expected = logits_of(model, inputs_for(target))
-    compressor = compressor_for(model, LowRankSparse(budget=1.0), target)
+    compressor = compressor_for(model, ByteBudget(share=1.0), target)
     actual = logits_of(compressor.apply(), inputs_for(target))
     assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert stored(compressor) == original(compressor)
@@ -53,7 +53,7 @@ def test_the_whole_budget_changes_nothing(target: Target) -> None:
 @pytest.mark.parametrize("target", LANGUAGE)
 def test_the_budget_is_kept_and_nearly_spent(target: Target, tmp_path: Path) -> None:
     model = build(target)
-    compressor = compressor_for(model, LowRankSparse(budget=0.5), target)
+    compressor = compressor_for(model, ByteBudget(share=0.5), target)
     model = compressor.apply()
     # What is left over is less than the largest single step, from empty to untouched.
     largest = max(found.info.expert_multiply_adds for found in compressor.source.blocks)
@@ -68,7 +68,7 @@ def test_the_budget_is_kept_and_nearly_spent(target: Target, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", [[MSMoE(num_experts=6)], [ExpertPruning(num_experts=6)]], ids=["map", "prune"])
 def test_it_composes_after_merging_and_pruning(method) -> None:
-    compressor = compressor_for(build("qwen3_moe"), [*method, LowRankSparse(budget=0.5)], "qwen3_moe")
+    compressor = compressor_for(build("qwen3_moe"), [*method, ByteBudget(share=0.5)], "qwen3_moe")
     compressor.apply()
     assert all(plan.num_groups == 6 for plan in compressor.plan.blocks.values())
     assert stored(compressor) <= 0.5 * original(compressor)
@@ -79,7 +79,7 @@ def test_the_order_of_experts_does_not_matter() -> None:
     for order in (list(range(8)), order_E):
         model = build("mixtral")
         permute_experts(model, order)
-        compressor = compressor_for(model, LowRankSparse(budget=0.4), "mixtral", order)
+        compressor = compressor_for(model, ByteBudget(share=0.4), "mixtral", order)
         results.append(logits_of(compressor.apply(), inputs_for("mixtral")))
         widths.append([plan.sizes.widths for plan in compressor.plan.blocks.values()])
     assert widths[1] == [tuple(before[e] for e in order_E) for before in widths[0]]
@@ -89,7 +89,7 @@ def test_the_order_of_experts_does_not_matter() -> None:
 def test_a_target_size_is_the_size_of_the_file(tmp_path: Path) -> None:
     model = build("mixtral", hidden_size=256, intermediate_size=512)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    compressor = compressor_for(model, LowRankSparse(target_size=size // 2), "mixtral")
+    compressor = compressor_for(model, ByteBudget(target_size=size // 2), "mixtral")
     compressor.apply()
     compressor.save_pretrained(tmp_path / "out")
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -105,7 +105,7 @@ def test_unseen_experts_are_kept_or_emptied() -> None:
         model = build("qwen3_moe")
         compressor = MoECompressor.from_pretrained(
             model,
-            LowRankSparse(budget=0.6),
+            ByteBudget(share=0.6),
             CalibrationConfig([inputs_for("qwen3_moe", rows=1, length=6)], unseen=unseen),
             progress=False,
         )
@@ -119,7 +119,7 @@ def test_unseen_experts_are_kept_or_emptied() -> None:
 
 
 def test_without_gradients_it_says_so_and_measures_output_errors() -> None:
-    compressor = compressor_for(build("olmoe"), LowRankSparse(budget=0.5, curvature=False), "olmoe")
+    compressor = compressor_for(build("olmoe"), ByteBudget(share=0.5, curvature=False), "olmoe")
     with pytest.warns(UserWarning, match="No gradient of the loss was observed at 3 of 3 blocks"):
         compressor.apply()
     assert stored(compressor) <= 0.5 * original(compressor)
@@ -129,7 +129,7 @@ def test_streaming_equals_memory_without_gradients(tmp_path: Path) -> None:
     build("qwen3_moe").save_pretrained(tmp_path / "model")
     folders = []
     for engine in ("memory", "streaming"):
-        method = LowRankSparse(budget=0.5, curvature=False)
+        method = ByteBudget(share=0.5, curvature=False)
         folders.append(
             compressor_for(tmp_path / "model", method, "qwen3_moe", engine=engine, output_dir=tmp_path / engine).apply()
         )
@@ -139,7 +139,7 @@ def test_streaming_equals_memory_without_gradients(tmp_path: Path) -> None:
 
 def test_equal_damage_is_spent_where_a_byte_saves_the_most() -> None:
     """An expert whose gradients are all zero costs nothing to empty, and is emptied first."""
-    compressor = compressor_for(build("mixtral"), LowRankSparse(budget=0.85), "mixtral")
+    compressor = compressor_for(build("mixtral"), ByteBudget(share=0.85), "mixtral")
     statistics = compressor.calibrate()
 
     def without_expert_3(name):
@@ -155,21 +155,30 @@ def test_equal_damage_is_spent_where_a_byte_saves_the_most() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"Give exactly one of rank, rank_ratio, energy, budget, target_size; got none of them"),
-        ({"budget": 0.5, "rank": 8}, r"got rank=8, budget=0.5"),
-        ({"budget": 0}, r"budget=0 must be a number in \(0, 1\]"),
-        ({"budget": 1.5}, r"budget=1.5 must be a number in \(0, 1\]"),
-        ({"budget": 0.5, "density": 0.2}, r"a byte budget chooses its own forms"),
-        ({"budget": 0.5, "whiten": False}, r"a byte budget chooses its own forms"),
-        ({"budget": 0.5, "base": "group"}, r"a byte budget chooses its own forms"),
-        ({"budget": 0.5, "kinds": ["neuron"]}, r"kinds='neuron' is unknown; did you mean 'neurons'"),
-        ({"budget": 0.5, "kinds": "rank"}, r"kinds='rank' must be a list"),
+        ({}, r"Give exactly one of share, target_size; got none of them"),
+        ({"share": 0.5, "target_size": "1GB"}, r"got share=0.5, target_size='1GB'"),
+        ({"share": 0}, r"share=0 must be a number in \(0, 1\]"),
+        ({"share": 1.5}, r"share=1.5 must be a number in \(0, 1\]"),
+        ({"share": 0.5, "formats": ["neuron"]}, r"formats='neuron' is unknown; did you mean 'neurons'"),
+        ({"share": 0.5, "formats": "rank"}, r"formats='rank' must be a list"),
         ({"target_size": "16 elephants"}, r"target_size='16 elephants' is no size"),
+    ],
+)
+def test_wrong_settings(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ByteBudget(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"Give exactly one of rank, rank_ratio, energy; got none of them"),
+        ({"rank": 8, "energy": 0.5}, r"got rank=8, energy=0.5"),
         ({"rank": 8, "base": "groups"}, r"did you mean 'group'"),
         ({"rank": 8, "density": 0}, r"density=0 must be a number in \(0, 1\]. Use None for no sparse part"),
     ],
 )
-def test_wrong_settings(settings, message) -> None:
+def test_wrong_settings_of_one_rank(settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         LowRankSparse(**settings)
 
@@ -177,18 +186,18 @@ def test_wrong_settings(settings, message) -> None:
 def test_wrong_settings_for_a_model() -> None:
     model = build("mixtral")
     with pytest.raises(ValueError, match=r"target_size=1000 cannot be reached: without any expert"):
-        compressor_for(model, LowRankSparse(target_size=1000), "mixtral")
+        compressor_for(model, ByteBudget(target_size=1000), "mixtral")
     with pytest.raises(ValueError, match=r'base="group" keeps experts as differences to merged ones'):
         compressor_for(model, LowRankSparse(rank=8, base="group"), "mixtral")
     with pytest.raises(ValueError, match=r"base=\"group\" keeps every expert, and expert-pruning"):
         compressor_for(model, [ExpertPruning(num_experts=4), LowRankSparse(rank=8, base="group")], "mixtral")
-    with pytest.raises(ValueError, match=r"A list of methods is one that merges or prunes"):
+    with pytest.raises(ValueError, match=r"low-rank-sparse cannot follow low-rank-sparse, which stores"):
         compressor_for(model, [LowRankSparse(rank=8), LowRankSparse(rank=8)], "mixtral")
 
 
 def test_kept_experts_that_take_more_than_the_budget_are_an_error() -> None:
     data = CalibrationConfig([inputs_for("qwen3_moe", rows=1, length=4)], unseen="keep")
-    compressor = MoECompressor.from_pretrained(build("qwen3_moe"), LowRankSparse(budget=0.05), data, progress=False)
+    compressor = MoECompressor.from_pretrained(build("qwen3_moe"), ByteBudget(share=0.05), data, progress=False)
     with pytest.raises(ValueError, match=r"is below the least that the experts can store"):
         compressor.apply()
 
@@ -197,16 +206,16 @@ def test_a_preset_is_what_a_user_gets_who_only_says_a_size() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compressor = compressor_for(build("mixtral"), "budget", "mixtral")
-    assert compressor.method == LowRankSparse(budget=0.5)
+    assert compressor.recipe.stages == (ByteBudget(share=0.5),)
 
 
 def test_another_size_takes_the_same_survey() -> None:
     def forms(statistics, budget: float):
-        compressor = compressor_for(build("mixtral"), LowRankSparse(budget=budget), "mixtral")
+        compressor = compressor_for(build("mixtral"), ByteBudget(share=budget), "mixtral")
         compressor.apply(statistics)
         return {name: plan.sizes for name, plan in compressor.plan.blocks.items()}
 
-    statistics = compressor_for(build("mixtral"), LowRankSparse(budget=0.5), "mixtral").calibrate()
+    statistics = compressor_for(build("mixtral"), ByteBudget(share=0.5), "mixtral").calibrate()
     fresh = type(statistics)(statistics.blocks, statistics.calibration, statistics.source)
     forms(statistics, 0.5)
     (surveys,) = statistics.memo.values()

@@ -43,7 +43,7 @@ def unreached(model: Any, composite: Composite) -> list[str]:
 def reached_only(method: Any, model: Any, composite: Composite) -> Any:
     """The method, without the blocks that a forward pass does not reach."""
     settings = dict(method.settings())
-    settings.pop("method")
+    settings.pop("stage")
     names = unreached(model, composite) if composite.unreached else []
     return type(method)(**settings | {"protect": names or None})
 

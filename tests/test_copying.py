@@ -15,9 +15,8 @@ from optimum_moe.checkpoint.byte_ranges import ByteRange
 from optimum_moe.checkpoint.headers import read_headers
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.checkpoint.streamed import StreamedModel
-from optimum_moe.engine.streaming import StreamingSource
+from optimum_moe.engine.disk_store import DiskStore
 from optimum_moe.plan import BlockPlan, CompressionPlan, keep_all
-from optimum_moe.statistics import BlockStatistics
 from tests.composites_table import COMPOSITES, build_composite
 from tests.test_released_sources import EVEN
 from tests.test_released_sources import written as written_quantized
@@ -29,14 +28,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
 HALF = ExpertPruning(keep_ratio=0.5, saliency="random")
 
 
-@register_saliency("later_experts", needs={"info"})
+@register_saliency("later_experts")
 def later_experts(info: Any) -> torch.Tensor:
     return torch.arange(info.num_experts, dtype=torch.float64)
 
 
 @register_saliency("routed_later_experts")
-def routed_later_experts(statistics: BlockStatistics) -> torch.Tensor:
-    return torch.arange(len(statistics.frequency_E), dtype=torch.float64)
+def routed_later_experts(token_count_E: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(token_count_E), dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +45,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def streaming_source(checkpoint: Path, **settings: Any) -> StreamingSource:
+def streaming_source(checkpoint: Path, **settings: Any) -> DiskStore:
     opened = open_source(checkpoint, **settings)
-    return StreamingSource(StreamedModel(opened, torch.device("cpu")), opened.blocks, None)
+    return DiskStore(StreamedModel(opened, torch.device("cpu")), opened.blocks, None)
 
 
 def bytes_by_kind(checkpoint: Path) -> dict[str, int]:
@@ -239,14 +238,14 @@ def test_a_shard_that_loses_its_end_during_the_run(
     source = tmp_path / "source"
     build("qwen3_moe").save_pretrained(source)
     file = source / "model.safetensors"
-    size, real = file.stat().st_size, StreamingSource.opened
+    size, real = file.stat().st_size, DiskStore.opened
 
-    def opened(self: StreamingSource, unit: Any) -> Any:
+    def opened(self: DiskStore, unit: Any) -> Any:
         if unit.name == "model.layers.1":
             os.truncate(file, size // 4)
         return real(self, unit)
 
-    monkeypatch.setattr(StreamingSource, "opened", opened)
+    monkeypatch.setattr(DiskStore, "opened", opened)
     method = ExpertPruning(num_experts=4, saliency=saliency)
     with pytest.raises(ValueError, match=r"model.safetensors ends at byte [\d,]+, its header promises [\d,]+. Copy or"):
         compressed(source, method, None, tmp_path / "result" / "out", "streaming")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_moe import LowRankSparse, MoECompressor, MSMoE
+from optimum_moe import ByteBudget, MoECompressor, MSMoE
 from optimum_moe.plan import BlockPlan, keep_all
 from optimum_moe.surgeons import find_blocks
 from tests.expert_forms import joint, mixture
@@ -114,7 +114,7 @@ def test_a_model_on_the_device_is_cut_as_on_the_cpu(family, name, tmp_path: Path
     assert relative_error(found, logits_of(models["cpu"], inputs)) < 1e-3
 
 
-@pytest.mark.parametrize("method", [LowRankSparse(budget=0.5), MSMoE(num_experts=4)], ids=["budget", "m-smoe"])
+@pytest.mark.parametrize("method", [ByteBudget(share=0.5), MSMoE(num_experts=4)], ids=["budget", "m-smoe"])
 def test_what_was_cut_on_the_device_loads_there_and_on_the_cpu(method, tmp_path: Path):
     model = build("qwen3_moe").to(DEVICE)
     compressor = MoECompressor.from_pretrained(model, method, calibration("qwen3_moe"), progress=False)

@@ -104,7 +104,7 @@ def test_pruning_experts_that_never_win_changes_nothing(target: Target) -> None:
         MSMoE(num_experts=4),
         MSMoE(num_experts=4, routing="reduce", router_rows="mean"),
         MSMoE(num_experts=4, routing="reduce", router_rows="fit"),
-        MSMoE(num_experts=4, budget="adaptive"),
+        MSMoE(num_experts=4, allocation="adaptive"),
         ExpertPruning(num_experts=4, saliency="reap"),
     ],
     ids=["map", "mean", "fit", "adaptive", "prune"],
@@ -112,7 +112,7 @@ def test_pruning_experts_that_never_win_changes_nothing(target: Target) -> None:
 def test_the_order_of_experts_does_not_matter(target: Target, method) -> None:
     if target.refuses_pruning and isinstance(method, ExpertPruning):
         pytest.skip(target.refuses_pruning)
-    if target.fixed_router and method.block_routing == "reduce":
+    if target.fixed_router and method.routing == "reduce":
         pytest.skip(target.fixed_router)
     if target.fixed_router:
         # One-hot logits make all experts equally similar, and equals would be joined by index.

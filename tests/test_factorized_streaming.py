@@ -63,7 +63,7 @@ def test_streaming_equals_memory(name: str, kind: str, checkpoints: Any, tmp_pat
 def test_interrupted_between_layers(
     kind: str, propagate: bool, checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = METHODS.get(kind, [MSMoE(num_experts=4, budget="adaptive"), LowRankSparse(rank=8)])
+    method = METHODS.get(kind, [MSMoE(num_experts=4, allocation="adaptive"), LowRankSparse(rank=8)])
     checkpoint, settings = checkpoints("qwen3_moe"), {"error_propagation": propagate}
     with monkeypatch.context() as patch:
         advances = stop_at(patch, Runner, "advance", 0, ValueError())

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_moe import CalibrationConfig, LowRankSparse, MoECompressor, MSMoE
+from optimum_moe import ByteBudget, CalibrationConfig, LowRankSparse, MoECompressor, MSMoE
 from tests.tiny_models import build, inputs_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:No gradient of the loss")
 METHODS: dict[str, Any] = {
     "rank": LowRankSparse(rank=8),
-    "budget": LowRankSparse(budget=0.5),
-    "merged and budget": [MSMoE(num_experts=4), LowRankSparse(budget=0.5)],
+    "budget": ByteBudget(share=0.5),
+    "merged and budget": [MSMoE(num_experts=4), ByteBudget(share=0.5)],
     "shared bases": [MSMoE(num_experts=4), LowRankSparse(rank=8, base="group")],
 }
 

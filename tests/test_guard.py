@@ -13,7 +13,7 @@ import transformers
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from optimum_moe import CalibrationConfig, LowRankSparse, MoECompressor, MSMoE, verify
+from optimum_moe import ByteBudget, CalibrationConfig, LowRankSparse, MoECompressor, MSMoE, verify
 from tests.composites_table import build_composite, composite_named
 from tests.test_composites import compressor_for as compressor_for_composite
 from tests.test_reload import assert_same_tensors
@@ -25,7 +25,7 @@ METHODS: dict[str, Any] = {
     "map": MSMoE(num_experts=4),
     "factors": LowRankSparse(rank=8),
     "both": [MSMoE(num_experts=4), LowRankSparse(rank=8)],
-    "budget": LowRankSparse(budget=0.5),
+    "budget": ByteBudget(share=0.5),
 }
 
 

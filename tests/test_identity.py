@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from optimum_moe import CompressionPlan, LowRankSparse, MoECompressor, MSMoE, Statistics
+from optimum_moe import ByteBudget, CompressionPlan, LowRankSparse, MoECompressor, MSMoE, Statistics
 from optimum_moe.checkpoint.identity import identity
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.checkpoint.value_digest import RUN, sample_runs
-from optimum_moe.engine.cutting import Cutter
+from optimum_moe.engine.decision import Decider
 from tests.factor_methods import calibration
 from tests.quantized_checkpoints import edit_config, to_fp8
 from tests.test_resume import contents, interrupted, stream
@@ -144,7 +144,7 @@ def test_samples_lie_at_the_same_numbers_in_every_layout(
 
 
 @pytest.mark.parametrize("engine", ["memory", "streaming"])
-@pytest.mark.parametrize("method", [METHOD, LowRankSparse(rank=8, density=0.25), LowRankSparse(budget=0.5)])
+@pytest.mark.parametrize("method", [METHOD, LowRankSparse(rank=8, density=0.25), ByteBudget(share=0.5)])
 def test_a_fine_tune_is_refused(
     method: Any, engine: str, checkpoint: Path, other: Path, observed: Statistics, tmp_path: Path
 ) -> None:
@@ -263,16 +263,16 @@ def test_a_run_goes_on_with_the_same_model_and_no_other(
 def test_what_a_budget_saw_is_remembered_with_the_model(
     checkpoint: Path, other: Path, observed: Statistics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Statistics that name no model are taken for any, but a survey is one of the model that it looked at."""
-    anonymous, method = Statistics(observed.blocks), LowRankSparse(budget=0.5)
+    """Statistics that name no model are taken for any, but profiles are those of the model that was looked at."""
+    anonymous, method = Statistics(observed.blocks), ByteBudget(share=0.5)
     looks: list[int] = []
-    real = Cutter._surveys
+    real = Decider._take_profiles
 
     def counted(*arguments: Any) -> Any:
         looks.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(Cutter, "_surveys", counted)
+    monkeypatch.setattr(Decider, "_take_profiles", counted)
     for model, expected in ((checkpoint, 1), (checkpoint, 1), (other, 2)):
         with pytest.warns(UserWarning, match="gradient"):
             opened(model, method).apply(statistics=anonymous)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
 
 METHODS = {
     "map": MSMoE(num_experts=4),
-    "adaptive": MSMoE(num_experts=4, budget="adaptive"),
+    "adaptive": MSMoE(num_experts=4, allocation="adaptive"),
     "reduce": MSMoE(num_experts=4, routing="reduce"),
 }
 USUAL = ("qwen3_moe", "gpt_oss", "deepseek_v3-groups", "switch_transformers")

@@ -82,7 +82,7 @@ def mutations(draw: st.DrawFn, tree: Any, under: tuple[str, ...] | None = None) 
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
     """A checkpoint whose blocks keep 5, 4 and 3 of 8 experts, with its model."""
     data = [inputs_for("qwen3_moe", rows=4, length=32, seed=seed) for seed in range(3)]
-    method = MSMoE(num_experts=4, budget="adaptive")
+    method = MSMoE(num_experts=4, allocation="adaptive")
     compressor = MoECompressor.from_pretrained(build("qwen3_moe"), method, CalibrationConfig(data), progress=False)
     model = compressor.apply()
     directory = tmp_path_factory.mktemp("saved") / "out"

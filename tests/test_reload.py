@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
 METHODS = {
     "map": MSMoE(num_experts=4),
     "reduce": MSMoE(num_experts=4, routing="reduce"),
-    "adaptive": MSMoE(num_experts=4, budget="adaptive"),
+    "adaptive": MSMoE(num_experts=4, allocation="adaptive"),
     "protected": MSMoE(num_experts=4, routing="reduce", layers=[0]),
     "prune": ExpertPruning(num_experts=4, saliency="reap"),
 }

@@ -49,7 +49,7 @@ def data(batches: int = 3) -> CalibrationConfig:
 
 def stream(checkpoint: Path, out: Path, method: Any = METHOD, calibration: Any = None, **settings: Any) -> Path:
     given = {"engine": "streaming", "output_dir": out, "progress": False} | settings
-    used = data() if calibration is None and method.needs_statistics else calibration
+    used = data() if calibration is None and method.needs else calibration
     return MoECompressor.from_pretrained(checkpoint, method, used, **given).apply()
 
 
@@ -186,11 +186,11 @@ def test_a_disk_that_is_really_full(
 
 
 @pytest.mark.parametrize("propagate", [False, True])
-@pytest.mark.parametrize("budget", ["uniform", "adaptive"])
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
 def test_interrupted_between_layers(
-    budget: str, propagate: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    allocation: str, propagate: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, settings = MSMoE(num_experts=4, budget=budget), {"error_propagation": propagate}
+    method, settings = MSMoE(num_experts=4, allocation=allocation), {"error_propagation": propagate}
     with monkeypatch.context() as patch:
         advances = stop_at(patch, Runner, "advance", 0, ValueError())
         expected = contents(stream(checkpoint, tmp_path / "count" / "out", method, **settings))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, verify
+from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, verify
 from optimum_moe.checkpoint.comparison import Comparison, same_bits
 from optimum_moe.recovery import RowPruning
 from tests.quantized_checkpoints import edit_config
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ign
 METHODS = {
     "map": MSMoE(num_experts=4),
     "factors": [MSMoE(num_experts=4), LowRankSparse(rank=8, density=0.25)],
-    "budget": LowRankSparse(budget=0.5),
+    "budget": ByteBudget(share=0.5),
     "plain": ExpertPruning(num_experts=4, saliency="reap"),
 }
 ENGINES = {"map": "streaming", "factors": "memory", "budget": "streaming", "plain": "memory"}
@@ -209,7 +209,7 @@ def test_a_trained_checkpoint_is_known_as_one(kind: str, folders: Path, tmp_path
     edit_config(out, num_experts_per_tok=3)
     assert failed(verify(out, folders / "original")) == {"config"}
     edit_config(out, num_experts_per_tok=2)
-    (out / "recipe.yaml").write_text("method: reap\n", encoding="utf-8")
+    (out / "recipe.yaml").write_text("stage: reap\n", encoding="utf-8")
     assert failed(verify(out, folders / "original")) == {"side files"}
 
 

@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_moe import ExpertPruning, LowRankSparse, MoECompressor, MSMoE
-from optimum_moe.methods import Method
+from optimum_moe import ByteBudget, ExpertPruning, MoECompressor, MSMoE
+from optimum_moe.stages import Stage
 from tests.tiny_checkpoints import documents, save_checkpoint
 from tests.tiny_models import build
 
@@ -34,7 +34,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return save_checkpoint(folder / "one"), save_checkpoint(folder / "two", seed=5)
 
 
-def opened(model: Any, method: Method = HALF, calibration: Any = None, **settings: Any) -> MoECompressor:
+def opened(model: Any, method: Stage = HALF, calibration: Any = None, **settings: Any) -> MoECompressor:
     return MoECompressor.from_pretrained(model, method, calibration, progress=False, **settings)
 
 
@@ -276,11 +276,11 @@ def test_a_merged_adapter_is_welcome() -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [HALF, ExpertPruning(num_experts=4), MSMoE(num_experts=4), LowRankSparse(budget=0.5)],
+    [HALF, ExpertPruning(num_experts=4), MSMoE(num_experts=4), ByteBudget(share=0.5)],
     ids=["data-free", "prune", "merge", "budget"],
 )
 def test_offloaded_weights_are_observed_and_never_cut(
-    sources: tuple[Path, Path], tmp_path: Path, method: Method
+    sources: tuple[Path, Path], tmp_path: Path, method: Stage
 ) -> None:
     spilled = {"device_map": "auto", "max_memory": {"cpu": "300KB"}, "offload_folder": str(tmp_path / "off")}
     texts = documents(4)
@@ -288,7 +288,7 @@ def test_offloaded_weights_are_observed_and_never_cut(
     with pytest.raises(ValueError, match=r"tensors of the model are offloaded .* or pass engine=\"streaming\" with"):
         compressor.apply()
     assert not (tmp_path / "out").exists()
-    if method.needs_statistics:
+    if method.needs:
         here, there = opened(sources[0], method, texts).calibrate(), compressor.calibrate()
         for name, block in here.blocks.items():
             assert torch.equal(block.gated_norm_sum_E, there.blocks[name].gated_norm_sum_E)

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_moe import CompressionPlan, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, verify
+from optimum_moe import ByteBudget, CompressionPlan, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, verify
 from optimum_moe.checkpoint.source import open_source
-from optimum_moe.methods import Method
+from optimum_moe.stages import Stage
 from tests.tiny_checkpoints import documents, save_checkpoint
 from tests.tiny_models import build
 
@@ -51,7 +51,7 @@ def mixed_checkpoint(folder: Path, wide: Wide, target: str = "qwen3_moe", **conf
     return folder
 
 
-def compressed(source: Path, out: Path, method: Method, engine: str = "memory", **settings: Any) -> tuple[Tensors, int]:
+def compressed(source: Path, out: Path, method: Stage, engine: str = "memory", **settings: Any) -> tuple[Tensors, int]:
     """What is stored, and the bytes that were foretold."""
     compressor = MoECompressor.from_pretrained(
         source, method, TEXTS, engine=engine, output_dir=out, progress=False, **settings
@@ -83,7 +83,7 @@ def is_router(name: str) -> bool:
     ],
     ids=["prune", "map", "dominant", "mean", "fit", "rank"],
 )
-def test_float32_routers_and_norms_keep_their_bits(tmp_path: Path, method: Method, engine: str) -> None:
+def test_float32_routers_and_norms_keep_their_bits(tmp_path: Path, method: Stage, engine: str) -> None:
     source = mixed_checkpoint(tmp_path / "source", lambda name: is_router(name) or "norm" in name)
     before = stored(source)
     after, foretold = compressed(source, tmp_path / "out", method, engine)
@@ -133,7 +133,7 @@ def test_float32_routers_and_norms_keep_their_bits(tmp_path: Path, method: Metho
     ids=["prune", "merge", "rank"],
 )
 def test_biases_and_corrections_keep_their_dtype(
-    tmp_path: Path, target: str, wide: str, method: Method, engine: str
+    tmp_path: Path, target: str, wide: str, method: Stage, engine: str
 ) -> None:
     """Also where the class holds them in float32, and the checkpoint in bfloat16."""
     source = mixed_checkpoint(tmp_path / "source", lambda name: wide in name, target)
@@ -162,7 +162,7 @@ def test_biases_and_corrections_keep_their_dtype(
 def test_what_is_stored_decides_and_not_what_the_config_says(tmp_path: Path, config: Any, engine: str) -> None:
     source = mixed_checkpoint(tmp_path / "source", is_router, **config)
     target = bytes_of(stored(source)) * 3 // 4
-    for number, method in enumerate((ExpertPruning(target_size=target, saliency="aimer"), LowRankSparse(budget=0.5))):
+    for number, method in enumerate((ExpertPruning(target_size=target, saliency="aimer"), ByteBudget(share=0.5))):
         after, foretold = compressed(source, tmp_path / f"out {number}", method, engine)
         assert {name: t.dtype for name, t in after.items() if t.is_floating_point()} == {
             name: torch.float32 if is_router(name) else torch.bfloat16
@@ -209,7 +209,7 @@ def test_experts_of_several_dtypes_have_no_factors(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r'stored in several dtypes, and factors have one; dtype="bfloat16" or another'
     ):
-        MoECompressor.from_pretrained(source, LowRankSparse(budget=0.5), TEXTS)
+        MoECompressor.from_pretrained(source, ByteBudget(share=0.5), TEXTS)
     after, _ = compressed(source, tmp_path / "out", LowRankSparse(rank=8), dtype="bfloat16")
     assert {t.dtype for t in after.values() if t.is_floating_point()} == {torch.bfloat16}
     assert verify(tmp_path / "out", against=source).passed
@@ -220,9 +220,7 @@ def test_a_budget_counts_each_block_in_its_own_dtype(tmp_path: Path, engine: str
     source = mixed_checkpoint(tmp_path / "source", lambda name: "layers.1.mlp.experts." in name)
     before = stored(source)
     experts = bytes_of({name: t for name, t in before.items() if ".experts." in name})
-    for number, method in enumerate(
-        (LowRankSparse(budget=0.5), LowRankSparse(target_size=int(bytes_of(before) * 0.7)))
-    ):
+    for number, method in enumerate((ByteBudget(share=0.5), ByteBudget(target_size=int(bytes_of(before) * 0.7)))):
         out = tmp_path / f"out {number}"
         after, _ = compressed(source, out, method, engine)
         kinds = {name.split(".mlp.")[0][-1]: t.dtype for name, t in after.items() if ".experts." in name}

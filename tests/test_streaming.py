@@ -20,9 +20,9 @@ from optimum_moe.checkpoint.source import open_source
 from optimum_moe.checkpoint.streamed import StreamedModel, align
 from optimum_moe.engine import job as job_module
 from optimum_moe.engine.activations import Activations
+from optimum_moe.engine.layers import find_layers
 from optimum_moe.engine.lockstep import Lockstep
-from optimum_moe.engine.units import find_units
-from optimum_moe.methods import BlockContext
+from optimum_moe.stages import BlockContext
 from optimum_moe.surgeons import find_blocks, guarded
 from tests.composites_table import build_composite, composite_named, inputs_with_media
 from tests.mtp_checkpoints import save_with_mtp
@@ -99,14 +99,14 @@ def test_streaming_equals_memory(name: str, how: str, checkpoints: Any, tmp_path
     for engine in ("memory", "streaming"):
         written[engine] = compressed(checkpoints(name), METHODS[how], data, tmp_path / engine / "out", engine)
     assert_same(written["memory"], written["streaming"])
-    assert len(read_headers(written["streaming"]).files) > len(find_units(build(name), find_blocks(build(name))))
+    assert len(read_headers(written["streaming"]).files) > len(find_layers(build(name), find_blocks(build(name))))
     assert [path.name for path in (tmp_path / "streaming").iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "switch_transformers"])
 @pytest.mark.parametrize("propagate", [False, True])
 def test_adaptive_budget_takes_two_passes(name: str, propagate: bool, checkpoints: Any, tmp_path: Path) -> None:
-    method, written = MSMoE(num_experts=4, budget="adaptive"), {}
+    method, written = MSMoE(num_experts=4, allocation="adaptive"), {}
     for engine in ("memory", "streaming"):
         out = tmp_path / engine / "out"
         settings = {"error_propagation": propagate}

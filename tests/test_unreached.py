@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
+from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
 from tests.composites_table import build_composite, composite_named, inputs_with_media
 from tests.tiny_models import build
 
@@ -17,10 +17,10 @@ METHODS: dict[str, Any] = {
     "prune": ExpertPruning(num_experts=4),
     "map": MSMoE(num_experts=4),
     "reduce": MSMoE(num_experts=4, routing="reduce"),
-    "adaptive": MSMoE(num_experts=4, budget="adaptive"),
+    "adaptive": MSMoE(num_experts=4, allocation="adaptive"),
     "rank": LowRankSparse(rank=8),
-    "budget": LowRankSparse(budget=0.5),
-    "merged and budget": [MSMoE(num_experts=4), LowRankSparse(budget=0.5)],
+    "budget": ByteBudget(share=0.5),
+    "merged and budget": [MSMoE(num_experts=4), ByteBudget(share=0.5)],
     "pruned without data and rank": [ExpertPruning(num_experts=4, saliency="aimer"), LowRankSparse(rank=8)],
 }
 MESSAGE = (
@@ -74,7 +74,7 @@ def test_an_unreached_tower_stays_as_it_is_where_that_is_wanted(method: str) -> 
 
 def test_a_budget_is_a_share_of_what_is_reached() -> None:
     """Half of the thinker's experts: what the talker keeps does not count."""
-    compressor = omni(LowRankSparse(budget=0.5), unseen="keep")
+    compressor = omni(ByteBudget(share=0.5), unseen="keep")
     dense = sum(p.numel() for n, p in compressor.source.live.thinker.named_parameters() if ".experts." in n)
     left = sum(p.numel() for n, p in compressor.apply().thinker.named_parameters() if ".experts." in n)
     assert 0.4 * dense < left <= 0.5 * dense
@@ -98,7 +98,7 @@ def behind_cut_layers(method: Any, seed: int, propagate: bool) -> MoECompressor:
 @pytest.mark.parametrize(("first", "seed"), [(ExpertPruning(num_experts=20), 1), (MSMoE(num_experts=20), 3)])
 def test_forms_are_those_that_the_budget_was_spent_on(first: Any, seed: int) -> None:
     """Behind cut layers tokens choose other experts; what was priced is what is made, also without any token left."""
-    method = [first, LowRankSparse(budget=0.5, curvature=False)]
+    method = [first, ByteBudget(share=0.5, curvature=False)]
     plans = []
     for propagate in (False, True):
         compressor = behind_cut_layers(method, seed, propagate)

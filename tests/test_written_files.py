@@ -19,7 +19,7 @@ from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoEComp
 from optimum_moe.checkpoint.carried_files import carried_files
 from optimum_moe.checkpoint.identity import identity
 from optimum_moe.checkpoint.source import open_source
-from optimum_moe.recipes import Recipe, calibration_config, load_recipe
+from optimum_moe.recipe import Recipe, calibration_config, load_recipe
 from tests.mtp_checkpoints import save_with_mtp
 from tests.tiny_checkpoints import documents, save_checkpoint, tokenizer, write_text
 from tests.tiny_models import build
@@ -181,7 +181,7 @@ def test_the_card_says_what_was_done_and_not_where(
     digest = json.loads((out / "plan.json").read_text(encoding="utf-8"))["calibration"]["hash"][:12]
     versions = f"optimum_moe {optimum_moe.__version__}, torch {torch.__version__}, transformers "
     assert (
-        "Method: expert-pruning (num_experts=4, saliency=reap). Calibration: 512 tokens of corpus.jsonl; rows of 64; "
+        "Stages: expert-pruning (num_experts=4, saliency=reap). Calibration: 512 tokens of corpus.jsonl; rows of 64; "
         f"seed 3; sha256 {digest}. Seed: 7. Made with {versions}{transformers.__version__}." in card
     )
     texts = [path for path in out.rglob("*") if path.suffix in (".md", ".json", ".yaml", ".py", ".jinja")]
@@ -194,7 +194,7 @@ def test_the_card_says_what_was_done_and_not_where(
         "packing": True,
         "seed": 3,
     }
-    assert recipe == {"method": "expert-pruning", "num_experts": 4, "seed": 7}
+    assert recipe == {"stage": "expert-pruning", "num_experts": 4, "seed": 7}
     assert json.loads((out / "compression_report.json").read_text(encoding="utf-8"))["versions"]["torch"] == str(
         torch.__version__
     )
@@ -208,7 +208,7 @@ def test_the_written_recipe_draws_the_same_sample(original: Path, tmp_path: Path
         progress=False,
     )
     statistics = made.calibrate()
-    recipe = Recipe(method, {"source": "/home/me/data/corpus.txt", "sequence_length": 128})
+    recipe = Recipe((method,), {"source": "/home/me/data/corpus.txt", "sequence_length": 128})
     compressor = MoECompressor.from_pretrained(original, recipe, texts, progress=False)
     compressor.apply(statistics)
     compressor.save_pretrained(tmp_path / "out")
@@ -284,4 +284,4 @@ def test_missing_calibration_data_are_refused_also_where_nothing_reads_them(
         with pytest.raises(ValueError, match=message):
             MoECompressor.from_pretrained(original, method, source, progress=False)
         with pytest.raises(ValueError, match=message):
-            MoECompressor.from_pretrained(original, Recipe(method, {"source": source}), progress=False)
+            MoECompressor.from_pretrained(original, Recipe((method,), {"source": source}), progress=False)

@@ -15,7 +15,7 @@ import yaml
 from optimum_moe import CalibrationConfig, CompressionPlan, LowRankSparse, MoECompressor, MSMoE, Statistics
 from optimum_moe.algorithms.low_rank import decompose
 from optimum_moe.checkpoint.source import ModelSource
-from optimum_moe.methods.base import BlockContext
+from optimum_moe.stages.base import BlockContext
 from optimum_moe.surgeons import find_blocks
 from tests.expert_order import edited
 from tests.factor_methods import METHODS, compressor_for
@@ -69,8 +69,8 @@ def test_impossible_settings(make: Callable[[], Any], message: str) -> None:
         (LowRankSparse(rank=8, density=0.001), r"density=0.001 of 24 rows keeps 0: .* or None for no sparse part"),
         (LowRankSparse(rank=8, layers=[3]), r"layers=\[3\] do not exist: the model has MoE blocks 0 to 2"),
         ([MSMoE(num_experts=4), LowRankSparse(rank=12)], r"rank=12 must be a multiple of 8"),
-        ([LowRankSparse(rank=8), MSMoE(num_experts=4)], r"got \['low-rank-sparse', 'm-smoe'\]. Pass one of them, or"),
-        ([LowRankSparse(rank=8), LowRankSparse(rank=8)], r"got low-rank-sparse first. Give for example \[MSMoE"),
+        ([LowRankSparse(rank=8), MSMoE(num_experts=4)], r"m-smoe cannot follow low-rank-sparse, which stores"),
+        ([LowRankSparse(rank=8), LowRankSparse(rank=8)], r"low-rank-sparse cannot follow low-rank-sparse"),
     ],
 )
 def test_what_the_matrices_do_not_have(original: Path, never_loaded: None, method: Any, message: str) -> None:
@@ -79,21 +79,22 @@ def test_what_the_matrices_do_not_have(original: Path, never_loaded: None, metho
 
 
 @pytest.mark.parametrize(
-    ("then", "message"),
+    ("second", "message"),
     [
-        ({"method": "low-rank-sparse", "rnak": 8}, r"Unknown field 'rnak'; did you mean 'rank'\?"),
-        ({"method": "low-rank", "rank": 8}, r"method='low-rank' is unknown; did you mean 'low-rank-sparse'"),
-        ({"method": "m-smoe", "num_experts": 2}, r"field 'then' may hold low-rank-sparse, got m-smoe. Correct it"),
-        ({"rank": 8}, r"A recipe needs a field 'method'"),
-        ("low-rank-sparse", r"field 'then' must be a mapping with a field 'method', got 'low-rank-sparse'"),
-        ({"method": "low-rank-sparse"}, r"exactly one of rank, rank_ratio, energy.*got none of them"),
+        ({"stage": "low-rank-sparse", "rnak": 8}, r"Unknown field 'rnak'; did you mean 'rank'\?"),
+        ({"stage": "low-rank", "rank": 8}, r"stage='low-rank' is unknown; did you mean 'low-rank-sparse'"),
+        ({"stage": "m-smoe", "num_experts": 2}, r"m-smoe cannot follow m-smoe: .* Use one stage that merges or prunes"),
+        ({"rank": 8}, r"A recipe needs a field 'stage'"),
+        ("low-rank-sparse", r"field 'stages' must be a list of mappings with a field 'stage', got .*'low-rank-sparse'"),
+        ({"stage": "low-rank-sparse"}, r"exactly one of rank, rank_ratio, energy.*got none of them"),
     ],
 )
-def test_wrong_second_steps_of_a_recipe(
-    original: Path, never_loaded: None, tmp_path: Path, then: Any, message: str
+def test_wrong_second_stages_of_a_recipe(
+    original: Path, never_loaded: None, tmp_path: Path, second: Any, message: str
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"method": "m-smoe", "num_experts": 4, "then": then}), encoding="utf-8")
+    stages = [{"stage": "m-smoe", "num_experts": 4}, second]
+    recipe.write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         MoECompressor.from_pretrained(original, recipe, progress=False)
 
@@ -184,7 +185,7 @@ def test_an_expert_without_tokens_gets_the_plain_svd() -> None:
         num_blocks=3,
     )
     with torch.no_grad():
-        factors = compressor.method.factorize(context)
+        factors = compressor.recipe.stages[0].decide(context, None).factors
         seen, unseen_expert = factors.experts[5], factors.experts[6]
         for name, matrices in (("up", context.experts.up), ("down", context.experts.down)):
             plain = [decompose(matrices[expert].float()).truncated(8).densified() for expert in (5, 6)]

@@ -17,7 +17,7 @@ from optimum_moe import CalibrationConfig, CompressionPlan, ExpertPruning, MoECo
 from optimum_moe.checkpoint import destination
 from optimum_moe.checkpoint.identity import identity
 from optimum_moe.checkpoint.source import ModelSource
-from optimum_moe.methods import Method
+from optimum_moe.stages import Stage
 from tests.tiny_checkpoints import documents, save_checkpoint
 from tests.tiny_models import build
 
@@ -79,7 +79,7 @@ def edit_config(checkpoint: Path, **fields: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("method", [MSMoE, ExpertPruning])
-def test_impossible_settings(method: type[Method], settings: dict[str, Any], message: str) -> None:
+def test_impossible_settings(method: type[Stage], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         method(**settings)
 
@@ -91,7 +91,10 @@ def test_impossible_settings(method: type[Method], settings: dict[str, Any], mes
             lambda: MSMoE(num_experts=4, similarity="router_logit"),
             r"similarity='router_logit' is unknown; did you mean 'r",
         ),
-        (lambda: MSMoE(num_experts=4, budget="adaptiv"), r"budget='adaptiv' is unknown; did you mean 'adaptive'"),
+        (
+            lambda: MSMoE(num_experts=4, allocation="adaptiv"),
+            r"allocation='adaptiv' is unknown; did you mean 'adaptive'",
+        ),
         (lambda: MSMoE(num_experts=4, grouping="randm"), r"grouping='randm' .* 'random'"),
         (lambda: MSMoE(num_experts=4, weighting="freq"), r"weighting='freq' .*'frequency'"),
         (lambda: MSMoE(num_experts=4, routing="reduced"), r"routing='reduced' .*did you mean 'reduce'"),
@@ -124,8 +127,8 @@ def test_unknown_names_name_the_nearest(make: Callable[[], Any], message: str) -
         ("deepseek_v3-groups", MSMoE(num_experts=2, routing="reduce"), r"2 router groups .*multiple of 2 from 4 up"),
         (
             "deepseek_v3-groups",
-            MSMoE(num_experts=4, routing="reduce", budget="adaptive"),
-            r"cannot keep router groups equal .*budget=\"uniform\"",
+            MSMoE(num_experts=4, routing="reduce", allocation="adaptive"),
+            r"cannot keep router groups equal .*allocation=\"uniform\"",
         ),
         (
             "qwen3_moe",
@@ -147,7 +150,7 @@ def test_unknown_names_name_the_nearest(make: Callable[[], Any], message: str) -
         ("qwen3_moe", MSMoE(num_experts=4, protect=["*"]), r"leave none of the 3 MoE blocks"),
     ],
 )
-def test_counts_that_the_model_cannot_have(models, name: str, method: Method, message: str) -> None:
+def test_counts_that_the_model_cannot_have(models, name: str, method: Stage, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         opened(models(name), method)
 
@@ -164,18 +167,18 @@ def test_smallest_target_size_that_is_named_works(models) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("method: m-smoe\nkeep_rato: 0.5\n", r"Unknown field 'keep_rato'; did you mean 'keep_ratio'\?"),
-        ("method: m-smo\nkeep_ratio: 0.5\n", r"method='m-smo' is unknown; did you mean 'm-smoe'"),
-        ("keep_ratio: 0.5\n", r"A recipe needs a field 'method', one of expert-pruning, low-rank-sparse, m-smoe"),
-        ("- m-smoe\n", r"must be a mapping with a field 'method', got list"),
-        ("method: [m-smoe\n", r"(?s)is no valid YAML: .*Correct it"),
+        ("stage: m-smoe\nkeep_rato: 0.5\n", r"Unknown field 'keep_rato'; did you mean 'keep_ratio'\?"),
+        ("stage: m-smo\nkeep_ratio: 0.5\n", r"stage='m-smo' is unknown; did you mean 'm-smoe'"),
+        ("keep_ratio: 0.5\n", r"A recipe needs a field 'stage', one of byte-budget, expert-merging, expert-pruning"),
+        ("- m-smoe\n", r"must be a mapping with a field 'stage' or 'stages', got list"),
+        ("stage: [m-smoe\n", r"(?s)is no valid YAML: .*Correct it"),
         (
-            "method: m-smoe\nkeep_ratio: 0.5\ncalibration: corpus.txt\n",
+            "stage: m-smoe\nkeep_ratio: 0.5\ncalibration: corpus.txt\n",
             r"'calibration' must be a mapping, got 'corpus.txt'",
         ),
-        ("method: m-smoe\nkeep_ratio: 0.5\nseed: often\n", r"seed='often' is out of range"),
+        ("stage: m-smoe\nkeep_ratio: 0.5\nseed: often\n", r"seed='often' is out of range"),
         (
-            "method: m-smoe\nkeep_ratio: 0.5\ncalibration: {max_token: 5}\n",
+            "stage: m-smoe\nkeep_ratio: 0.5\ncalibration: {max_token: 5}\n",
             r"Unknown field 'max_token'; did you mean 'max_tokens'\?",
         ),
     ],

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_moe.blocks import BlockInfo
+from optimum_moe.model_info import BlockInfo
 from optimum_moe.surgeons import FoundBlock
 
 _POOLS = {"text_moe": False, "vision_moe": True}

@@ -19,7 +19,7 @@ from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.gradients import differentiable, gives_logits, sampled_loss
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.recorder import BlockRecorder
-from optimum_moe.statistics import Statistics
+from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
 
 
@@ -90,7 +90,7 @@ def observe(
                 sampled_loss(part, output, inputs, generator).backward(retain_graph=draw + 1 < draws)
     statistics = Statistics(
         {name: recorder.statistics() for name, recorder in recorders.items()},
-        {**batches.description, "tokens_by_block": _reached(recorders)},
+        {**batches.description, "tokens_by_block": reached_tokens(recorders)},
         source or {},
         config.unseen,
     )
@@ -109,12 +109,12 @@ def judge(statistics: Statistics, stacklevel: int = 2) -> None:
             warnings.warn(report, stacklevel=stacklevel)
 
 
-def _reached(recorders: Mapping[str, BlockRecorder]) -> dict[str, int]:
+def reached_tokens(blocks: Mapping[str, BlockRecorder | BlockStatistics]) -> dict[str, int]:
     """Tokens that each kind of block saw, layer numbers as "*"; the fewest where layers differ."""
     reached: dict[str, int] = {}
-    for name, recorder in recorders.items():
+    for name, block in blocks.items():
         pattern = re.sub(r"\b\d+\b", "*", name)
-        reached[pattern] = min(reached.get(pattern, recorder.num_tokens), recorder.num_tokens)
+        reached[pattern] = min(reached.get(pattern, block.num_tokens), block.num_tokens)
     return reached
 
 

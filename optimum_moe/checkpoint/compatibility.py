@@ -13,9 +13,9 @@ from optimum_moe.checkpoint.identity import first_difference
 from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_model
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.writer import set_expert_counts
-from optimum_moe.methods import Method
 from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import CompressionPlan
+from optimum_moe.recipe import Recipe
 from optimum_moe.statistics import Statistics
 
 
@@ -49,10 +49,10 @@ def check_belongs(what: str, made_from: Mapping[str, Any], here: Mapping[str, An
         )
 
 
-def check_statistics(statistics: Statistics, here: Mapping[str, Any], method: Method) -> None:
-    """Raise a `ValueError` where statistics belong to another model, or lack what a method needs."""
+def check_statistics(statistics: Statistics, here: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raise a `ValueError` where statistics belong to another model, or lack what a recipe needs."""
     check_belongs("statistics", statistics.source, here)
-    statistics.check_complete(here["num_experts"], method.needs_sample)
+    statistics.check_complete(here["num_experts"], recipe.needs)
 
 
 def check_plan(plan: CompressionPlan, here: Mapping[str, Any]) -> None:

@@ -20,9 +20,9 @@ from optimum_moe.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_headers
 from optimum_moe.checkpoint.quantized import quantizer_of, read_dequantized, unpacked
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, take_dtypes
 from optimum_moe.checkpoint.source import ModelSource
-from optimum_moe.methods import Method
-from optimum_moe.methods.counts import choose_one
 from optimum_moe.plan import BlockPlan, CompressionPlan, Routing
+from optimum_moe.recipe import Recipe
+from optimum_moe.settings import choose_one
 from optimum_moe.surgeons import FoundBlock, owning_configs
 
 MTPOption = Literal["error", "copy", "cut", "drop"]
@@ -70,16 +70,17 @@ class MTPLayers:
                 'mtp="drop".'
             )
 
-    def check_method(self, method: Method, counts: Mapping[str, int]) -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
         """Raise a `ValueError` if the layers are to be cut like experts that the stock classes cannot hold."""
-        if not method.is_adaptive:
-            # An adaptive budget gives its average here, and its real counts with the plan.
-            self.check_counts(counts, method.block_routing)
         info = self.source.info
-        last = info.blocks[-1]
-        if self.option == "cut" and self.names and not method.cost(info, last, counts[last.name]).stock:
+        costs = recipe.costs(info)
+        if not recipe.is_adaptive:
+            # An adaptive allocation gives its average here, and its real counts with the plan.
+            self.check_counts({name: cost.experts for name, cost in costs.items()}, recipe.routing)
+        last = info.blocks[-1].name
+        if self.option == "cut" and self.names and not costs[last].stock:
             raise ValueError(
-                f'mtp="cut" merges or removes experts, and {method.name} keeps those of {last.name} in factors, which '
+                f'mtp="cut" merges or removes experts, and {recipe.name} keeps those of {last} in factors, which '
                 'multi-token-prediction layers cannot hold. Pass mtp="copy" or mtp="drop".'
             )
 
@@ -215,7 +216,7 @@ class MTPLayers:
         plan = replace(plan, router_fit=None)
         if plan.permutations_EI is not None:
             labels_E = torch.tensor(plan.labels_E)
-            aligned_EI = align_experts(found.surgeon.experts(block), labels_E, plan.dominants_G)
+            aligned_EI = align_experts(found.surgeon.experts(block), labels_E, plan.references_G)
             plan = replace(plan, permutations_EI=aligned_EI)
         found.surgeon.cut(block, plan)
         saved = {f"{found.info.name}.{name}": tensor.detach() for name, tensor in block.state_dict().items()}

@@ -26,7 +26,7 @@ from optimum_moe.algorithms.factors import FactorSizes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from optimum_moe.blocks import BlockInfo
+    from optimum_moe.model_info import BlockInfo
 
 METHOD = "optimum_moe"
 FORMAT_VERSION = 1

@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from optimum_moe.blocks import ModelInfo
 from optimum_moe.checkpoint.carried_files import WEIGHTS
 from optimum_moe.checkpoint.checkpoint_tensors import (
     CheckpointTensors,
@@ -54,6 +53,7 @@ from optimum_moe.checkpoint.quantized import (
 )
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, ShardReader
 from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
+from optimum_moe.model_info import ModelInfo
 from optimum_moe.surgeons import FoundBlock, find_blocks
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")

@@ -117,7 +117,7 @@ def plan_of(name: str, plans: Mapping[str, BlockPlan]) -> BlockPlan | None:
 
 def slot_dtypes(parts: Parts, plan: BlockPlan | None) -> dict[str, torch.dtype]:
     """The dtype of each stored tensor of a stack, once a plan has put the dominant experts in the first places."""
-    kept = range(len(parts)) if plan is None else [*plan.dominants_G, *range(plan.num_experts, len(parts))]
+    kept = range(len(parts)) if plan is None else [*plan.references_G, *range(plan.num_experts, len(parts))]
     return {
         name: dtype
         for slot, expert in enumerate(kept)

@@ -20,9 +20,9 @@ from optimum_moe.cli.errors import ending_in_one_line, name_flags
 from optimum_moe.settings import percent
 
 if TYPE_CHECKING:
-    from optimum_moe.recipes import Recipe
+    from optimum_moe.recipe import Recipe
 
-SIZES = ("num_experts", "keep_ratio", "target_size", "budget")
+SIZES = ("num_experts", "keep_ratio", "target_size", "share")
 
 
 class MoESubcommand(BaseOptimumCLICommand):
@@ -95,7 +95,7 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
         default="budget",
         help="Preset (`optimum-cli moe inspect --list` shows them) or YAML file; by default the byte budget.",
     )
-    parser.add_argument("--budget", type=share, help="Share of the experts' bytes that remains: 0.5, or 50%%.")
+    parser.add_argument("--share", type=share, help="Share of the experts' bytes that remains: 0.5, or 50%%.")
     parser.add_argument("--num-experts", type=int, help="Experts that remain in each block, instead of the recipe's.")
     parser.add_argument("--keep-ratio", type=share, help="Share of experts that remain: 0.5, or 50%%.")
     parser.add_argument("--target-size", help='Size of the checkpoint, such as "16GB", "900MiB" or "50%%".')
@@ -110,7 +110,8 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="Another setting of the method, the value in YAML; may be repeated. Example: --set layers=[0,1]",
+        help="Another setting of a stage, the value in YAML; may be repeated. With several stages the first one that "
+        "has the setting is meant, or the one that is named: --set layers=[0,1], --set low-rank-sparse.rank=16",
     )
 
 
@@ -141,7 +142,7 @@ def recipe_of(args: Namespace) -> Recipe:
     import yaml
 
     check_recipe_file(args.recipe)
-    from optimum_moe.recipes import load_recipe
+    from optimum_moe.recipe import load_recipe
 
     overrides = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     _check_sizes(args.recipe, list(overrides))
@@ -149,7 +150,8 @@ def recipe_of(args: Namespace) -> Recipe:
         field, separator, text = setting.partition("=")
         if not separator or not field:
             raise ValueError(f"--set {setting!r} has no value. Write --set field=value.")
-        field = field.strip().replace("-", "_")
+        stage, _, field = field.strip().rpartition(".")
+        field = f"{stage}." * bool(stage) + field.replace("-", "_")
         if field in overrides:
             raise ValueError(f"{field} is given twice. Give it once.")
         try:
@@ -171,20 +173,16 @@ def check_recipe_file(name: str) -> None:
 
 
 def _check_sizes(recipe: str, given: Sequence[str]) -> None:
-    """Raise a `ValueError` for a size that the recipe's method does not have, with the recipes that do."""
-    from optimum_moe.methods import METHODS
-    from optimum_moe.recipes import preset_names, recipe_record
+    """Raise a `ValueError` for a size that no stage of the recipe has, with the recipes that do."""
+    from optimum_moe.recipe import preset_names, size_fields
 
-    sizes = {name: METHODS[recipe_record(name)["method"]].size_fields for name in preset_names()}
-    method = METHODS.get(str(recipe_record(recipe).get("method")))
-    if method is None:
-        return
-    for name in (name for name in given if name not in method.size_fields):
-        taken = ", ".join(_flag(size) for size in SIZES if size in method.size_fields)
-        others = ", ".join(sorted(preset for preset, fields in sizes.items() if name in fields))
+    own = size_fields(recipe)
+    for name in (name for name in given if own and name not in own):
+        taken = ", ".join(_flag(size) for size in SIZES if size in own)
+        others = ", ".join(preset for preset in preset_names() if name in size_fields(preset))
         raise ValueError(
-            f"{_flag(name)} is no size for the recipe {recipe!r} ({method.name}), which takes {taken}. Give one of "
-            f"these, or another recipe as well: --recipe, one of {others}."
+            f"{_flag(name)} is no size for the recipe {recipe!r}, which takes {taken}. Give one of these, or another "
+            f"recipe as well: --recipe, one of {others}."
         )
 
 

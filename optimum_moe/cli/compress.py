@@ -22,7 +22,7 @@ from optimum_moe.cli.common import (
 
 if TYPE_CHECKING:
     from optimum_moe.compressor import MoECompressor
-    from optimum_moe.recipes import Recipe
+    from optimum_moe.recipe import Recipe
 
 
 _CALIBRATION = (
@@ -105,13 +105,13 @@ class CompressCommand(MoESubcommand):
             tokenizer=args.tokenizer,
             **checkpoint_arguments(args),
         )
-        needed = compressor.method.needs_statistics or kept is not None
+        needed = bool(compressor.recipe.needs) or kept is not None
         if needed and statistics is None and compressor.calibration is None:
             raise ValueError(
-                f"{compressor.method.name} needs calibration data. Give --calibration corpus.txt, or --statistics."
+                f"{compressor.recipe.name} needs calibration data. Give --calibration corpus.txt, or --statistics."
             )
         if args.calibration and not needed:
-            warnings.warn(f"{compressor.method.name} needs no data here: --calibration is not read.", stacklevel=2)
+            warnings.warn(f"{compressor.recipe.name} needs no data here: --calibration is not read.", stacklevel=2)
         if not args.quiet:
             print(f"Preview\n{compressor.preview()}\n", flush=True)
         if kept is not None:

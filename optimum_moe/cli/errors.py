@@ -92,14 +92,14 @@ def _spelled(action: Action) -> str:
 
 
 def _settings() -> set[str]:
-    """Settings of all methods; an error that names one comes after the methods were imported."""
-    if "optimum_moe.methods" not in sys.modules:
+    """Settings of all stages; an error that names one comes after the stages were imported."""
+    if "optimum_moe.stages" not in sys.modules:
         return set()
     from dataclasses import fields
 
-    from optimum_moe.methods import METHODS
+    from optimum_moe.stages import registered_stages
 
-    return {field.name for method in METHODS.values() for field in fields(method) if field.init}
+    return {field.name for stage in registered_stages().values() for field in fields(stage) if field.init}
 
 
 def _is_ours(trace: TracebackType | None) -> bool:

@@ -25,7 +25,7 @@ class InspectCommand(MoESubcommand):
         """See `MoESubcommand`."""
         prepare(parser)
         add_model_argument(parser, "Hub id, or folder of a checkpoint, compressed or not. Without it: as --list.")
-        parser.add_argument("--list", action="store_true", help="List architectures, presets, methods and saliencies.")
+        parser.add_argument("--list", action="store_true", help="List architectures, presets, stages and saliencies.")
         parser.add_argument("--json", action="store_true", help="Print JSON.")
         add_checkpoint_arguments(parser)
 
@@ -81,11 +81,11 @@ def inspected(model: str, **arguments: Any) -> dict[str, Any]:
 
 
 def supported() -> dict[str, Any]:
-    """JSON-able listing of architectures, presets, methods and saliencies, each with a short description."""
-    from optimum_moe.methods import METHODS
-    from optimum_moe.methods.saliency import get_saliency, saliency_names
-    from optimum_moe.recipes import load_recipe, preset_names
+    """JSON-able listing of architectures, presets, stages and saliencies, each with a short description."""
+    from optimum_moe.recipe import load_recipe, preset_names
     from optimum_moe.reporting.support import support
+    from optimum_moe.stages import registered_stages
+    from optimum_moe.stages.saliency import get_saliency, saliency_names
 
     recipes = {name: load_recipe(name) for name in preset_names()}
     return {
@@ -93,7 +93,7 @@ def supported() -> dict[str, Any]:
             row.name: {"methods": list(row.methods), "plain": row.plain, "remarks": row.remarks} for row in support()
         },
         "presets": {name: ", ".join(recipe.to_yaml().strip().splitlines()) for name, recipe in recipes.items()},
-        "methods": {name: _first_line(cls) for name, cls in METHODS.items()},
+        "stages": {name: _first_line(stage) for name, stage in sorted(registered_stages().items())},
         "saliencies": {name: _first_line(get_saliency(name).function) for name in saliency_names()},
     }
 
@@ -120,7 +120,7 @@ def _show_inspected(record: dict[str, Any]) -> str:
         )
         lines += [
             "",
-            f"Compressed from {made['original']} by {made['method']}; experts {experts}.",
+            f"Compressed from {made['original']} by {made['stages']}; experts {experts}.",
             f"Calibration: {made['calibration']}. Seed: {made['seed']}.",
         ]
     return "\n".join(lines)
@@ -132,6 +132,6 @@ def _show_supported(record: dict[str, Any]) -> str:
         for name, entry in record["architectures"].items()
     ]
     parts = [table([("architecture", "methods", "plain", "remarks"), *architectures])]
-    for title, key in (("preset", "presets"), ("method", "methods"), ("saliency", "saliencies")):
+    for title, key in (("preset", "presets"), ("stage", "stages"), ("saliency", "saliencies")):
         parts.append(table([(title, "what it does"), *record[key].items()]))
     return "\n\n".join(parts)

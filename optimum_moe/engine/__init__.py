@@ -1,7 +1,9 @@
-"""The loop over units and its sources."""
+"""One pass over the layers of a model: observe, decide, cut, write."""
 
-from optimum_moe.engine.cutting import BlockSource, check_together
-from optimum_moe.engine.memory import MemorySource, carry_out, decide_and_cut
+from optimum_moe.engine.decision import check_together
+from optimum_moe.engine.memory_store import MemoryStore
+from optimum_moe.engine.run import Run
 from optimum_moe.engine.soundness import check_model
+from optimum_moe.engine.store import Store
 
-__all__ = ["BlockSource", "MemorySource", "carry_out", "check_model", "check_together", "decide_and_cut"]
+__all__ = ["MemoryStore", "Run", "Store", "check_model", "check_together"]

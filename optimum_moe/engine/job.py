@@ -21,13 +21,13 @@ from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.streamed import StreamedModel
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.engine.activations import Activations
+from optimum_moe.engine.disk_store import DiskStore
 from optimum_moe.engine.soundness import Named, check_tensors
-from optimum_moe.engine.streaming import StreamingSource
 from optimum_moe.engine.working_folder import WorkingFolder
-from optimum_moe.methods.counts import parse_size
 from optimum_moe.plan import PLAN_NAME, CompressionPlan
 from optimum_moe.records import read_digest
 from optimum_moe.reporting.versions import versions
+from optimum_moe.stages.counts import parse_size
 from optimum_moe.statistics import Statistics
 
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -110,7 +110,7 @@ class StreamingJob:
                 self._stack.enter_context(self.folder)
             streamed = StreamedModel(self._checkpoint, self._device)
             self._stack.callback(streamed.close)
-            self.source = StreamingSource(streamed, self._checkpoint.blocks, self.folder)
+            self.store = DiskStore(streamed, self._checkpoint.blocks, self.folder)
             self.keep = Activations(self._place_for_activations(), self._room()).keep
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -140,13 +140,13 @@ class StreamingJob:
             beside: Tensors that are copied beside the model.
         """
         assert self.folder is not None
-        check_tensors(chain(self.source.tensors(), beside), self.source.model, self.source.blocks)
-        check_space(self.folder.destination, size - sum(unit["size"] for unit in self.folder.finished.values()))
+        check_tensors(chain(self.store.tensors(), beside), self.store.model, self.store.blocks)
+        check_space(self.folder.destination, size - sum(layer["size"] for layer in self.folder.finished.values()))
 
     def finished_model(self) -> PreTrainedModel:
         """The compressed model, without numbers."""
-        self.source.rebuild()
-        return self.source.model
+        self.store.rebuild()
+        return self.store.model
 
     def complete(self, describe: Callable[[Path, str], None]) -> None:
         """Add to the shards what else a checkpoint has, and put it in its place.
@@ -168,10 +168,10 @@ class StreamingJob:
         side = self.folder.path / "description"
         remove(side)
         side.mkdir()
-        self.source.write_index(side)
+        self.store.write_index(side)
         describe(side, readable_path(self.folder.destination.name))
         checkpoint = self.folder.checkpoint
-        shards = {unit["shard"] for unit in self.folder.finished.values()}
+        shards = {layer["shard"] for layer in self.folder.finished.values()}
         for old in checkpoint.iterdir():
             if old.name not in shards:
                 remove(old)
@@ -189,7 +189,7 @@ class StreamingJob:
         Raises:
             ValueError: If not one layer fits.
         """
-        needed = self.source.needed
+        needed = self.store.needed
         if self._max_memory is None:
             return max(0, psutil.virtual_memory().available - needed) // 2
         if self._max_memory < needed:

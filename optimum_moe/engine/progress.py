@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +12,15 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from optimum_moe.engine.units import Unit
+from optimum_moe.engine.layers import Layer
 from optimum_moe.plan import BlockPlan
 
 _STATUS = Path("/proc/self/status")
 
 
 @dataclass
-class UnitReport:
-    """What there is to say of one unit.
+class LayerReport:
+    """What there is to say of one layer.
 
     Args:
         plans: How its blocks were cut.
@@ -28,7 +28,7 @@ class UnitReport:
         passed: Whether batches only passed it.
     """
 
-    plans: Mapping[str, BlockPlan] = field(default_factory=dict)
+    plans: dict[str, BlockPlan] = field(default_factory=dict)
     error: float | None = None
     passed: bool = False
 
@@ -37,7 +37,7 @@ class Progress:
     """A bar, and lines on standard error; only lines where that is no terminal.
 
     Args:
-        total: Number of units.
+        total: Number of layers.
         description: Stands in front.
         show: Say anything at all.
         lines: Say a line a layer.
@@ -57,30 +57,30 @@ class Progress:
         self._bar.close()
 
     def skip(self) -> None:
-        """A unit was finished by an earlier run."""
+        """A layer was finished by an earlier run."""
         self._skipped += 1
         self._done += 1
         self._bar.update()
 
     @contextmanager
-    def unit(self, unit: Unit) -> Iterator[UnitReport]:
-        """Report a unit when it is done."""
-        began, report = time.monotonic(), UnitReport()
+    def layer(self, layer: Layer) -> Iterator[LayerReport]:
+        """Report a layer when it is done."""
+        began, report = time.monotonic(), LayerReport()
         yield report
         self._done += 1
         self._bar.update()
         if self.show and self.lines:
-            self.say(self._line(unit, report, time.monotonic() - began))
+            self.say(self._line(layer, report, time.monotonic() - began))
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self.show:
             tqdm.write(line, file=sys.stderr)
 
-    def _line(self, unit: Unit, report: UnitReport, seconds: float) -> str:
+    def _line(self, layer: Layer, report: LayerReport, seconds: float) -> str:
         experts = [f"{plan.num_experts} -> {plan.num_groups} experts" for plan in report.plans.values()]
-        otherwise = "no experts" if not unit.blocks else "finished before" if report.passed else "observed"
-        parts = [f"[{self._done}/{self.total}] {unit.name}:", ", ".join(experts) or otherwise]
+        otherwise = "no experts" if not layer.blocks else "finished before" if report.passed else "observed"
+        parts = [f"[{self._done}/{self.total}] {layer.name}:", ", ".join(experts) or otherwise]
         if report.error is not None:
             parts.append(f"error {report.error:.4f}")
         left = (time.monotonic() - self._began) / max(self._done - self._skipped, 1) * (self.total - self._done)

@@ -1,72 +1,63 @@
-"""One run over any source: observe where a method needs it, decide, cut."""
+"""One run over any store: observe where a stage needs it, decide, cut, write, one layer after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
-from optimum_moe.blocks import ModelInfo
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
-from optimum_moe.calibration.observe import _reached, forward_calls, judge
-from optimum_moe.engine.cutting import (
-    BlockSource,
-    Cutter,
-    Observed,
-    check_together,
-    counts_for,
-    cut_units,
-    spare_unreached,
-    unreached_report,
-)
-from optimum_moe.engine.layerwise import Handler, Keep, LayerwiseRun, as_it_is
-from optimum_moe.engine.memory import MemorySource, carry_out, decide_and_cut
-from optimum_moe.engine.progress import Progress, UnitReport
-from optimum_moe.engine.units import Unit
-from optimum_moe.methods import Method
-from optimum_moe.plan import CompressionPlan
+from optimum_moe.calibration.observe import forward_calls, judge, observe, reached_tokens
+from optimum_moe.engine.decision import Decider, PlanReader, unreached_report
+from optimum_moe.engine.layers import Layer
+from optimum_moe.engine.layerwise import Keep, LayerwiseRun, as_it_is
+from optimum_moe.engine.progress import LayerReport, Progress
+from optimum_moe.engine.store import Observed, Store
+from optimum_moe.model_info import ModelInfo
+from optimum_moe.plan import BlockPlan, CompressionPlan
+from optimum_moe.recipe import Recipe
 from optimum_moe.statistics import BlockStatistics, Statistics
+from optimum_moe.surgeons import FoundBlock, guarded
 from optimum_moe.surgeons.base import hooked
 
 
-class StatisticsStore(Mapping[str, BlockStatistics]):
-    """Statistics by block, of which one unit's are in memory.
+class KeptStatistics(Mapping[str, BlockStatistics]):
+    """Statistics by block, of which one layer's are in memory where the store has a working folder.
 
     Args:
-        source: Whose units they are of.
-        kind: `"unit"` for those that were kept with a finished unit, `"statistics"` for those of a pass of its own.
+        store: Whose layers they are of.
+        kind: `"layer"` for those that are kept with a finished layer, `"statistics"` for those of a pass of its own.
     """
 
-    def __init__(self, source: BlockSource, kind: str) -> None:
-        self._kind = kind
-        self._folder: Any = getattr(source, "folder", None)
-        self._units = {
-            found.info.name: (number, unit) for number, unit in enumerate(source.units) for found in unit.blocks
+    def __init__(self, store: Store, kind: str) -> None:
+        self._kind, self._folder = kind, store.folder
+        self._layers = {
+            found.info.name: (number, layer) for number, layer in enumerate(store.layers) for found in layer.blocks
         }
-        self._order = [found.info.name for found in source.blocks]
+        self._order = [found.info.name for found in store.blocks]
         self._last: tuple[str, Observed] = "", {}
         self._in_memory: dict[str, BlockStatistics] = {}
 
-    def has(self, unit: Unit) -> bool:
-        """Whether a unit was observed in a pass of its own."""
-        return self._folder is not None and f"statistics of {unit.name}" in self._folder.finished
+    def has(self, layer: Layer) -> bool:
+        """Whether a layer was observed in a pass of its own."""
+        return self._folder is not None and f"statistics of {layer.name}" in self._folder.finished
 
-    def put(self, unit: Unit, observed: Observed) -> None:
-        """Keep the statistics of a unit, on disk where there is a working folder."""
+    def put(self, layer: Layer, observed: Observed) -> None:
+        """Keep the statistics of a layer, on disk where there is a working folder."""
         if self._folder is None:
             self._in_memory |= observed
         elif self._kind == "statistics":
-            record = self._folder.write_record(self._name(unit), None, observed)
-            self._folder.add(f"statistics of {unit.name}", shard=None, size=0, record=record, weights={})
+            record = self._folder.write_record(self._name(layer), None, observed)
+            self._folder.add(f"statistics of {layer.name}", shard=None, size=0, record=record, weights={})
 
     def __getitem__(self, name: str) -> BlockStatistics:
         if name in self._in_memory:
             return self._in_memory[name]
-        if name not in self._units or self._folder is None:
+        if name not in self._layers or self._folder is None:
             raise KeyError(name)
-        folder = self._name(self._units[name][1])
+        folder = self._name(self._layers[name][1])
         if self._last[0] != folder:
             self._last = folder, self._folder.observed(folder)
         return self._last[1][name]
@@ -77,8 +68,20 @@ class StatisticsStore(Mapping[str, BlockStatistics]):
     def __len__(self) -> int:
         return len(self._order)
 
-    def _name(self, unit: Unit) -> str:
-        return f"{self._kind}-{self._units[unit.blocks[0].info.name][0]:05d}"
+    def _name(self, layer: Layer) -> str:
+        return f"{self._kind}-{self._layers[layer.blocks[0].info.name][0]:05d}"
+
+
+class Decides(Protocol):
+    """What decides the blocks of a model."""
+
+    reads_experts: bool
+
+    def admit(self, observed: Observed | None) -> None:
+        """Refuse what was observed, or take it into account."""
+
+    def decide(self, found: FoundBlock, observed: Observed | None) -> BlockPlan:
+        """The plan for a block of an open layer."""
 
 
 @dataclass
@@ -86,22 +89,22 @@ class Run:
     """What is to be done.
 
     Args:
-        source: Where the tensors are.
+        store: Where the tensors are.
         info: Sizes of the model.
-        method: What decides.
+        recipe: What decides.
         seed: Of everything random.
         identity: Of the model.
         batches: Calibration data, None where nothing is observed.
         config: Settings of the observation.
-        propagate: Observe each unit behind those that are cut already.
+        propagate: Observe each layer behind those that are cut already.
         progress: Show bars.
-        lines: Say a line a unit.
+        lines: Say a line a layer.
         keep: What to do with the output of a layer while it waits.
     """
 
-    source: BlockSource
+    store: Store
     info: ModelInfo
-    method: Method
+    recipe: Recipe
     seed: int
     identity: Mapping[str, Any]
     batches: CalibrationBatches | None = None
@@ -110,70 +113,122 @@ class Run:
     progress: bool = True
     lines: bool = True
     keep: Keep = as_it_is
+    has_cut: bool = field(default=False, init=False)
+    """Whether any block was cut, so that the model is no longer what it was."""
 
     def observe(self) -> Statistics:
-        """Only observe, unit by unit."""
-        store = StatisticsStore(self.source, "statistics")
-        pending = {unit.name for unit in self.source.units if unit.blocks and not store.has(unit)}
-        if pending:
-            self._pass(_Remember(store), pending, "calibrate")
-        return self._finished(store)
-
-    def observe_and_cut(self) -> tuple[CompressionPlan, Statistics]:
-        """Observe, decide and cut; a budget that is shared by all units needs a pass of its own before.
-
-        Raises:
-            ValueError: As `counts_for`, and with `unseen="error"` for experts that no token reached.
-        """
+        """Only observe: in whole passes where the store holds all layers, else layer by layer."""
+        assert self.batches is not None
         assert self.config is not None
-        statistics, method = None, self.method
-        if not self._by_unit:
-            statistics = self.observe()
-            if not self.propagate:
-                return self._decide_all(statistics), statistics
-            method, counts = counts_for(self.source.blocks, self.info, method, statistics)
-        else:
-            counts = self.method.counts(self.info)
-            check_together(self.source.blocks, counts)
-            if self.propagate and self.config.unseen != "keep" and isinstance(self.source, MemorySource):
-                # On disk nothing of the original changes while the pass goes on, and a pass more would read all of it.
-                self._check_reach(self.method.changed_by_data(self.info, counts))
-        cutter = Cutter(self.source, method, self.seed, counts, self.config.unseen)
-        if self.method.needs_survey:
-            with Progress(len(self.source.units), "survey", self.progress, self.lines) as shown:
-                assert statistics is not None
-                cutter = cutter.settled(self.info, statistics, self.identity["values"], shown)
-        store = StatisticsStore(self.source, "unit")
-        handler = _Cut(self, cutter, store)
-        pending = {unit.name for unit in self.source.units if unit.blocks and not self.source.is_finished(unit)}
+        if self.store.holds_all and not self.propagate:
+            return observe(
+                self.store.model,
+                self.store.blocks,
+                self.batches,
+                self.config,
+                source=self.identity,
+                progress=self.progress,
+                draws=self.recipe.gradient_draws,
+            )
+        kept = KeptStatistics(self.store, "statistics")
+        pending = {layer.name for layer in self.store.layers if layer.blocks and not kept.has(layer)}
         if pending:
-            self._pass(handler, pending, self.method.name)
-        with Progress(len(self.source.units), "write", False) as shown:
-            cut_units(self.source, cutter, None, shown)
-        statistics = self._finished(store)
-        made_from = self.method.settings(), self.identity, statistics.calibration, self.seed
-        return CompressionPlan(self.source.plans(), *made_from), statistics
+            self._pass(_Remember(kept), pending, "calibrate")
+        return self._finished(kept)
 
     def decide(self, statistics: Statistics | None) -> tuple[CompressionPlan, Statistics | None]:
-        """Decide and cut; observe first where the method needs statistics and there are none."""
-        if statistics is None and self.method.needs_statistics:
-            return self.observe_and_cut()
-        return self._decide_all(statistics), statistics
+        """Decide, cut and write; observe first, or on the way, where a stage needs statistics and there are none.
 
-    def carry_out(self, plan: CompressionPlan) -> tuple[CompressionPlan, None]:
-        """Cut as a finished plan says."""
-        carry_out(self.source, plan, self.progress, self.lines)
-        return plan, None
+        Args:
+            statistics: Of an earlier observation.
 
-    def _decide_all(self, statistics: Statistics | None) -> CompressionPlan:
-        args = self.source, self.info, self.method, statistics, self.seed, self.identity, self.progress
-        return decide_and_cut(*args, lines=self.lines)
+        Returns:
+            The plan that was carried out, and the statistics.
+
+        Raises:
+            ValueError: If the statistics are broken or lack experts that `unseen` does not allow to lack, or the
+                architecture cannot hold the counts.
+        """
+        observing = statistics is None and bool(self.recipe.needs)
+        # A store that holds all layers observes them in one pass; another one cuts each layer on the way where it can.
+        if observing and (self.recipe.is_adaptive or (self.store.holds_all and not self.propagate)):
+            statistics = self.observe()
+        on_the_way = observing and (self.propagate or statistics is None)
+        unseen = self.config.unseen if observing and self.config is not None else "warn"
+        unseen = unseen if statistics is None else statistics.unseen
+        decider = Decider(self.store, self.recipe, self.info, self.seed, unseen)
+        with Progress(len(self.store.layers), "profile", self._shows_profiles, self.lines) as shown:
+            decider.allocate(statistics, self.identity["values"], shown)
+        if not on_the_way:
+            self._cut_all(decider, statistics, self.recipe.name)
+            return self._plan(statistics), statistics
+        if self.propagate and self.store.holds_all and statistics is None and unseen != "keep":
+            # On disk nothing of the original changes while the pass goes on, and a pass more would read all of it.
+            self._check_reach(decider.changed_by_data())
+        kept = KeptStatistics(self.store, "layer")
+        pending = {layer.name for layer in self.store.layers if layer.blocks and not self.store.is_finished(layer)}
+        if pending:
+            self._pass(_Cut(self, decider, kept), pending, self.recipe.name)
+        self._cut_all(decider, None, "write", show=False)
+        statistics = self._finished(kept)
+        return self._plan(statistics), statistics
+
+    def carry_out(self, plan: CompressionPlan) -> CompressionPlan:
+        """Cut as a finished plan says.
+
+        Raises:
+            ValueError: If the plan is for other blocks; nothing was cut then.
+        """
+        self._cut_all(PlanReader(self.store, plan), None, "plan")
+        return plan
+
+    @property
+    def _shows_profiles(self) -> bool:
+        return self.progress and any(stage.needs_profile for stage in self.recipe.stages)
+
+    def _plan(self, statistics: Statistics | None) -> CompressionPlan:
+        return CompressionPlan(
+            blocks=self.store.plans(),
+            stages=self.recipe.settings(),
+            source=self.identity,
+            calibration=None if statistics is None else statistics.calibration,
+            seed=self.seed,
+        )
+
+    def _cut_all(self, decides: Decides, statistics: Statistics | None, what: str, show: bool = True) -> None:
+        """Cut every layer that is not finished, which needs no forward pass."""
+        store = self.store
+        with Progress(len(store.layers), what, self.progress and show, self.lines) as shown:
+            for layer in store.layers:
+                if store.is_finished(layer):
+                    shown.skip()
+                    continue
+                with shown.layer(layer) as report, store.opened(layer):
+                    own = (
+                        None
+                        if statistics is None
+                        else {f.info.name: statistics.blocks[f.info.name] for f in layer.blocks}
+                    )
+                    self.cut(decides, layer, own, report)
+
+    def cut(self, decides: Decides, layer: Layer, observed: Observed | None, report: LayerReport) -> None:
+        """Decide, cut and write one open layer; a block is cut when its plan is complete."""
+        store = self.store
+        with store.as_stored(layer):
+            for found in layer.blocks:
+                store.provide(found, experts=decides.reads_experts)
+                plan = decides.decide(found, observed)
+                store.provide(found, experts=not (plan.is_identity or plan.keeps_experts))
+                self.has_cut = True
+                with guarded(store.model, found, plan.needs_guard):
+                    report.plans[found.info.name] = found.surgeon.carry_out(found.module(store.model), plan)
+            store.finish(layer, report.plans, observed)
 
     def _check_reach(self, wanted: Collection[str]) -> None:
         """Raise a `ValueError` if no batch runs through one of these blocks; mostly the first runs through all."""
         assert self.batches is not None
-        model = self.source.model
-        blocks = {found.info.name: found.module(model) for found in self.source.blocks}
+        model = self.store.model
+        blocks = {found.info.name: found.module(model) for found in self.store.blocks}
         missing = [name for name in blocks if name in wanted]
         called: set[int] = set()
 
@@ -190,25 +245,27 @@ class Run:
                     return
         raise ValueError(unreached_report(missing, len(wanted)))
 
-    @property
-    def _by_unit(self) -> bool:
-        """Whether a unit can be decided before the others are observed."""
-        return not self.method.is_adaptive and not self.method.needs_survey
-
-    def _pass(self, handler: Handler, pending: set[str], what: str) -> None:
+    def _pass(self, handler: _Remember | _Cut, pending: set[str], what: str) -> None:
         assert self.batches is not None
         assert self.config is not None
-        layers = [unit for unit in self.source.units if not unit.tensors]
-        propagates = self.propagate and isinstance(handler, _Cut)
-        run = LayerwiseRun(self.source, self.batches, self.config, handler, pending, propagates, self.keep)
+        layers = [layer for layer in self.store.layers if not layer.tensors]
+        run = LayerwiseRun(
+            self.store,
+            self.batches,
+            self.config,
+            handler,
+            pending,
+            propagate=self.propagate and isinstance(handler, _Cut),
+            keep=self.keep,
+        )
         with Progress(len(layers), what, self.progress, self.lines) as shown:
             run.run(shown)
 
-    def _finished(self, store: StatisticsStore) -> Statistics:
+    def _finished(self, kept: KeptStatistics) -> Statistics:
         assert self.batches is not None
         assert self.config is not None
-        record = {**self.batches.description, "tokens_by_block": _reached(store)}  # type: ignore[arg-type]
-        statistics = Statistics(store, record, self.identity, self.config.unseen)
+        record = {**self.batches.description, "tokens_by_block": reached_tokens(kept)}
+        statistics = Statistics(kept, record, self.identity, self.config.unseen)
         judge(statistics)
         return statistics
 
@@ -216,13 +273,13 @@ class Run:
 class _Remember:
     """Keeps what was observed."""
 
-    def __init__(self, store: StatisticsStore) -> None:
-        self.store = store
+    def __init__(self, kept: KeptStatistics) -> None:
+        self.kept = kept
 
-    def observed(self, unit: Unit, statistics: Observed, report: UnitReport) -> None:
-        self.store.put(unit, statistics)
+    def observed(self, layer: Layer, statistics: Observed, report: LayerReport) -> None:
+        self.kept.put(layer, statistics)
 
-    def passed(self, unit: Unit) -> None:
+    def passed(self, layer: Layer) -> None:
         """It stays as it is."""
 
     def unreached(self, statistics: Observed) -> None:
@@ -232,31 +289,21 @@ class _Remember:
 class _Cut:
     """Cuts what was observed."""
 
-    def __init__(self, run: Run, cutter: Cutter, store: StatisticsStore) -> None:
-        self.run, self.cutter, self.store = run, cutter, store
+    def __init__(self, run: Run, decider: Decider, kept: KeptStatistics) -> None:
+        self.run, self.decider, self.kept = run, decider, kept
 
-    def observed(self, unit: Unit, statistics: Observed, report: UnitReport) -> None:
-        cutter, found = self.cutter, Statistics(statistics, unseen=self.cutter.unseen)
-        found.check_finite()
-        unseen = found.unseen_report()
-        if unseen is not None and cutter.unseen == "error":
-            raise ValueError(unseen)
-        self.unreached(statistics)
-        check_together(self.run.source.blocks, cutter.counts)
-        with self.run.source.as_stored(unit):
-            report.plans = cutter.cut(unit, statistics)
-            self.store.put(unit, statistics)
-            self.run.source.finish(unit, report.plans, statistics)
+    def observed(self, layer: Layer, statistics: Observed, report: LayerReport) -> None:
+        self.decider.admit(statistics)
+        self.kept.put(layer, statistics)
+        self.run.cut(self.decider, layer, statistics, report)
 
     def unreached(self, statistics: Observed) -> None:
-        cutter, found = self.cutter, Statistics(statistics, unseen=self.cutter.unseen)
-        assert cutter.method is not None
-        cutter.method, cutter.counts = spare_unreached(self.run.info, cutter.method, cutter.counts, found)
+        self.decider.spare_unreached(statistics)
 
-    def passed(self, unit: Unit) -> None:
-        source = self.run.source
-        with source.as_stored(unit):
-            if not source.is_finished(unit):
-                source.finish(unit, {}, None)
-            elif self.run.propagate and unit.blocks:
-                source.restore(unit)
+    def passed(self, layer: Layer) -> None:
+        store = self.run.store
+        with store.as_stored(layer):
+            if not store.is_finished(layer):
+                store.finish(layer, {}, None)
+            elif self.run.propagate and layer.blocks:
+                store.restore(layer)

@@ -74,12 +74,12 @@ class WorkingFolder:
                     "overwrite=True (--overwrite) to begin anew."
                 )
         # What was damaged since is made again.
-        self.finished = {name: unit for name, unit in finished.items() if self._is_whole(unit)}
+        self.finished = {name: layer for name, layer in finished.items() if self._is_whole(layer)}
 
-    def _is_whole(self, unit: Mapping[str, Any], only: str = "") -> bool:
-        """Whether the files of a finished unit, or those below a folder, are what was written."""
+    def _is_whole(self, layer: Mapping[str, Any], only: str = "") -> bool:
+        """Whether the files of a finished layer, or those below a folder, are what was written."""
         # Earlier versions kept no digests.
-        digests = unit.get("digests")
+        digests = layer.get("digests")
         return digests is not None and all(
             _digest(self.path / name) == digest for name, digest in digests.items() if name.startswith(only)
         )
@@ -90,20 +90,20 @@ class WorkingFolder:
         Raises:
             ValueError: If one is not.
         """
-        broken = [unit["shard"] for unit in self.finished.values() if not self._is_whole(unit, f"{PARTS}/")]
+        broken = [layer["shard"] for layer in self.finished.values() if not self._is_whole(layer, f"{PARTS}/")]
         if broken:
             raise ValueError(
                 f"{self.checkpoint} does not hold what was written there: {', '.join(broken)}. Nothing was put in "
                 f"{self.destination}. Repeat the same command, which makes them again."
             )
 
-    def add(self, name: str, **unit: Any) -> None:
-        """Remember that a unit is finished: `shard` and `size` of its file, the folder of its `record`, its tensors."""
-        files = [] if unit["shard"] is None else [self.checkpoint / unit["shard"]]
-        if unit["record"] is not None:
-            files += [file for file in (self.state / unit["record"]).rglob("*") if file.is_file()]
-        unit["digests"] = {file.relative_to(self.path).as_posix(): _digest(file) for file in sorted(files)}
-        self.finished[name] = unit
+    def add(self, name: str, **layer: Any) -> None:
+        """Remember a finished layer: `shard` and `size` of its file, the folder of its `record`, its tensors."""
+        files = [] if layer["shard"] is None else [self.checkpoint / layer["shard"]]
+        if layer["record"] is not None:
+            files += [file for file in (self.state / layer["record"]).rglob("*") if file.is_file()]
+        layer["digests"] = {file.relative_to(self.path).as_posix(): _digest(file) for file in sorted(files)}
+        self.finished[name] = layer
         self._save()
 
     def _save(self) -> None:
@@ -115,7 +115,7 @@ class WorkingFolder:
         plans: Mapping[str, BlockPlan] | None,
         observed: Mapping[str, BlockStatistics] | None,
     ) -> str:
-        """Keep the plans and statistics of a unit; returns the folder's name."""
+        """Keep the plans and statistics of a layer; returns the folder's name."""
         part, place = self.state / f".{folder}.part", self.state / folder
         for old in (part, place):
             remove(old)
@@ -133,7 +133,7 @@ class WorkingFolder:
         return folder
 
     def plans(self, name: str) -> dict[str, BlockPlan]:
-        """The plans of a finished unit."""
+        """The plans of a finished layer."""
         return dict(CompressionPlan.from_pretrained(self.state / self.finished[name]["record"]).blocks)
 
     def observed(self, folder: str) -> dict[str, BlockStatistics]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ Experts of each MoE block: {experts}. FLOPs are 2 x multiply-adds of all weight 
 {recipe}
 ```
 
-Method: {method}. Calibration: {calibration}. Seed: {seed}. Made with {versions}. `plan.json` and
+Stages: {stages}. Calibration: {calibration}. Seed: {seed}. Made with {versions}. `plan.json` and
 `plan/tensors.safetensors` say which experts went where.
 
 This card states sizes; it makes no claim about quality. Measure it on your task with `optimum-cli moe evaluate`.
@@ -111,7 +111,7 @@ def model_card(facts: CardFacts, name: str) -> str:
         base_model=facts.hub_id,
         library_name="transformers",
         **facts.inherited,
-        tags=["optimum_moe", "mixture-of-experts", str(facts.plan.method.get("method", "compressed"))],
+        tags=["optimum_moe", "mixture-of-experts", *_stage_names(facts.plan)],
     )
     rows = [
         ("parameters", before.parameters, after.parameters),
@@ -137,7 +137,7 @@ def model_card(facts: CardFacts, name: str) -> str:
         experts=", ".join(f"{old} -> {new}" for old, new in sorted(set(facts.cost.counts.values()))),
         stable_rank=_stable_rank(facts.plan),
         recipe=facts.recipe.strip(),
-        method=describe_method(facts.plan.method),
+        stages=describe_stages(facts.plan.stages),
         calibration=describe_calibration(facts.plan.calibration),
         seed=facts.plan.seed,
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -169,11 +169,18 @@ def _stable_rank(plan: CompressionPlan) -> str:
     return f"\n\nMean stable rank of the experts' matrices: {ranks[0]:.2f} before merging, {ranks[1]:.2f} after."
 
 
-def describe_method(settings: Mapping[str, Any]) -> str:
-    """Name and settings of a method, those of the one that follows it too."""
-    given = {key: value for key, value in settings.items() if key not in ("method", "then") and value is not None}
-    said = f"{settings.get('method', 'given plan')} ({', '.join(f'{key}={value}' for key, value in given.items())})"
-    return said if not settings.get("then") else f"{said}, then {describe_method(settings['then'])}"
+def _stage_names(plan: CompressionPlan) -> list[str]:
+    return [str(stage.get("stage")) for stage in plan.stages] or ["compressed"]
+
+
+def describe_stages(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Name and settings of each stage, in order."""
+    return ", then ".join(_described(stage) for stage in stages) or "given plan ()"
+
+
+def _described(settings: Mapping[str, Any]) -> str:
+    given = {key: value for key, value in settings.items() if key != "stage" and value is not None}
+    return f"{settings.get('stage')} ({', '.join(f'{key}={value}' for key, value in given.items())})"
 
 
 def describe_calibration(record: Mapping[str, Any] | None) -> str:

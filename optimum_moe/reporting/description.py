@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from optimum_moe.blocks import BlockInfo
 from optimum_moe.checkpoint.checksums import write_checksums
 from optimum_moe.checkpoint.mtp import MTPLayers
 from optimum_moe.checkpoint.source import ModelSource
-from optimum_moe.methods import Method
+from optimum_moe.model_info import BlockInfo
 from optimum_moe.plan import BlockPlan, CompressionPlan
-from optimum_moe.recipes import Recipe
+from optimum_moe.recipe import Recipe
 from optimum_moe.reporting.card import CardFacts, inherited_metadata, mean_stable_ranks, model_card
 from optimum_moe.reporting.preview import Cost, Preview, flops_per_token, preview
 from optimum_moe.reporting.versions import versions
@@ -51,18 +50,18 @@ def write_card(directory: Path, name: str, facts: CardFacts) -> None:
     (directory / "README.md").write_text(model_card(facts, name), encoding="utf-8", errors="surrogateescape")
 
 
-def expected_preview(source: ModelSource, method: Method, mtp: MTPLayers) -> Preview:
-    """What a method will give, from config and headers; of all that the checkpoint holds."""
-    counts = method.counts(source.info)
-    cost = preview(source.skeleton, list(source.blocks), source.info, counts, method)
-    gone, size = mtp.removed(counts, method.block_routing)
+def expected_preview(source: ModelSource, recipe: Recipe, mtp: MTPLayers) -> Preview:
+    """What a recipe will give, from config and headers; of all that the checkpoint holds."""
+    cost = preview(source.skeleton, list(source.blocks), source.info, recipe)
+    counts = {name: after for name, (_, after) in cost.counts.items()}
+    gone, size = mtp.removed(counts, recipe.routing)
     after = replace(cost.after, parameters=cost.after.parameters - gone, bytes=cost.after.bytes - size)
     return replace(cost, after=after)
 
 
 def measured_preview(
     source: ModelSource,
-    method: Method,
+    recipe: Recipe,
     model: PreTrainedModel,
     plan: CompressionPlan,
     statistics: Statistics | None,
@@ -74,7 +73,7 @@ def measured_preview(
 
     Args:
         source: The original.
-        method: What was asked for.
+        recipe: What was asked for.
         model: What became of it.
         plan: How it was cut.
         statistics: What was observed.
@@ -84,10 +83,22 @@ def measured_preview(
     """
     blocks = list(source.blocks)
     counts = {name: block.num_groups for name, block in plan.blocks.items()}
-    cost = preview(source.skeleton, blocks, source.info, counts, method)
-    beside = mtp.size(counts, "reduce" if plan.is_plain else method.block_routing)
-    after = measured_cost(model, blocks, plan, statistics, *beside, itemsize=itemsize)
-    return replace(cost, before=before or cost.before, after=after, plain=plan.is_plain)
+    more_parameters, more_bytes = mtp.size(counts, "reduce" if plan.is_plain else recipe.routing)
+    after = measured_cost(
+        model,
+        blocks,
+        plan,
+        statistics,
+        more_parameters=more_parameters,
+        more_bytes=more_bytes,
+        itemsize=itemsize,
+    )
+    return Preview(
+        before=before or preview(source.skeleton, blocks, source.info, recipe).before,
+        after=after,
+        counts={name: (block.num_experts, block.num_groups) for name, block in plan.blocks.items()},
+        plain=plan.is_plain,
+    )
 
 
 def measured_cost(

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from optimum_moe.algorithms.factors import FactorSizes
-from optimum_moe.blocks import BlockInfo
 from optimum_moe.checkpoint.checkpoint_tensors import built, raw_config
 from optimum_moe.checkpoint.headers import Headers
 from optimum_moe.checkpoint.quantizer import METHOD
+from optimum_moe.model_info import BlockInfo
 from optimum_moe.plan import PLAN_NAME, CompressionPlan
-from optimum_moe.reporting.card import describe_calibration, describe_method
+from optimum_moe.reporting.card import describe_calibration, describe_stages
 from optimum_moe.reporting.description import REPORT_FILE, routed_multiply_adds
 from optimum_moe.reporting.preview import flops_per_token
 
@@ -29,7 +29,7 @@ def how_it_was_made(directory: Path) -> dict[str, Any]:
     plan = CompressionPlan.from_pretrained(directory)
     return {
         "original": plan.source.get("name"),
-        "method": describe_method(plan.method),
+        "stages": describe_stages(plan.stages),
         "calibration": describe_calibration(plan.calibration),
         "seed": plan.seed,
         "experts": {name: [block.num_experts, block.num_groups] for name, block in plan.blocks.items()},

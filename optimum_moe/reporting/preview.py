@@ -10,10 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_moe.blocks import ModelInfo
-from optimum_moe.methods import Method
-from optimum_moe.methods.base import INDEX_BYTES
+from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import is_expressible
+from optimum_moe.recipe import Recipe
 from optimum_moe.surgeons import FoundBlock, tower_of
 
 
@@ -51,13 +50,18 @@ class Preview:
     counts: Mapping[str, tuple[int, int]]
     plain: bool
 
-    def warn_if_nothing_shrinks(self, method: Method) -> None:
-        """Warn where the settings of a method remove nothing."""
+    def warn_if_nothing_shrinks(self, recipe: Recipe) -> None:
+        """Warn where the settings of a recipe remove nothing."""
         before, after = self.before, self.after
-        if method.knows_size and (after.parameters, after.bytes) == (before.parameters, before.bytes):
-            shown = ", ".join(f"{k}={v!r}" for k, v in method.settings().items() if k in method.size_fields and v)
+        if recipe.knows_size and (after.parameters, after.bytes) == (before.parameters, before.bytes):
+            shown = ", ".join(
+                f"{name}={value!r}"
+                for stage in recipe.stages
+                for name, value in stage.settings().items()
+                if name in stage.size_fields and value
+            )
             warnings.warn(
-                f"{method.name} with {shown} removes nothing: {before.parameters:,} parameters stay. Ask for less.",
+                f"{recipe.name} with {shown} removes nothing: {before.parameters:,} parameters stay. Ask for less.",
                 stacklevel=3,
             )
 
@@ -111,31 +115,26 @@ def flops_per_token(model: PreTrainedModel, blocks: list[FoundBlock], routed: Ma
     return 2.0 * (dense + sum(routed[found.info.name] for found in blocks))
 
 
-def preview(
-    skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo, counts: Mapping[str, int], method: Method
-) -> Preview:
-    """Costs of a model whose blocks keep `counts` experts, in the forms that the method gives them."""
+def preview(skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo, recipe: Recipe) -> Preview:
+    """Costs of a model before and after a recipe, as far as config and headers tell."""
+    costs = recipe.costs(info)
+    counts = {name: cost.experts for name, cost in costs.items()}
     removed_parameters, removed_router, indices, saved = 0.0, 0, 0.0, 0.0
     low, high, full = {}, {}, {}
-    routing, stock = method.block_routing, True
-    for found in blocks:
-        block, count = found.info, counts[found.info.name]
-        gone, cost = block.num_experts - count, method.cost(info, block, count)
-        removed = block.num_experts * block.expert_parameters - cost.parameters
-        removed_parameters += removed
+    for block in info.blocks:
+        cost = costs[block.name]
+        removed_parameters += cost.removed_parameters(block)
+        removed_router += cost.removed_router_parameters(block)
         indices += cost.indices
-        saved += block.bytes_of_experts(gone, removed) - cost.indices * INDEX_BYTES
-        if routing == "reduce":
-            removed_router += gone * block.router_parameters
-            saved += gone * block.router_parameters * block.router_itemsize
+        saved += cost.saved_bytes(block)
         full[block.name] = float(block.top_k * block.expert_multiply_adds)
         low[block.name], high[block.name] = cost.multiply_adds
-        stock &= cost.stock
     dense_saving = 2.0 * removed_router
     before = flops_per_token(skeleton, blocks, full)
-    unchanged = {found.info.name for found in blocks if counts[found.info.name] == found.info.num_experts}
+    unchanged = {block.name for block in info.blocks if counts[block.name] == block.num_experts}
     towers = {found.info.name: tower_of(skeleton, found) for found in blocks}
-    mapped = routing == "map" and len(unchanged) < len(blocks)
+    mapped = recipe.routing == "map" and len(unchanged) < len(blocks)
+    stock = all(cost.stock for cost in costs.values())
     return Preview(
         before=Cost(info.parameters, info.bytes, before, before),
         after=Cost(
@@ -144,6 +143,6 @@ def preview(
             flops_per_token(skeleton, blocks, low) - dense_saving,
             flops_per_token(skeleton, blocks, high) - dense_saving,
         ),
-        counts={found.info.name: (found.info.num_experts, counts[found.info.name]) for found in blocks},
+        counts={block.name: (block.num_experts, counts[block.name]) for block in info.blocks},
         plain=stock and not mapped and is_expressible(counts, unchanged, towers),
     )

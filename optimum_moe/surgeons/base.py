@@ -17,7 +17,7 @@ from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
 from optimum_moe.algorithms.factors import FactorSizes
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.algorithms.router_fit import RouterView
-from optimum_moe.blocks import BlockInfo
+from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.records import digest

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from optimum_moe.blocks import BlockInfo
+from optimum_moe.model_info import BlockInfo
 from optimum_moe.surgeons.architecture import ARCHITECTURES, Architecture
 from optimum_moe.surgeons.base import Surgeon
 from optimum_moe.surgeons.dbrx import DbrxSurgeon

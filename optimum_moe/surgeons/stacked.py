@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from optimum_moe.algorithms.experts import ExpertTensors
-from optimum_moe.blocks import BlockInfo
+from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import SwappedModule, swapped_class
 from optimum_moe.nn.merged_experts import RunExpert, run_routed
 from optimum_moe.plan import BlockPlan, Routing

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from optimum_moe.algorithms.experts import ExpertTensors
-from optimum_moe.blocks import BlockInfo
+from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import FactorizedExperts, SwappedModule, swapped_class
 from optimum_moe.nn.factorized_layer import run_factorized
 from optimum_moe.nn.merged_experts import run_routed
@@ -129,9 +129,9 @@ class SwitchTransformersSurgeon(Surgeon):
         """Write each merged expert over its dominant expert, whose neurons stay in place."""
         view = self.experts(block)
         matrices = {"up": view.up, "down": view.down}
-        for group, dominant in enumerate(plan.dominants_G):
+        for group, dominant in enumerate(plan.references_G):
             merge_group(matrices, matrices, plan, group, slot=dominant)
-        self._install(block, [block.experts[f"expert_{d}"] for d in plan.dominants_G], plan.routing)
+        self._install(block, [block.experts[f"expert_{d}"] for d in plan.references_G], plan.routing)
         if plan.routing == "map":
             block.router.expert_map.copy_(torch.tensor(plan.labels_E))
             return

@@ -16,7 +16,7 @@ from torch import nn
 
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.router_fit import RouterView
-from optimum_moe.blocks import BlockInfo
+from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import SwappedModule, swapped_class
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.surgeons.base import Block, BlockWatcher, Surgeon, hooked, merge_group
@@ -104,9 +104,9 @@ class VitPoseBackboneSurgeon(Surgeon):
             raise ValueError(f'{plan.name} of {self.name} has no router: {_NO_ROUTER}. Merge with routing="map".')
         view = self.experts(block)
         matrices = {"down": view.down, "down_bias": view.down_bias or []}
-        for group, dominant in enumerate(plan.dominants_G):
+        for group, dominant in enumerate(plan.references_G):
             merge_group(matrices, matrices, plan, group, slot=dominant)
-        self._install(block, [block.experts[dominant] for dominant in plan.dominants_G])
+        self._install(block, [block.experts[dominant] for dominant in plan.references_G])
         block.experts.expert_map.copy_(torch.tensor(plan.labels_E))
 
     def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:

@@ -27,7 +27,7 @@ from tests.tiny_checkpoints import write_text
 
 Run = Callable[..., tuple[int, str, str]]
 
-RECIPE = {"--model", "--recipe", "--num-experts", "--keep-ratio", "--target-size", "--budget", "--set", "--mtp"}
+RECIPE = {"--model", "--recipe", "--num-experts", "--keep-ratio", "--target-size", "--share", "--set", "--mtp"}
 CHECKPOINT = {"--revision", "--subfolder", "--variant", "--trust-remote-code", "--dequantize", "--dtype"}
 # A change here is a change of what users have in their scripts.
 OPTIONS = {
@@ -170,14 +170,14 @@ def test_preview_overrides_the_recipe(run: Run, checkpoint: Path, tmp_path: Path
     adaptive = preview("--recipe", "m-smoe-adaptive", "--num-experts", 3)
     assert adaptive["counts"] == {name: [8, 3] for name in blocks}
     # Who only says a size gets the byte budget.
-    assert preview("--budget", 0.25)["after"]["bytes"] < preview("--budget", 0.5)["after"]["bytes"]
-    assert preview("--target-size", preview("--budget", 0.5)["after"]["bytes"])["plain"] is False
+    assert preview("--share", 0.25)["after"]["bytes"] < preview("--share", 0.5)["after"]["bytes"]
+    assert preview("--target-size", preview("--share", 0.5)["after"]["bytes"])["plain"] is False
     full = preview("--recipe", "reap", "--set", "num_experts=8")
     assert full["before"] == full["after"]
     target = full["before"]["bytes"] * 3 // 4
     assert preview("--recipe", "reap", "--target-size", target)["after"]["bytes"] <= target
     (tmp_path / "mine.yaml").write_text(
-        "method: expert-pruning\nnum_experts: 2\nsaliency: frequency\n", encoding="utf-8"
+        "stage: expert-pruning\nnum_experts: 2\nsaliency: frequency\n", encoding="utf-8"
     )
     assert preview("--recipe", tmp_path / "mine.yaml")["counts"][blocks[0]] == [8, 2]
     assert "parameters" in run("preview", checkpoint, "--recipe", "m-smoe")[1]
@@ -376,7 +376,7 @@ def test_verify_prints_the_checks_and_says_by_its_status_whether_they_passed(
 def test_released_checkpoints(run: Run, tmp_path: Path):
     save_with_mtp(tmp_path / "plain", "deepseek_v3", torch.bfloat16)
     original = to_fp8(tmp_path / "plain", tmp_path / "original")
-    (tmp_path / "recipe.yaml").write_text("method: expert-pruning\nnum_experts: 4\nsaliency: aimer\n", encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text("stage: expert-pruning\nnum_experts: 4\nsaliency: aimer\n", encoding="utf-8")
     recipe = (original, "--recipe", tmp_path / "recipe.yaml")
     status, _, error = run("preview", *recipe, "--mtp", "cut")
     assert status == 2

@@ -52,8 +52,8 @@ def parser() -> ArgumentParser:
             'leave them out with protect=["*.0.*"] or layers=.',
             'leave them out with --set protect=["*.0.*"] or --set layers=.',
         ),
-        ('Use budget="uniform" or routing="map".', 'Use --set budget="uniform" or --set routing="map".'),
-        ("budget=2.0 is out of range.", "--budget 2.0 is out of range."),
+        ('Use allocation="uniform" or routing="map".', 'Use --set allocation="uniform" or --set routing="map".'),
+        ("share=2.0 is out of range.", "--share 2.0 is out of range."),
         ('engine="streaming" needs output_dir. Pass output_dir=.', "--streaming needs --output. Pass --output."),
         ("calibration='corpus.txt'", "--calibration corpus.txt"),
         # Names of files and values are what they are.
@@ -79,7 +79,7 @@ def test_arguments_of_the_api_are_named_as_flags(message: str, said: str) -> Non
             ("--push-to-hub", "a/b/c"),
             "--push-to-hub a/b/c names no repository. Write it as 'name' or 'user/name'.",
         ),
-        (("--budget", 0.5), "error: --budget is no size for the recipe 'reap' (expert-pruning), which takes"),
+        (("--share", 0.5), "error: --share is no size for the recipe 'reap', which takes"),
     ],
 )
 def test_errors_name_flags(arguments: tuple, message: str, compress: Run, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_number_of_experts_needs_another_recipe_than_the_default(
     status, _, err = run("preview", checkpoint, flag, value)
     assert status == 2
     assert err == (
-        f"error: {flag} is no size for the recipe 'budget' (low-rank-sparse), which takes --target-size, --budget. "
+        f"error: {flag} is no size for the recipe 'budget', which takes --target-size, --share. "
         "Give one of these, or another recipe as well: --recipe, one of m-smoe, m-smoe-adaptive, m-smoe-plain, "
         "mc-smoe, mc-smoe-fast, reap.\n"
     )
@@ -130,7 +130,7 @@ def test_any_exception_ends_in_one_line(compress: Run, tmp_path: Path, monkeypat
 MISTYPED = [
     ("inspect", "tini"),
     ("inspect", "models/tini"),
-    ("preview", "./models/tini", "--budget", "0.5"),
+    ("preview", "./models/tini", "--share", "0.5"),
     ("preview", "models/tiny", "--recipe", "none.yaml"),
     ("compress", "models/a/b", "--output", "out"),
     ("compress", "models/tiny", "--output", "out", "--calibration", "corpus.txt"),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from optimum_moe.blocks import BlockInfo, ModelInfo
+from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.plan import Routing
-from optimum_moe.settings import percent, plain, product
+from optimum_moe.settings import exactly_one, percent, plain, product
 
 _UNITS = {"": 1, "B": 1} | {
     prefix + unit: base**power
@@ -21,23 +20,6 @@ _UNITS = {"": 1, "B": 1} | {
 }
 ENTRY_BYTES = 180
 """What a tensor takes in the header of a safetensors file at most, beside the path of its block."""
-
-
-def choose_one(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """Raise a `ValueError` with the nearest match unless `value` is one of `allowed`."""
-    allowed = sorted(allowed)
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{name}={value!r} is unknown; {hint}Choose one of {', '.join(map(repr, allowed))}.")
-
-
-def exactly_one(**alternatives: Any) -> None:
-    """Raise a `ValueError` unless exactly one of the alternatives is given."""
-    given = {name: value for name, value in alternatives.items() if value is not None}
-    if len(given) != 1:
-        shown = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none of them"
-        raise ValueError(f"Give exactly one of {', '.join(alternatives)}; got {shown}.")
 
 
 def parse_size(size: Any, name: str = "target_size", whole: int | None = None) -> int:
@@ -101,6 +83,20 @@ def check_counts(num_experts: int | None, keep_ratio: float | None, target_size:
         check_size(target_size)
 
 
+def check_share(name: str, value: Any, hint: str = "") -> None:
+    """Raise a `ValueError` unless a share lies in (0, 1]; None is none.
+
+    Args:
+        name: Of the setting, for the error.
+        value: The share.
+        hint: Added to the error.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name}={value!r} must be a number in (0, 1].{hint}")
+
+
 def check_size(target_size: Any) -> None:
     """Raise a `ValueError` unless it is a size of a checkpoint, whatever the model."""
     parse_size(target_size, whole=1)
@@ -141,9 +137,9 @@ def resolve_counts(
     model: ModelInfo,
     chosen: Sequence[BlockInfo],
     routing: Routing,
-    num_experts: int | None,
-    keep_ratio: float | None,
-    target_size: str | int | None,
+    num_experts: int | None = None,
+    keep_ratio: float | None = None,
+    target_size: str | int | None = None,
 ) -> dict[str, int]:
     """Remaining experts of every block; blocks that are not chosen keep all.
 

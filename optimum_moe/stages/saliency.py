@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.merging import in_parts
-from optimum_moe.blocks import BlockInfo
-from optimum_moe.methods.base import BlockContext
-from optimum_moe.methods.counts import choose_one
-from optimum_moe.statistics import BlockStatistics
+from optimum_moe.model_info import BlockInfo
+from optimum_moe.settings import choose_one
+from optimum_moe.stages.context import BlockContext
+from optimum_moe.stages.parts import FromContext, from_context
 
-NEEDS = ("statistics", "experts", "info", "generator")
+_SALIENCIES: dict[str, Saliency] = {}
 
 
 @dataclass(frozen=True)
 class Saliency:
-    """A registered criterion: `function` is called with the parts of the `BlockContext` named in `needs`."""
+    """A registered criterion; called with a `BlockContext`."""
 
     name: str
-    needs: frozenset[str]
-    function: Callable[..., torch.Tensor]
+    function: FromContext
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the parts of a `BlockContext` that it reads."""
+        return self.function.parts
+
+    @property
+    def observations(self) -> frozenset[str]:
+        """Names of the observations among them; none for data-free criteria."""
+        return self.function.observations
 
     def __call__(self, context: BlockContext) -> torch.Tensor:
         """(E,) float64 saliency of one block; an expert without tokens gets what the criterion's sums give: 0."""
-        try:
-            values_E = self.function(**{need: getattr(context, need) for need in sorted(self.needs)}).double()
-        except AttributeError as error:
-            if error.obj is not context.statistics:
-                raise
-            known = ", ".join(field.name for field in fields(BlockStatistics))
-            raise ValueError(
-                f"saliency {self.name!r} reads {error.name!r}, which statistics do not have. They have {known}."
-            ) from error
+        values_E = self.function(context).double()
         wanted, found = (context.info.num_experts,), tuple(values_E.shape)
         broken = [] if found != wanted else (~values_E.isfinite()).nonzero()[:, 0].tolist()
         if found != wanted or broken:
@@ -48,30 +49,25 @@ class Saliency:
         return values_E
 
 
-_SALIENCIES: dict[str, Saliency] = {}
-
-
-def register_saliency(
-    name: str, needs: set[str] | frozenset[str] = frozenset({"statistics"})
-) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+def register_saliency(name: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Decorator that makes a criterion available as `ExpertPruning(saliency=name)`.
+
+    The parameters of the function say what it reads, by name: fields of `BlockStatistics` such as `gated_norm_sum_E`,
+    and `experts` (an `ExpertTensors`), `info` (a `BlockInfo`), `router` (a `RouterView`), `generator` (a seeded
+    `torch.Generator`). Only the statistics that it names are observed. Without any it is data-free; without `experts`
+    a streaming run does not read experts that go. It returns (E,) values, of which higher ones mean keep.
 
     Args:
         name: Its name.
-        needs: What the function takes as keyword arguments: `"statistics"` (a `BlockStatistics`), `"experts"` (an
-            `ExpertTensors`), `"info"` (a `BlockInfo`), `"generator"` (a seeded `torch.Generator`). Without
-            `"statistics"` it is data-free; without `"experts"` a streaming run does not read experts that go.
 
     Raises:
-        ValueError: If the name is taken or a need is unknown.
+        ValueError: If the name is taken or a parameter is none of the above.
     """
     if name in _SALIENCIES:
         raise ValueError(f"A saliency named {name!r} is already registered. Choose another name.")
-    for need in needs:
-        choose_one("needs", need, NEEDS)
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        _SALIENCIES[name] = Saliency(name, frozenset(needs), function)
+        _SALIENCIES[name] = Saliency(name, from_context("saliency", name, function))
         return function
 
     return register
@@ -88,47 +84,47 @@ def get_saliency(name: str) -> Saliency:
     return _SALIENCIES[name]
 
 
-def _mean(sum_E: torch.Tensor, statistics: BlockStatistics) -> torch.Tensor:
-    return sum_E / statistics.token_count_E.clamp(min=1)
+def _mean(sum_E: torch.Tensor, token_count_E: torch.Tensor) -> torch.Tensor:
+    return sum_E / token_count_E.clamp(min=1)
 
 
 @register_saliency("frequency")
-def frequency(statistics: BlockStatistics) -> torch.Tensor:
+def frequency(token_count_E: torch.Tensor) -> torch.Tensor:
     """Share of the routed pairs."""
-    return statistics.frequency_E
+    return token_count_E / token_count_E.sum().clamp(min=1)
 
 
 @register_saliency("gate_sum")
-def gate_sum(statistics: BlockStatistics) -> torch.Tensor:
+def gate_sum(gate_sum_E: torch.Tensor) -> torch.Tensor:
     """Sum of routing weights ("soft count")."""
-    return statistics.gate_sum_E
+    return gate_sum_E
 
 
 @register_saliency("ean")
-def expert_activation_norm(statistics: BlockStatistics) -> torch.Tensor:
+def expert_activation_norm(output_norm_sum_E: torch.Tensor) -> torch.Tensor:
     """Sum of output norms."""
-    return statistics.output_norm_sum_E
+    return output_norm_sum_E
 
 
 @register_saliency("output_norm")
-def mean_activation_norm(statistics: BlockStatistics) -> torch.Tensor:
+def mean_activation_norm(output_norm_sum_E: torch.Tensor, token_count_E: torch.Tensor) -> torch.Tensor:
     """Mean output norm over the expert's tokens."""
-    return _mean(statistics.output_norm_sum_E, statistics)
+    return _mean(output_norm_sum_E, token_count_E)
 
 
 @register_saliency("output_norm_squared")
-def mean_squared_activation_norm(statistics: BlockStatistics) -> torch.Tensor:
+def mean_squared_activation_norm(output_sq_sum_E: torch.Tensor, token_count_E: torch.Tensor) -> torch.Tensor:
     """Mean squared output norm over the expert's tokens."""
-    return _mean(statistics.output_sq_sum_E, statistics)
+    return _mean(output_sq_sum_E, token_count_E)
 
 
 @register_saliency("reap")
-def router_weighted_activation(statistics: BlockStatistics) -> torch.Tensor:
+def router_weighted_activation(gated_norm_sum_E: torch.Tensor, token_count_E: torch.Tensor) -> torch.Tensor:
     """Mean of g ||f(x)|| over the expert's tokens (REAP, arXiv:2510.13999)."""
-    return _mean(statistics.gated_norm_sum_E, statistics)
+    return _mean(gated_norm_sum_E, token_count_E)
 
 
-@register_saliency("aimer", needs={"experts"})
+@register_saliency("aimer")
 def absolute_mean_over_rms(experts: ExpertTensors) -> torch.Tensor:
     """Minus mean|w| / rms(w) over all matrices of the expert; data-free.
 
@@ -154,7 +150,7 @@ def _sums(matrix: torch.Tensor) -> torch.Tensor:
     return torch.stack([rows.abs().sum(-1), rows.square().sum(-1)]).sum(-1, dtype=torch.float64)
 
 
-@register_saliency("random", needs={"info", "generator"})
+@register_saliency("random")
 def random_saliency(info: BlockInfo, generator: torch.Generator) -> torch.Tensor:
     """Uniform random numbers: the baseline."""
     return torch.rand(info.num_experts, generator=generator, dtype=torch.float64)

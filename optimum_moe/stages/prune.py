@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from optimum_moe.algorithms.grouping import dominant_experts
-from optimum_moe.blocks import ModelInfo
-from optimum_moe.methods.base import BlockContext, Method
-from optimum_moe.methods.counts import check_counts, resolve_counts, selected_blocks
-from optimum_moe.methods.saliency import get_saliency
 from optimum_moe.plan import BlockPlan, Routing, keep_all
+from optimum_moe.stages.base import register_stage
+from optimum_moe.stages.context import BlockContext
+from optimum_moe.stages.counted import CountedStage
+from optimum_moe.stages.saliency import get_saliency
 
 
+@register_stage
 @dataclass(frozen=True)
-class ExpertPruning(Method):
+class ExpertPruning(CountedStage):
     """Remove the least salient experts of every block; the result is a plain checkpoint.
 
     Args:
@@ -36,22 +36,16 @@ class ExpertPruning(Method):
 
     name: ClassVar[str] = "expert-pruning"
 
-    num_experts: int | None = None
-    keep_ratio: float | None = None
-    target_size: str | int | None = None
     saliency: str = "reap"
-    layers: Sequence[int] | None = None
-    protect: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self.num_experts, self.keep_ratio, self.target_size)
         get_saliency(self.saliency)
 
     @property
-    def needs_statistics(self) -> bool:
-        """False for data-free criteria."""
-        return "statistics" in get_saliency(self.saliency).needs
+    def needs(self) -> frozenset[str]:
+        """What the criterion reads; nothing for data-free ones."""
+        return get_saliency(self.saliency).observations
 
     @property
     def reads_experts(self) -> bool:
@@ -59,26 +53,28 @@ class ExpertPruning(Method):
         return "experts" in get_saliency(self.saliency).needs
 
     @property
-    def block_routing(self) -> Routing:
+    def routing(self) -> Routing:
         """The router loses the rows of the removed experts."""
         return "reduce"
 
-    def counts(self, model: ModelInfo) -> dict[str, int]:
-        """See `Method.counts`."""
-        chosen = selected_blocks(model, self.layers, self.protect)
-        return resolve_counts(model, chosen, "reduce", self.num_experts, self.keep_ratio, self.target_size)
-
-    def decide(self, context: BlockContext, count: int) -> BlockPlan:
-        """Keep the `count` most salient experts, equally many of each router group."""
+    def decide(self, context: BlockContext, allocated: int) -> BlockPlan:
+        """Keep the most salient experts, equally many of each router group."""
         info = context.info
-        if count == info.num_experts:
-            return keep_all(info.name, count)
+        if allocated == info.num_experts:
+            return keep_all(info.name, allocated)
         saliency_E = context.rank(get_saliency(self.saliency)(context))
         # Criteria may be negative, frequencies may not; only the order counts.
         saliency_E = saliency_E - saliency_E.min()
-        kept = tuple(sorted(dominant_experts(saliency_E, count, info.router_groups)))
+        kept = tuple(sorted(dominant_experts(saliency_E, allocated, info.router_groups)))
         labels = [-1] * info.num_experts
         for slot, expert in enumerate(kept):
             labels[expert] = slot
         weights_E = torch.tensor([float(label >= 0) for label in labels], dtype=torch.float64)
-        return BlockPlan(info.name, tuple(labels), kept, "reduce", weights_E, router_weights_E=weights_E)
+        return BlockPlan(
+            name=info.name,
+            labels_E=tuple(labels),
+            dominants_G=kept,
+            routing="reduce",
+            merge_weights_E=weights_E,
+            router_weights_E=weights_E,
+        )

@@ -1,4 +1,4 @@
-"""A checkpoint on disk as a source: one unit at a time in memory, written to a shard of its own when it is cut."""
+"""A checkpoint on disk as a store: one layer at a time in memory, written to a shard of its own when it is cut."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from optimum_moe.checkpoint.shards import write_shard
 from optimum_moe.checkpoint.stored import in_dtypes, plan_of, slot_dtypes
 from optimum_moe.checkpoint.streamed import StreamedModel
 from optimum_moe.checkpoint.system import return_freed
-from optimum_moe.engine.cutting import Observed
-from optimum_moe.engine.units import Unit, find_units, is_in
+from optimum_moe.engine.layers import Layer, find_layers, is_in
+from optimum_moe.engine.store import Observed
 from optimum_moe.engine.working_folder import WorkingFolder
 from optimum_moe.plan import BlockPlan
 from optimum_moe.surgeons import FoundBlock, factors_digest, guarded
@@ -29,14 +29,16 @@ from optimum_moe.surgeons import FoundBlock, factors_digest, guarded
 SHARD_SIZE = 5 * 10**9
 
 
-class StreamingSource:
-    """The units of a model whose tensors are read when they are needed and written when they are cut.
+class DiskStore:
+    """The layers of a model whose tensors are read when they are needed and written when they are cut.
 
     Args:
         streamed: The model.
         blocks: Its MoE blocks.
-        folder: Where finished units go; None for a run that only observes.
+        folder: Where finished layers go; None for a run that only observes.
     """
+
+    holds_all = False
 
     def __init__(self, streamed: StreamedModel, blocks: Sequence[FoundBlock], folder: WorkingFolder | None) -> None:
         self.streamed, self.blocks, self.folder = streamed, blocks, folder
@@ -45,39 +47,39 @@ class StreamingSource:
         ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
         kept = remove_tied_weights_from_state_dict({n: t for n, t in state.items() if n not in ignored}, self.model)
         self._dropped = set(state) - set(kept)
-        layers = find_units(self.model, blocks)
+        layers = find_layers(self.model, blocks)
         rest = [name for name in kept if not is_in(name, layers)]
-        self.units: Sequence[Unit] = [*layers, *_rest_units(rest, state)]
+        self.layers: Sequence[Layer] = [*layers, *_rest_layers(rest, state)]
         self._saved_as: dict[str, str] = {}
         self._stacked: set[str] = set()
         self._check_conversions(kept)
-        sizes = {unit.name: [_bytes(state[name]) for name in self._state_names(unit, kept)] for unit in self.units}
+        sizes = {layer.name: [_bytes(state[name]) for name in self._state_names(layer, kept)] for layer in self.layers}
         largest = max(sizes.values(), key=sum)
         self.needed = sum(largest) + 2 * max(largest, default=0)
-        """Bytes that the largest unit takes while it is read, cut and written."""
-        self._files = [unit.name for unit in self.units if sizes[unit.name]]
+        """Bytes that the largest layer takes while it is read, cut and written."""
+        self._files = [layer.name for layer in self.layers if sizes[layer.name]]
         self._plans: dict[str, BlockPlan] = {}
-        self._unit: Unit | None = None
+        self._layer: Layer | None = None
         self._runs = False
-        self._to_rebuild: list[Unit] = []
-        for unit in self.units:
-            if folder is not None and unit.blocks and self.is_finished(unit):
-                self._plans |= folder.plans(unit.name)
-                self._to_rebuild.append(unit)
+        self._to_rebuild: list[Layer] = []
+        for layer in self.layers:
+            if folder is not None and layer.blocks and self.is_finished(layer):
+                self._plans |= folder.plans(layer.name)
+                self._to_rebuild.append(layer)
 
-    def _state_names(self, unit: Unit, kept: Mapping[str, Any]) -> list[str]:
-        return list(unit.tensors) or [name for name in kept if is_in(name, [unit])]
+    def _state_names(self, layer: Layer, kept: Mapping[str, Any]) -> list[str]:
+        return list(layer.tensors) or [name for name in kept if is_in(name, [layer])]
 
     def _check_conversions(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Make sure that units can be written one by one.
+        """Make sure that layers can be written one by one.
 
         Raises:
-            ValueError: If the checkpoint keeps tensors of several units in one.
+            ValueError: If the checkpoint keeps tensors of several layers in one.
         """
         whole = sorted(revert_weight_conversion(self.model, dict(kept)))
         parts = []
-        for unit in self.units:
-            state = {name: kept[name] for name in self._state_names(unit, kept)}
+        for layer in self.layers:
+            state = {name: kept[name] for name in self._state_names(layer, kept)}
             stored = revert_weight_conversion(self.model, state)
             parts += stored
             self._find_copies(state, stored)
@@ -89,7 +91,7 @@ class StreamingSource:
             )
 
     def _find_copies(self, state: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
-        """Find the tensors of a unit that are saved as they are stored, under one other name or expert by expert."""
+        """Find the tensors of a layer that are saved as they are stored, under one other name or expert by expert."""
         names = {id(tensor): name for name, tensor in stored.items()}
         for name, tensor in state.items():
             entries = self.streamed.entries(name)
@@ -106,12 +108,12 @@ class StreamingSource:
         return part in stored and stored[part].dtype == dtype and _bytes(stored[part]) == size
 
     @contextmanager
-    def loaded(self, unit: Unit) -> Iterator[None]:
-        """Read the unit, and free it at the end."""
+    def loaded(self, layer: Layer) -> Iterator[None]:
+        """Read the layer, and free it at the end."""
         runs, self.streamed.runs = self.streamed.runs, True
         try:
-            with self.opened(unit):
-                self._load(unit.tensors or self.streamed.names(unit.name))
+            with self.opened(layer):
+                self._load(layer.tensors or self.streamed.names(layer.name))
                 self._runs = True
                 yield
         finally:
@@ -119,22 +121,22 @@ class StreamingSource:
         return_freed()
 
     @contextmanager
-    def opened(self, unit: Unit) -> Iterator[None]:
-        """Free the unit at the end."""
-        self._unit = unit
+    def opened(self, layer: Layer) -> Iterator[None]:
+        """Free the layer at the end."""
+        self._layer = layer
         try:
             yield
         finally:
             self._runs = False
-            if unit.tensors:
-                self.streamed.free_named(unit.tensors)
+            if layer.tensors:
+                self.streamed.free_named(layer.tensors)
             else:
-                self.streamed.free(unit.name)
+                self.streamed.free(layer.name)
 
     @contextmanager
-    def as_stored(self, unit: Unit) -> Iterator[None]:
-        """See `BlockSource.as_stored`."""
-        with self.streamed.as_stored(unit.name, unit.tensors):
+    def as_stored(self, layer: Layer) -> Iterator[None]:
+        """See `Store.as_stored`."""
+        with self.streamed.as_stored(layer.name, layer.tensors):
             yield
 
     def provide(self, found: FoundBlock, experts: bool) -> None:
@@ -151,55 +153,55 @@ class StreamingSource:
         self.streamed.load(name for name in names if name not in left)
 
     def _load(self, names: Sequence[str]) -> None:
-        """Read most of the open unit, and let the disk go on with the next one."""
+        """Read most of the open layer, and let the disk go on with the next one."""
         self.streamed.expect(names)
         self.streamed.load(names)
-        assert self._unit is not None
-        following = self.units[self.units.index(self._unit) + 1 :]
+        assert self._layer is not None
+        following = self.layers[self.layers.index(self._layer) + 1 :]
         if following and following[0].blocks and not self.is_finished(following[0]):
             self.streamed.expect(self.streamed.names(following[0].name))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is to be read for units that are not finished, one unit after the other in memory."""
-        for unit in self.units:
-            if not self.is_finished(unit):
-                with self.loaded(unit):
-                    yield from self._state(unit).items()
+        """What is to be read for layers that are not finished, one layer after the other in memory."""
+        for layer in self.layers:
+            if not self.is_finished(layer):
+                with self.loaded(layer):
+                    yield from self._state(layer).items()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Read what lies between the units when it is used."""
+        """Read what lies between the layers when it is used."""
         with self.streamed.loading_at_first_use():
             yield
 
     def settle(self) -> None:
-        """Free what lies between the units."""
+        """Free what lies between the layers."""
         self.streamed.free_lent()
 
-    def is_finished(self, unit: Unit) -> bool:
+    def is_finished(self, layer: Layer) -> bool:
         """Whether its shard is written."""
-        return self.folder is not None and unit.name in self.folder.finished
+        return self.folder is not None and layer.name in self.folder.finished
 
-    def finish(self, unit: Unit, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
-        """Write the unit, and remember that it is done."""
+    def finish(self, layer: Layer, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
+        """Write the layer, and remember that it is done."""
         assert self.folder is not None
         copyable = self._stacked | self._saved_as.keys()
-        self.streamed.load(name for name in self._unread(self._state(unit)) if name not in copyable)
-        state = self._state(unit)
+        self.streamed.load(name for name in self._unread(self._state(layer)) if name not in copyable)
+        state = self._state(layer)
         if not self._stacked.intersection(self._unread(state)):
             # What experts were made from must not stay beside them while they are written.
             self.streamed.buffers.release()
         tensors = in_dtypes(revert_weight_conversion(self.model, state), self._saved_in(state, plans))
         shard, size = None, 0
         if tensors:
-            shard = self._shard(unit)
+            shard = self._shard(layer)
             size = write_shard(self.folder.checkpoint / shard, tensors, dict(self._copies(state, plans)))
         record = None
-        if unit.blocks:
-            record = self.folder.write_record(f"unit-{self.units.index(unit):05d}", plans, observed)
+        if layer.blocks:
+            record = self.folder.write_record(f"layer-{self.layers.index(layer):05d}", plans, observed)
         weights = {name: [tensor.numel(), _bytes(tensor)] for name, tensor in tensors.items()}
         self.folder.add(
-            unit.name, shard=shard, size=size, record=record, observed=observed is not None, weights=weights
+            layer.name, shard=shard, size=size, record=record, observed=observed is not None, weights=weights
         )
         self._plans |= plans
 
@@ -216,13 +218,13 @@ class StreamingSource:
         saved = self._saved_in({name: tensor}, self._plans).values()
         return sum(dtype.itemsize for dtype in saved) / len(saved) if saved else tensor.element_size()
 
-    def restore(self, unit: Unit) -> None:
-        """Cut a unit as its plans say; experts that were factorized are read from its shard.
+    def restore(self, layer: Layer) -> None:
+        """Cut a layer as its plans say; experts that were factorized are read from its shard.
 
         Raises:
             ValueError: If the shard holds other factors than when it was written.
         """
-        for found in unit.blocks:
+        for found in layer.blocks:
             plan, block = self._plans[found.info.name], found.module(self.model)
             with guarded(self.model, found, plan.needs_guard):
                 # A plan that was read has no factors to carry out.
@@ -230,11 +232,11 @@ class StreamingSource:
                 if plan.sizes is not None:
                     found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
             if plan.sizes is not None:
-                self._read_factors(unit, found, plan)
+                self._read_factors(layer, found, plan)
 
-    def _read_factors(self, unit: Unit, found: FoundBlock, plan: BlockPlan) -> None:
+    def _read_factors(self, layer: Layer, found: FoundBlock, plan: BlockPlan) -> None:
         assert self.folder is not None
-        done = self.folder.finished[unit.name]
+        done = self.folder.finished[layer.name]
         block = found.module(self.model)
         held = found.surgeon.factors(block)
         assert held is not None
@@ -252,13 +254,13 @@ class StreamingSource:
             )
 
     def plans(self) -> dict[str, BlockPlan]:
-        """See `BlockSource.plans`."""
+        """See `Store.plans`."""
         order = [found.info.name for found in self.blocks]
         return {name: self._plans[name] for name in order if name in self._plans}
 
     def rebuild(self) -> None:
-        """Give the empty model the structure of the units that an earlier run cut."""
-        for found in (found for unit in self._to_rebuild for found in unit.blocks):
+        """Give the empty model the structure of the layers that an earlier run cut."""
+        for found in (found for layer in self._to_rebuild for found in layer.blocks):
             plan = self._plans[found.info.name]
             block = found.module(self.model)
             if not plan.is_identity and found.surgeon.is_stock(block, plan):
@@ -271,18 +273,18 @@ class StreamingSource:
         assert self.folder is not None
         weight_map: dict[str, str] = {}
         sizes: list[list[int]] = []
-        for unit in self.folder.finished.values():
-            weight_map |= dict.fromkeys(unit["weights"], unit["shard"])
-            sizes += unit["weights"].values()
+        for layer in self.folder.finished.values():
+            weight_map |= dict.fromkeys(layer["weights"], layer["shard"])
+            sizes += layer["weights"].values()
         total = {"total_parameters": sum(n for n, _ in sizes), "total_size": sum(size for _, size in sizes)}
         record = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def _state(self, unit: Unit) -> dict[str, torch.Tensor]:
-        """What is saved of a loaded unit, by the model's names."""
-        if unit.tensors:
-            return {name: self.streamed.at(name).detach() for name in unit.tensors}
-        inside = self.model.get_submodule(unit.name).state_dict(prefix=f"{unit.name}.")
+    def _state(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """What is saved of a loaded layer, by the model's names."""
+        if layer.tensors:
+            return {name: self.streamed.at(name).detach() for name in layer.tensors}
+        inside = self.model.get_submodule(layer.name).state_dict(prefix=f"{layer.name}.")
         return {name: tensor for name, tensor in inside.items() if name not in self._dropped}
 
     def _copies(
@@ -296,7 +298,7 @@ class StreamingSource:
                 yield self._saved_as[name], self.streamed.byte_range(entries[0][0])
                 continue
             plan = plan_of(name, plans)
-            kept = [] if plan is None else plan.dominants_G
+            kept = [] if plan is None else plan.references_G
             # What trails the routed experts stays.
             rest = range(0 if plan is None else plan.num_experts, len(entries))
             for slot, expert in enumerate([*kept, *rest]):
@@ -306,11 +308,11 @@ class StreamingSource:
     def _unread(self, state: Mapping[str, torch.Tensor]) -> list[str]:
         return [name for name, tensor in state.items() if tensor.is_meta]
 
-    def _shard(self, unit: Unit) -> str:
-        return f"model-{self._files.index(unit.name) + 1:05d}-of-{len(self._files):05d}.safetensors"
+    def _shard(self, layer: Layer) -> str:
+        return f"model-{self._files.index(layer.name) + 1:05d}-of-{len(self._files):05d}.safetensors"
 
 
-def _rest_units(names: Sequence[str], state: Mapping[str, torch.Tensor]) -> list[Unit]:
+def _rest_layers(names: Sequence[str], state: Mapping[str, torch.Tensor]) -> list[Layer]:
     """Everything outside of the layers, in parts of at most `SHARD_SIZE`."""
     parts: list[list[str]] = []
     room = 0
@@ -320,7 +322,7 @@ def _rest_units(names: Sequence[str], state: Mapping[str, torch.Tensor]) -> list
             room = SHARD_SIZE
         parts[-1].append(name)
         room -= _bytes(state[name])
-    return [Unit(f"rest {number}", tensors=tuple(part)) for number, part in enumerate(parts, 1)]
+    return [Layer(f"rest {number}", tensors=tuple(part)) for number, part in enumerate(parts, 1)]
 
 
 def _bytes(tensor: torch.Tensor) -> int:

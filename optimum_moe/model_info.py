@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -64,9 +65,22 @@ class ModelInfo:
         parameters: Parameters of the whole model, tied ones once.
         bytes: Bytes of the whole checkpoint.
         header_bytes: What the headers of its files take at most, however they are cut into shards.
+        before: The model before the first stage of a recipe; None for that one itself.
     """
 
     blocks: tuple[BlockInfo, ...]
     parameters: int
     bytes: int
     header_bytes: int = 0
+    before: ModelInfo | None = None
+
+    @property
+    def original(self) -> ModelInfo:
+        """The model before the first stage of a recipe."""
+        return self.before or self
+
+    def with_experts(self, counts: Mapping[str, int], removed_bytes: float = 0.0) -> ModelInfo:
+        """The model whose blocks have these numbers of experts, `removed_bytes` smaller than the original."""
+        blocks = tuple(replace(block, num_experts=counts[block.name]) for block in self.blocks)
+        original = self.original
+        return replace(self, blocks=blocks, bytes=int(original.bytes - removed_bytes), before=original)

@@ -1,4 +1,4 @@
-"""Units: the layers of a model that are loaded, cut and written one after the other."""
+"""The layers of a model, which are loaded, cut and written one after the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from optimum_moe.surgeons import FoundBlock
 
 
 @dataclass(frozen=True)
-class Unit:
+class Layer:
     """A part of a model.
 
     Args:
@@ -25,26 +25,26 @@ class Unit:
     tensors: tuple[str, ...] = ()
 
 
-def find_units(model: nn.Module, blocks: Sequence[FoundBlock]) -> list[Unit]:
-    """The members of the outermost lists of layers that hold MoE blocks; a block in no list is a unit by itself."""
+def find_layers(model: nn.Module, blocks: Sequence[FoundBlock]) -> list[Layer]:
+    """The members of the outermost lists of layers that hold MoE blocks; a block in no list is a layer by itself."""
     names = [found.info.name for found in blocks]
     layers = [
         layer for stack in _outermost_lists(model) if _any_inside(names, stack) for layer in _members(model, stack)
     ]
     single = [name for name in names if not any(_inside(name, layer) for layer in layers)]
-    return [Unit(path, tuple(f for f in blocks if _inside(f.info.name, path))) for path in [*layers, *single]]
+    return [Layer(path, tuple(f for f in blocks if _inside(f.info.name, path))) for path in [*layers, *single]]
 
 
-def other_layers(model: nn.Module, units: Sequence[Unit]) -> list[str]:
+def other_layers(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """The members of all other outermost lists, for example of a vision tower."""
-    names = [unit.name for unit in units]
+    names = [layer.name for layer in layers]
     stacks = [stack for stack in _outermost_lists(model) if not _any_inside(names, stack)]
     return [layer for stack in stacks for layer in _members(model, stack)]
 
 
-def is_in(name: str, units: Sequence[Unit]) -> bool:
-    """Whether a tensor belongs to one of the units, which are modules."""
-    return any(_inside(name, unit.name) for unit in units)
+def is_in(name: str, layers: Sequence[Layer]) -> bool:
+    """Whether a tensor belongs to one of the layers, which are modules."""
+    return any(_inside(name, layer.name) for layer in layers)
 
 
 def _outermost_lists(model: nn.Module) -> Iterator[str]:

@@ -1,0 +1,79 @@
+"""A model in memory as a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from transformers import PreTrainedModel
+
+from optimum_moe.checkpoint.stored import StoredModel
+from optimum_moe.engine.layers import Layer, find_layers
+from optimum_moe.engine.store import Observed
+from optimum_moe.engine.working_folder import WorkingFolder
+from optimum_moe.plan import BlockPlan
+from optimum_moe.surgeons import FoundBlock
+
+
+class MemoryStore:
+    """The layers of a model in memory.
+
+    Args:
+        model: The model.
+        blocks: Its MoE blocks.
+        stored: What its tensors were before they were loaded; None where they are the same.
+    """
+
+    folder: WorkingFolder | None = None
+    holds_all = True
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[FoundBlock], stored: StoredModel | None = None) -> None:
+        self.model = model
+        self._stored = stored
+        self.blocks = blocks
+        self.layers: Sequence[Layer] = find_layers(model, blocks)
+        self._plans: dict[str, BlockPlan] = {}
+        self._finished: set[str] = set()
+
+    @contextmanager
+    def loaded(self, layer: Layer) -> Iterator[None]:
+        """It always is."""
+        yield
+
+    def opened(self, layer: Layer) -> AbstractContextManager[None]:
+        """It always is."""
+        return self.loaded(layer)
+
+    def as_stored(self, layer: Layer) -> AbstractContextManager[None]:
+        """See `Store.as_stored`."""
+        return self.loaded(layer) if self._stored is None else self._stored.as_stored(layer.name)
+
+    def provide(self, found: FoundBlock, experts: bool) -> None:
+        """It has everything."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """It always can."""
+        yield
+
+    def settle(self) -> None:
+        """Nothing goes."""
+
+    def is_finished(self, layer: Layer) -> bool:
+        """Whether it was cut."""
+        return layer.name in self._finished
+
+    def finish(self, layer: Layer, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
+        """Remember the plans."""
+        self._finished.add(layer.name)
+        self._plans |= plans
+        if self._stored is not None:
+            self._stored.settle(plans)
+
+    def restore(self, layer: Layer) -> None:
+        """It is what was made of it."""
+
+    def plans(self) -> dict[str, BlockPlan]:
+        """See `Store.plans`."""
+        order = [found.info.name for found in self.blocks]
+        return {name: self._plans[name] for name in order if name in self._plans}

@@ -1,0 +1,357 @@
+"""Recipes: stages in order, each with its settings, and calibration settings, as a preset name or a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optimum_moe.calibration.data import CalibrationConfig
+from optimum_moe.calibration.sources import FILE_TYPES, check_source
+from optimum_moe.model_info import ModelInfo
+from optimum_moe.plan import CompressionPlan, Routing
+from optimum_moe.settings import check_seed, choose_one, nearest, plain
+from optimum_moe.stages import BlockCost, Stage, registered_stages
+from optimum_moe.statistics import NO_SAMPLE
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do, as it is written beside the weights.
+
+    Args:
+        stages: The stages, in order.
+        calibration: Settings of `CalibrationConfig`, without the source where the user gives it.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: If there is no stage, or one cannot follow the one before it.
+    """
+
+    stages: tuple[Stage, ...]
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("A recipe needs a stage, for example MSMoE(num_experts=8). Got an empty list.")
+        for before, stage in zip((None, *self.stages), self.stages, strict=False):
+            stage.check_order(before)
+
+    @property
+    def name(self) -> str:
+        """Names of the stages."""
+        return " + ".join(stage.name for stage in self.stages)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the observations that any stage reads."""
+        return frozenset().union(*(stage.needs for stage in self.stages))
+
+    @property
+    def gradient_draws(self) -> int:
+        """Backward passes over the calibration data: one where a stage needs gradients.
+
+        Four gave hardly better choices, and take four times the backward passes and the memory.
+        """
+        return int("gradients" in self.needs)
+
+    @property
+    def sample_size(self) -> int:
+        """Tokens of each block that are to be sampled."""
+        sizes = [stage.sample_size for stage in self.stages if "sample" in stage.needs]
+        return max(sizes, default=self.stages[0].sample_size)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether all blocks have to be observed before the first one is decided."""
+        return any(stage.is_adaptive for stage in self.stages)
+
+    @property
+    def reads_experts(self) -> bool:
+        """Whether deciding a block takes the weights of its experts."""
+        return len(self.stages) > 1 or self.stages[0].reads_experts
+
+    @property
+    def knows_size(self) -> bool:
+        """Whether `costs` says what will be stored, and not only what may be."""
+        return all(stage.knows_size for stage in self.stages)
+
+    @property
+    def routing(self) -> Routing:
+        """How the router reaches what remains."""
+        return next((stage.routing for stage in self.stages if stage.routing is not None), "map")
+
+    def settings(self) -> tuple[Mapping[str, Any], ...]:
+        """Name and settings of each stage."""
+        return tuple(stage.settings() for stage in self.stages)
+
+    def check(self, model: ModelInfo) -> None:
+        """Check all settings against a model, before any weight is read.
+
+        Raises:
+            ValueError: If one is impossible.
+        """
+        for stage, entering, _ in self.walk(model):
+            stage.check(entering)
+
+    def walk(self, model: ModelInfo) -> Iterator[tuple[Stage, ModelInfo, Mapping[str, BlockCost]]]:
+        """Each stage with the model as it enters it, as far as config and headers tell, and what its experts cost."""
+        costs = {block.name: BlockCost.of(block) for block in model.blocks}
+        entering = model
+        for stage in self.stages:
+            yield stage, entering, costs
+            costs = {block.name: stage.cost(entering, block, costs[block.name]) for block in entering.blocks}
+            saved = sum(costs[block.name].saved_bytes(block) for block in model.blocks)
+            counts = {name: cost.experts for name, cost in costs.items()}
+            entering = model.with_experts(counts, removed_bytes=saved)
+
+    def costs(self, model: ModelInfo) -> Mapping[str, BlockCost]:
+        """What the routed experts of each block cost after the last stage."""
+        stage, entering, costs = list(self.walk(model))[-1]
+        return {block.name: stage.cost(entering, block, costs[block.name]) for block in entering.blocks}
+
+    def as_used(self, plan: CompressionPlan) -> Recipe:
+        """The recipe to write beside a checkpoint: with the sample and seed of its plan, without folders of the user's.
+
+        What was sampled may be other than the recipe says: from a `CalibrationConfig`, or from earlier statistics.
+        """
+        calibration = {key: value for key, value in self.calibration.items() if key != "source"}
+        if "source" in self.calibration:
+            calibration["source"] = _without_folders(self.calibration["source"])
+        record = plan.calibration or {}
+        calibration |= {name: record[name] for name in _SAMPLED if record.get(name) is not None}
+        if record.get("sequence_length") is not None and record.get("max_tokens") is None:
+            # No limit is not the default.
+            calibration["max_tokens"] = None
+        return dataclasses.replace(self, calibration=calibration, seed=plan.seed)
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML document, only settings that differ from their defaults."""
+        described = [dict(stage.described()) for stage in self.stages]
+        record: dict[str, Any] = described[0] if len(described) == 1 else {"stages": described}
+        if self.calibration:
+            record["calibration"] = dict(self.calibration)
+        if self.seed is not None:
+            record["seed"] = self.seed
+        return yaml.safe_dump(record, sort_keys=False)
+
+
+_SAMPLED = ("num_samples", "max_tokens", "sequence_length", "batch_size", "packing", "seed")
+"""What the record of calibration data says of their sample, by the names of `CalibrationConfig`."""
+
+
+def _without_folders(source: Any) -> Any:
+    """A source of calibration data, or a mixture of several, whose files are named without where they lie."""
+    if isinstance(source, Mapping):
+        return {_without_folders(part): weight for part, weight in source.items()}
+    if isinstance(source, list | tuple):
+        return [_without_folders(part) for part in source]
+    return Path(source).name if isinstance(source, str) and Path(source).suffix.lower() in FILE_TYPES else source
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("optimum_moe") / "presets"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a preset or a YAML file.
+
+    Args:
+        name: Name of a preset (`"m-smoe"`), or path of a `.yaml` file.
+        overrides: Settings that replace the recipe's. Each goes to the first stage that has it, or to the one that it
+            names (`"low-rank-sparse.rank"`); one way of saying how much remains replaces the others of its stage.
+
+    Raises:
+        ValueError: If there is no such preset or file, or it has an unknown field.
+    """
+    return parse_recipe(recipe_record(name), overrides)
+
+
+def recipe_record(name: str | Path) -> Mapping[str, Any]:
+    """What a preset or a YAML file says, not yet checked.
+
+    Raises:
+        ValueError: If there is no such preset or file, or it holds no mapping.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"No recipe file {path}. Give an existing one, or a preset: {', '.join(preset_names())}.")
+        text = path.read_text(encoding="utf-8")
+    else:
+        choose_one("recipe", str(name), preset_names())
+        text = (resources.files("optimum_moe") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    try:
+        record = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Recipe {name} is no valid YAML: {error}. Correct it.") from error
+    if not isinstance(record, Mapping):
+        raise ValueError(
+            f"Recipe {name} must be a mapping with a field 'stage' or 'stages', got {type(record).__name__}."
+        )
+    return record
+
+
+def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from the mapping that its YAML holds; see `load_recipe`."""
+    rest = dict(record)
+    calibration = rest.pop("calibration", None) or {}
+    seed = plain(rest.pop("seed", None))
+    if seed is not None:
+        check_seed(seed)
+    if not isinstance(calibration, Mapping):
+        raise ValueError(
+            f"The recipe's field 'calibration' must be a mapping, got {calibration!r}. Write the path as its 'source'."
+        )
+    written = _written_stages(rest)
+    for name, value in (overrides or {}).items():
+        _override(written, name, value)
+    return Recipe(tuple(_stage(settings) for settings in written), calibration, seed)
+
+
+def _written_stages(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings of each stage that a recipe has: a list of them, or one that is written flat."""
+    if "stages" not in record:
+        return [record]
+    stages = record.pop("stages")
+    if record:
+        raise ValueError(
+            f"A recipe with 'stages' has no other settings, got {', '.join(map(repr, record))}. Write them with the "
+            "stage that they belong to."
+        )
+    if not isinstance(stages, list | tuple) or not stages or not all(isinstance(stage, Mapping) for stage in stages):
+        raise ValueError(
+            f"The recipe's field 'stages' must be a list of mappings with a field 'stage', got {stages!r}."
+        )
+    return [dict(stage) for stage in stages]
+
+
+def _stage_class(settings: Mapping[str, Any]) -> type[Stage]:
+    known = registered_stages()
+    if "stage" not in settings:
+        raise ValueError(f"A recipe needs a field 'stage', one of {', '.join(sorted(known))}.")
+    name = str(settings["stage"])
+    choose_one("stage", name, known)
+    return known[name]
+
+
+def size_fields(name: str | Path) -> frozenset[str]:
+    """Settings of the stages of a preset or YAML file that say how much remains; empty where a stage is unknown."""
+    known = registered_stages()
+    stages = [str(settings.get("stage")) for settings in _written_stages(dict(recipe_record(name)))]
+    return frozenset(size for stage in stages if stage in known for size in known[stage].size_fields)
+
+
+def _settings_of(stage: type[Stage]) -> list[str]:
+    return [f.name for f in dataclasses.fields(stage) if f.init]
+
+
+def _stage(settings: dict[str, Any]) -> Stage:
+    stage = _stage_class(settings)
+    given = {name: value for name, value in settings.items() if name != "stage"}
+    check_fields(given, _settings_of(stage))
+    return stage(**given)
+
+
+def _override(written: list[dict[str, Any]], name: str, value: Any) -> None:
+    """Replace a setting of the stage that it belongs to."""
+    wanted, _, setting = name.rpartition(".")
+    candidates = [settings for settings in written if wanted in ("", settings.get("stage"))]
+    if not candidates:
+        names = ", ".join(str(settings.get("stage")) for settings in written)
+        raise ValueError(f"{name!r} names the stage {wanted!r}, and the recipe has {names}. Name one of those.")
+    found = [settings for settings in candidates if setting in _settings_of(_stage_class(settings))]
+    if not found:
+        check_fields([setting], [known for settings in candidates for known in _settings_of(_stage_class(settings))])
+    sizes = _stage_class(found[0]).size_fields
+    if setting in sizes:
+        for other in sizes:
+            found[0].pop(other, None)
+    found[0][setting] = value
+
+
+def check_fields(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a `ValueError` with the nearest match for a field that is not known."""
+    for name in given:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"; did you mean {near!r}?" if near else f". Known: {', '.join(sorted(set(known)))}."
+            raise ValueError(f"Unknown field {name!r}{hint}")
+
+
+def coerce_recipe(recipe: Any) -> Recipe:
+    """A recipe from a stage, a list of stages, the name of a preset or a path.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Stage):
+        return Recipe((recipe,))
+    if isinstance(recipe, (str, Path)):
+        return load_recipe(recipe)
+    if isinstance(recipe, Sequence) and all(isinstance(stage, Stage) for stage in recipe):
+        return Recipe(tuple(recipe))
+    got = type(recipe).__name__
+    if isinstance(recipe, Sequence):
+        got = f"[{', '.join(getattr(stage, 'name', type(stage).__name__) for stage in recipe)}]"
+    raise ValueError(
+        f"recipe={got} is none. Pass a stage such as MSMoE(num_experts=8), a list of stages, the name of a preset, or "
+        "the path of a YAML recipe."
+    )
+
+
+def run_seed(recipe: Recipe, seed: Any) -> int:
+    """The user's seed, else the recipe's, else 0.
+
+    Raises:
+        ValueError: If it is no integer of at least 0, or too large.
+    """
+    seed = next((s for s in (plain(seed), recipe.seed) if s is not None), 0)
+    check_seed(seed)
+    return int(seed)
+
+
+def calibration_config(recipe: Recipe, calibration: Any, seed: Any = None) -> CalibrationConfig | None:
+    """How to calibrate: what the user says, completed by the recipe and by the sample that its stages want.
+
+    The seed is the user's: of the config, else of the run; else the recipe's: of its calibration, else its own; else 0.
+
+    Args:
+        recipe: The recipe.
+        calibration: The user's source or config, None for the recipe's.
+        seed: That the user gives for the run.
+
+    Returns:
+        None where there is no source.
+
+    Raises:
+        ValueError: If a field is unknown or out of range.
+    """
+    check_fields(recipe.calibration, [f.name for f in dataclasses.fields(CalibrationConfig)])
+    data = calibration if calibration is not None else recipe.calibration.get("source")
+    if data is None:
+        return None
+    config = CalibrationConfig.coerce(data)
+    check_source(config.source)
+    if not isinstance(data, CalibrationConfig):
+        own = data if CalibrationConfig.is_fields(data) else ()
+        settings = {k: v for k, v in recipe.calibration.items() if k not in ("source", "seed", *own)}
+        config = dataclasses.replace(config, **settings)
+    if config.seed is None:
+        seeds = seed, recipe.calibration.get("seed"), recipe.seed
+        config = dataclasses.replace(config, seed=next((s for s in seeds if s is not None), 0))
+    if config.reservoir_tokens == 0 and "sample" in recipe.needs:
+        raise ValueError(NO_SAMPLE)
+    if config.reservoir_tokens is None:
+        config = dataclasses.replace(config, reservoir_tokens=recipe.sample_size)
+    return config

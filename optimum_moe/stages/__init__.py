@@ -1,0 +1,38 @@
+"""Stages decide what becomes of each block; they see tensors, never a model."""
+
+from optimum_moe.stages.base import Stage, register_stage, registered_stages
+from optimum_moe.stages.byte_budget import ByteBudget
+from optimum_moe.stages.context import BlockContext
+from optimum_moe.stages.cost import BlockCost
+from optimum_moe.stages.low_rank_sparse import LowRankSparse
+from optimum_moe.stages.merge import ExpertMerging, MSMoE
+from optimum_moe.stages.merge_choices import (
+    Groups,
+    RouterRows,
+    register_grouping,
+    register_router_rows,
+    register_similarity,
+    register_weighting,
+)
+from optimum_moe.stages.prune import ExpertPruning
+from optimum_moe.stages.saliency import register_saliency
+
+__all__ = [
+    "BlockContext",
+    "BlockCost",
+    "ByteBudget",
+    "ExpertMerging",
+    "ExpertPruning",
+    "Groups",
+    "LowRankSparse",
+    "MSMoE",
+    "RouterRows",
+    "Stage",
+    "register_grouping",
+    "register_router_rows",
+    "register_saliency",
+    "register_similarity",
+    "register_stage",
+    "register_weighting",
+    "registered_stages",
+]

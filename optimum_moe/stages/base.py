@@ -1,0 +1,199 @@
+"""What every stage of a recipe shares: it sees tensors and sizes, never a model, and returns frozen data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from optimum_moe.model_info import BlockInfo, ModelInfo
+from optimum_moe.plan import BlockPlan, Routing
+from optimum_moe.settings import make_plain
+from optimum_moe.stages.context import BlockContext
+from optimum_moe.stages.cost import BlockCost
+from optimum_moe.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Stage(ABC):
+    """One step of a recipe, which decides what becomes of each MoE block; subclasses are frozen dataclasses.
+
+    A run asks, in this order: `check` before any weight is read; `needs` for what is to be observed; `profile` for each
+    block, where `needs_profile`; `allocate` once for all blocks; `decide` for each block. `cost` says at any time what
+    will be stored.
+
+    `size_fields` are the settings that say how much remains, of which exactly one is given; `share_fields` are shares,
+    which may be given in percent.
+    """
+
+    name: ClassVar[str]
+    size_fields: ClassVar[tuple[str, ...]] = ("num_experts", "keep_ratio", "target_size")
+    share_fields: ClassVar[tuple[str, ...]] = ("keep_ratio",)
+
+    def __post_init__(self) -> None:
+        make_plain(self, self.share_fields)
+
+    @abstractmethod
+    def check(self, model: ModelInfo) -> None:
+        """Check all settings against the model as it enters the stage.
+
+        Raises:
+            ValueError: If a setting is impossible for this model.
+        """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the observations that the stage reads, see `optimum_moe.statistics.OBSERVATIONS`."""
+        return frozenset()
+
+    @property
+    def sample_size(self) -> int:
+        """Tokens of each block that the stage wants to see as they are, where it needs the `"sample"`."""
+        return 4096
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether all blocks are looked at before the first one is decided."""
+        return False
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether blocks share a budget, so that all of them have to be observed before the first one is decided."""
+        return self.needs_profile
+
+    @property
+    def reads_experts(self) -> bool:
+        """Whether `decide` looks at the weights of the experts."""
+        return True
+
+    @property
+    def knows_size(self) -> bool:
+        """Whether `cost` says what will be stored, and not only what may be."""
+        return True
+
+    @property
+    def routing(self) -> Routing | None:
+        """How the router reaches the experts that remain; None for a stage that keeps all of them."""
+        return None
+
+    @property
+    def leaves_dense_experts(self) -> bool:
+        """Whether every expert that remains is stored like the original ones, so that another stage can go on."""
+        return True
+
+    def check_order(self, before: Stage | None) -> None:
+        """Check that this stage can follow another one in a recipe.
+
+        Args:
+            before: The stage right before this one; None for the first stage.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        if before is None:
+            return
+        if not before.leaves_dense_experts:
+            raise ValueError(
+                f"{self.name} cannot follow {before.name}, which stores experts in other formats than dense matrices. "
+                f"Put {before.name} last."
+            )
+        if self.routing is not None and before.routing is not None:
+            raise ValueError(
+                f"{self.name} cannot follow {before.name}: what was observed belongs to the original experts, and not "
+                "to those that were merged or pruned already. Use one stage that merges or prunes experts."
+            )
+
+    def changed_by_data(self, model: ModelInfo, allocation: Mapping[str, Any]) -> frozenset[str]:
+        """Names of the blocks that change as what was observed of them says.
+
+        Args:
+            model: The model as it enters the stage.
+            allocation: What `allocate` gave; empty before that.
+        """
+        return frozenset()
+
+    def remaining(self, model: ModelInfo, block: BlockInfo, allocated: Any) -> int:
+        """Experts that remain of a block, given what `allocate` gave it."""
+        return block.num_experts
+
+    def profile(self, context: BlockContext) -> Any:
+        """What `allocate` has to know of a block; only asked for where `needs_profile`."""
+        raise NotImplementedError(f"{self.name} takes no profile of a block")
+
+    @property
+    def profile_key(self) -> str:
+        """Two stages with the same key take the same profiles, which are then taken once for several sizes."""
+        return repr({name: value for name, value in self.settings().items() if name not in self.size_fields})
+
+    def allocate(
+        self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """What each block may keep, in the stage's own terms, such as a number of experts.
+
+        Args:
+            model: The model as it enters the stage.
+            statistics: What was observed; None for a stage that needs nothing.
+            profiles: By block, where the stage takes any; blocks that stay as they are have none.
+
+        Returns:
+            A value for each block, which is handed to `decide`.
+        """
+        return {block.name: None for block in model.blocks}
+
+    @abstractmethod
+    def decide(self, context: BlockContext, allocated: Any) -> BlockPlan:
+        """The plan for one block.
+
+        Args:
+            context: The block as it enters the stage.
+            allocated: What `allocate` gave it.
+        """
+
+    def combine(self, before: BlockPlan, own: BlockPlan) -> BlockPlan:
+        """What this stage and those in front of it decided, as one plan.
+
+        Args:
+            before: What the stages in front of it decided.
+            own: What this one decided.
+        """
+        return before.with_forms_of(own)
+
+    @abstractmethod
+    def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
+        """What the routed experts of a block cost after the stage.
+
+        Args:
+            model: The model as it enters the stage.
+            block: The block as it enters the stage.
+            before: What its experts cost there.
+        """
+
+    def settings(self) -> Mapping[str, Any]:
+        """Name and settings, as they stand in a recipe."""
+        return {"stage": self.name, **{f.name: getattr(self, f.name) for f in fields(self) if f.init}}
+
+    def described(self) -> Mapping[str, Any]:
+        """Name and those settings that differ from their defaults."""
+        own = [f for f in fields(self) if f.init]
+        return {"stage": self.name, **{f.name: v for f in own if (v := getattr(self, f.name)) != f.default}}
+
+
+_STAGES: dict[str, type[Stage]] = {}
+
+
+def register_stage(stage: type[Stage]) -> type[Stage]:
+    """Class decorator that makes a stage available in recipes by its `name`.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    if stage.name in _STAGES:
+        raise ValueError(f"A stage named {stage.name!r} is already registered. Choose another name.")
+    _STAGES[stage.name] = stage
+    return stage
+
+
+def registered_stages() -> Mapping[str, type[Stage]]:
+    """All stages by name."""
+    return dict(_STAGES)

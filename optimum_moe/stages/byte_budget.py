@@ -1,0 +1,241 @@
+"""The byte budget: every expert of the model gets the form in which a byte saves the most loss."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from optimum_moe.algorithms.block_refit import refit_block
+from optimum_moe.algorithms.byte_budget import KINDS, Point, build, candidates, choose
+from optimum_moe.algorithms.expert_tokens import single_expert
+from optimum_moe.algorithms.factors import BlockFactors
+from optimum_moe.algorithms.one_expert import Form
+from optimum_moe.algorithms.ranks import RANK_STEP
+from optimum_moe.model_info import BlockInfo, ModelInfo
+from optimum_moe.settings import choose_one, exactly_one, product
+from optimum_moe.stages.base import register_stage
+from optimum_moe.stages.context import BlockContext
+from optimum_moe.stages.cost import BlockCost
+from optimum_moe.stages.counts import bytes_for_tensors, check_share, check_size, header_entry, selected_blocks
+from optimum_moe.stages.formatting import FormattingStage
+from optimum_moe.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class BlockProfile:
+    """The candidates of one block's experts.
+
+    Args:
+        points: For each expert, see `optimum_moe.algorithms.byte_budget.candidates`.
+        in_loss: Whether damages are changes of the loss; else squared output errors, in a unit of the block's own.
+    """
+
+    points: tuple[tuple[Point, ...], ...]
+    in_loss: bool
+
+
+@register_stage
+@dataclass(frozen=True)
+class ByteBudget(FormattingStage):
+    """Spend a number of bytes on the experts of the whole model, wherever a byte saves the most loss.
+
+    Every expert becomes one of: empty, some of its neurons, gate and up of a low rank, or as it is
+    (`optimum_moe.algorithms.byte_budget`). Can follow a stage that merges or prunes.
+
+    Args:
+        share: Share of the bytes of the original experts' matrices that remains, in (0, 1] or as `"50%"`. Exactly one
+            of this and `target_size`.
+        target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
+            what they are.
+        formats: What an expert may become between empty and untouched: `"neurons"` and `"rank"` (default).
+        curvature: Measure damage in the loss, by backward passes over the calibration data (default); False measures
+            output errors, as where no backward pass is possible.
+        layers: Positions of the MoE blocks to compress, None for all.
+        protect: Patterns of block names that stay as they are.
+
+    Raises:
+        ValueError: If a setting is unknown or out of range.
+    """
+
+    name: ClassVar[str] = "byte-budget"
+    size_fields: ClassVar[tuple[str, ...]] = ("share", "target_size")
+    share_fields: ClassVar[tuple[str, ...]] = ("share",)
+
+    share: float | None = None
+    target_size: str | int | None = None
+    formats: Sequence[str] = KINDS
+    curvature: bool = True
+    layers: Sequence[int] | None = None
+    protect: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        exactly_one(share=self.share, target_size=self.target_size)
+        check_share("share", self.share)
+        if self.target_size is not None:
+            check_size(self.target_size)
+        if isinstance(self.formats, str):
+            raise ValueError(f"formats={self.formats!r} must be a list, for example ['neurons'].")
+        for name in self.formats:
+            choose_one("formats", name, KINDS)
+
+    @property
+    def needs_profile(self) -> bool:
+        """Bytes are spent over all blocks at once."""
+        return True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Sampled tokens, and the gradients of the loss at them."""
+        return frozenset({"frequency", "sample", *(("gradients",) if self.curvature else ())})
+
+    @property
+    def sample_size(self) -> int:
+        """Enough tokens for Gram matrices of single experts."""
+        return 32768
+
+    def check(self, model: ModelInfo) -> None:
+        """See `Stage.check`."""
+        super().check(model)
+        self._budget(model.original, selected_blocks(model.original, self.layers, self.protect))
+
+    def profile(self, context: BlockContext) -> BlockProfile | None:
+        """What each expert loses in each form; None for a block that stays as it is.
+
+        Damages are summed over all tokens that the block saw. Neurons that have a meaning outside of their expert are
+        kept all or none. An expert without tokens costs nothing to empty, unless `unseen` says that it is kept or
+        pruned.
+
+        Raises:
+            ValueError: If all gradients are zero.
+        """
+        if not self.applies(context):
+            return None
+        sample, found = context.sample(), []
+        gradient_SJH = sample.gradient_SJH
+        if gradient_SJH is not None and len(gradient_SJH) and not gradient_SJH.any():
+            name = context.info.name
+            raise ValueError(
+                f"All gradients of the loss at {name} are zero, as if nothing depended on its experts: they would all "
+                "be emptied. Check the weights behind it; load the model in a wider dtype, leave the block out with "
+                f'protect=["{name}"], or pass curvature=False.'
+            )
+        kinds = [kind for kind in self.formats if kind != "neurons" or not context.experts.fixed_neurons]
+        for index in range(context.experts.num_experts):
+            expert, tokens = single_expert(context.experts, index), sample.of_expert(index)
+            points = candidates(expert, tokens, kinds=kinds)
+            if len(tokens) == 0 and context.unseen in ("keep", "prune"):
+                points = points[-1:] if context.unseen == "keep" else points[:1]
+            found.append(tuple(replace(point, damage=point.damage / sample.share) for point in points))
+        return BlockProfile(tuple(found), gradient_SJH is not None)
+
+    def allocate(
+        self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, BlockProfile | None]
+    ) -> dict[str, tuple[Form, ...] | None]:
+        """The form of every expert of every block; None for blocks that stay as they are."""
+        chosen = [block for block in model.original.blocks if profiles.get(block.name) is not None]
+        forms = spend_budget(chosen, profiles, self._budget(model.original, chosen))
+        return {block.name: forms.get(block.name) for block in model.blocks}
+
+    def _budget(self, model: ModelInfo, chosen: Sequence[BlockInfo]) -> int:
+        """Numbers that the matrices of all experts of some blocks may store, in the narrowest dtype among them."""
+        dense, narrowest = _dense(chosen), narrowest_item(chosen)
+        if self.target_size is None:
+            assert self.share is not None
+            return int(product(self.share, dense))
+        rest = int(model.bytes - dense * narrowest)
+        # Experts lie in stacks by width, a multiple of 8: gate and up dense or in two factors, down dense. One number
+        # guards them.
+        headers = 0
+        for block in chosen:
+            stacks = min(block.num_experts, block.intermediate_size // RANK_STEP + 1)
+            biases = 3 if block.expert_parameters > block.expert_multiply_adds else 0
+            headers += (stacks * (7 + biases) + 3) * header_entry(block)
+        left = int((bytes_for_tensors(model, self.target_size, headers) - rest) / narrowest)
+        if left < 0:
+            raise ValueError(
+                f"target_size={self.target_size!r} cannot be reached: without any expert "
+                f"{rest + model.header_bytes + headers:,} of {model.bytes:,} bytes are left, headers included. Ask for "
+                "more than that."
+            )
+        return min(left, dense)
+
+    def factors(self, context: BlockContext, allocated: Sequence[Form] | None) -> BlockFactors | None:
+        """All experts of a block in the forms that were chosen, refitted together to what the block gave.
+
+        An expert that no token chooses any more is fitted to those that chose it when its form was chosen.
+        """
+        if allocated is None:
+            return None
+        sample, profiled = context.sample(), context.profiled_sample()
+        experts = [single_expert(context.experts, index) for index in range(len(allocated))]
+        tokens = [found if len(found := sample.of_expert(e)) else profiled.of_expert(e) for e in range(len(experts))]
+        made = [build(expert, seen, form) for expert, seen, form in zip(experts, tokens, allocated, strict=True)]
+        # What follows an expert's output is no sum, so that no other expert can make up for it.
+        summed = context.experts.finish is None and not context.experts.fixed_neurons
+        return BlockFactors(tuple(refit_block(experts, made, sample) if summed else made))
+
+    def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
+        """The bounds: anything from no expert at all to the whole budget."""
+        if not self.selects(model, block):
+            return before
+        dense, biases = block.expert_multiply_adds, block.expert_parameters - block.expert_multiply_adds
+        chosen = selected_blocks(model.original, self.layers, self.protect)
+        share = self._budget(model.original, chosen) / _dense(chosen)
+        stored = min(before.experts * dense, share * before.original_experts * dense)
+        return replace(
+            before,
+            parameters=stored + before.experts * biases,
+            multiply_adds=(0.0, before.active[1] * dense),
+            stock=False,
+        )
+
+
+def spend_budget(
+    blocks: Sequence[BlockInfo], profiles: Mapping[str, BlockProfile | None], numbers: int
+) -> dict[str, tuple[Form, ...]]:
+    """The form of every expert of some blocks, with which all of them store at most `numbers`.
+
+    Args:
+        blocks: The blocks.
+        profiles: Of each of them.
+        numbers: The budget, in numbers of the narrowest dtype that experts are stored in.
+
+    Raises:
+        ValueError: If the experts that have to stay take more.
+    """
+    taken = {block.name: profile for block in blocks if (profile := profiles[block.name]) is not None}
+    widths = {block.name: round(block.expert_itemsize / narrowest_item(blocks)) for block in blocks}
+    without = [name for name, profile in taken.items() if not profile.in_loss]
+    if without:
+        warnings.warn(
+            f"No gradient of the loss was observed at {len(without)} of {len(taken)} blocks ({without[0]}, ...): "
+            "damage is measured by output errors, and every block counts as much as any other. A backward pass needs "
+            'engine="memory" without error propagation, and a model that gives logits.',
+            stacklevel=2,
+        )
+    offered, owners = [], []
+    for name, profile in taken.items():
+        # Squared errors of different blocks have nothing in common but the share of what would be lost.
+        total = sum(points[0].damage for points in profile.points) or 1.0
+        for points in profile.points:
+            unit = total if without else 1.0
+            offered.append([replace(p, damage=p.damage / unit, numbers=p.numbers * widths[name]) for p in points])
+            owners.append(name)
+    forms: dict[str, list[Form]] = {name: [] for name in taken}
+    for name, point in zip(owners, choose(offered, numbers), strict=True):
+        forms[name].append(point.form)
+    return {name: tuple(found) for name, found in forms.items()}
+
+
+def narrowest_item(blocks: Sequence[BlockInfo]) -> float:
+    """Bytes of one number in the narrowest dtype that experts of some blocks are stored in."""
+    return min(block.expert_itemsize for block in blocks)
+
+
+def _dense(blocks: Sequence[BlockInfo]) -> int:
+    """What the matrices of all experts store as they are, in numbers of the narrowest dtype among them."""
+    narrowest = narrowest_item(blocks)
+    return round(sum(b.num_experts * b.expert_multiply_adds * b.expert_itemsize / narrowest for b in blocks))

@@ -1,0 +1,135 @@
+"""What a stage may look at to decide one MoE block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from optimum_moe.algorithms.expert_tokens import SampledTokens
+from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
+from optimum_moe.algorithms.merging import merge_matrices
+from optimum_moe.algorithms.router_fit import RouterView
+from optimum_moe.model_info import BlockInfo
+from optimum_moe.nn import map_routing
+from optimum_moe.plan import BlockPlan
+from optimum_moe.statistics import BlockStatistics, Unseen
+
+
+@dataclass(frozen=True, eq=False)
+class BlockContext:
+    """Everything a stage may look at to decide one block, as the block enters the stage.
+
+    Args:
+        info: Sizes of the block.
+        experts: Its routed experts.
+        router: Its router, as it was before the first stage.
+        generator: Source of randomness, seeded for this block.
+        statistics: Observed statistics, None for data-free stages.
+        unseen: What to do about experts without tokens.
+        num_blocks: MoE blocks of the model.
+        profiled: The statistics that profiles were taken from, where a stage took some; those of `statistics` may come
+            from a later pass, behind layers that are cut, in which tokens choose other experts.
+        before: The block as it entered the stage before this one, and what that decided; None in the first stage.
+    """
+
+    info: BlockInfo
+    experts: ExpertTensors
+    router: RouterView
+    generator: torch.Generator
+    statistics: BlockStatistics | None = None
+    unseen: Unseen = "warn"
+    num_blocks: int = 1
+    profiled: BlockStatistics | None = None
+    before: tuple[BlockContext, BlockPlan] | None = None
+
+    def observed(self) -> BlockStatistics:
+        """The statistics, which a stage that needs them was given."""
+        assert self.statistics is not None
+        return self.statistics
+
+    def rank(self, values_E: torch.Tensor) -> torch.Tensor:
+        """(E,) values for ranking experts: `unseen="keep"` puts experts without tokens in front."""
+        if self.statistics is None or self.unseen != "keep":
+            return values_E
+        return values_E.masked_fill(self.statistics.token_count_E == 0, 2 * float(values_E.abs().max()) + 1)
+
+    def sample(self) -> SampledTokens:
+        """The sampled tokens of the block, on the device of its experts."""
+        return self._sample(self.observed())
+
+    def profiled_sample(self) -> SampledTokens:
+        """Those that profiles were taken from."""
+        return self._sample(self.observed() if self.profiled is None else self.profiled)
+
+    def _sample(self, observed: BlockStatistics) -> SampledTokens:
+        experts, found = self.experts, observed.reservoir
+        device = experts.up[0].device
+        # Behind a norm of each expert's output the gradient at their sum is none of its own.
+        gradient_SJH = found.gradient_SJH if experts.finish is None else None
+        return SampledTokens(
+            input_SH=found.experts_input_SH.to(device),
+            index_SK=found.index_SK.to(device),
+            weights_SK=found.weights_SK.to(device),
+            gradient_SJH=None if gradient_SJH is None else gradient_SJH.to(device),
+            scales_input=experts.scales_input,
+            share=len(found.index_SK) / max(observed.num_tokens, 1) or 1.0,
+        )
+
+    def after(self, plan: BlockPlan) -> BlockContext:
+        """What the next stage sees of the block once its experts are merged or pruned, without cutting it.
+
+        Merged experts are computed on the sample that is there. Of the statistics only the sample and the token counts
+        hold for them.
+        """
+        if plan.keeps_all:
+            return replace(self, before=(self, plan))
+        return replace(
+            self,
+            info=replace(self.info, num_experts=plan.num_groups),
+            experts=merged_experts(self.experts, plan),
+            statistics=None if self.statistics is None else _mapped(self.statistics, plan),
+            profiled=None if self.profiled is None else _mapped(self.profiled, plan),
+            before=(self, plan),
+        )
+
+
+def merged_experts(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
+    """The merged experts of all groups of a plan; a group of one expert is a copy of it."""
+    merged: dict[str, PerExpert] = {}
+    for name, axis in NEURON_AXIS.items():
+        values = getattr(experts, name)
+        if values is None:
+            continue
+        stack = [torch.empty_like(values[0], memory_format=torch.contiguous_format) for _ in range(plan.num_groups)]
+        for group, out in enumerate(stack):
+            members = plan.members(group)
+            weights = [float(plan.merge_weights_E[e]) for e in members]
+            order = [None if plan.permutations_EI is None else plan.permutations_EI[e] for e in members]
+            merge_matrices([values[e] for e in members], weights, order, axis, out)
+        merged[name] = stack
+    return replace(experts, **merged)  # type: ignore[arg-type]
+
+
+def aligned_experts(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
+    """All experts with their neurons in the order of their group."""
+    if plan.permutations_EI is None:
+        return experts
+    ordered: dict[str, PerExpert] = {}
+    for name, axis in NEURON_AXIS.items():
+        values = getattr(experts, name)
+        if values is not None and axis is not None:
+            pairs = zip(values, plan.permutations_EI, strict=True)
+            ordered[name] = [matrix.index_select(axis, order_I.to(matrix.device)) for matrix, order_I in pairs]
+    return replace(experts, **ordered)  # type: ignore[arg-type]
+
+
+def _mapped(statistics: BlockStatistics, plan: BlockPlan) -> BlockStatistics:
+    """The sample with groups for ids; slots of pruned experts are left out, and their tokens are not routed anew."""
+    sample, groups = statistics.reservoir, plan.num_groups
+    map_N = torch.tensor([label if label >= 0 else groups for label in plan.labels_E] + [groups])
+    index_SK, weights_SK = map_routing(sample.index_SK.long().clamp(max=plan.num_experts), sample.weights_SK, map_N)
+    index_SK = index_SK.masked_fill(weights_SK == 0, groups)
+    counts_G = torch.zeros(groups + 1, dtype=torch.float64).index_add_(0, map_N[:-1], statistics.token_count_E)[:-1]
+    reservoir = replace(sample, index_SK=index_SK, weights_SK=weights_SK)
+    return replace(statistics, reservoir=reservoir, token_count_E=counts_G)

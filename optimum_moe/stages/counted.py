@@ -1,0 +1,83 @@
+"""What stages share that leave a number of experts in each block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optimum_moe.model_info import BlockInfo, ModelInfo
+from optimum_moe.plan import Routing
+from optimum_moe.stages.base import Stage
+from optimum_moe.stages.cost import BlockCost
+from optimum_moe.stages.counts import check_counts, resolve_counts, selected_blocks
+from optimum_moe.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class CountedStage(Stage):
+    """Leaves a number of experts in each block; subclasses say which, and what becomes of the others.
+
+    Args:
+        num_experts: Experts that remain in each block. Exactly one of this, `keep_ratio` and `target_size`.
+        keep_ratio: Share of experts that remain, in (0, 1] or as `"50%"`; rounds up.
+        target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
+            what they are.
+        layers: Positions of the MoE blocks to cut, None for all.
+        protect: Patterns of block names that stay as they are, for example `["*.layers.0.*"]`.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    num_experts: int | None = None
+    keep_ratio: float | None = None
+    target_size: str | int | None = None
+    layers: Sequence[int] | None = None
+    protect: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self.num_experts, self.keep_ratio, self.target_size)
+
+    @property
+    def routing(self) -> Routing:
+        """How the router reaches the experts that remain."""
+        raise NotImplementedError
+
+    def check(self, model: ModelInfo) -> None:
+        """See `Stage.check`."""
+        self.counts(model)
+
+    def counts(self, model: ModelInfo) -> dict[str, int]:
+        """Experts that remain in each block; on average, where blocks share a budget.
+
+        Raises:
+            ValueError: If the routers cannot work with so many.
+        """
+        return resolve_counts(
+            model,
+            selected_blocks(model, self.layers, self.protect),
+            routing=self.routing,
+            num_experts=self.num_experts,
+            keep_ratio=self.keep_ratio,
+            target_size=self.target_size,
+        )
+
+    def allocate(self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, Any]) -> dict[str, int]:
+        """Experts that remain in each block."""
+        return self.counts(model)
+
+    def remaining(self, model: ModelInfo, block: BlockInfo, allocated: int) -> int:
+        """The number that was allocated."""
+        return allocated
+
+    def changed_by_data(self, model: ModelInfo, allocation: Mapping[str, int]) -> frozenset[str]:
+        """Blocks that lose experts, where anything was observed to choose them."""
+        if not self.needs:
+            return frozenset()
+        return frozenset(block.name for block in model.blocks if allocation.get(block.name, 0) < block.num_experts)
+
+    def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
+        """See `Stage.cost`."""
+        return before.with_count(block, self.counts(model)[block.name], self.routing)

@@ -1,0 +1,255 @@
+"""Experts as low rank + structured sparse, at one size for all matrices.
+
+MC-SMoE's second step ("Merge, Then Compress", Li et al., ICLR 2024, arXiv:2310.01334, section 3.3), with factors
+whitened by the activations (SVD-LLM, arXiv:2403.07378) and rows chosen by their energy on calibration inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from optimum_moe.algorithms.expert_tokens import single_expert
+from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.algorithms.factors import PROJECTIONS, BlockFactors
+from optimum_moe.algorithms.low_rank import Spectrum
+from optimum_moe.algorithms.ranks import RANK_STEP, rank_from_energy, rank_from_number, rank_from_ratio
+from optimum_moe.algorithms.structured_sparse import rows_from_density
+from optimum_moe.algorithms.uniform_factors import factorize_expert
+from optimum_moe.model_info import BlockInfo, ModelInfo
+from optimum_moe.plan import BlockPlan, keep_all
+from optimum_moe.settings import choose_one, exactly_one
+from optimum_moe.stages.base import Stage, register_stage
+from optimum_moe.stages.context import BlockContext, aligned_experts, merged_experts
+from optimum_moe.stages.cost import BlockCost
+from optimum_moe.stages.counts import check_share, selected_blocks
+from optimum_moe.stages.formatting import FormattingStage
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBases:
+    """Matrices that the experts of a group share.
+
+    Args:
+        labels_E: Group of each expert.
+        matrices: By projection (G, O, X).
+        order_EI: (E, I) order of each expert's neurons in its group, None for the model's own.
+    """
+
+    labels_E: tuple[int, ...]
+    matrices: Mapping[str, torch.Tensor]
+    order_EI: torch.Tensor | None
+
+    def of_expert(self, expert: int) -> tuple[Mapping[str, torch.Tensor], torch.Tensor | None]:
+        """The matrices of an expert's group, and the order of its neurons there."""
+        base = {name: stack[self.labels_E[expert]] for name, stack in self.matrices.items()}
+        return base, None if self.order_EI is None else self.order_EI[expert]
+
+
+@register_stage
+@dataclass(frozen=True)
+class LowRankSparse(FormattingStage):
+    """Keep every matrix of an expert as U V + S; can follow a stage that merges or prunes.
+
+    Args:
+        rank: Rank of every matrix, a multiple of 8. Exactly one of this and the next two.
+        rank_ratio: Share of a matrix's numbers that U and V may store, in (0, 1]. A matrix whose factors and sparse
+            rows would be no smaller than it is stays dense, with this and the next.
+        energy: Share of the squared singular values to keep, in (0, 1]; ranks then differ.
+        density: Share of the rows (output neurons) of each matrix that the sparse part keeps, default 0.1 (the
+            paper's); None for no sparse part.
+        whiten: Weigh the error by the calibration tokens (default); False gives the plain SVD and needs no data.
+        base: `"group"` keeps every expert apart, as a factorized difference to the merged expert of its group, which
+            a stage in front of this one makes: rank 0 is that merge, the full rank the original.
+        layers: Positions of the MoE blocks to factorize, None for all.
+        protect: Patterns of block names that stay as they are.
+
+    Raises:
+        ValueError: If a setting is unknown or out of range.
+    """
+
+    name: ClassVar[str] = "low-rank-sparse"
+    size_fields: ClassVar[tuple[str, ...]] = ("rank", "rank_ratio", "energy")
+    share_fields: ClassVar[tuple[str, ...]] = ("rank_ratio", "energy", "density")
+
+    rank: int | None = None
+    rank_ratio: float | None = None
+    energy: float | None = None
+    density: float | None = 0.1
+    whiten: bool = True
+    base: Literal["group"] | None = None
+    layers: Sequence[int] | None = None
+    protect: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        exactly_one(rank=self.rank, rank_ratio=self.rank_ratio, energy=self.energy)
+        for name in ("rank_ratio", "energy"):
+            check_share(name, getattr(self, name))
+        check_share("density", self.density, " Use None for no sparse part.")
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int)):
+            raise ValueError(f"rank={self.rank!r} must be an integer. For a share of the numbers use rank_ratio.")
+        if self.base is not None:
+            choose_one("base", self.base, ("group",))
+
+    @property
+    def knows_size(self) -> bool:
+        """Not with an energy."""
+        return self.energy is None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Sampled tokens, if factors are whitened."""
+        return frozenset({"frequency", "sample"} if self.whiten else ())
+
+    @property
+    def sample_size(self) -> int:
+        """Enough tokens for Gram matrices of single experts."""
+        return 32768
+
+    def check_order(self, before: Stage | None) -> None:
+        """See `Stage.check_order`; shared bases need a stage that merges and keeps the router."""
+        super().check_order(before)
+        if self.base is None:
+            return
+        if before is None or before.routing is None:
+            raise ValueError(
+                'base="group" keeps experts as differences to merged ones, and nothing is merged here. Put a stage '
+                'that merges in front: [MSMoE(num_experts=8), LowRankSparse(rank=16, base="group")].'
+            )
+        if before.routing == "reduce":
+            raise ValueError(
+                f'base="group" keeps every expert, and {before.name} with a smaller router does not. '
+                'Merge with routing="map" in front of it.'
+            )
+
+    def check(self, model: ModelInfo) -> None:
+        """See `Stage.check`; checks rank and density against the matrices."""
+        super().check(model)
+        for block in selected_blocks(model, self.layers, self.protect):
+            shape = block.intermediate_size, block.hidden_size
+            if self.rank is not None:
+                self._rank(shape)
+            for size in shape:
+                self._rows(size)
+
+    def remaining(self, model: ModelInfo, block: BlockInfo, allocated: Any) -> int:
+        """All experts; with shared bases those from before the merge."""
+        if self.base is None:
+            return block.num_experts
+        return next(found.num_experts for found in model.original.blocks if found.name == block.name)
+
+    def decide(self, context: BlockContext, allocated: Any) -> BlockPlan:
+        """Factorize the experts of one block; with shared bases, what sets the original ones apart."""
+        if self.base is None:
+            return super().decide(context, allocated)
+        assert context.before is not None
+        entered, plan = context.before
+        kept = keep_all(entered.info.name, entered.info.num_experts, routing="map")
+        if not self.applies(context):
+            return kept
+        aligned = replace(entered, experts=aligned_experts(entered.experts, plan))
+        return replace(kept, factors=self._factorized(aligned, _shared_bases(entered.experts, plan)))
+
+    def combine(self, before: BlockPlan, own: BlockPlan) -> BlockPlan:
+        """See `Stage.combine`; with shared bases the groups of the merge are part of the factors."""
+        return super().combine(before, own) if self.base is None else own
+
+    def factors(self, context: BlockContext, allocated: Any) -> BlockFactors | None:
+        """See `FormattingStage.factors`."""
+        return self._factorized(context) if self.applies(context) else None
+
+    def _factorized(self, context: BlockContext, shared: SharedBases | None = None) -> BlockFactors:
+        """The factors of all experts of a block.
+
+        Args:
+            context: The block.
+            shared: The bases of its experts, which then have their neurons in the bases' order.
+        """
+        sample = context.sample() if self.whiten else None
+        experts = []
+        for index in range(context.experts.num_experts):
+            tokens = None if sample is None else sample.of_expert(index)
+            base, neurons = (None, None) if shared is None else shared.of_expert(index)
+            single = single_expert(context.experts, index)
+            try:
+                experts.append(factorize_expert(single, tokens, self._rank_of, self._rows, base, neurons))
+            except ValueError as error:
+                raise ValueError(f"Expert {index} of {context.info.name} cannot be factorized. {error}") from error
+        if shared is None:
+            return BlockFactors(tuple(experts))
+        return BlockFactors(tuple(experts), shared.labels_E, shared.matrices)
+
+    def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
+        """Exact for a rank or a ratio; for an energy the bounds, with the numbers of the upper one."""
+        if not self.selects(model, block):
+            return before
+        least, most, indices = self._numbers(block)
+        dense, biases = block.expert_multiply_adds, block.expert_parameters - block.expert_multiply_adds
+        experts = before.experts
+        if self.base is None:
+            return replace(
+                before,
+                parameters=experts * (most + biases),
+                multiply_adds=(before.active[0] * least, before.active[1] * most),
+                indices=experts * indices,
+                stock=False,
+            )
+        kept, selected = before.original_experts, block.top_k
+        return replace(
+            before,
+            experts=kept,
+            parameters=experts * dense + kept * (most + biases),
+            active=(selected, selected),
+            multiply_adds=(dense + selected * least, min(selected, experts) * dense + selected * most),
+            indices=kept * indices,
+            routing=None,
+            stock=False,
+        )
+
+    def _numbers(self, block: BlockInfo) -> tuple[float, float, float]:
+        """The fewest and the most numbers that one expert's matrices store, and its indices of sparse rows."""
+        matrices = round(block.expert_multiply_adds / (block.intermediate_size * block.hidden_size))
+        shapes = [(block.intermediate_size, block.hidden_size)] * (matrices - 1)
+        shapes.append((block.hidden_size, block.intermediate_size))
+        factored, indices = 0, 0
+        for shape in shapes:
+            rank = self._unless_larger(shape, RANK_STEP) if self.energy is not None else self._rank(shape)
+            rows = 0 if rank is None else self._rows(shape[0])
+            factored += shape[0] * shape[1] if rank is None else rank * sum(shape) + rows * shape[1]
+            indices += rows
+        if self.energy is not None:
+            return factored, block.expert_multiply_adds, 0.0
+        return factored, factored, indices
+
+    def _rank(self, shape: tuple[int, int]) -> int | None:
+        if self.rank_ratio is not None:
+            return self._unless_larger(shape, rank_from_ratio(shape, self.rank_ratio))
+        assert self.rank is not None
+        return rank_from_number(shape, self.rank, lowest=1 if self.base is None else 0)
+
+    def _rank_of(self, spectrum: Spectrum) -> int | None:
+        if self.energy is not None:
+            rank = rank_from_energy(spectrum.shape, spectrum.singular_values, self.energy)
+            return self._unless_larger(spectrum.shape, rank)
+        return self._rank(spectrum.shape)
+
+    def _unless_larger(self, shape: tuple[int, int], rank: int | None) -> int | None:
+        """The rank, None where factors and sparse rows together are no smaller than the matrix: it then stays dense."""
+        if rank is None:
+            return None
+        numbers = rank * sum(shape) + self._rows(shape[0]) * (shape[1] + 1)
+        return rank if numbers < shape[0] * shape[1] else None
+
+    def _rows(self, outputs: int) -> int:
+        return 0 if self.density is None else rows_from_density(outputs, self.density)
+
+
+def _shared_bases(experts: ExpertTensors, plan: BlockPlan) -> SharedBases:
+    merged = merged_experts(experts, plan)
+    matrices = {name: getattr(merged, name) for name in PROJECTIONS}
+    stacked = {name: torch.stack(list(values)) for name, values in matrices.items() if values is not None}
+    return SharedBases(plan.labels_E, stacked, plan.permutations_EI)

@@ -1,0 +1,174 @@
+"""Expert merging: a similarity, a grouping, a weighting and router rows, each chosen by name.
+
+M-SMoE is one combination of them: align neurons, group experts by routing policy, merge weighted by frequency ("Merge,
+Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy", Li et al., ICLR 2024, arXiv:2310.01334,
+section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from optimum_moe.algorithms.alignment import align_experts
+from optimum_moe.algorithms.grouping import adaptive_dominants
+from optimum_moe.algorithms.merging import merge_weights
+from optimum_moe.model_info import ModelInfo
+from optimum_moe.plan import BlockPlan, Routing, keep_all
+from optimum_moe.settings import choose_one
+from optimum_moe.stages.base import register_stage
+from optimum_moe.stages.context import BlockContext
+from optimum_moe.stages.counted import CountedStage
+from optimum_moe.stages.counts import selected_blocks
+from optimum_moe.stages.merge_choices import GROUPINGS, ROUTER_ROWS, SIMILARITIES, WEIGHTINGS, Groups
+from optimum_moe.statistics import Statistics
+
+
+@register_stage
+@dataclass(frozen=True)
+class ExpertMerging(CountedStage):
+    """Merge experts: similarity x grouping x weighting x router rows. The defaults are those of M-SMoE.
+
+    Args:
+        num_experts: Experts that remain in each block (the average, with an adaptive allocation). Exactly one of this,
+            `keep_ratio` and `target_size`.
+        keep_ratio: Share of experts that remain, in (0, 1] or as `"50%"`; rounds up.
+        target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
+            what they are.
+        allocation: `"uniform"`, or `"adaptive"`: dominant experts are the most frequent of the whole model, each
+            block's largest frequency counting as 1.
+        similarity: What makes experts similar: `"router_logits"` over calibration tokens (the paper),
+            `"router_weights"`, `"expert_weights"`, or a name that `register_similarity` was given.
+        grouping: `"routing"` joins each expert to the most similar dominant one; `"random"` is a baseline; or a name
+            that `register_grouping` was given.
+        weighting: `"frequency"` or `"uniform"` weights in the merge, or a name that `register_weighting` was given.
+        align: Permute each expert's neurons to its group's dominant expert before merging.
+        routing: `"map"` keeps the router and maps its ids (the paper; needs this package to load), `"reduce"`
+            shrinks the router, which gives a plain checkpoint.
+        router_rows: Row of a merged expert under `"reduce"`: that of its `"dominant"` expert or the frequency-weighted
+            `"mean"`, or rows that were fitted to how the original router shared its weight (`"fit"`, the default), or
+            a name that `register_router_rows` was given.
+        layers: Positions of the MoE blocks to cut, None for all.
+        protect: Patterns of block names that stay as they are, for example `["*.layers.0.*"]`.
+
+    Raises:
+        ValueError: If a setting is unknown or out of range.
+    """
+
+    name: ClassVar[str] = "expert-merging"
+
+    allocation: Literal["uniform", "adaptive"] = "uniform"
+    similarity: str = "router_logits"
+    grouping: str = "routing"
+    weighting: str = "frequency"
+    align: bool = True
+    routing: Routing = "map"
+    router_rows: str = "fit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose_one("allocation", self.allocation, ("uniform", "adaptive"))
+        choose_one("routing", self.routing, ("map", "reduce"))
+        for choice, chosen in self._choices:
+            choice[chosen]
+
+    @property
+    def _choices(self) -> tuple[tuple[Any, str], ...]:
+        return (
+            (SIMILARITIES, self.similarity),
+            (GROUPINGS, self.grouping),
+            (WEIGHTINGS, self.weighting),
+            (ROUTER_ROWS, self.router_rows),
+        )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Frequencies, which say the dominant expert of each group, and what the chosen functions read."""
+        used = [choice[chosen] for choice, chosen in self._choices if choice is not ROUTER_ROWS or self._reduces]
+        return frozenset({"frequency"}).union(*(function.observations for function in used))
+
+    @property
+    def _reduces(self) -> bool:
+        return self.routing == "reduce"
+
+    @property
+    def is_adaptive(self) -> bool:
+        """With the paper's global ranking."""
+        return self.allocation == "adaptive"
+
+    def counts(self, model: ModelInfo) -> dict[str, int]:
+        """See `CountedStage.counts`."""
+        chosen = selected_blocks(model, self.layers, self.protect)
+        grouped = [block.name for block in chosen if block.router_groups > 1]
+        if self.is_adaptive and self._reduces and grouped:
+            raise ValueError(
+                f'allocation="adaptive" with routing="reduce" cannot keep router groups equal in {grouped[0]}. '
+                'Use allocation="uniform" or routing="map".'
+            )
+        return super().counts(model)
+
+    def allocate(self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, Any]) -> dict[str, int]:
+        """Uniform counts, or the adaptive ones of the paper ("globally group")."""
+        counts = self.counts(model)
+        if not self.is_adaptive:
+            return counts
+        assert statistics is not None
+        chosen = selected_blocks(model, self.layers, self.protect)
+        frequencies = [statistics.blocks[block.name].frequency_E for block in chosen]
+        total = sum(counts[block.name] for block in chosen)
+        floor = max(block.top_k for block in chosen) if self._reduces else 1
+        dominants = adaptive_dominants(frequencies, total, floor=floor)
+        return counts | {block.name: len(d) for block, d in zip(chosen, dominants, strict=True)}
+
+    def decide(self, context: BlockContext, allocated: int) -> BlockPlan:
+        """Group, weigh and align the experts of one block."""
+        info = context.info
+        if allocated == info.num_experts:
+            return keep_all(info.name, allocated, self.routing)
+        labels_E, dominants_G = self._groups(context, allocated)
+        grouped = {"labels_E": labels_E, "dominants_G": dominants_G}
+        weights_E = WEIGHTINGS[self.weighting](context, **grouped)
+        rows = ROUTER_ROWS[self.router_rows](context, **grouped) if self._reduces else None
+        return BlockPlan(
+            name=info.name,
+            labels_E=tuple(labels_E.tolist()),
+            dominants_G=dominants_G,
+            routing=self.routing,
+            merge_weights_E=merge_weights(weights_E, labels_E, allocated),
+            permutations_EI=align_experts(context.experts, labels_E, dominants_G) if self.align else None,
+            router_weights_E=None if rows is None else rows.weights_E,
+            router_fit=None if rows is None else rows.fit,
+        )
+
+    def _groups(self, context: BlockContext, count: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Labels and dominant experts, groups numbered by ascending dominant expert."""
+        rank_E = context.rank(context.observed().token_count_E)
+        found: Groups = GROUPINGS[self.grouping](
+            context,
+            similarity=lambda: SIMILARITIES[self.similarity](context),
+            rank_E=rank_E,
+            num_groups=count,
+            router_groups=context.info.router_groups if self._reduces else 1,
+        )
+        labels_E, dominants = found.labels_E, found.dominants
+        if dominants is None:
+            members = [(labels_E == group).nonzero()[:, 0] for group in range(count)]
+            dominants = tuple(int(m[rank_E[m].argmax()]) for m in members)
+        order = sorted(range(count), key=lambda group: dominants[group])
+        renumber_G = torch.empty(count, dtype=torch.int64)
+        renumber_G[order] = torch.arange(count)
+        return renumber_G[labels_E], tuple(dominants[group] for group in order)
+
+
+@register_stage
+@dataclass(frozen=True)
+class MSMoE(ExpertMerging):
+    """Merge experts into the most frequently used ones, grouped by routing policy (arXiv:2310.01334, section 3.2).
+
+    Takes the settings of `ExpertMerging`.
+    """
+
+    name: ClassVar[str] = "m-smoe"
