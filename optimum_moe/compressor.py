@@ -34,7 +34,7 @@ from optimum_moe.reporting import description
 from optimum_moe.reporting.preview import Cost, Preview
 from optimum_moe.settings import choose_one
 from optimum_moe.stages import Stage
-from optimum_moe.statistics import Statistics
+from optimum_moe.statistics import OBSERVATIONS, Statistics
 
 
 class MoECompressor:
@@ -184,7 +184,9 @@ class MoECompressor:
         return description.expected_preview(self.source, self.recipe, self.mtp)
 
     def calibrate(self) -> Statistics:
-        """Observe the model on the calibration data; the result serves other methods and ratios too.
+        """Observe everything on the calibration data, so that the result serves other recipes too.
+
+        Gradients are observed where the recipe reads them. `apply()` alone observes only what the recipe reads.
 
         Raises:
             ValueError: If there are no calibration data, or they do not fit the model.
@@ -195,10 +197,10 @@ class MoECompressor:
     def _observe(self, batches: CalibrationBatches) -> Statistics:
         if self.streaming is not None:
             with StreamingJob(self.source, None, {}, self.streaming) as job:
-                self.statistics = self._run(job.store, batches, job.keep).observe()
+                self.statistics = self._run(job.store, batches, job.keep).observe(tuple(OBSERVATIONS))
         else:
             store = MemoryStore(self._loaded(), self.source.blocks)
-            self.statistics = replace(self._run(store, batches), propagate=False).observe()
+            self.statistics = replace(self._run(store, batches), propagate=False).observe(tuple(OBSERVATIONS))
         return self.statistics
 
     def _batches(self) -> CalibrationBatches:

@@ -71,21 +71,28 @@ class BlockStatistics:
         router_gram_EE: Sum over tokens of l l^T, l the router logits before any scoring.
         router_sum_E: Sum of the logits.
         reservoir: Sample of tokens.
+
+    What no stage asked for is None.
     """
 
     num_tokens: int
+    reservoir: Reservoir
     token_count_E: torch.Tensor
-    gate_sum_E: torch.Tensor
     output_norm_sum_E: torch.Tensor
     output_sq_sum_E: torch.Tensor
     gated_norm_sum_E: torch.Tensor
     gated_sq_sum_E: torch.Tensor
-    input_sq_EH: torch.Tensor
-    hidden_sq_EI: torch.Tensor
-    coactivation_EE: torch.Tensor
-    router_gram_EE: torch.Tensor
-    router_sum_E: torch.Tensor
-    reservoir: Reservoir
+    gate_sum_E: torch.Tensor | None = None
+    input_sq_EH: torch.Tensor | None = None
+    hidden_sq_EI: torch.Tensor | None = None
+    coactivation_EE: torch.Tensor | None = None
+    router_gram_EE: torch.Tensor | None = None
+    router_sum_E: torch.Tensor | None = None
+
+    @property
+    def sums(self) -> list[str]:
+        """Names of the fields that were observed, without the sample."""
+        return [name for name in _SUMS if getattr(self, name) is not None]
 
     @property
     def num_experts(self) -> int:
@@ -104,17 +111,20 @@ class BlockStatistics:
 
     def broken(self, gradients: bool) -> str | None:
         """Which gradients, or which sums, are NaN or infinite, the first on the way through the block; or None."""
+        sums: dict[str, torch.Tensor | None]
         if gradients:
             sums = {"gradients of the loss": self._gradient_sum_E}
         else:
             sums = {
-                "inputs": self.input_sq_EH.sum(-1),
+                "inputs": None if self.input_sq_EH is None else self.input_sq_EH.sum(-1),
                 "router logits": self.router_sum_E,
-                "hidden neurons": self.hidden_sq_EI.sum(-1),
+                "hidden neurons": None if self.hidden_sq_EI is None else self.hidden_sq_EI.sum(-1),
                 "outputs": self.output_sq_sum_E,
                 "routing weights": self.gated_sq_sum_E,
             }
         for what, sum_E in sums.items():
+            if sum_E is None:
+                continue
             experts = (~sum_E.isfinite()).nonzero()[:, 0].tolist()
             if experts:
                 more = ", ..." if len(experts) > 5 else ""
@@ -231,12 +241,13 @@ class Statistics:
                     f"{len(num_experts)}. Observe the model again with calibrate()."
                 )
             block = self.blocks[name]
-            lacking = [field for field in _SUMS if not isinstance(getattr(block, field), torch.Tensor)]
+            wanted = [field for need in sorted(needs) for field in OBSERVATIONS[need]]
+            lacking = [field for field in wanted if getattr(block, field) is None]
             if lacking or block.num_experts != experts:
                 found = f"no {', '.join(lacking)}" if lacking else f"{block.num_experts} experts"
                 raise ValueError(
-                    f"The statistics of {name} have {found}, and its {experts} experts need all fields of "
-                    "BlockStatistics. Observe the model again with calibrate()."
+                    f"The statistics of {name} have {found}, and the recipe reads {', '.join(wanted)} of its {experts} "
+                    "experts. Observe the model again with calibrate()."
                 )
             if "sample" in needs and block.num_tokens and not len(block.reservoir.index_SK):
                 raise ValueError(NO_SAMPLE)
@@ -249,7 +260,10 @@ class Statistics:
             "calibration": dict(self.calibration),
             "source": dict(self.source),
             "unseen": self.unseen,
-            "blocks": [{"name": name, "num_tokens": block.num_tokens} for name, block in self.blocks.items()],
+            "blocks": [
+                {"name": name, "num_tokens": block.num_tokens, "sums": block.sums}
+                for name, block in self.blocks.items()
+            ],
         }
         write_record(directory, STATISTICS_NAME, record, self._tensors())
 
@@ -261,7 +275,7 @@ class Statistics:
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for index, block in enumerate(self.blocks.values()):
-            tensors |= {f"{index}.{name}": getattr(block, name) for name in _SUMS}
+            tensors |= {f"{index}.{name}": getattr(block, name) for name in block.sums}
             # safetensors refuses shared storage, and the two inputs are one tensor in most architectures.
             shared = block.reservoir.router_input_SH is block.reservoir.experts_input_SH
             names = [name for name in _RESERVOIR if not (shared and name == "experts_input_SH")]
@@ -286,7 +300,7 @@ class Statistics:
                 blocks[entry["name"]] = BlockStatistics(
                     num_tokens=entry["num_tokens"],
                     reservoir=Reservoir(**sample),
-                    **{name: tensors[f"{index}.{name}"] for name in _SUMS},
+                    **{name: tensors[f"{index}.{name}"] for name in entry["sums"]},
                 )
             return cls(blocks, record["calibration"], record["source"], record["unseen"])
         except (KeyError, TypeError) as error:

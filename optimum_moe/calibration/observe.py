@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.gradients import differentiable, gives_logits, sampled_loss
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.recorder import BlockRecorder
-from optimum_moe.statistics import BlockStatistics, Statistics
+from optimum_moe.statistics import OBSERVATIONS, BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
 
 
@@ -31,6 +31,7 @@ def observe(
     source: Mapping[str, Any] | None = None,
     progress: bool = True,
     draws: int = 0,
+    needs: Collection[str] = tuple(OBSERVATIONS),
 ) -> Statistics:
     """Forward every batch once, with a recorder behind every block.
 
@@ -43,6 +44,7 @@ def observe(
         progress: Show a progress bar.
         draws: Also go back so many times from the loss of every batch, with labels drawn from the model's predictions,
             and sample the gradients at the experts' outputs.
+        needs: Names of what is to be observed, see `OBSERVATIONS`; default everything.
 
     Returns:
         Statistics of all blocks. Experts that no token reached are warned about (or raise, see `unseen`).
@@ -56,9 +58,10 @@ def observe(
             found.info.num_experts,
             found.info.intermediate_size,
             found.info.hidden_size,
-            config.sampled_tokens,
-            config.random_seed,
-            draws,
+            needs=needs,
+            reservoir_tokens=config.sampled_tokens,
+            seed=config.random_seed,
+            draws=draws,
         )
         for found in blocks
     }

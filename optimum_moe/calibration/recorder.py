@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
-from optimum_moe.statistics import BlockStatistics, Reservoir
+from optimum_moe.calibration.collectors import BlockSizes, Collector, ExpertCall, make_collectors
+from optimum_moe.statistics import OBSERVATIONS, BlockStatistics, Reservoir
 
 
 class BlockRecorder:
@@ -14,6 +17,7 @@ class BlockRecorder:
         num_experts: E.
         intermediate_size: I.
         hidden_size: H.
+        needs: Names of what is to be observed, see `OBSERVATIONS`; default everything.
         reservoir_tokens: Size of the sample of tokens.
         seed: Seed of the sample; equal seeds pick the same tokens in every block.
         draws: Backward passes (J) that follow every forward pass, whose gradients are sampled too.
@@ -24,25 +28,17 @@ class BlockRecorder:
         num_experts: int,
         intermediate_size: int,
         hidden_size: int,
+        needs: Collection[str] = tuple(OBSERVATIONS),
         reservoir_tokens: int = 4096,
         seed: int = 0,
         draws: int = 0,
     ) -> None:
         self.num_experts = num_experts
         self.num_tokens = 0
+        self._collectors = make_collectors(BlockSizes(num_experts, intermediate_size, hidden_size), needs)
         self._mask_T: torch.Tensor | None = None
         self._valid_T = torch.empty(0, dtype=torch.bool)
         self._router_input_TH = torch.empty(0)
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float64)
-
-        e = num_experts
-        self.token_count_E, self.gate_sum_E = zeros(e), zeros(e)
-        self.output_norm_sum_E, self.output_sq_sum_E = zeros(e), zeros(e)
-        self.gated_norm_sum_E, self.gated_sq_sum_E = zeros(e), zeros(e)
-        self.input_sq_EH, self.hidden_sq_EI = zeros(e, hidden_size), zeros(e, intermediate_size)
-        self.coactivation_EE, self.router_gram_EE, self.router_sum_E = zeros(e, e), zeros(e, e), zeros(e)
         self._sample = _Sample(reservoir_tokens, seed)
         self._draws = draws
         self._waiting: tuple[torch.Tensor | None, ...] | None = None
@@ -54,12 +50,13 @@ class BlockRecorder:
         self._mask_T = mask_T
 
     def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
-        """Accumulate the Gram matrix of the logits."""
-        valid_T = self._valid(len(logits_TE), logits_TE.device)
-        logits = logits_TE.detach()[valid_T].double().cpu()
-        self.router_gram_EE += logits.T @ logits
-        self.router_sum_E += logits.sum(0)
+        """Take the router's logits and inputs of one call."""
         self._router_input_TH = input_TH.detach()
+        collectors = self._that_take("router")
+        if collectors:
+            logits = logits_TE.detach()[self._valid(len(logits_TE), logits_TE.device)].double().cpu()
+            for collector in collectors:
+                collector.router(logits)
 
     def begin(self, input_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """Count selections of one call and sample its tokens."""
@@ -67,10 +64,12 @@ class BlockRecorder:
         index, weights = index_TK[valid_T].cpu(), weights_TK.detach()[valid_T].cpu()
         self.num_tokens += len(index)
         counts = (index < self.num_experts) & (weights != 0)
-        chosen_TE = torch.zeros(len(index), self.num_experts + 1, dtype=torch.float64)
-        chosen_TE.scatter_(1, index.masked_fill(~counts, self.num_experts).long(), 1.0)
-        chosen_TE = chosen_TE[:, : self.num_experts]
-        self.coactivation_EE += chosen_TE.T @ chosen_TE
+        collectors = self._that_take("choices")
+        if collectors:
+            chosen_TE = torch.zeros(len(index), self.num_experts + 1, dtype=torch.float64)
+            chosen_TE.scatter_(1, index.masked_fill(~counts, self.num_experts).long(), 1.0)
+            for collector in collectors:
+                collector.choices(chosen_TE[:, : self.num_experts])
         router_input_TH = self._router_input_TH
         same = router_input_TH.data_ptr() == input_TH.data_ptr() or torch.equal(router_input_TH, input_TH)
         index = index.masked_fill(~counts, self.num_experts)
@@ -110,33 +109,29 @@ class BlockRecorder:
     ) -> None:
         """Add one expert's routed tokens to its sums."""
         keep_P = self._valid_T[token_P] & (weight_P != 0)
-        gate_P = weight_P[keep_P].double()
-        norm_P = output_PH[keep_P].float().norm(dim=-1).double()
-        self.token_count_E[expert] += len(gate_P)
-        self.gate_sum_E[expert] += gate_P.sum().cpu()
-        self.output_norm_sum_E[expert] += norm_P.sum().cpu()
-        self.output_sq_sum_E[expert] += norm_P.square().sum().cpu()
-        self.gated_norm_sum_E[expert] += (gate_P * norm_P).sum().cpu()
-        self.gated_sq_sum_E[expert] += (gate_P * norm_P).square().sum().cpu()
-        self.input_sq_EH[expert] += input_PH[keep_P].float().square().sum(0, dtype=torch.float64).cpu()
-        self.hidden_sq_EI[expert] += hidden_PI[keep_P].float().square().sum(0, dtype=torch.float64).cpu()
+        call = ExpertCall(
+            keep_P=keep_P,
+            gate_P=weight_P[keep_P].double(),
+            norm_P=output_PH[keep_P].float().norm(dim=-1).double(),
+            all_input_PH=input_PH,
+            all_hidden_PI=hidden_PI,
+        )
+        for collector in self._collectors:
+            collector.expert(expert, call)
+
+    def _that_take(self, what: str) -> list[Collector]:
+        """The collectors that have a method of their own for a part of a call."""
+        return [found for found in self._collectors if getattr(type(found), what) is not getattr(Collector, what)]
 
     def statistics(self) -> BlockStatistics:
         """What was accumulated so far."""
         self._sample_waiting()
+        fields: dict[str, torch.Tensor] = {}
+        for collector in self._collectors:
+            fields |= collector.fields()
         return BlockStatistics(
             num_tokens=self.num_tokens,
-            token_count_E=self.token_count_E,
-            gate_sum_E=self.gate_sum_E,
-            output_norm_sum_E=self.output_norm_sum_E,
-            output_sq_sum_E=self.output_sq_sum_E,
-            gated_norm_sum_E=self.gated_norm_sum_E,
-            gated_sq_sum_E=self.gated_sq_sum_E,
-            input_sq_EH=self.input_sq_EH,
-            hidden_sq_EI=self.hidden_sq_EI,
-            coactivation_EE=self.coactivation_EE,
-            router_gram_EE=self.router_gram_EE,
-            router_sum_E=self.router_sum_E,
+            **fields,
             # Zeros everywhere would say that nothing matters; that no gradient came says nothing.
             reservoir=self._sample.reservoir(with_gradients=self._reached),
         )

@@ -18,7 +18,7 @@ from optimum_moe.engine.layers import Layer, other_layers
 from optimum_moe.engine.lockstep import Lockstep, Runner
 from optimum_moe.engine.progress import LayerReport, Progress
 from optimum_moe.engine.store import Observed, Store
-from optimum_moe.statistics import BlockStatistics
+from optimum_moe.statistics import OBSERVATIONS, BlockStatistics
 
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 """Arguments and output of one call of a block."""
@@ -57,6 +57,7 @@ class LayerwiseRun:
         pending: Names of the layers to observe.
         propagate: Observe each layer behind those that the handler changed.
         keep: What to do with the output of a layer while it waits.
+        needs: Names of what is to be observed, see `OBSERVATIONS`; default everything.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class LayerwiseRun:
         pending: Collection[str],
         propagate: bool = False,
         keep: Keep = as_it_is,
+        needs: Collection[str] = tuple(OBSERVATIONS),
     ) -> None:
         self.store, self.batches, self.config, self.handler = store, batches, config, handler
-        self.pending, self.propagate, self.keep = set(pending), propagate, keep
+        self.pending, self.propagate, self.keep, self.needs = set(pending), propagate, keep, needs
         self._layers = {layer.name: layer for layer in store.layers if not layer.tensors}
         self._in_text = text_blocks(store.model, store.blocks)
         self._seen: set[str] = set()
@@ -167,6 +169,7 @@ class LayerwiseRun:
                 found.info.num_experts,
                 found.info.intermediate_size,
                 found.info.hidden_size,
+                needs=self.needs,
                 reservoir_tokens=self.config.sampled_tokens,
                 seed=self.config.random_seed,
             )

@@ -116,8 +116,12 @@ class Run:
     has_cut: bool = field(default=False, init=False)
     """Whether any block was cut, so that the model is no longer what it was."""
 
-    def observe(self) -> Statistics:
-        """Only observe: in whole passes where the store holds all layers, else layer by layer."""
+    def observe(self, needs: Collection[str]) -> Statistics:
+        """Only observe: in whole passes where the store holds all layers, else layer by layer.
+
+        Args:
+            needs: Names of what is to be observed, see `OBSERVATIONS`.
+        """
         assert self.batches is not None
         assert self.config is not None
         if self.store.holds_all and not self.propagate:
@@ -129,11 +133,12 @@ class Run:
                 source=self.identity,
                 progress=self.progress,
                 draws=self.recipe.gradient_draws,
+                needs=needs,
             )
         kept = KeptStatistics(self.store, "statistics")
         pending = {layer.name for layer in self.store.layers if layer.blocks and not kept.has(layer)}
         if pending:
-            self._pass(_Remember(kept), pending, "calibrate")
+            self._pass(_Remember(kept), pending, "calibrate", needs)
         return self._finished(kept)
 
     def decide(self, statistics: Statistics | None) -> tuple[CompressionPlan, Statistics | None]:
@@ -152,7 +157,7 @@ class Run:
         observing = statistics is None and bool(self.recipe.needs)
         # A store that holds all layers observes them in one pass; another one cuts each layer on the way where it can.
         if observing and (self.recipe.is_adaptive or (self.store.holds_all and not self.propagate)):
-            statistics = self.observe()
+            statistics = self.observe(self.recipe.needs)
         on_the_way = observing and (self.propagate or statistics is None)
         unseen = self.config.unseen if observing and self.config is not None else "warn"
         unseen = unseen if statistics is None else statistics.unseen
@@ -168,7 +173,7 @@ class Run:
         kept = KeptStatistics(self.store, "layer")
         pending = {layer.name for layer in self.store.layers if layer.blocks and not self.store.is_finished(layer)}
         if pending:
-            self._pass(_Cut(self, decider, kept), pending, self.recipe.name)
+            self._pass(_Cut(self, decider, kept), pending, self.recipe.name, self.recipe.needs)
         self._cut_all(decider, None, "write", show=False)
         statistics = self._finished(kept)
         return self._plan(statistics), statistics
@@ -245,7 +250,7 @@ class Run:
                     return
         raise ValueError(unreached_report(missing, len(wanted)))
 
-    def _pass(self, handler: _Remember | _Cut, pending: set[str], what: str) -> None:
+    def _pass(self, handler: _Remember | _Cut, pending: set[str], what: str, needs: Collection[str]) -> None:
         assert self.batches is not None
         assert self.config is not None
         layers = [layer for layer in self.store.layers if not layer.tensors]
@@ -257,6 +262,7 @@ class Run:
             pending,
             propagate=self.propagate and isinstance(handler, _Cut),
             keep=self.keep,
+            needs=needs,
         )
         with Progress(len(layers), what, self.progress, self.lines) as shown:
             run.run(shown)

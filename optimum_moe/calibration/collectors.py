@@ -1,0 +1,183 @@
+"""What can be observed of an MoE block, one small class each; a run makes only those that a stage asks for.
+
+All sums are float64 on the CPU; padding never counts. Shape letters as in `BlockStatistics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from optimum_moe.statistics import OBSERVATIONS
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Sizes of a block: E experts of I neurons each, on a residual stream of width H."""
+
+    num_experts: int
+    intermediate_size: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertCall:
+    """One expert on its routed tokens.
+
+    Args:
+        keep_P: (P,) which of the tokens count.
+        gate_P: float64 routing weights of those that count.
+        norm_P: float64 norms of their outputs.
+        all_input_PH: (P, H).
+        all_hidden_PI: (P, I) hidden neurons.
+    """
+
+    keep_P: torch.Tensor
+    gate_P: torch.Tensor
+    norm_P: torch.Tensor
+    all_input_PH: torch.Tensor
+    all_hidden_PI: torch.Tensor
+
+    @property
+    def input_PH(self) -> torch.Tensor:
+        """Inputs of the tokens that count."""
+        return self.all_input_PH[self.keep_P]
+
+    @property
+    def hidden_PI(self) -> torch.Tensor:
+        """Hidden neurons of the tokens that count."""
+        return self.all_hidden_PI[self.keep_P]
+
+
+class Collector:
+    """Sums up one observation over all calls of a block; its attributes are the fields of `BlockStatistics`."""
+
+    name: ClassVar[str]
+
+    def router(self, logits_TE: torch.Tensor) -> None:
+        """Take the float64 router logits of the tokens of a call."""
+
+    def choices(self, chosen_TE: torch.Tensor) -> None:
+        """Take the selections of a call: 1 for each selected expert, else 0, float64."""
+
+    def expert(self, expert: int, call: ExpertCall) -> None:
+        """Take one expert's tokens."""
+
+    def fields(self) -> dict[str, torch.Tensor]:
+        """What was summed up, by field."""
+        return {field: getattr(self, field) for field in OBSERVATIONS[self.name]}
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+class Frequency(Collector):
+    """How many tokens each expert got."""
+
+    name = "frequency"
+
+    def __init__(self, sizes: BlockSizes) -> None:
+        self.token_count_E = _zeros(sizes.num_experts)
+
+    def expert(self, expert: int, call: ExpertCall) -> None:
+        """See `Collector.expert`."""
+        self.token_count_E[expert] += len(call.gate_P)
+
+
+class RoutingWeights(Collector):
+    """Sums of routing weights."""
+
+    name = "routing_weights"
+
+    def __init__(self, sizes: BlockSizes) -> None:
+        self.gate_sum_E = _zeros(sizes.num_experts)
+
+    def expert(self, expert: int, call: ExpertCall) -> None:
+        """See `Collector.expert`."""
+        self.gate_sum_E[expert] += call.gate_P.sum().cpu()
+
+
+class Outputs(Collector):
+    """Sums of output norms, plain and weighted."""
+
+    name = "outputs"
+
+    def __init__(self, sizes: BlockSizes) -> None:
+        self.output_norm_sum_E, self.output_sq_sum_E = _zeros(sizes.num_experts), _zeros(sizes.num_experts)
+        self.gated_norm_sum_E, self.gated_sq_sum_E = _zeros(sizes.num_experts), _zeros(sizes.num_experts)
+
+    def expert(self, expert: int, call: ExpertCall) -> None:
+        """See `Collector.expert`."""
+        gate_P, norm_P = call.gate_P, call.norm_P
+        self.output_norm_sum_E[expert] += norm_P.sum().cpu()
+        self.output_sq_sum_E[expert] += norm_P.square().sum().cpu()
+        self.gated_norm_sum_E[expert] += (gate_P * norm_P).sum().cpu()
+        self.gated_sq_sum_E[expert] += (gate_P * norm_P).square().sum().cpu()
+
+
+class Inputs(Collector):
+    """Sums of squares of each input channel."""
+
+    name = "inputs"
+
+    def __init__(self, sizes: BlockSizes) -> None:
+        self.input_sq_EH = _zeros(sizes.num_experts, sizes.hidden_size)
+
+    def expert(self, expert: int, call: ExpertCall) -> None:
+        """See `Collector.expert`."""
+        self.input_sq_EH[expert] += call.input_PH.float().square().sum(0, dtype=torch.float64).cpu()
+
+
+class Neurons(Collector):
+    """Sums of squares of each hidden neuron."""
+
+    name = "neurons"
+
+    def __init__(self, sizes: BlockSizes) -> None:
+        self.hidden_sq_EI = _zeros(sizes.num_experts, sizes.intermediate_size)
+
+    def expert(self, expert: int, call: ExpertCall) -> None:
+        """See `Collector.expert`."""
+        self.hidden_sq_EI[expert] += call.hidden_PI.float().square().sum(0, dtype=torch.float64).cpu()
+
+
+class Coactivation(Collector):
+    """How often two experts are selected for the same token."""
+
+    name = "coactivation"
+
+    def __init__(self, sizes: BlockSizes) -> None:
+        self.coactivation_EE = _zeros(sizes.num_experts, sizes.num_experts)
+
+    def choices(self, chosen_TE: torch.Tensor) -> None:
+        """See `Collector.choices`."""
+        self.coactivation_EE += chosen_TE.T @ chosen_TE
+
+
+class RouterLogits(Collector):
+    """Gram matrix and sum of the router logits."""
+
+    name = "router_logits"
+
+    def __init__(self, sizes: BlockSizes) -> None:
+        self.router_gram_EE = _zeros(sizes.num_experts, sizes.num_experts)
+        self.router_sum_E = _zeros(sizes.num_experts)
+
+    def router(self, logits_TE: torch.Tensor) -> None:
+        """See `Collector.router`."""
+        self.router_gram_EE += logits_TE.T @ logits_TE
+        self.router_sum_E += logits_TE.sum(0)
+
+
+_COLLECTORS = (Frequency, RoutingWeights, Outputs, Inputs, Neurons, Coactivation, RouterLogits)
+_ALWAYS = frozenset({"frequency", "outputs"})
+"""Without these nobody would notice experts without tokens, or activations that overflow."""
+
+
+def make_collectors(sizes: BlockSizes, needs: Collection[str]) -> list[Collector]:
+    """A collector for each observation that is asked for, and those that every run needs."""
+    return [collector(sizes) for collector in _COLLECTORS if collector.name in _ALWAYS.union(needs)]
