@@ -125,7 +125,9 @@ def digests(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
         for name, checkpoint, method, data in runs(*chosen, folder):
             output = folder / "out"
             compressor = MoECompressor.from_pretrained(
-                *(checkpoint, method, data),
+                checkpoint,
+                method,
+                data,
                 seed=data.seed,
                 engine=name.split("/")[2],
                 output_dir=output,

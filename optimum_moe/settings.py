@@ -60,9 +60,9 @@ def check_seed(value: Any) -> None:
         raise ValueError(f"seed={value} is out of range. Pass an integer of at most {MAX_SEED}.")
 
 
-def nearest(value: Any, known: Iterable[str]) -> str | None:
-    """The known name that a mistyped one resembles most, None where it resembles none."""
-    found = difflib.get_close_matches(str(value), list(known), n=1)
+def nearest(value: Any, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that a mistyped one resembles most; None where no similarity, from 0 to 1, reaches the cutoff."""
+    found = difflib.get_close_matches(str(value), list(known), n=1, cutoff=cutoff)
     return found[0] if found else None
 
 

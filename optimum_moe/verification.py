@@ -113,8 +113,10 @@ def _run(
         )
         add("plan", _plan_failures(work), f"{len(plan.blocks)} blocks")
         original = None if source is None else source.config
-        told = raw, skeleton.config, blocks, plan, original, checkpoint_tensors.tensors, trained
-        add("config", config_failures(*told))
+        failures = config_failures(
+            raw, skeleton.config, blocks, plan, original, tensors=checkpoint_tensors.tensors, saved_again=trained
+        )
+        add("config", failures)
         add("keys", _key_failures(work))
         add("counts", _count_failures(work))
         add("shapes", _shape_failures(work), f"{len(checkpoint_tensors.tensors)} tensors of the model")

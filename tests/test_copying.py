@@ -113,7 +113,9 @@ def test_given_statistics_read_each_tensor_once(
     compressors = {}
     for engine in ("memory", "streaming"):
         compressors[engine] = MoECompressor.from_pretrained(
-            *(checkpoint, method, calibration("qwen3_moe")),
+            checkpoint,
+            method,
+            calibration("qwen3_moe"),
             engine=engine,
             output_dir=tmp_path / engine / "out",
             progress=False,
@@ -177,7 +179,7 @@ def test_a_plan_that_only_keeps_experts(checkpoint: Path, tmp_path: Path, read: 
     whole = compressed(checkpoint, method, None, tmp_path / "whole" / "out", "memory")
     del read[:]
     compressor = MoECompressor.from_pretrained(
-        *(checkpoint, method), engine="streaming", output_dir=tmp_path / "out", progress=False
+        checkpoint, method, engine="streaming", output_dir=tmp_path / "out", progress=False
     )
     streamed = compressor.apply(plan=CompressionPlan.from_pretrained(whole))
     sizes = bytes_by_kind(checkpoint)

@@ -256,7 +256,7 @@ def test_statistics_of_other_data_are_refused(
 ) -> None:
     compressors = [
         MoECompressor.from_pretrained(
-            *(checkpoint, METHOD, data(batches)), engine="streaming", output_dir=tmp_path / "out", progress=False
+            checkpoint, METHOD, data(batches), engine="streaming", output_dir=tmp_path / "out", progress=False
         )
         for batches in (2, 3)
     ]
@@ -368,7 +368,7 @@ def test_a_failed_run_can_be_repeated_by_the_same_compressor(
     checkpoint: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compressor = MoECompressor.from_pretrained(
-        *(checkpoint, METHOD, data()), engine="streaming", output_dir=tmp_path / "out", progress=False
+        checkpoint, METHOD, data(), engine="streaming", output_dir=tmp_path / "out", progress=False
     )
     with monkeypatch.context() as patch:
         stop_at(patch, shards, "put_in_place", 4, OSError(errno.ENOSPC, "No space left on device"))

@@ -140,7 +140,9 @@ def test_given_plan(checkpoints: Any, tmp_path: Path) -> None:
     data = calibration("mixtral")
     whole = compressed(checkpoints("mixtral"), METHODS["map"], data, tmp_path / "a" / "out", "memory")
     compressor = MoECompressor.from_pretrained(
-        *(checkpoints("mixtral"), METHODS["map"], data),
+        checkpoints("mixtral"),
+        METHODS["map"],
+        data,
         engine="streaming",
         output_dir=tmp_path / "b" / "out",
         progress=False,
@@ -393,7 +395,7 @@ def test_lines_say_what_was_done(checkpoints: Any, tmp_path: Path, capsys: pytes
 
 def test_a_compressor_that_streamed_has_nothing_more_to_save(checkpoints: Any, tmp_path: Path) -> None:
     compressor = MoECompressor.from_pretrained(
-        *(checkpoints("qwen3_moe"), METHODS["prune"]), engine="streaming", output_dir=tmp_path / "out", progress=False
+        checkpoints("qwen3_moe"), METHODS["prune"], engine="streaming", output_dir=tmp_path / "out", progress=False
     )
     path = compressor.apply()
     stored = sum(tensor.numel() for tensor in tensors(path).values())

@@ -56,7 +56,7 @@ def put(folder: Path, names: tuple[str, ...]) -> None:
 
 def compressed(original: Any, out: Path, method: Any = DATA_FREE, calibration: Any = None, **settings: Any) -> Path:
     compressor = MoECompressor.from_pretrained(
-        *(original, method, calibration), output_dir=out, progress=False, **settings
+        original, method, calibration, output_dir=out, progress=False, **settings
     )
     return compressor.apply()
 
@@ -204,7 +204,9 @@ def test_the_written_recipe_draws_the_same_sample(original: Path, tmp_path: Path
     """Also where the sample came from statistics, and where it had no limit."""
     method, texts = MSMoE(num_experts=4), documents(4)
     made = MoECompressor.from_pretrained(
-        *(original, method, CalibrationConfig(texts, max_tokens=None, sequence_length=32, packing=False, seed=5)),
+        original,
+        method,
+        CalibrationConfig(texts, max_tokens=None, sequence_length=32, packing=False, seed=5),
         progress=False,
     )
     statistics = made.calibrate()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from optimum_moe.calibration.chats import Chat, is_chat, read_chat
 from optimum_moe.calibration.media import has_media
-from optimum_moe.settings import plain
+from optimum_moe.settings import nearest, plain
 
 TokenRow: TypeAlias = tuple[int, ...]
 """A row that was tokenized before, special tokens and all."""
@@ -77,8 +76,8 @@ class TextSource:
 
 def did_you_mean(word: object, options: Iterable[str], cutoff: float = 0.5) -> str:
     """The tail of an error about an unknown name: "; did you mean 'x'?" with the nearest of `options`, or ""."""
-    matches = difflib.get_close_matches(str(word), list(options), n=1, cutoff=cutoff)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    near = nearest(word, options, cutoff)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def shorten(value: Any) -> str:

@@ -23,8 +23,18 @@ from optimum_moe.nn import SwappedModule, swapped_class
 from optimum_moe.surgeons.guard import as_stored
 
 CARRIED = (
-    *("__init__.py", "arming.py", "blocks.py", "plan.py", "records.py", "algorithms/*.py", "nn/*.py", "surgeons/*.py"),
-    *(f"checkpoint/{name}.py" for name in ("__init__", "quantizer", "lacking", "carried_code", CARRIED_MODULE)),
+    *(
+        "__init__.py",
+        "arming.py",
+        "model_info.py",
+        "plan.py",
+        "records.py",
+        "settings.py",
+        "algorithms/*.py",
+        "nn/*.py",
+        "surgeons/*.py",
+    ),
+    *(f"checkpoint/{name}.py" for name in ("__init__", "quantizer", "missing", "carried_code", CARRIED_MODULE)),
 )
 """What of the package rebuilds a structure and runs it."""
 

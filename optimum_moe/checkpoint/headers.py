@@ -8,8 +8,9 @@ import re
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Headers:
     @property
     def parameters(self) -> int:
         """Numbers stored."""
-        return sum(_numel(shape) for _, shape, _ in self.tensors.values())
+        return sum(prod(shape) for _, shape, _ in self.tensors.values())
 
     @property
     def bytes(self) -> int:
@@ -89,7 +90,7 @@ class Headers:
     def _counts(self) -> Counter[str]:
         counts: Counter[str] = Counter()
         for dtype, shape, _ in self.tensors.values():
-            counts[dtype] += _numel(shape)
+            counts[dtype] += prod(shape)
         return counts
 
 
@@ -284,14 +285,7 @@ def _end_of_tensors(header: Mapping[str, Any]) -> int:
         numbers, dtype = [*entry["shape"], first, last], DTYPES.get(entry["dtype"])
         if any(type(number) is not int or number < 0 for number in numbers) or first != end or last < first:
             raise ValueError("shapes or offsets")
-        if dtype is not None and _numel(entry["shape"]) * dtype.itemsize != last - first:
+        if dtype is not None and prod(entry["shape"]) * dtype.itemsize != last - first:
             raise ValueError("shapes")
         end = last
     return end
-
-
-def _numel(shape: Sequence[int]) -> int:
-    numel = 1
-    for side in shape:
-        numel *= side
-    return numel

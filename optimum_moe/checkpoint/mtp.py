@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +111,7 @@ class MTPLayers:
         assert self.source.headers is not None
         plain = self.source.headers if self.source.quantization is None else unpacked(self.source.headers)
         found = [plain.tensors[name] for name in self.names if name in plain.tensors]
-        numbers = sum(_numel(shape) for _, shape, _ in found)
+        numbers = sum(prod(shape) for _, shape, _ in found)
         if not self.source.as_stored:
             return numbers, int(numbers * self.source.blocks[-1].info.expert_itemsize)
         return numbers, sum(size for _, _, size in found)
@@ -299,7 +300,3 @@ def _kind(name: str) -> str:
     if _NAMED.search(name) is None and layer is not None:
         return f"{layer[0]}*"
     return f"{name[: _NAMED.search(name).end()]}*"  # type: ignore[union-attr]
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())

@@ -5,9 +5,10 @@ Standard library only, so that the command line answers to a mistyped name befor
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
+
+from optimum_moe.settings import nearest
 
 DEFAULT_SPLIT = "train"
 _FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip")
@@ -52,8 +53,8 @@ def _nearest(place: Path) -> str:
         names = [entry.name for entry in place.parent.iterdir() if entry.is_dir()]
     except OSError:
         return f", and neither is {place.parent}."
-    near = difflib.get_close_matches(place.name, names, n=1)
-    return f"; did you mean {str(place.with_name(near[0]))!r}?" if near else "."
+    near = nearest(place.name, names)
+    return f"; did you mean {str(place.with_name(near))!r}?" if near else "."
 
 
 def _how_to_fetch(name: str, place: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,11 @@ def unpacked(headers: Headers, itemsize: int = 2) -> Headers:
             shape = (experts, blocks * packed * 2, rows)
         elif dtype == "I8":
             shape = (*shape[:-1], shape[-1] * 2)
-        tensors[name] = ("BF16", shape, _numel(shape) * itemsize)
+        tensors[name] = ("BF16", shape, prod(shape) * itemsize)
     parts = {part for pair in scaled_parts(headers.tensors).values() for part in pair}
     for name, (dtype, shape, _) in headers.tensors.items():
         if name not in parts and not name.endswith("activation_scale"):
-            tensors[name] = (dtype, shape, _numel(shape) * itemsize)
+            tensors[name] = (dtype, shape, prod(shape) * itemsize)
     return Headers(tensors, headers.files)
 
 
@@ -218,10 +219,3 @@ def _forget(config: PreTrainedConfig) -> None:
     for owner in owning_configs(config):
         if hasattr(owner, "quantization_config"):
             del owner.quantization_config
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for side in shape:
-        numel *= side
-    return numel

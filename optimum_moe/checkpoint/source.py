@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -54,6 +53,7 @@ from optimum_moe.checkpoint.quantized import (
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, ShardReader
 from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
 from optimum_moe.model_info import ModelInfo
+from optimum_moe.settings import nearest
 from optimum_moe.surgeons import FoundBlock, find_blocks
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
@@ -263,7 +263,16 @@ def open_source(
         # A branch may move on before the weights are loaded.
         arguments["revision"] = directory.name
     return ModelSource(
-        *(name, config, skeleton, blocks, info, headers, None, directory, location, arguments, quantization),
+        name,
+        config,
+        skeleton,
+        blocks,
+        info,
+        headers=headers,
+        directory=directory,
+        location=location,
+        load_arguments=arguments,
+        quantization=quantization,
         as_stored=as_stored,
     )
 
@@ -282,8 +291,8 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
-        near = difflib.get_close_matches(str(dtype), ("bfloat16", "float16", "float32", "float64"), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(dtype, ("bfloat16", "float16", "float32", "float64"), cutoff=0.4)
+        hint = f"did you mean {near!r}? " if near else ""
         raise ValueError(f"dtype={dtype!r} is unknown; {hint}Use 'auto' or the name of a torch dtype.")
     return found
 

@@ -290,7 +290,10 @@ def empty_model(source: ModelSource) -> PreTrainedModel:
     adjust: Any = getattr(model, "adjust_generation_fn", None)
     if model.can_generate() and adjust is not None:
         adjust(
-            *(None, False, False, str(source.directory)),
+            None,
+            False,
+            False,
+            str(source.directory),
             trust_remote_code=source.load_arguments.get("trust_remote_code"),
             **_LOCAL,
         )

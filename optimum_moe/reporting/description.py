@@ -28,8 +28,15 @@ REPORT_FILE = "compression_report.json"
 
 def card_facts(source: ModelSource, recipe: Recipe, plan: CompressionPlan, cost: Preview, auto_class: str) -> CardFacts:
     """What the card of a compressed checkpoint is made from, without a folder of the user's."""
-    origin = source.hub_id, inherited_metadata(source.directory)
-    return CardFacts(source.title, auto_class, cost, plan, recipe.as_used(plan).to_yaml(), *origin)
+    return CardFacts(
+        base=source.title,
+        auto_class=auto_class,
+        cost=cost,
+        plan=plan,
+        recipe=recipe.as_used(plan).to_yaml(),
+        hub_id=source.hub_id,
+        inherited=inherited_metadata(source.directory),
+    )
 
 
 def write_description(directory: Path, name: str, facts: CardFacts) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from optimum_moe.model_info import BlockInfo
+from optimum_moe.settings import nearest
 from optimum_moe.surgeons.architecture import ARCHITECTURES, Architecture
 from optimum_moe.surgeons.base import Surgeon
 from optimum_moe.surgeons.dbrx import DbrxSurgeon
@@ -61,8 +61,8 @@ def get_surgeon(name: str) -> Surgeon:
         ValueError: If there is none; names the nearest match.
     """
     if name not in _SURGEONS:
-        near = difflib.get_close_matches(name, _SURGEONS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f". Known: {', '.join(sorted(_SURGEONS))}."
+        near = nearest(name, _SURGEONS)
+        hint = f"; did you mean {near!r}?" if near else f". Known: {', '.join(sorted(_SURGEONS))}."
         raise ValueError(f"No surgeon named {name!r}{hint}")
     return _SURGEONS[name]
 

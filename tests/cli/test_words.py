@@ -270,7 +270,7 @@ def test_flags_for_the_sample(run: Run, checkpoint: Path, corpus: Path, tmp_path
     more = ("--tokenizer", tmp_path / "tokenizer", "--max-shard-size", "200KB")
     out = tmp_path / "out"
     status, printed, err = run(
-        *("compress", checkpoint, "--recipe", "reap", "--calibration", corpus, *arguments, *more, "--output", out)
+        "compress", checkpoint, "--recipe", "reap", "--calibration", corpus, *arguments, *more, "--output", out
     )
     assert status == 0, err
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))["calibration"]
