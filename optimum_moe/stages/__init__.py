@@ -1,4 +1,11 @@
-"""Stages decide what becomes of each block; they see tensors, never a model."""
+"""Stages decide what becomes of each block; they see tensors, never a model.
+
+Every module of this package is imported with it, so that a new file is enough for a stage, a criterion or a choice of a
+merge that registers itself.
+"""
+
+import importlib
+import pkgutil
 
 from optimum_moe.stages.base import Stage, register_stage, registered_stages
 from optimum_moe.stages.byte_budget import ByteBudget
@@ -36,3 +43,6 @@ __all__ = [
     "register_weighting",
     "registered_stages",
 ]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
