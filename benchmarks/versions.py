@@ -28,7 +28,7 @@ import transformers
 import optimum_moe
 from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
 from optimum_moe.autoload import SWITCH
-from optimum_moe.checkpoint.quantizer import SUPPORTED_TRANSFORMERS
+from optimum_moe.hf.quantizer import SUPPORTED_TRANSFORMERS
 
 VERSIONS = ("4.57.6", "5.0.0", "5.4.0", "5.10.4", "5.20.2", "5.23.0", "5.24.0")
 CACHE = Path(__file__).parents[1] / ".cache" / "versions"
@@ -156,22 +156,22 @@ def make_checkpoints(folder: Path) -> Iterator[tuple[str, str, Path, Path]]:
             yield family, kind, checkpoint, original
 
 
-def load_all(version: str, armed: bool, jobs: list[tuple[str, str | None]]) -> dict[tuple[str, str | None], str]:
+def load_all(version: str, ours: bool, jobs: list[tuple[str, str | None]]) -> dict[tuple[str, str | None], str]:
     """What became of each `(checkpoint, folder with the config to load it with)` in one version."""
-    paths = [str(environment(version)), *([str(Path(optimum_moe.__file__).parents[1])] if armed else [])]
-    settings = {"PYTHONPATH": os.pathsep.join(paths), SWITCH: str(int(armed)), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", ("import optimum_moe\n" if armed else "") + LOAD, json.dumps(jobs)]
+    paths = [str(environment(version)), *([str(Path(optimum_moe.__file__).parents[1])] if ours else [])]
+    settings = {"PYTHONPATH": os.pathsep.join(paths), SWITCH: str(int(ours)), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", ("import optimum_moe\n" if ours else "") + LOAD, json.dumps(jobs)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"transformers {version} does not run here:\n{done.stderr[-2000:]}")
     return {(folder, original): outcome for folder, original, outcome in map(json.loads, done.stdout.splitlines())}
 
 
-def may_load(version: str, armed: bool, kind: str, own_config: bool) -> bool:
+def may_load(version: str, ours: bool, kind: str, own_config: bool) -> bool:
     """Whether a load is one that should succeed: all others have to raise."""
     first, after = SUPPORTED_TRANSFORMERS
     supported = first <= tuple(map(int, version.split(".")[:2])) < after
-    return kind == "original" or (own_config and (kind == "plain" or (armed and supported)))
+    return kind == "original" or (own_config and (kind == "plain" or (ours and supported)))
 
 
 def is_right(cell: str, loads: bool, original: str) -> bool:
@@ -191,20 +191,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = list(make_checkpoints(Path(folder)))
         jobs = [(str(path), config) for _, _, path, original in made for config in (None, str(original))]
-        for armed in (False, True):
-            found = {version: load_all(version, armed, jobs) for version in arguments.versions}
+        for ours in (False, True):
+            found = {version: load_all(version, ours, jobs) for version in arguments.versions}
             for own in (True, False):
                 config = "its own config" if own else "`config=` of the original"
-                lines += ["", f"## {'With' if armed else 'Without'} optimum_moe, {config}", ""]
+                lines += ["", f"## {'With' if ours else 'Without'} optimum_moe, {config}", ""]
                 lines += ["| checkpoint | " + " | ".join(arguments.versions) + " |"]
                 lines += ["|---" * (1 + len(arguments.versions)) + "|"]
                 for family, kind, path, original in made:
                     key, first = (str(path), None if own else str(original)), (str(original), None)
                     cells = [found[version][key] for version in arguments.versions]
                     failures += [
-                        f"{family}, {kind} in {version}, {'with' if armed else 'without'} optimum_moe, {config}: {cell}"
+                        f"{family}, {kind} in {version}, {'with' if ours else 'without'} optimum_moe, {config}: {cell}"
                         for version, cell in zip(arguments.versions, cells, strict=True)
-                        if not is_right(cell, may_load(version, armed, kind, own), found[version][first])
+                        if not is_right(cell, may_load(version, ours, kind, own), found[version][first])
                     ]
                     lines.append(f"| {family}, {kind} | " + " | ".join(cells) + " |")
     text = "\n".join([*lines, "", f"{len(failures)} failures.", *failures]) + "\n"

@@ -1,7 +1,7 @@
 """Compress any Mixture-of-Experts model that transformers can load.
 
-Importing this package imports the standard library only; it arms the loading of compressed checkpoints through
-`AutoModel...from_pretrained` and gives the public names on first use.
+Importing this package imports the standard library only; it installs an import hook, so that
+`AutoModel...from_pretrained` loads compressed checkpoints, and gives the public names on first use.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from optimum_moe.arming import arm
+from optimum_moe.hf.import_hook import install_import_hook
 
 if TYPE_CHECKING:
     from optimum_moe.calibration import CalibrationConfig
@@ -96,4 +96,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
-arm()
+install_import_hook()

@@ -18,11 +18,11 @@ from optimum_moe.checkpoint.factor_comparison import compare_factors
 from optimum_moe.checkpoint.headers import Headers, read_headers
 from optimum_moe.checkpoint.identity import first_difference, identity
 from optimum_moe.checkpoint.mtp import COUNT_FIELDS, MTPLayers, MTPOption, block_with, is_benign, is_mtp
-from optimum_moe.checkpoint.quantizer import METHOD
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader, take_dtypes
 from optimum_moe.checkpoint.settings import config_failures
 from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.stored import rounded
+from optimum_moe.hf.structure import METHOD
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.reporting.verification import SHOWN, Check, VerificationReport
 from optimum_moe.surgeons import FoundBlock, owning_configs

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import optimum_moe  # noqa: F401  (arms loading)
+import optimum_moe  # noqa: F401  (installs the import hook)
 
 torch.set_num_threads(1)
 # A process that was started in the background ignores Ctrl-C, and so would the tests of it.

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 import optimum_moe
 from optimum_moe import CalibrationConfig, LowRankSparse, MoECompressor, MSMoE
-from optimum_moe.checkpoint import quantizer
-from optimum_moe.checkpoint.carried_code import carry_code
-from optimum_moe.checkpoint.quantizer import SUPPORTED_TRANSFORMERS
+from optimum_moe.hf import quantizer
+from optimum_moe.hf.carried_code import carry_code
+from optimum_moe.hf.quantizer import SUPPORTED_TRANSFORMERS
 from tests.tiny_models import Target, build, by_name, every_target, inputs_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
@@ -137,10 +137,10 @@ def test_import_torch_imports_nothing_more_than_the_package() -> None:
 
 
 POISONS = {
-    "raises": ("arming.py", "raise RuntimeError('poisoned')"),
-    "does not parse": ("arming.py", "def"),
-    "misses a module": ("arming.py", "import no_such_module"),
-    "cannot register": ("checkpoint/quantizer.py", "raise RuntimeError('poisoned')"),
+    "raises": ("hf/import_hook.py", "raise RuntimeError('poisoned')"),
+    "does not parse": ("hf/import_hook.py", "def"),
+    "misses a module": ("hf/import_hook.py", "import no_such_module"),
+    "cannot register": ("hf/quantizer.py", "raise RuntimeError('poisoned')"),
 }
 
 
@@ -266,7 +266,7 @@ MODULES = sorted(
     for file in PACKAGE.rglob("*.py")
     if "register" not in file.parts
 )
-FEW = ["optimum_moe.checkpoint.quantizer", "optimum_moe.checkpoint.reader", "optimum_moe.surgeons"]
+FEW = ["optimum_moe.hf.quantizer", "optimum_moe.checkpoint.reader", "optimum_moe.surgeons"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from optimum_moe import CalibrationConfig, MoECompressor, MSMoE
-from optimum_moe.checkpoint.quantizer import quantize_on_load, quantized_tensors
+from optimum_moe.hf.quantizer import quantize_on_load, quantized_tensors
 from tests.tiny_models import TARGETS, Target, build, by_name, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_moe import CalibrationConfig, CompressionPlan, MoECompressor, MSMoE
-from optimum_moe.checkpoint.quantizer import METHOD, SENTINEL
+from optimum_moe.hf.structure import METHOD, SENTINEL
 from optimum_moe.records import digest
 from tests.tiny_models import build, inputs_for
 

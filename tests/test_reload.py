@@ -264,13 +264,13 @@ heavy = {"torch", "transformers", "numpy", "scipy", "safetensors", "optimum"} & 
 assert not heavy, heavy
 import transformers.quantizers.auto as auto
 assert "optimum_moe" in auto.AUTO_QUANTIZER_MAPPING
-optimum_moe.arm()
+optimum_moe.install_import_hook()
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
 
 
-def test_arming_after_transformers_works_too() -> None:
+def test_the_import_hook_registers_at_once_after_transformers() -> None:
     code = """
 import os
 os.environ["OPTIMUM_MOE_AUTOLOAD"] = "0"

@@ -13,13 +13,13 @@ SWITCH = "OPTIMUM_MOE_AUTOLOAD"
 
 
 def autoload() -> None:
-    """Arm the loading of compressed checkpoints, unless the environment says `OPTIMUM_MOE_AUTOLOAD=0`."""
+    """Install the import hook for compressed checkpoints, unless the environment says `OPTIMUM_MOE_AUTOLOAD=0`."""
     if os.environ.get(SWITCH) == "0":
         return
     try:
         import optimum_moe
 
-        optimum_moe.arm()
+        optimum_moe.install_import_hook()
     except Exception as error:
         # Logged, because a warning becomes an exception under `python -W error`.
         logging.getLogger(__name__).warning(

@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from optimum_moe.checkpoint.headers import DTYPES, Headers
 from optimum_moe.checkpoint.missing import as_saved, lacking, refuse_lacking
-from optimum_moe.checkpoint.quantizer import METHOD, MoEStructureConfig, rebuild_structure
 from optimum_moe.checkpoint.reader import CheckpointReader, Entries, Get
+from optimum_moe.hf.compat import model_from_config
+from optimum_moe.hf.quantizer import rebuild_structure
+from optimum_moe.hf.structure import METHOD, MoEStructureConfig
 from optimum_moe.surgeons import FoundBlock, find_blocks, owning_configs, registered_surgeons
 
 _WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -207,12 +209,9 @@ def built(directory: Path, headers: Headers | None = None) -> tuple[PreTrainedMo
     if headers is not None:
         refuse_larger_than_file(config, headers)
     names = getattr(config, "architectures", None) or []
-    cls: Any = getattr(transformers, names[0], None) if names else None
+    cls: Any = getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
     with torch.device("meta"):
-        if cls is None:
-            model = AutoModelForCausalLM.from_config(config)
-        else:
-            model = cls._from_config(config)
+        model = model_from_config(cls, config)
     blocks = find_blocks(model)
     if structure is not None:
         rebuild_structure(model, structure)

@@ -10,9 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_moe.checkpoint.identity import first_difference
-from optimum_moe.checkpoint.quantizer import MoEStructureConfig, mark_model
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.writer import set_expert_counts
+from optimum_moe.hf.carried_code import mark_model
+from optimum_moe.hf.structure import MoEStructureConfig
 from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.recipe import Recipe

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+
+from optimum_moe.hf.compat import patterns_that_may_be_missing, revert_weight_conversion
 
 SHOWN = 3
 _NUMBER = re.compile(r"\d+")
@@ -26,7 +27,7 @@ def lacking(model: PreTrainedModel, given: Collection[str], blocks: Iterable[str
         given: Names of its tensors that the checkpoint gives.
         blocks: Module paths of its MoE blocks.
     """
-    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    patterns = patterns_that_may_be_missing(model)
     buffers = {name for name, _ in model.named_buffers()}
     inside = tuple(f"{block}." for block in blocks)
     kinds = {_NUMBER.sub("*", name) for name in given}

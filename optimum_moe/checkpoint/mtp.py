@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_moe.algorithms.alignment import align_experts
 from optimum_moe.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_headers
 from optimum_moe.checkpoint.quantized import quantizer_of, read_dequantized, unpacked
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, take_dtypes
 from optimum_moe.checkpoint.source import ModelSource
+from optimum_moe.hf.compat import revert_weight_conversion
 from optimum_moe.plan import BlockPlan, CompressionPlan, Routing
 from optimum_moe.recipe import Recipe
 from optimum_moe.settings import choose_one

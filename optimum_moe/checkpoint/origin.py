@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
+from optimum_moe.hf.compat import is_compiled, is_compiled_wrapper
+
 ADAPTER_CONFIG = "adapter_config.json"
 _MERGE = "merge_and_unload()"
 _OTHER_WEIGHTS = {
@@ -66,7 +68,7 @@ def check_model(model: Any) -> PreTrainedModel:
         remedy = "Pass a PreTrainedModel, a Hub id, or the folder of a checkpoint."
         if hasattr(model, "merge_and_unload"):
             remedy = f"It holds an adapter: pass model.{_MERGE}."
-        elif hasattr(model, "_orig_mod"):
+        elif is_compiled_wrapper(model):
             remedy = "It is compiled: pass the model that torch.compile was given, and compile the result."
         elif isinstance(getattr(model, "module", None), PreTrainedModel):
             remedy = "It wraps a model: pass model.module."
@@ -77,7 +79,7 @@ def check_model(model: Any) -> PreTrainedModel:
                 f"The model in memory has an adapter in it ({name} is a {type(module).__name__}), which saving would "
                 f"keep apart from the weights. Merge it first, with PEFT's {_MERGE}, or load the model without it."
             )
-        if _is_compiled(module):
+        if is_compiled(module):
             raise ValueError(
                 f"The model in memory is compiled ({name or kind}), and its code is that of the uncut model. Load it "
                 "without torch.compile, and compile the result."
@@ -113,11 +115,3 @@ def _is_adapter(module: nn.Module) -> bool:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-
-
-def _is_compiled(module: Any) -> bool:
-    # torch has no public way to ask: `compile()` in place leaves the first, `torch.compile` of a part the second, and
-    # that of its `forward` the third.
-    own = vars(module)
-    compiled = own.get("_compiled_call_impl") is not None or "_orig_mod" in own.get("_modules", {})
-    return compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable")

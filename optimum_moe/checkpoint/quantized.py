@@ -11,23 +11,15 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AutoHfQuantizer,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
-from transformers.utils.quantization_config import FineGrainedFP8Config
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
 from optimum_moe.checkpoint.headers import Headers
 from optimum_moe.checkpoint.reader import CheckpointReader, Get
+from optimum_moe.hf.compat import set_weight_conversions
+from optimum_moe.hf.fp8 import BLOCK_FP8, BlockFp8Dequantize, register_block_fp8
 from optimum_moe.surgeons import owning_configs
 
-_BLOCK_FP8 = "optimum_moe_fp8"
-_LOADED_AS = {"fp8": _BLOCK_FP8, "mxfp4": "mxfp4"}
+_LOADED_AS = {"fp8": BLOCK_FP8, "mxfp4": "mxfp4"}
 _SCALES = (
     (re.compile(r"_scale_inv$"), ""),
     (re.compile(r"\.scale$"), ".weight"),
@@ -35,44 +27,6 @@ _SCALES = (
     (re.compile(r"_scales$"), "_blocks"),
 )
 """How the name of a scale gives that of the tensor it scales."""
-
-
-class _BlockFp8Dequantize(Fp8Dequantize):
-    """Also right where a side of a matrix is no multiple of the block.
-
-    transformers divides the matrix evenly by its number of scales: DeepSeek-V3's `kv_a_proj_with_mqa` (576 rows, 5
-    scales of 128 rows) fails, and 192 rows with 2 scales of 128 would be scaled wrongly.
-    """
-
-    def _dequantize_one(
-        self, quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        block = self.hf_quantizer.quantization_config.weight_block_size
-        if block is None or scales.ndim < 2 or quantized.dtype == torch.int8:
-            return super()._dequantize_one(quantized, scales, output_dtype)
-        *leading, rows, columns = quantized.shape
-        tall, wide = (-(-side // step) for side, step in zip((rows, columns), block, strict=True))
-        if tuple(scales.shape[-2:]) != (tall, wide):
-            return super()._dequantize_one(quantized, scales, output_dtype)
-        padded = quantized.new_zeros((*leading, tall * block[0], wide * block[1]))
-        padded[..., :rows, :columns] = quantized
-        return super()._dequantize_one(padded, scales, output_dtype)[..., :rows, :columns].contiguous()
-
-    def convert(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As upstream, and in the dtype of the model where a tensor has no scale."""
-        dtype = self._get_target_dtype(kwargs.get("model"), kwargs.get("full_layer_name"))
-        return {name: _in_dtype(value, dtype) for name, value in super().convert(*args, **kwargs).items()}
-
-
-def _in_dtype(value: Any, dtype: torch.dtype | None) -> Any:
-    if isinstance(value, list):
-        return [_in_dtype(tensor, dtype) for tensor in value]
-    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
-
-
-class _BlockFp8Quantizer(FineGrainedFP8HfQuantizer):
-    def get_load_operations(self) -> dict[str, Any]:
-        return {"dequantize": _BlockFp8Dequantize}
 
 
 def accepted_quantization(config: PreTrainedConfig, dequantize: bool) -> dict[str, Any] | None:
@@ -149,7 +103,7 @@ def load_dequantized(
     model, report = cls.from_pretrained(location, config=config, output_loading_info=True, **arguments)
     _forget(model.config)
     # Saving reverts the conversions of loading, and these would quantize again.
-    model._weight_conversions = CheckpointReader(model, unpacked(headers).tensors).used_conversions
+    set_weight_conversions(model, CheckpointReader(model, unpacked(headers).tensors).used_conversions)
     return model, report
 
 
@@ -200,17 +154,15 @@ def read_dequantized(names: Iterable[str], get: Get, quantizer: HfQuantizer, dty
         dtype: Of the result.
     """
     names = set(names)
-    operation = _BlockFp8Dequantize(quantizer)
+    operation = BlockFp8Dequantize(quantizer)
     parts = scaled_parts(names)
-    tensors = {name: operation._dequantize_one(get(a), get(b), dtype) for name, (a, b) in parts.items()}
+    tensors = {name: operation.dequantize(get(a), get(b), dtype) for name, (a, b) in parts.items()}
     used = {part for pair in parts.values() for part in pair}
     return tensors | {n: get(n) for n in sorted(names - used) if not n.endswith("activation_scale")}
 
 
 def _loading_record(quantization: Mapping[str, Any]) -> dict[str, Any]:
-    if _BLOCK_FP8 not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(_BLOCK_FP8)(FineGrainedFP8Config)
-        register_quantizer(_BLOCK_FP8)(_BlockFp8Quantizer)
+    register_block_fp8()
     method = quantization["quant_method"]
     return {**quantization, "quant_method": _LOADED_AS[getattr(method, "value", method)], "dequantize": True}
 

@@ -13,21 +13,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers import HfQuantizer
 
 from optimum_moe.checkpoint.byte_ranges import ByteRange
 from optimum_moe.checkpoint.headers import data_start, read_header
 from optimum_moe.checkpoint.system import open_binary
+from optimum_moe.hf.compat import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 from optimum_moe.surgeons import guard_renamings
 
 Entries = tuple[tuple[str, ...], ...]
@@ -184,7 +183,7 @@ class ShardReader:
         return self._byte_ranges[file][name]
 
 
-def _only_stacks(operations: Sequence[ConversionOps]) -> bool:
+def _only_stacks(operations: Sequence[Any]) -> bool:
     """Whether they put tensors one behind the other, as they are, along a first axis."""
     kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
     return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])

@@ -52,6 +52,7 @@ from optimum_moe.checkpoint.quantized import (
 )
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, ShardReader
 from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
+from optimum_moe.hf.compat import auto_class_knows, model_from_config
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.settings import nearest
 from optimum_moe.surgeons import FoundBlock, find_blocks
@@ -377,9 +378,8 @@ def _model_class(config: PreTrainedConfig) -> Any:
         return named
     carried = getattr(config, "auto_map", None) or {}
     for name in _AUTO_CLASSES:
-        auto: Any = getattr(transformers, name)
-        if name in carried or type(config) in auto._model_mapping:
-            return auto
+        if name in carried or auto_class_knows(name, config):
+            return getattr(transformers, name)
     raise ValueError(
         f"config.json names the architectures {names}, and no Auto class of transformers knows model_type="
         f"{config.model_type!r}. Pass auto_class=, the class to load with."
@@ -389,6 +389,4 @@ def _model_class(config: PreTrainedConfig) -> Any:
 def _skeleton(config: PreTrainedConfig, auto_class: type | None, trust_remote_code: bool) -> PreTrainedModel:
     cls: Any = auto_class or _model_class(config)
     with torch.device("meta"):
-        if hasattr(cls, "_from_config"):
-            return cls._from_config(config)
-        return cls.from_config(config, trust_remote_code=trust_remote_code)
+        return model_from_config(cls, config, trust_remote_code)

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from optimum_moe.checkpoint.checkpoint_tensors import Parts
 from optimum_moe.checkpoint.source import ModelSource
+from optimum_moe.hf.compat import names_not_saved, remove_tied_weights_from_state_dict, revert_weight_conversion
 from optimum_moe.plan import BlockPlan
 
 
@@ -85,7 +84,7 @@ class StoredModel:
         changed = {name: t for name, t in state.items() if name in odd or name in self._exact}
         if not changed and not self._mixed:
             return None
-        for name in getattr(self.model, "_keys_to_ignore_on_save", None) or ():
+        for name in names_not_saved(self.model):
             state.pop(name, None)
         state = remove_tied_weights_from_state_dict(state, self.model)
         state |= {name: self._stored(name, tensor) for name, tensor in changed.items() if name in state}

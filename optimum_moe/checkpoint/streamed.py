@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
@@ -20,6 +20,7 @@ from optimum_moe.checkpoint.reader import Entries, take_dtypes
 from optimum_moe.checkpoint.shards import bytes_of
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.writer import without_bars
+from optimum_moe.hf.compat import forget_initialized, load_at_first_use, put_tensor, unloaded_tensor, unloaded_tensors
 
 _LOADING = ("dtype", "attn_implementation", "experts_implementation", "trust_remote_code", "key_mapping")
 _LOCAL: dict[str, Any] = {
@@ -84,7 +85,7 @@ class StreamedModel:
 
     def names(self, module: str) -> list[str]:
         """What the checkpoint gives of a module's tensors, in the order of the model."""
-        inside = [f"{module}.{name}" for name, _ in _tensors(self.model.get_submodule(module))]
+        inside = [f"{module}.{name}" for name, _ in unloaded_tensors(self.model.get_submodule(module))]
         return [name for name in inside if name in self._aliases]
 
     def load(self, names: Iterable[str]) -> None:
@@ -119,7 +120,7 @@ class StreamedModel:
             yield
         finally:
             self.runs = runs
-        for name, tensor in [] if names else _tensors(self.model.get_submodule(module)):
+        for name, tensor in [] if names else unloaded_tensors(self.model.get_submodule(module)):
             path = f"{module}.{name}"
             stored = self._dtypes[path] = tensor.dtype
             # Tensors of a compressed expert run in what the experts that they were made of ran in.
@@ -162,7 +163,7 @@ class StreamedModel:
 
     def free(self, module: str) -> None:
         """Put every tensor of a module back on the meta device, also those that a cut made."""
-        for name, tensor in list(_tensors(self.model.get_submodule(module))):
+        for name, tensor in list(unloaded_tensors(self.model.get_submodule(module))):
             self._empty(f"{module}.{name}", tensor)
 
     def free_named(self, names: Iterable[str]) -> None:
@@ -179,18 +180,11 @@ class StreamedModel:
     def loading_at_first_use(self) -> Iterator[None]:
         """Load each tensor when the model first asks for it, whichever way; `free_lent` lets it go."""
         self.runs = True
-        for path, module in self.model.named_modules():
-            state: dict[str, Any] = vars(module)
-            for kind in ("_parameters", "_buffers"):
-                state[kind] = _LoadedAtFirstUse(state[kind], f"{path}." if path else "", self._lend)
         try:
-            yield
+            with load_at_first_use(self.model, self._lend):
+                yield
         finally:
             self.runs = False
-            for module in self.model.modules():
-                state = vars(module)
-                for kind in ("_parameters", "_buffers"):
-                    state[kind] = dict(dict.items(state[kind]))
             self.free_lent()
 
     def _stored(self, name: str) -> torch.Tensor:
@@ -214,14 +208,14 @@ class StreamedModel:
             pair = self.checkpoint_tensors.read([target, origin])
             dtype = self._runs_in[origin]
             if torch.equal(pair[target].to(dtype), pair[origin].to(dtype)):
-                _slot(self.model, target)[0][_slot(self.model, target)[1]] = self.at(origin)
+                put_tensor(self.model, target, self.at(origin))
             else:
                 self.model.all_tied_weights_keys.pop(target, None)
 
     def _find_aliases(self) -> dict[str, list[str]]:
         """All names of each tensor that the checkpoint gives, the one that it is read by first."""
         by_tensor: dict[int, list[str]] = {}
-        for name, tensor in _tensors(self.model):
+        for name, tensor in unloaded_tensors(self.model):
             by_tensor.setdefault(id(tensor), []).append(name)
         aliases: dict[str, list[str]] = {}
         for names in by_tensor.values():
@@ -233,8 +227,7 @@ class StreamedModel:
 
     def at(self, name: str) -> torch.Tensor:
         """A tensor as it is, perhaps on the meta device."""
-        store, key = _slot(self.model, name)
-        return dict.__getitem__(store, key)
+        return unloaded_tensor(self.model, name)
 
     def _set(self, name: str, tensor: torch.Tensor) -> None:
         old = self.at(name)
@@ -242,32 +235,11 @@ class StreamedModel:
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(tensor, requires_grad=old.requires_grad)
         for alias in self._aliases.get(name, [name]):
-            store, key = _slot(self.model, alias)
-            store[key] = new
+            put_tensor(self.model, alias, new)
 
     def _empty(self, name: str, tensor: torch.Tensor) -> None:
         if not tensor.is_meta and name not in self.resident:
             self._set(name, torch.empty_like(tensor, dtype=self._dtypes.get(name), device="meta"))
-
-
-class _LoadedAtFirstUse(dict[str, Any]):
-    """The parameters or buffers of a module; one on the meta device is loaded when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, Any], prefix: str, load: Any) -> None:
-        super().__init__(tensors)
-        self._prefix, self._load = prefix, load
-
-    def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        return self._load(self._prefix + key) if value is not None and value.is_meta else value
-
-    def items(self) -> Any:
-        """Loads one after the other while it is iterated."""
-        return ((key, self[key]) for key in list(self))
-
-    def values(self) -> Any:
-        """Loads one after the other while it is iterated."""
-        return (self[key] for key in list(self))
 
 
 def empty_model(source: ModelSource) -> PreTrainedModel:
@@ -302,7 +274,7 @@ def empty_model(source: ModelSource) -> PreTrainedModel:
 
 def align(model: PreTrainedModel) -> PreTrainedModel:
     """Copy the tensors of a model that lie in mapped files, at addresses where some CPU kernels round otherwise."""
-    for _, tensor in _tensors(model):
+    for _, tensor in unloaded_tensors(model):
         if tensor.device.type == "cpu" and type(tensor.data) is torch.Tensor and tensor.data_ptr() % _ALIGNMENT:
             tensor.data = tensor.data.clone()
     return model
@@ -310,33 +282,16 @@ def align(model: PreTrainedModel) -> PreTrainedModel:
 
 def _initialize(model: PreTrainedModel, given: set[str], device: torch.device) -> set[str]:
     """Compute what the checkpoint does not give; returns the names."""
-    lacking = {name for name, tensor in _tensors(model) if tensor.is_meta and name not in given}
+    lacking = {name for name, tensor in unloaded_tensors(model) if tensor.is_meta and name not in given}
     for name in lacking:
-        store, key = _slot(model, name)
-        real = torch.empty_like(store[key], device="cpu")
-        store[key] = nn.Parameter(real, store[key].requires_grad) if isinstance(store[key], nn.Parameter) else real
-    for module in model.modules():
-        # The empty model was initialized as a whole; parameters that are given carry this mark of their own.
-        vars(module).pop("_is_hf_initialized", None)
+        old = unloaded_tensor(model, name)
+        real = torch.empty_like(old, device="cpu")
+        put_tensor(model, name, nn.Parameter(real, old.requires_grad) if isinstance(old, nn.Parameter) else real)
+    # The empty model was initialized as a whole.
+    forget_initialized(model)
     initialize: Any = model.initialize_weights
     initialize()
     for name in lacking:
-        store, key = _slot(model, name)
-        store[key].data = store[key].data.to(device)
+        tensor = unloaded_tensor(model, name)
+        tensor.data = tensor.data.to(device)
     return lacking
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers under all their names, none loaded on the way."""
-    for path, part in module.named_modules(remove_duplicate=False):
-        for store in (part._parameters, part._buffers):
-            for key, tensor in list(dict.items(store)):
-                if tensor is not None:
-                    yield (f"{path}.{key}" if path else key), tensor
-
-
-def _slot(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """The dict of its module that holds a tensor, and its key there."""
-    path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
-    return (module._parameters if key in module._parameters else module._buffers), key

@@ -64,9 +64,10 @@ def values_in_memory(model: nn.Module, names: Collection[str], tied: Mapping[str
     found = {}
     for path, module in model.named_modules():
         with align_module_device(module):
-            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            own = module.named_parameters(recurse=False, remove_duplicate=False)
+            for key, tensor in [*own, *module.named_buffers(recurse=False, remove_duplicate=False)]:
                 name = f"{path}.{key}" if path else key
-                if tensor is not None and name in names:
+                if name in names:
                     found[name] = _digest(tensor.shape, _sample(name, tensor))
     return _total(found, tied)
 

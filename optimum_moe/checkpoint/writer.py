@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_moe.checkpoint.carried_code import carry_code
 from optimum_moe.checkpoint.origin import all_in_memory
 from optimum_moe.checkpoint.stored import StoredModel
+from optimum_moe.hf.carried_code import carry_code
 from optimum_moe.stages.counts import parse_size
 from optimum_moe.surgeons import FoundBlock, config_at, tower_of
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum_moe.checkpoint.names import check_checkpoint_name, data_set_name
-from optimum_moe.cli.errors import ending_in_one_line, name_flags
+from optimum_moe.cli.errors import ParseArgs, ending_in_one_line, name_flags
 from optimum_moe.settings import percent
 
 if TYPE_CHECKING:
@@ -36,15 +36,15 @@ class MoESubcommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Execute; what goes wrong ends in one line, see `errors`."""
-        with ending_in_one_line(self.parser, self.args.debug), _plain_warnings(self.parser):
+        with ending_in_one_line(self.parse_args, self.args.debug), _plain_warnings(self.parse_args):
             self.execute()
 
 
 @contextmanager
-def _plain_warnings(parser: ArgumentParser) -> Iterator[None]:
+def _plain_warnings(parse_args: ParseArgs) -> Iterator[None]:
     """Show warnings without the line of code that gave them."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {name_flags(str(message), parser)}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {name_flags(str(message), parse_args)}\n"
     try:
         yield
     finally:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from argparse import Action, ArgumentParser
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeAlias
+
+ParseArgs: TypeAlias = Callable[[ArgumentParser], None]
+"""What adds the arguments of a command to a parser."""
 
 SYSTEM_ERROR = 1
 USER_ERROR = 2
@@ -26,7 +30,7 @@ _WORD = re.compile(r"[\w.:/-]+")
 
 
 @contextmanager
-def ending_in_one_line(parser: ArgumentParser, debug: bool) -> Iterator[None]:
+def ending_in_one_line(parse_args: ParseArgs, debug: bool) -> Iterator[None]:
     """Exit with 2 on an error of the user's, 1 on any other, 130 on Ctrl-C; with `debug` errors are raised as they are.
 
     A `ValueError` of ours states a rule, the actual values and a remedy, an `OSError` what the system refused: neither
@@ -42,14 +46,14 @@ def ending_in_one_line(parser: ArgumentParser, debug: bool) -> Iterator[None]:
         if debug:
             raise
         status = USER_ERROR if isinstance(error, ValueError) else SYSTEM_ERROR
-        _exit(f"error: {in_one_line(error, parser)}", status)
+        _exit(f"error: {in_one_line(error, parse_args)}", status)
 
 
-def in_one_line(error: Exception, parser: ArgumentParser) -> str:
+def in_one_line(error: Exception, parse_args: ParseArgs) -> str:
     """What went wrong and what helps, with flags in place of arguments of the API."""
     said = " ".join(str(error).split())
     if isinstance(error, ValueError) and _is_ours(error.__traceback__):
-        return name_flags(said, parser)
+        return name_flags(said, parse_args)
     if isinstance(error, OSError):
         return f"{said.removesuffix('.')}. {_UNEXPECTED}"
     # Some libraries put a list of all their models into one message.
@@ -57,13 +61,32 @@ def in_one_line(error: Exception, parser: ArgumentParser) -> str:
     return f"{type(error).__name__}: {short.removesuffix('.')}. {_UNEXPECTED}"
 
 
-def name_flags(message: str, parser: ArgumentParser) -> str:
+class _Recorder(ArgumentParser):
+    """Keeps the arguments that are added to it, of which argparse has no public list."""
+
+    def __init__(self) -> None:
+        self.arguments: list[Action] = []
+        super().__init__()
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Action:
+        """See `ArgumentParser`."""
+        self.arguments.append(super().add_argument(*args, **kwargs))
+        return self.arguments[-1]
+
+
+def flags_of(parse_args: ParseArgs) -> dict[str, Action]:
+    """The arguments of a command that are flags, by the names that they have in Python."""
+    recorder = _Recorder()
+    parse_args(recorder)
+    return {action.dest: action for action in recorder.arguments if action.option_strings}
+
+
+def name_flags(message: str, parse_args: ParseArgs) -> str:
     """A message of the API in the words of the command line: `max_tokens=5` is `--max-tokens 5` here.
 
     Settings of a method that have no flag of their own are given with --set.
     """
-    # argparse has no public list of its arguments.
-    flags = {action.dest: action for action in parser._actions if action.option_strings}
+    flags = flags_of(parse_args)
     flags |= {name: flags[dest] for name, dest in _ALIASES.items() if dest in flags}
     for spelled, flag in _ENGINES.items() if "streaming" in flags else ():
         message = message.replace(spelled, flag)

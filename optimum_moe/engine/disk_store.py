@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from optimum_moe.checkpoint.byte_ranges import ByteRange
 from optimum_moe.checkpoint.headers import INDEX_FILE
@@ -23,6 +21,7 @@ from optimum_moe.checkpoint.system import return_freed
 from optimum_moe.engine.layers import Layer, find_layers, is_in
 from optimum_moe.engine.store import Observed
 from optimum_moe.engine.working_folder import WorkingFolder
+from optimum_moe.hf.compat import names_not_saved, remove_tied_weights_from_state_dict, revert_weight_conversion
 from optimum_moe.plan import BlockPlan
 from optimum_moe.surgeons import FoundBlock, factors_digest, guarded
 
@@ -44,7 +43,7 @@ class DiskStore:
         self.streamed, self.blocks, self.folder = streamed, blocks, folder
         self.model: Any = streamed.model
         state = dict(self.model.state_dict())
-        ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        ignored = set(names_not_saved(self.model))
         kept = remove_tied_weights_from_state_dict({n: t for n, t in state.items() if n not in ignored}, self.model)
         self._dropped = set(state) - set(kept)
         layers = find_layers(self.model, blocks)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 _here = threading.local()
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from optimum_moe.algorithms.factors import MatrixFactors
+from optimum_moe.hf.compat import own_parameter
 from optimum_moe.nn.sparse_part import SparsePart, keep_rows
 
 Opened: TypeAlias = dict[tuple[int, str], Sequence[torch.Tensor]]
@@ -122,7 +123,7 @@ class ExpertProjection(nn.Module):
 
     def _piece(self, name: str, place: int, opened: Opened | None) -> torch.Tensor:
         """What the expert at a place has in the stacked tensor `name`."""
-        stacked, parts = self._parameters.get(name), self._parts_of[name]
+        stacked, parts = own_parameter(self, name), self._parts_of[name]
         if stacked is not None and not (stacked.requires_grad and torch.is_grad_enabled()):
             return stacked[parts[place]]
         if opened is None:

@@ -57,11 +57,11 @@ class WidthClass(nn.Module):
 
     def projection(self, name: str) -> ExpertProjection:
         """Gate, up or down to be called, which may be an adapter (PEFT) around it."""
-        return cast(ExpertProjection, self._modules[f"{name}_stacks"])
+        return cast(ExpertProjection, getattr(self, f"{name}_stacks"))
 
     def stored(self, name: str) -> ExpertProjection:
         """Gate, up or down inside of all adapters."""
-        found: Any = self._modules[f"{name}_stacks"]
+        found: Any = getattr(self, f"{name}_stacks")
         while not isinstance(found, ExpertProjection):
             found = found.base_layer
         return found
@@ -154,7 +154,7 @@ class FactorizedExperts(nn.Module):
             return None
         name, slot = self._home_E[expert]
         # Much faster than asking the list of modules for an entry.
-        found = self.classes._modules[name]
+        found = getattr(self.classes, name)
         assert isinstance(found, WidthClass)
         return found, slot
 

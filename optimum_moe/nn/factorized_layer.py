@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from optimum_moe.algorithms.experts import Activate
+from optimum_moe.hf.compat import apply_gate, experts_implementation, has_default_gate
 from optimum_moe.nn.expert_projection import Opened
 from optimum_moe.nn.factorized_experts import EmptyExperts, FactorizedExperts, WidthClass
 from optimum_moe.nn.merged_experts import (
@@ -53,7 +54,7 @@ class FactorizedExpertLayer(MergedExpertLayer):
         if self.factors.shares_bases and native_finish(self) is None:
             return run_shared(self, activate, hidden_states, index_TK, top_k_weights)
         # Grouped matmuls save launches, of which a CPU has none; there one expert after the other is faster.
-        grouped = self.config._experts_implementation == "grouped_mm" and hidden_states.device.type != "cpu"
+        grouped = experts_implementation(self.config) == "grouped_mm" and hidden_states.device.type != "cpu"
         if grouped and hasattr(nn.functional, "grouped_mm"):
             return run_grouped(self, activate, hidden_states, index_TK, top_k_weights)
         run = partial(run_factorized, self.factors, activate, native_finish(self), opened={})
@@ -145,12 +146,12 @@ def native_activation(experts: Any, gate_Pn: torch.Tensor | None, up_Pn: torch.T
     """The gate function of an experts module, which wants gate and up in one tensor of its own layout."""
     if gate_Pn is None:
         return experts.act_fn(up_Pn)
-    if type(experts)._apply_gate.__name__ == "_default_apply_gate":
-        # What transformers gives to classes without one of their own; no need to copy both into one tensor for it.
+    if has_default_gate(experts):
+        # No need to copy both into one tensor for it.
         return experts.act_fn(gate_Pn) * up_Pn
     if experts.is_concatenated:
-        return experts._apply_gate(torch.cat([gate_Pn, up_Pn], dim=-1))
-    return experts._apply_gate(torch.stack([gate_Pn, up_Pn], dim=-1).flatten(-2))
+        return apply_gate(experts, torch.cat([gate_Pn, up_Pn], dim=-1))
+    return apply_gate(experts, torch.stack([gate_Pn, up_Pn], dim=-1).flatten(-2))
 
 
 def native_finish(experts: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from optimum_moe.hf.compat import apply_gate, experts_implementation
 from optimum_moe.nn.class_swap import SwappedModule
 
 RunExpert: TypeAlias = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -44,7 +45,7 @@ class MergedExpertLayer(SwappedModule):
             (T, H) in the dtype of `hidden_states`.
         """
         index_TK = top_k_index.masked_fill(top_k_weights == 0, self.num_experts)
-        implementation = self.config._experts_implementation
+        implementation = experts_implementation(self.config)
         # Not every stock loop takes the sentinel.
         if implementation in (None, "eager"):
             return eager_experts_forward(self, hidden_states, index_TK, top_k_weights)
@@ -198,7 +199,7 @@ def grouped_experts_forward(
         return output_PY + getattr(experts, f"{name}_bias")[expert_P] if experts.has_bias else output_PY
 
     projected = project("gate_up_proj" if experts.has_gate else "up_proj", hidden_TH.index_select(0, token_P))
-    hidden_PI = experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)
+    hidden_PI = apply_gate(experts, projected) if experts.has_gate else experts.act_fn(projected)
     output_PH = project("down_proj", hidden_PI)
     if getattr(experts, "has_post_expert_norm", False):
         output_PH = experts.post_expert_norm(output_PH)
@@ -234,7 +235,7 @@ def run_expert(
     """One expert on its tokens: (hidden neurons (P, I), output (P, H)), through the module's own gate function."""
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     projected = _project(experts, tensors, name, expert, input_PH)
-    hidden_PI = experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)
+    hidden_PI = apply_gate(experts, projected) if experts.has_gate else experts.act_fn(projected)
     output_PH = _project(experts, tensors, "down_proj", expert, hidden_PI)
     if getattr(experts, "has_post_expert_norm", False):
         output_PH = experts.post_expert_norm(output_PH)

@@ -8,7 +8,7 @@ from typing import Any
 from optimum_moe.algorithms.factors import FactorSizes
 from optimum_moe.checkpoint.checkpoint_tensors import built, raw_config
 from optimum_moe.checkpoint.headers import Headers
-from optimum_moe.checkpoint.quantizer import METHOD
+from optimum_moe.hf.structure import METHOD
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.plan import PLAN_NAME, CompressionPlan
 from optimum_moe.reporting.card import describe_calibration, describe_stages

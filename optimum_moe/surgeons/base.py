@@ -272,13 +272,8 @@ def replace_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Put `tensor` in the place of a parameter or buffer, whichever `name` (dotted) is."""
     *path, last = name.split(".")
     owner: Any = module.get_submodule(".".join(path))
-    if last in owner._parameters:
-        old = owner._parameters[last]
-        owner._parameters[last] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-    elif last in owner._buffers:
-        owner._buffers[last] = tensor
-    else:
-        raise AttributeError(f"{type(owner).__name__} has no parameter or buffer {last!r}")
+    old = getattr(owner, last)
+    setattr(owner, last, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
 
 
 def attribute(module: nn.Module, name: str) -> Any:

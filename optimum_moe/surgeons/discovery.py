@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from optimum_moe.algorithms.experts import NEURON_AXIS
+from optimum_moe.hf.compat import set_experts_implementation
 from optimum_moe.plan import BlockPlan
 from optimum_moe.surgeons.architecture import Architecture, Role, RouterTensor
 from optimum_moe.surgeons.base import Block
@@ -217,7 +218,7 @@ def _random_copy(surgeon: GenericSurgeon, block: Block) -> tuple[Any, torch.Tens
     for _, tensor in _tensors(copy):
         if tensor.is_floating_point():
             tensor.normal_(0, 0.3 if tensor.squeeze().dim() < 2 else tensor.shape[-1] ** -0.5, generator=generator)
-    getattr(copy, surgeon.architecture.experts).config._experts_implementation = "eager"
+    set_experts_implementation(getattr(copy, surgeon.architecture.experts).config, "eager")
     hidden = surgeon.experts(copy).hidden_size
     input_BSH = torch.randn(1, _TOKENS, hidden, generator=generator)
     input_BSH[..., 0] = 4.0

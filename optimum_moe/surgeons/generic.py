@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from optimum_moe.hf.compat import (
+    ALL_EXPERTS_FUNCTIONS,
+    accept_sentinels,
+    experts_implementation,
+    set_experts_implementation,
+)
 from optimum_moe.nn import (
     FactorizedExpertLayer,
     FactorizedExperts,
@@ -104,8 +109,8 @@ class GenericSurgeon(StackedSurgeon):
             return
         self.add_map(block, num_groups)
         experts.num_experts = num_groups
-        # Stock implementations skip the sentinel ids of repeats only where they expect expert parallelism.
-        experts._is_expert_parallel = True
+        # Repeats have sentinel ids.
+        accept_sentinels(experts)
         experts.__class__ = swapped_class(MergedExpertLayer, type(experts))
         router.__class__ = swapped_class(MappedRouter, type(router))
         if getattr(type(block), "kernel_layer_name", None) is not None:
@@ -147,13 +152,13 @@ class GenericSurgeon(StackedSurgeon):
             watcher.router(logits_TE, args[0].reshape(-1, args[0].shape[-1]))
 
         handle = router.get_submodule(path or "").register_forward_hook(after_router)
-        experts._optimum_moe_watcher = watcher
+        experts.optimum_moe_watcher = watcher
         try:
-            with implementation_of(experts, watched_implementation(experts.config._experts_implementation)):
+            with implementation_of(experts, watched_implementation(experts_implementation(experts.config))):
                 yield
         finally:
             handle.remove()
-            del experts._optimum_moe_watcher
+            del experts.optimum_moe_watcher
 
     def _router(self, block: Block) -> Any:
         return getattr(block, self.architecture.router)
@@ -192,13 +197,12 @@ def canonical_fields(experts: Any, name: str, tensor: torch.Tensor) -> dict[str,
 def implementation_of(experts: Any, name: str | None) -> Iterator[None]:
     """While it is open, experts that share this config run by the experts implementation of that name."""
     config = experts.config
-    previous = config._experts_implementation
-    # A plain name would be set on all sub configs, which may have others.
-    config._experts_implementation = {"": name}
+    previous = experts_implementation(config)
+    set_experts_implementation(config, name)
     try:
         yield
     finally:
-        config._experts_implementation = {"": previous}
+        set_experts_implementation(config, previous)
 
 
 def watched_implementation(name: str | None) -> str:
@@ -218,7 +222,7 @@ def _watched_forward(
     In bfloat16 every implementation rounds in its own way, and the routers of the layers behind would choose other
     experts for some tokens than they do when nobody watches.
     """
-    watcher: BlockWatcher | None = getattr(experts, "_optimum_moe_watcher", None)
+    watcher: BlockWatcher | None = getattr(experts, "optimum_moe_watcher", None)
     if watcher is not None:
         watcher.begin(hidden_TH, index_TK, weights_TK)
         with torch.no_grad():

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from optimum_moe.hf.compat import (
     PrefixChange,
     WeightRenaming,
-    WeightTransform,
     dot_natural_key,
+    get_model_conversion_mapping,
     revert_weight_conversion,
+    set_weight_conversions,
+    weight_conversions,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class GuardRenaming(WeightRenaming):
         super().__init__(GUARD, GUARD)
         self.names = dict(names)
         self._ends = {_end(name) for name in self.names}
+        self._renamed = False
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """The new name, and what was found in the old one; the old name and None where it is not of a guard."""
@@ -72,12 +75,16 @@ class GuardRenaming(WeightRenaming):
             return source_key, None
         for old, new in sorted(self.names.items(), key=lambda item: item[0] != source_key):
             if f".{source_key}".endswith(f".{old}"):
-                self._was_used = True
+                self._renamed = True
                 return source_key.removesuffix(old) + new, GUARD
             if old.endswith(f".{source_key}"):
-                self._was_used = True
+                self._renamed = True
                 return new.removeprefix(old.removesuffix(source_key)), GUARD
         return source_key, None
+
+    def was_used(self) -> bool:
+        """Whether a name was that of a guard."""
+        return self._renamed
 
     def reverse_transform(self) -> GuardRenaming:
         """What renames them back."""
@@ -86,7 +93,7 @@ class GuardRenaming(WeightRenaming):
 
 def guard_renamings(model: PreTrainedModel) -> list[GuardRenaming]:
     """Of the guards in a model that have another name in its checkpoint."""
-    return [c for c in getattr(model, "_weight_conversions", None) or () if isinstance(c, GuardRenaming)]
+    return [c for c in weight_conversions(model) or () if isinstance(c, GuardRenaming)]
 
 
 def as_stored(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -101,14 +108,13 @@ def _save_as(model: Any, name: str, stored: str) -> None:
     alias = next(iter(revert_weight_conversion(model, {name: torch.empty(1, device="meta")})))
     names = {old: new for renaming in guard_renamings(model) for old, new in renaming.names.items()}
     others = [conversion for conversion in _conversions(model) if not isinstance(conversion, GuardRenaming)]
-    # transformers asks this attribute for the conversions of a model. Ours is in front: the others happen on the side
-    # of the model.
-    model._weight_conversions = [GuardRenaming({**names, stored: alias}), *others]
+    # Ours is in front: the others happen on the side of the model.
+    set_weight_conversions(model, [GuardRenaming({**names, stored: alias}), *others])
 
 
-def _conversions(model: Any) -> list[WeightTransform]:
+def _conversions(model: Any) -> list[Any]:
     """As transformers chooses them when it saves a model."""
-    loaded = getattr(model, "_weight_conversions", None)
+    loaded = weight_conversions(model)
     if loaded is not None:
         return loaded
     return [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.hf.compat import mark_initialized
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import SwappedModule, swapped_class
 from optimum_moe.nn.merged_experts import RunExpert, run_routed
@@ -221,7 +222,7 @@ class StackedSurgeon(Surgeon):
             owner: Any = block.get_submodule(".".join(path))
             delattr(owner, last)
             # transformers would look for the tensor to initialize it.
-            owner._is_hf_initialized = True
+            mark_initialized(owner)
 
     def _experts_first(self, block: Block, stack: ExpertStack) -> torch.Tensor:
         tensor, num_experts = attribute(block, stack.path), self.num_experts(block)

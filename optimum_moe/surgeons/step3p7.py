@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_moe.hf.compat import apply_gate
 from optimum_moe.nn import FactorizedExperts, MappedRouter, SwappedModule, swapped_class
 from optimum_moe.nn.expert_projection import Opened
 from optimum_moe.nn.factorized_layer import run_factorized
@@ -91,7 +92,7 @@ class Step3p7Surgeon(StackedSurgeon):
 
 def _activate(experts: Any, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
     assert gate_PI is not None
-    return experts._apply_gate(torch.cat([gate_PI, up_PI], dim=-1))
+    return apply_gate(experts, torch.cat([gate_PI, up_PI], dim=-1))
 
 
 def _run_expert(
@@ -99,5 +100,5 @@ def _run_expert(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if hasattr(experts, "factors"):
         return run_factorized(experts.factors, partial(_activate, experts), None, expert, input_PH, opened)
-    hidden_PI = experts._apply_gate(nn.functional.linear(input_PH, experts.gate_up_proj[expert]))
+    hidden_PI = apply_gate(experts, nn.functional.linear(input_PH, experts.gate_up_proj[expert]))
     return hidden_PI, nn.functional.linear(hidden_PI, experts.down_proj[expert])

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,6 @@ from optimum_moe.engine.job import StreamingJob
 from tests.cli.conftest import Run
 from tests.fake_hub import FakeHub, fake_hub  # noqa: F401
 from tests.tiny_checkpoints import documents, save_checkpoint, tokenizer
-
-
-def parser() -> ArgumentParser:
-    made = ArgumentParser()
-    CompressCommand.parse_args(made)
-    return made
 
 
 @pytest.mark.parametrize(
@@ -61,7 +54,7 @@ def parser() -> ArgumentParser:
     ],
 )
 def test_arguments_of_the_api_are_named_as_flags(message: str, said: str) -> None:
-    assert name_flags(message, parser()) == said
+    assert name_flags(message, CompressCommand.parse_args) == said
 
 
 @pytest.mark.parametrize(

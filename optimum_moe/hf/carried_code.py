@@ -17,24 +17,17 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum_moe.checkpoint import modeling_optimum_moe
-from optimum_moe.checkpoint.quantizer import CARRIED_MODULE
+from optimum_moe.hf import modeling_optimum_moe
+from optimum_moe.hf.compat import auto_class_knows
+from optimum_moe.hf.structure import CARRIED_MODULE, SENTINEL, MoEStructureConfig
 from optimum_moe.nn import SwappedModule, swapped_class
 from optimum_moe.surgeons.guard import as_stored
 
 CARRIED = (
-    *(
-        "__init__.py",
-        "arming.py",
-        "model_info.py",
-        "plan.py",
-        "records.py",
-        "settings.py",
-        "algorithms/*.py",
-        "nn/*.py",
-        "surgeons/*.py",
-    ),
-    *(f"checkpoint/{name}.py" for name in ("__init__", "quantizer", "missing", "carried_code", CARRIED_MODULE)),
+    *("__init__.py", "model_info.py", "plan.py", "records.py", "settings.py"),
+    *("algorithms/*.py", "nn/*.py", "surgeons/*.py", "checkpoint/__init__.py", "checkpoint/missing.py"),
+    *(f"hf/{name}.py" for name in ("__init__", "carried_code", "compat", "import_hook", "quantizer", "structure")),
+    f"hf/{CARRIED_MODULE}.py",
 )
 """What of the package rebuilds a structure and runs it."""
 
@@ -96,6 +89,13 @@ class SavesWithCode(SwappedModule):
             model.push_to_hub(more.pop("repo_id", Path(save_directory).name), token=given.get("token"), **more)
 
 
+def mark_model(model: Any, structure: MoEStructureConfig) -> None:
+    """Have `save_pretrained` of a live model write what the checkpoint needs to load again."""
+    model.config.quantization_config = structure
+    model.config.fusion_config = dict(SENTINEL)
+    save_with_code(model)
+
+
 def save_with_code(model: PreTrainedModel) -> None:
     """Have a structured model write its code whenever it is saved."""
     if not isinstance(model, SavesWithCode):
@@ -105,5 +105,4 @@ def save_with_code(model: PreTrainedModel) -> None:
 def _auto_classes(config: Any) -> list[str]:
     """Names of the Auto classes that load a model of this config."""
     names = [name for name in dir(transformers) if name.startswith("AutoModel")]
-    mappings = {name: getattr(getattr(transformers, name), "_model_mapping", None) for name in names}
-    return [name for name, mapping in mappings.items() if mapping is not None and type(config) in mapping]
+    return [name for name in names if auto_class_knows(name, config)]

@@ -17,11 +17,11 @@ from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
 USER_OF_REGISTRY = "transformers.modeling_utils"
-"""Imported after the registry and before any model: watched too, because `import torch` arms and may itself be called
-from the middle of the registry, whose import can then no longer be seen."""
+"""Imported after the registry and before any model: watched too, because `import torch` installs the hook and may be
+called from the middle of the registry, whose import can then no longer be seen."""
 
 
-def arm() -> None:
+def install_import_hook() -> None:
     """Register with transformers now if it is loaded, else once it is; calling again changes nothing."""
     if _registry_is_ready():
         _register()
@@ -35,7 +35,7 @@ def _registry_is_ready() -> bool:
 
 def _register() -> None:
     # It registers when it is complete: what brought transformers here may be its own import.
-    importlib.import_module("optimum_moe.checkpoint.quantizer")
+    importlib.import_module("optimum_moe.hf.quantizer")
 
 
 class _Finder(MetaPathFinder):

@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Loader:
-    """Stands for one Auto class: arms the loading, then hands over to the real one."""
+    """Stands for one Auto class: has the package registered, then hands over to the real one."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -35,7 +35,7 @@ class _Loader:
         if find_spec("optimum_moe") is None:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             sys.path.append(str(cached_file(path, ARCHIVE, **hub)))
-        importlib.import_module("optimum_moe").arm()
+        importlib.import_module("optimum_moe").install_import_hook()
         return getattr(transformers, cls.__name__).from_pretrained(
             path, *args, **{**kwargs, "trust_remote_code": False}
         )

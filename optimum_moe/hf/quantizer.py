@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
     AutoHfQuantizer,
     AutoQuantizationConfig,
     register_quantization_config,
@@ -22,96 +21,22 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_moe.algorithms.factors import FactorSizes
+from optimum_moe.hf.compat import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    forget_quantization,
+    mark_initialized,
+    unwatch_loading,
+    watch_loading,
+)
+from optimum_moe.hf.structure import CARRIED_MODULE, METHOD, SENTINEL, MoEStructureConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from optimum_moe.model_info import BlockInfo
 
-METHOD = "optimum_moe"
-FORMAT_VERSION = 1
 SUPPORTED_TRANSFORMERS = ((5, 23), (5, 24))
 """First supported version, and first unsupported one after it; setup.py says the same."""
-CARRIED_MODULE = "modeling_optimum_moe"
-"""The module of code that `checkpoint.carried_code` puts beside the weights."""
-SENTINEL = {"a compressed checkpoint: pip install optimum-moe, or pass trust_remote_code=True": True}
-"""Stands in `config.fusion_config`. transformers only warns of an unknown quantization method and would go on to
-initialize missing experts at random; of an unknown fusion it raises, with this name in the message."""
-
-ENTRY_FIELDS = {"num_experts", "num_groups", "routing"}
-
-
-class MoEStructureConfig(QuantizationConfigMixin):
-    """`config.quantization_config` of a compressed checkpoint: the sizes of every block that differs from stock.
-
-    Args:
-        blocks: By module path: `num_experts` (before), `num_groups` (after), `routing` (`"map"` or `"reduce"`), and
-            `factors` (`FactorSizes.to_dict()`) where experts are kept in compressed forms.
-        format_version: Version of this schema.
-        quantization: Quantization config of the values, where another method quantized them.
-        quantize_on_load: Whether the stored values are still those before `quantization`.
-        saved_again: Whether the model was loaded and saved since it was compressed, so that it may have been trained.
-
-    Raises:
-        ValueError: If the version or a field is not known, or a size is impossible.
-    """
-
-    def __init__(
-        self,
-        blocks: Mapping[str, Mapping[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION,
-        quantization: Mapping[str, Any] | None = None,
-        quantize_on_load: bool = False,
-        saved_again: bool = False,
-        **unknown: Any,
-    ) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.format_version = format_version
-        unknown.pop("quant_method", None)
-        if format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"This checkpoint has optimum_moe format_version={format_version!r}, the installed package reads "
-                f"{FORMAT_VERSION}. Install the version that wrote it."
-            )
-        if unknown:
-            raise ValueError(
-                f"quantization_config has unknown fields {sorted(unknown)}. Restore the saved config.json."
-            )
-        if not isinstance(blocks, Mapping) or not all(isinstance(entry, Mapping) for entry in blocks.values()):
-            raise ValueError(
-                "quantization_config must name its blocks with their sizes. Restore the saved config.json."
-            )
-        self.blocks = {name: dict(entry) for name, entry in blocks.items()}
-        self.quantization = None if quantization is None else dict(quantization)
-        self.quantize_on_load = quantize_on_load
-        self.saved_again = saved_again
-        for name, entry in self.blocks.items():
-            _check_entry(name, entry)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What config.json holds; fields of an inner quantization only where there is one."""
-        return {key: value for key, value in super().to_dict().items() if value not in (None, False)}
-
-
-def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
-    if set(entry) - {"factors"} != ENTRY_FIELDS:
-        raise ValueError(
-            f"quantization_config of {name} must have the fields {sorted(ENTRY_FIELDS)}, got {sorted(entry)}. "
-            "Restore the saved config.json."
-        )
-    experts, groups = entry["num_experts"], entry["num_groups"]
-    sizes = type(experts) is int and type(groups) is int and 1 <= groups <= experts
-    if not sizes or entry["routing"] not in ("map", "reduce"):
-        raise ValueError(
-            f"quantization_config of {name} says num_experts={experts!r}, num_groups={groups!r}, "
-            f"routing={entry['routing']!r}; 1 <= num_groups <= num_experts and routing 'map' or 'reduce' are "
-            "possible. Restore the saved config.json."
-        )
-    if "factors" in entry and len(FactorSizes.from_dict(entry["factors"]).widths) != groups:
-        raise ValueError(
-            f"quantization_config of {name} gives sizes to another number of experts than num_groups={groups}. "
-            "Restore the saved config.json."
-        )
 
 
 class StructureMixin:
@@ -163,8 +88,10 @@ class StructureMixin:
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> PreTrainedModel:
+        from optimum_moe.hf.carried_code import mark_model
+
         super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
-        del model._adjust_missing_and_unexpected_keys
+        unwatch_loading(model)
         self.structure.quantize_on_load = False
         self.structure.saved_again = True
         mark_model(model, self.structure)
@@ -186,14 +113,7 @@ class MoEStructureQuantizer(StructureMixin, HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)
-        # Nothing is quantized: with these marks Trainer, .half() and save_pretrained(state_dict=...) would refuse.
-        del model.hf_quantizer
-        del model.quantization_method
-        model.is_quantized = False
-        for module in model.modules():
-            config: Any = getattr(module, "config", None)
-            if hasattr(config, "_is_quantized"):
-                config._is_quantized = False
+        forget_quantization(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -237,15 +157,6 @@ def _check_expert_parallel(config: MoEStructureConfig, distributed: Any) -> None
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
-
-
-def mark_model(model: Any, structure: MoEStructureConfig) -> None:
-    """Have `save_pretrained` of a live model write what the checkpoint needs to load again."""
-    from optimum_moe.checkpoint.carried_code import save_with_code
-
-    model.config.quantization_config = structure
-    model.config.fusion_config = dict(SENTINEL)
-    save_with_code(model)
 
 
 def quantize_on_load(config: PreTrainedConfig, quantization: QuantizationConfigMixin) -> PreTrainedConfig:
@@ -303,7 +214,7 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
         with guarded(model, found[name], entry["routing"] == "map" or sizes is not None):
             found[name].surgeon.build_structure(block, entry["num_groups"], entry["routing"], sizes)
         # Some architectures initialize a block by the config's expert count; its tensors all come from the checkpoint.
-        block._is_hf_initialized = True
+        mark_initialized(block)
     return list(found)
 
 
@@ -356,8 +267,6 @@ def _refuse_misfits(model: Any, blocks: list[str]) -> None:
     """Make the load fail where transformers would initialize missing tensors at random."""
     from optimum_moe.checkpoint.missing import lacking, refuse_lacking
 
-    adjust = model._adjust_missing_and_unexpected_keys
-
     def check(loading_info: Any) -> None:
         prefixes = tuple(f"{name}." for name in blocks)
         suspects = {key for key, *_ in loading_info.mismatched_keys} | set(loading_info.unexpected_keys)
@@ -370,17 +279,7 @@ def _refuse_misfits(model: Any, blocks: list[str]) -> None:
         given = set(model.state_dict()) - set(loading_info.missing_keys)
         refuse_lacking("The checkpoint", lacking(model, given, blocks))
 
-    def adjust_and_check(loading_info: Any) -> None:
-        adjust(loading_info)
-        try:
-            check(loading_info)
-        except ValueError:
-            # transformers raises of these too, later and with less to say.
-            loading_info.mismatched_keys.clear()
-            loading_info.conversion_errors.clear()
-            raise
-
-    model._adjust_missing_and_unexpected_keys = adjust_and_check
+    watch_loading(model, check)
 
 
 def register() -> None:
