@@ -4,14 +4,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# The oldest transformers that setup.py allows, in a folder of its own in front of the newest, which is in $(VENV).
+OLDEST := 5.23.0
+OLDEST_AT := .cache/oldest/$(OLDEST)
+ON_BOTH := tests/test_loading.py tests/test_exact_properties.py tests/test_reload.py tests/hf
+
 # Elsewhere than on Linux or macOS, or for a CUDA build, install torch into $(VENV) first.
 $(READY): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet --upgrade -e ".[dev]" transformers
 	touch $(READY)
 
-.PHONY: help demo test test-all lint docs bench
+$(OLDEST_AT)/.ready: $(READY)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST_AT) transformers==$(OLDEST)
+	touch $@
+
+.PHONY: help demo test test-all test-oldest lint docs bench
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -21,8 +30,12 @@ demo: $(READY)  ## compress the bundled reference model, reload it, print one ta
 test: $(READY) lint  ## lint, types and the tests of the model families
 	$(BIN)/python -m pytest -q -n 2 -m "not full"
 
-test-all: $(READY) lint  ## every architecture and every way of saving and loading
+test-all: $(READY) lint test-oldest  ## every architecture and every way of saving and loading
 	$(BIN)/python -m pytest -q -n 2
+
+test-oldest: $(OLDEST_AT)/.ready  ## loading and exact properties with the oldest transformers that is supported
+	PYTHONPATH=$(CURDIR)/$(OLDEST_AT) $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(OLDEST)'"
+	PYTHONPATH=$(CURDIR)/$(OLDEST_AT) $(BIN)/python -m pytest -q -n 2 -m "not full" $(ON_BOTH)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

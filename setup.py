@@ -33,9 +33,8 @@ setup(
     package_data={"optimum_moe": ["py.typed", "presets/*.yaml"]},
     install_requires=[
         "torch>=2.9",
-        "transformers>=5.23,<5.24",
+        "transformers>=5.23,<5.25",
         "optimum>=2.3",
-        "peft>=0.21",
         "accelerate>=1.15",
         "safetensors>=0.8",
         "scipy>=1.17",
@@ -47,8 +46,13 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "parquet": ["pyarrow"],
+        "data": ["pyarrow", "datasets"],
+        "images": ["pillow", "torchvision"],
+        "recover": ["peft>=0.21"],
         "bench": ["gguf", "matplotlib"],
-        "dev": ["pytest>=9", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "pyarrow", "datasets"],
+        "dev": [
+            *("pytest>=9", "pytest-xdist", "hypothesis", "packaging", "ruff", "mypy", "types-PyYAML"),
+            *("pyarrow", "datasets", "peft>=0.21"),
+        ],
     },
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -96,3 +99,47 @@ def test_every_public_name_exists_and_is_documented() -> None:
 
 def test_every_file_is_listed_in_the_layers() -> None:
     assert {module_of(path) for path in FILES} == set(LAYERS)
+
+
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
+
+
+def third_party(nodes: Iterable[ast.AST]) -> set[str]:
+    """The distributions that import statements name."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    found = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"optimum_moe"}
+    return {DISTRIBUTIONS.get(name, name) for name in found}
+
+
+def requirements() -> tuple[set[str], set[str]]:
+    """The distributions of setup.py that are required, and those of its extras."""
+    call = next(
+        node.value
+        for node in ast.parse((PACKAGE.parent / "setup.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    )
+    said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    required, extras = ast.literal_eval(said["install_requires"]), re.findall(r"'([\w>=.-]+)'", said["extras_require"])
+    return {re.match(r"[\w-]+", name)[0] for name in required}, {re.match(r"[\w-]+", name)[0] for name in extras}
+
+
+def test_what_is_imported_is_declared_and_what_is_required_is_imported() -> None:
+    required, extras = requirements()
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
+    in_functions = {
+        id(node)
+        for tree in trees
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    }
+    every = third_party(node for tree in trees for node in ast.walk(tree))
+    always = third_party(node for tree in trees for node in ast.walk(tree) if id(node) not in in_functions)
+    assert always <= required
+    assert every - required <= extras
+    assert required <= every

@@ -294,11 +294,11 @@ def test_plain_checkpoints_carry_nothing(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "out").iterdir()} & {"optimum_moe.zip", "modeling_optimum_moe.py"} == set()
 
 
-@pytest.mark.parametrize("version", ["4.57.6", "5.22.9", "5.24.0.dev0", "6.0.0"])
+@pytest.mark.parametrize("version", ["4.57.6", "5.22.9", "5.25.0.dev0", "6.0.0"])
 def test_other_versions_of_transformers_are_refused(saved: Any, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The module that the quantizer saw: transformers puts a lazy one in its own place once it is imported.
     monkeypatch.setattr(quantizer.transformers, "__version__", version)
-    with pytest.raises(ValueError, match=rf"transformers >=5.23,<5.24; transformers {version} is installed"):
+    with pytest.raises(ValueError, match=rf"transformers >=5.23,<5.25; transformers {version} is installed"):
         transformers.AutoModelForCausalLM.from_pretrained(saved[0])
 
 
@@ -306,3 +306,5 @@ def test_the_versions_are_those_of_the_requirement() -> None:
     wanted = next(r for r in map(Requirement, requires("optimum-moe") or []) if r.name == "transformers")
     (first, minor), (after, next_minor) = SUPPORTED_TRANSFORMERS
     assert str(wanted.specifier) == f"<{after}.{next_minor},>={first}.{minor}"
+    makefile = (PACKAGE.parent / "Makefile").read_text(encoding="utf-8")
+    assert f"\nOLDEST := {first}.{minor}.0\n" in makefile

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from optimum_moe.model_info import BlockInfo
 
-SUPPORTED_TRANSFORMERS = ((5, 23), (5, 24))
+SUPPORTED_TRANSFORMERS = ((5, 23), (5, 25))
 """First supported version, and first unsupported one after it; setup.py says the same."""
 
 

@@ -286,8 +286,8 @@ def test_evaluate_another_column_with_another_tokenizer(run: Run, checkpoint: Pa
     status, out, err = run(*common, "--text-column", "body", "--tokenizer", tmp_path / "tokenizer")
     assert status == 0, err
     assert "perplexity" in out
-    status, _, err = run(*common, "--text-column", "body", "--tokenizer", tmp_path / "tokenizer")
-    assert (status, f"tokenizer is no folder; did you mean '{tmp_path / 'tokenizer'}'?" in err) == (2, True)
+    status, _, err = run(*common, "--text-column", "body", "--tokenizer", tmp_path / "tokenzer")
+    assert (status, f"tokenzer is no folder; did you mean '{tmp_path / 'tokenizer'}'?" in err) == (2, True)
 
 
 def test_calibration_that_nothing_reads_is_said(run: Run, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
