@@ -242,12 +242,13 @@ class MoECompressor:
             model = all_in_memory(self._loaded())
             run = self._run(MemoryStore(model, self.source.blocks, self._stored), batches)
             try:
-                self._carry_out(run, plan)
+                self.plan, observed = run.decide(self.statistics if self.recipe.needs else None, plan)
             except BaseException:
                 # Some blocks may be cut by now: a checkpoint is read again next time, a model in memory is lost.
                 if run.has_cut:
                     self._partly_cut, self.model = self.source.live is not None, None
                 raise
+            self.statistics = observed or self.statistics
             self._mark(model.eval())
             if self.output_dir is None:
                 return model
@@ -336,7 +337,8 @@ class MoECompressor:
         try:
             with StreamingJob(self.source, self.output_dir, made_from, self.streaming, self.overwrite) as job:
                 job.check(self.preview().after.bytes, self.mtp.stored())
-                self._carry_out(self._run(job.store, batches, job.keep), plan)
+                self.plan, observed = self._run(job.store, batches, job.keep).decide(used, plan)
+                self.statistics = observed or used
                 self.model, self._itemsize = job.finished_model(), job.store.itemsize
                 self._mark(self.model)
                 self._measured = self.measured()
@@ -365,14 +367,6 @@ class MoECompressor:
             lines=self.streaming is not None,
             keep=keep,
         )
-
-    def _carry_out(self, run: Run, plan: CompressionPlan | None) -> None:
-        """Cut as a plan says, or decide."""
-        if plan is not None:
-            self.plan = run.carry_out(plan)
-            return
-        self.plan, observed = run.decide(self.statistics if self.recipe.needs else None)
-        self.statistics = observed or self.statistics
 
     def measured(self) -> Preview:
         """Like `preview()`, after `apply()`: actual counts, and FLOPs with repeats as they were observed."""

@@ -141,19 +141,25 @@ class Run:
             self._pass(_Remember(kept), pending, "calibrate", needs)
         return self._finished(kept)
 
-    def decide(self, statistics: Statistics | None) -> tuple[CompressionPlan, Statistics | None]:
+    def decide(
+        self, statistics: Statistics | None = None, plan: CompressionPlan | None = None
+    ) -> tuple[CompressionPlan, Statistics | None]:
         """Decide, cut and write; observe first, or on the way, where a stage needs statistics and there are none.
 
         Args:
             statistics: Of an earlier observation.
+            plan: Cut as this plan says instead of deciding.
 
         Returns:
             The plan that was carried out, and the statistics.
 
         Raises:
-            ValueError: If the statistics are broken or lack experts that `unseen` does not allow to lack, or the
-                architecture cannot hold the counts.
+            ValueError: If the statistics are broken or lack experts that `unseen` does not allow to lack, the
+                architecture cannot hold the counts, or the plan is for other blocks.
         """
+        if plan is not None:
+            self._cut_all(PlanReader(self.store, plan), None, "plan")
+            return plan, None
         observing = statistics is None and bool(self.recipe.needs)
         # A store that holds all layers observes them in one pass; another one cuts each layer on the way where it can.
         if observing and (self.recipe.is_adaptive or (self.store.holds_all and not self.propagate)):
@@ -177,15 +183,6 @@ class Run:
         self._cut_all(decider, None, "write", show=False)
         statistics = self._finished(kept)
         return self._plan(statistics), statistics
-
-    def carry_out(self, plan: CompressionPlan) -> CompressionPlan:
-        """Cut as a finished plan says.
-
-        Raises:
-            ValueError: If the plan is for other blocks; nothing was cut then.
-        """
-        self._cut_all(PlanReader(self.store, plan), None, "plan")
-        return plan
 
     @property
     def _shows_profiles(self) -> bool:
