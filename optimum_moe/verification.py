@@ -377,10 +377,11 @@ def _reload_failures(work: _Work) -> tuple[list[str], str]:
 
 
 def _first_tensor(output: Any) -> torch.Tensor:
-    """Logits, or what a model without a head gives first."""
+    """Logits, or what a model without a head for text gives first: hidden states, feature maps, heatmaps."""
     if "logits" in output:
         return output.logits
-    return output.feature_maps[-1] if "feature_maps" in output else output.last_hidden_state
+    found = next(value for value in output.values() if isinstance(value, torch.Tensor | tuple))
+    return found[-1] if isinstance(found, tuple) else found
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
