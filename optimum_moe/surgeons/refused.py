@@ -6,8 +6,8 @@ from torch import nn
 
 REFUSED: dict[str, str] = {
     "NllbMoeSparseMLP": (
-        "transformers 5.23 runs only its first two experts, whatever the router chooses (NllbMoeExperts takes a mask "
-        "for ids), so that calibration and the compressed model would not be those of the checkpoint. Wait for a "
+        "transformers up to 5.24 runs only its first two experts, whatever the router chooses (NllbMoeExperts takes a "
+        "mask for ids), so that calibration and the compressed model would not be those of the checkpoint. Wait for a "
         "version of transformers in which all experts run."
     ),
     "DogeCDMoE": (
