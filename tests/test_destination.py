@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,15 @@ from tests.tiny_models import build
 METHOD = ExpertPruning(num_experts=4, saliency="random")
 ENGINES = ("memory", "streaming")
 BUSY = "Another run is writing to .*out. Wait for it, or end it"
+
+
+@pytest.fixture(autouse=True)
+def default_signals() -> Iterator[None]:
+    """Processes inherit what is ignored, and under `nohup` that is SIGHUP."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
