@@ -97,8 +97,8 @@ def uniform(smallest: float, whiten: bool) -> Variant:
 
 BUDGETS: dict[str, Variant] = {
     "experts only": lambda share: ByteBudget(share=share, formats=[]),
-    "ranks only": lambda share: ByteBudget(share=share, formats=["rank"]),
-    "neurons only": lambda share: ByteBudget(share=share, formats=["neurons"]),
+    "ranks only": lambda share: ByteBudget(share=share, formats=["low_rank"]),
+    "neurons only": lambda share: ByteBudget(share=share, formats=["narrow"]),
     BUDGET: lambda share: ByteBudget(share=share),
 }
 REFERENCE_SMALLEST = 8 * (80 + 128) / (80 * 128)

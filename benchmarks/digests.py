@@ -104,8 +104,10 @@ def plan_digest(plan: CompressionPlan) -> str:
             "orders": of_tensor(None if block.permutations_EI is None else block.permutations_EI.long()),
             "router weights": of_tensor(None if block.router_weights_E is None else block.router_weights_E.double()),
             "widths": None if sizes is None else list(sizes.widths),
-            "ranks": None if sizes is None else {n: list(v) for n, v in sorted(sizes.ranks.items())},
-            "rows": None if sizes is None else {n: list(v) for n, v in sorted(sizes.rows.items())},
+            "ranks": None if sizes is None else {n: list(v) for n, v in sorted(sizes.table("low_rank").items())},
+            "rows": None
+            if sizes is None
+            else {n: list(v) for n, v in sorted(sizes.table("sparse_rows").items()) if any(v)},
             "neurons": [of_tensor(n) for n in block.neurons or ()],
         }
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]

@@ -30,7 +30,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from optimum_moe.algorithms.factors import BlockFactors, ExpertFactors, FactorSizes, MatrixFactors
+from optimum_moe.algorithms.factors import MatrixFactors
+from optimum_moe.formats import PROJECTIONS, ExpertsSpec, StoredExpert, StoredExperts, StoredMatrix
+from optimum_moe.formats.low_rank import low_rank_matrix
+from optimum_moe.formats.sparse_rows import sparse_rows_part
+from optimum_moe.formats.stored import stored_matrix
 from optimum_moe.plan import keep_all
 
 INPUTS, FEWEST_ROUNDS, PREFILL, TOKENS_A_ROUND = 3, 7, 64, 8
@@ -50,21 +54,20 @@ class Form:
     """How the experts of a block are kept."""
 
     name: str
-    sizes: FactorSizes
+    sizes: ExpertsSpec
 
 
-def uniform(layer: Any, rank: int, density: float) -> FactorSizes:
+def uniform(layer: Any, rank: int, density: float) -> ExpertsSpec:
     """Every matrix at one rank with the same share of its rows."""
     count, width, hidden = layer.num_experts, layer.intermediate, layer.hidden
     rows = {"gate": (int(density * width),), "up": (int(density * width),), "down": (int(density * hidden),)}
-    return FactorSizes(
-        (width,) * count,
-        dict.fromkeys(rows, (rank,) * count),
-        {name: values * count for name, values in rows.items()} if density else {},
-    )
+    parts = {"low_rank": dict.fromkeys(PROJECTIONS, (rank,) * count)}
+    if density:
+        parts["sparse_rows"] = {name: values * count for name, values in rows.items()}
+    return ExpertsSpec((width,) * count, PROJECTIONS, parts)
 
 
-def mixed(layer: Any) -> FactorSizes:
+def mixed(layer: Any) -> ExpertsSpec:
     """What a byte budget gives: dense, narrower and empty experts among others, whose matrices have ranks of their own.
 
     Ranks are multiples of 8 up to about half of the matrix's bytes; widths are multiples of 8.
@@ -81,7 +84,8 @@ def mixed(layer: Any) -> FactorSizes:
         for values in ranks.values():
             limit = min(most, width // 2)
             values.append(draw.randrange(STEP, limit + 1, STEP) if "rank" in kind else None)
-    return FactorSizes(tuple(widths), {name: tuple(values) for name, values in ranks.items()})
+    parts = {"low_rank": {name: tuple(values) for name, values in ranks.items()}}
+    return ExpertsSpec(tuple(widths), PROJECTIONS, parts)
 
 
 def forms(layer: Any) -> Iterator[Form]:
@@ -93,30 +97,31 @@ def forms(layer: Any) -> Iterator[Form]:
     yield Form("mixture", mixed(layer))
 
 
-def random_factors(sizes: FactorSizes, hidden: int, dtype: torch.dtype) -> BlockFactors:
+def random_factors(sizes: ExpertsSpec, hidden: int, dtype: torch.dtype) -> StoredExperts:
     """Random numbers in these sizes."""
 
     def normal(*shape: int) -> torch.Tensor:
         return (0.02 * torch.randn(shape)).to(dtype)
 
-    def matrix(name: str, expert: int) -> MatrixFactors:
-        width, rank = sizes.widths[expert], sizes.ranks[name][expert]
+    def matrix(name: str, expert: int) -> StoredMatrix:
+        width, parts = sizes.widths[expert], sizes.sizes_of(name, expert)
         outputs, inputs = (hidden, width) if name == "down" else (width, hidden)
-        if rank is None:
-            return MatrixFactors(dense_OX=normal(outputs, inputs))
-        rows = sizes.rows[name][expert] if name in sizes.rows else 0
+        if "dense" in parts:
+            return stored_matrix(normal(outputs, inputs))
+        rows = parts.get("sparse_rows", 0)
         index = torch.randperm(outputs)[:rows].sort().values
-        sparse = (index, normal(rows, inputs)) if rows else (None, None)
-        return MatrixFactors(None, normal(rank, outputs), normal(rank, inputs), *sparse)
+        sparse = [sparse_rows_part(index, normal(rows, inputs))] if rows else []
+        factors = MatrixFactors(normal(parts["low_rank"], outputs), normal(parts["low_rank"], inputs))
+        return low_rank_matrix(factors, *sparse)
 
-    def expert_of(number: int) -> ExpertFactors:
-        made = {name: matrix(name, number) for name in sizes.ranks}
-        return ExpertFactors(made["up"], made["down"], made.get("gate"), torch.arange(sizes.widths[number]))
+    def expert_of(number: int) -> StoredExpert:
+        made = {name: matrix(name, number) for name in sizes.projections}
+        return StoredExpert(made["up"], made["down"], made.get("gate"), torch.arange(sizes.widths[number]))
 
-    return BlockFactors(tuple(expert_of(number) for number in range(len(sizes.widths))))
+    return StoredExperts(tuple(expert_of(number) for number in range(len(sizes.widths))))
 
 
-def compressed_block(block: nn.Module, surgeon: Any, factors: BlockFactors, layer: Any) -> nn.Module:
+def compressed_block(block: nn.Module, surgeon: Any, factors: StoredExperts, layer: Any) -> nn.Module:
     """A block with the same router and random experts in compressed forms, made by the surgeon."""
     experts = block.experts
     block.experts = None
@@ -131,14 +136,15 @@ def compressed_block(block: nn.Module, surgeon: Any, factors: BlockFactors, laye
     return made.eval().requires_grad_(False)
 
 
-def predicted(layer: Any, sizes: FactorSizes, indices: Sequence[torch.Tensor], prefill: bool) -> float:
+def predicted(layer: Any, sizes: ExpertsSpec, indices: Sequence[torch.Tensor], prefill: bool) -> float:
     """Ratio of the multiply-adds, or of the bytes, of the compressed block to those of the stock one."""
     dense, router = 3 * layer.hidden * layer.intermediate, layer.hidden * layer.num_experts
     above = below = 0
     for index_TK in indices:
         hit = index_TK.flatten().tolist() if prefill else index_TK.unique().tolist()
         routers = router * (len(index_TK) if prefill else 1)
-        above += routers + sum(sizes.numbers(expert, layer.hidden, active=prefill) for expert in hit)
+        each = sizes.multiply_adds if prefill else sizes.numbers
+        above += routers + sum(each(expert, layer.hidden) for expert in hit)
         below += routers + dense * len(hit)
     return above / below
 
@@ -151,26 +157,27 @@ class Matmuls:
         routing: For each input the (T, K) experts of its tokens.
     """
 
-    def __init__(self, factors: BlockFactors, routing: Mapping[torch.Tensor, torch.Tensor]) -> None:
-        self.jobs: dict[torch.Tensor, list[tuple[torch.Tensor, MatrixFactors]]] = {}
+    def __init__(self, factors: StoredExperts, routing: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        self.jobs: dict[torch.Tensor, list[tuple[torch.Tensor, StoredMatrix]]] = {}
         for input_1TH, index_TK in routing.items():
             hit, counts = index_TK.unique(return_counts=True)
             self.jobs[input_1TH] = [
                 (torch.randn(count, matrix.shape[1], dtype=input_1TH.dtype), matrix)
                 for expert, count in zip(hit.tolist(), counts.tolist(), strict=True)
                 for matrix in factors.experts[expert].matrices.values()
-                if matrix.numbers
+                if matrix.shape[0] and matrix.shape[1]
             ]
 
     def __call__(self, input_1TH: torch.Tensor) -> None:
         """Run them for one of the inputs."""
         for input_PX, matrix in self.jobs[input_1TH]:
-            if matrix.dense_OX is not None:
-                nn.functional.linear(input_PX, matrix.dense_OX)
+            tensors = matrix.tensors
+            if matrix.is_dense:
+                nn.functional.linear(input_PX, matrix.densified())
                 continue
-            nn.functional.linear(input_PX, matrix.v_RX) @ matrix.u_RO
-            if matrix.rows_MX is not None:
-                nn.functional.linear(input_PX, matrix.rows_MX)
+            nn.functional.linear(input_PX, tensors["v"]) @ tensors["u"]
+            if "rows" in tensors:
+                nn.functional.linear(input_PX, tensors["rows"])
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ from layer_speed import Layer, cut_block, random_block
 from torch import nn
 
 from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
-from optimum_moe.algorithms.factors import FactorSizes
+from optimum_moe.formats import PROJECTIONS, ExpertsSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"30B": (2048, 768, 128), "235B": (4096, 1536, 128)}
@@ -244,20 +244,18 @@ def compress_layers(study: Study) -> None:
 # Phase c
 
 
-def narrower(layer: Layer, width: int) -> FactorSizes:
+def narrower(layer: Layer, width: int) -> ExpertsSpec:
     """Every expert with fewer neurons."""
-    dense: tuple[int | None, ...] = (None,) * layer.num_experts
-    return FactorSizes((width,) * layer.num_experts, dict.fromkeys(("gate", "up", "down"), dense))
+    return ExpertsSpec((width,) * layer.num_experts, PROJECTIONS)
 
 
-def forms(layer: Layer) -> dict[str, FactorSizes]:
+def forms(layer: Layer) -> dict[str, ExpertsSpec]:
     half = int(0.5 * layer.hidden * layer.intermediate / (layer.hidden + layer.intermediate)) // 8 * 8
     draw = random.Random(0)
     widths = tuple(draw.randrange(8, layer.intermediate + 1, 8) for _ in range(layer.num_experts))
-    dense: tuple[int | None, ...] = (None,) * layer.num_experts
     return {
         "half of the neurons, one width": narrower(layer, layer.intermediate // 2),
-        "half of the neurons, all widths": FactorSizes(widths, dict.fromkeys(("gate", "up", "down"), dense)),
+        "half of the neurons, all widths": ExpertsSpec(widths, PROJECTIONS),
         f"rank {half}": uniform(layer, half, 0.0),
         f"rank {half // 2}, rows 10%": uniform(layer, half // 2, 0.1),
         "mixture of forms": mixed(layer),
@@ -283,7 +281,7 @@ def captured(study: Study, run: Callable[[], Any]) -> Callable[[], Any] | str:
 
 def compressed_blocks(
     layer: Layer, stock: Any, surgeon: Any, study: Study
-) -> Iterator[tuple[str, nn.Module, FactorSizes | None]]:
+) -> Iterator[tuple[str, nn.Module, ExpertsSpec | None]]:
     """Name, block and sizes of each form; a merged block has no sizes of its own."""
     for name, sizes in forms(layer).items():
         with study.device:
@@ -422,7 +420,7 @@ def train_and_compare(study: Study) -> None:
     seen = None
     methods: dict[str, Callable[[float], Any]] = {
         "byte budget": lambda share: ByteBudget(share=share),
-        "neurons only": lambda share: ByteBudget(share=share, formats=["neurons"]),
+        "neurons only": lambda share: ByteBudget(share=share, formats=["narrow"]),
         "REAP": lambda share: ExpertPruning(num_experts=int(experts * share)),
         "frequency": lambda share: ExpertPruning(num_experts=int(experts * share), saliency="frequency"),
         "random": lambda share: ExpertPruning(num_experts=int(experts * share), saliency="random"),

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from optimum_moe.algorithms.factors import BlockFactors, FactorSizes
 from optimum_moe.algorithms.router_fit import RouterFit
+from optimum_moe.formats import ExpertsSpec, StoredExperts
 from optimum_moe.records import read_record, write_record
 
 PLAN_NAME = "plan"
@@ -44,8 +44,8 @@ class BlockPlan:
             None leaves every expert as it is.
         router_weights_E: (E,) float64, weight of each expert's router row in its group's row; `"reduce"` only.
         router_fit: Router entries that were fitted, in place of the weighted ones; `"reduce"` only.
-        factors: The forms in which the G experts are kept, None where they stay as they are.
-        sizes: Of these forms; what a plan that was read back knows of them.
+        factors: The G experts in the formats that they are stored in, None where they stay as they are.
+        sizes: Their specification; what a plan that was read back knows of them.
         neurons: Neurons that each expert keeps (None for all of them); likewise.
         digest: Of each tensor that no original gives (factors, sparse rows, shared bases), by its name; likewise.
         stable_rank: Mean stable rank of the experts' matrices before and after they were merged, where both are known.
@@ -59,15 +59,15 @@ class BlockPlan:
     permutations_EI: torch.Tensor | None = None
     router_weights_E: torch.Tensor | None = None
     router_fit: RouterFit | None = None
-    factors: BlockFactors | None = None
-    sizes: FactorSizes | None = None
+    factors: StoredExperts | None = None
+    sizes: ExpertsSpec | None = None
     neurons: tuple[torch.Tensor | None, ...] | None = None
     digest: Mapping[str, str] | None = None
     stable_rank: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.factors is not None and self.sizes is None:
-            object.__setattr__(self, "sizes", self.factors.sizes)
+            object.__setattr__(self, "sizes", self.factors.spec)
             object.__setattr__(self, "neurons", tuple(expert.neurons for expert in self.factors.experts))
         if self.sizes is not None and len(self.sizes.widths) != self.num_groups:
             raise ValueError(
@@ -306,7 +306,7 @@ class CompressionPlan:
 
 def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torch.Tensor]) -> BlockPlan:
     permutations = tensors.get(f"{index}.permutations_EI")
-    sizes = FactorSizes.from_dict(block["factors"]) if "factors" in block else None
+    sizes = ExpertsSpec.from_dict(block["factors"]) if "factors" in block else None
     dominants = block["dominants"]
     groups = 0 if sizes is None else len(sizes.widths)
     kept = [tensors.get(f"{index}.neurons.{e}") for e in range(groups)]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from optimum_moe.algorithms.factors import FactorSizes
 from optimum_moe.checkpoint.checkpoint_tensors import CheckpointTensors, built, raw_config
 from optimum_moe.checkpoint.checksums import side_file_failures
 from optimum_moe.checkpoint.comparison import Comparison
@@ -22,6 +21,7 @@ from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader, take_dt
 from optimum_moe.checkpoint.settings import config_failures
 from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.stored import rounded
+from optimum_moe.formats import ExpertsSpec
 from optimum_moe.hf.structure import METHOD
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.reporting.verification import SHOWN, Check, VerificationReport
@@ -292,7 +292,7 @@ def _expected_block(
     if plan.sizes is not None:
         stored = work.checkpoint_tensors.read(work.checkpoint_tensors.inside(name))
         sizes = work.config["quantization_config"]["blocks"][name]["factors"] if work.trained else plan.sizes.to_dict()
-        compare_factors(found, block, plan, stored, factors, FactorSizes.from_dict(sizes))
+        compare_factors(found, block, plan, stored, factors, ExpertsSpec.from_dict(sizes))
         left = {f"{name}.{key}" for key in block.state_dict()}
         after = {key: tensor for key, tensor in after.items() if key in left}
     after = rounded(after, work.original.mixed(), plan)

@@ -159,8 +159,8 @@ def test_equal_damage_is_spent_where_a_byte_saves_the_most() -> None:
         ({"share": 0.5, "target_size": "1GB"}, r"got share=0.5, target_size='1GB'"),
         ({"share": 0}, r"share=0 must be a number in \(0, 1\]"),
         ({"share": 1.5}, r"share=1.5 must be a number in \(0, 1\]"),
-        ({"share": 0.5, "formats": ["neuron"]}, r"formats='neuron' is unknown; did you mean 'neurons'"),
-        ({"share": 0.5, "formats": "rank"}, r"formats='rank' must be a list"),
+        ({"share": 0.5, "formats": ["narow"]}, r"formats='narow' is unknown; did you mean 'narrow'"),
+        ({"share": 0.5, "formats": "narrow"}, r"formats='narrow' must be a list"),
         ({"target_size": "16 elephants"}, r"target_size='16 elephants' is no size"),
     ],
 )

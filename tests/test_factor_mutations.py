@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_moe import CompressionPlan
-from optimum_moe.algorithms.factors import FactorSizes
+from optimum_moe.formats import ExpertsSpec
 from optimum_moe.records import digest
 from tests.test_factorized_verification import save_mixture
 from tests.test_mutations import CASES, at, outcome, places
@@ -52,7 +52,9 @@ def mutations(draw: st.DrawFn, tree: dict[str, Any]) -> Any:
         if kind == "remove":
             del parent[path[-1]]
         elif kind == "add" and isinstance(parent, dict):
-            parent[draw(st.sampled_from(["gate", "rows", "base", "extra"]))] = draw(values)
+            parent[
+                draw(st.sampled_from(["gate", "projections", "sparse_rows", "shared_base", "empty", "dense", "extra"]))
+            ] = draw(values)
         elif kind == "copy":
             source = at(tree["quantization_config"]["blocks"], draw(st.sampled_from(inside)))
             parent[path[-1]] = copy.deepcopy(source)
@@ -90,7 +92,7 @@ def test_changed_sizes_load_the_same_model_or_say_why_not(
 
 
 def structure(config: Any) -> list[Any]:
-    return [FactorSizes.from_dict(entry["factors"]).to_dict() for entry in config.quantization_config.blocks.values()]
+    return [ExpertsSpec.from_dict(entry["factors"]).to_dict() for entry in config.quantization_config.blocks.values()]
 
 
 @given(data=st.data())

@@ -117,15 +117,17 @@ def test_a_missing_factor_and_other_sizes(folders: Any, tmp_path: Path) -> None:
     shutil.copytree(folder / "out", out)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     sizes = config["quantization_config"]["blocks"]["model.layers.1.mlp"]["factors"]
-    ranks = sizes["ranks"]["up"].split(" ")
-    sizes["ranks"]["up"] = " ".join([ranks[0], "16", *ranks[2:]])
+    ranks = sizes["low_rank"]["up"].split(" ")
+    sizes["low_rank"]["up"] = " ".join([ranks[0], "16", *ranks[2:]])
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     report = verify(out, folder / "original")
     assert "Sizes of experts are not those that their checksum was made of" in report["config"].failures[0]
     assert not report["experts"].ran
     # Whoever makes the checksum anew contradicts the plan.
     before = CompressionPlan.from_pretrained(out).blocks["model.layers.1.mlp"].sizes
-    made = replace(before, ranks={**before.ranks, "up": (before.ranks["up"][0], 16, *before.ranks["up"][2:])})
+    old = before.parts["low_rank"]
+    changed = {**old, "up": (old["up"][0], 16, *old["up"][2:])}
+    made = replace(before, parts={**before.parts, "low_rank": changed})
     assert {**made.to_dict(), "checksum": sizes["checksum"]} == sizes
     config["quantization_config"]["blocks"]["model.layers.1.mlp"]["factors"] = made.to_dict()
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")

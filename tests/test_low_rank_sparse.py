@@ -44,7 +44,9 @@ def test_what_loses_nothing_changes_nothing(target: Target, kind: str) -> None:
         expected = logits_of(model, inputs_for(target))
     compressor = compressor_for(model, method, target)
     factorized = compressor.apply()
-    found = [block.sizes.ranks["up"] for block in compressor.plan.blocks.values() if block.sizes is not None]
+    found = [
+        block.sizes.table("low_rank")["up"] for block in compressor.plan.blocks.values() if block.sizes is not None
+    ]
     assert len(found) == len(layers if kind != "every row" else widths)
     assert {rank for ranks in found for rank in ranks} == {8 if kind == "every row" else full}
     assert_rounding(logits_of(factorized, inputs_for(target)), expected)
@@ -118,7 +120,7 @@ def test_reload_is_bit_equal(target: Target, kind: str, tmp_path: Path) -> None:
 def test_an_energy_gives_ranks_of_their_own() -> None:
     compressor = compressor_for(build("qwen3_moe"), LowRankSparse(energy=0.8, density=None), "qwen3_moe")
     compressor.apply()
-    found = [rank for block in compressor.plan.blocks.values() for rank in block.sizes.ranks["down"]]
+    found = [rank for block in compressor.plan.blocks.values() for rank in block.sizes.table("low_rank")["down"]]
     assert len(set(found)) > 1
     assert all(rank is None or rank % 8 == 0 for rank in found)
 
@@ -129,7 +131,9 @@ def test_what_factors_would_not_make_smaller_stays_dense(settings) -> None:
     compressor = compressor_for(build("qwen3_moe"), LowRankSparse(density=0.25, **settings), "qwen3_moe")
     expected = compressor.preview()
     model = compressor.apply()
-    assert {r for b in compressor.plan.blocks.values() for rs in b.sizes.ranks.values() for r in rs} == {None}
+    assert {r for b in compressor.plan.blocks.values() for rs in b.sizes.table("low_rank").values() for r in rs} == {
+        None
+    }
     measured = compressor.measured().after
     # The preview of an energy gives bounds of the FLOPs.
     assert (measured.bytes, measured.flops_upper) == (expected.after.bytes, expected.after.flops_upper)

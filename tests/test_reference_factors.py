@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_moe import CalibrationConfig, LowRankSparse, MoECompressor, Statistics
 from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
 from optimum_moe.algorithms.low_rank import decompose
-from optimum_moe.algorithms.uniform_factors import weighted_inputs
 from optimum_moe.evaluation import evaluate_many
+from optimum_moe.formats.uniform import weighted_inputs
 from optimum_moe.surgeons import find_blocks
 
 REFERENCE = Path(__file__).parent / "data" / "reference"

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, verify
-from optimum_moe.algorithms import factors
 from optimum_moe.checkpoint.headers import read_headers
+from optimum_moe.formats import specification
 from tests.tiny_models import build, inputs_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
@@ -54,7 +54,7 @@ def with_factors(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str,
         for block in blocks_of(config):
             block["factors"].pop("checksum")
             change(block["factors"])
-            block["factors"]["checksum"] = factors._checksum(block["factors"])
+            block["factors"]["checksum"] = specification._checksum(block["factors"])
 
     return edit
 
@@ -75,11 +75,23 @@ def of_all(number: object) -> str:
 
 
 STRUCTURES = {
-    "bases": ("factors", with_factors(lambda f: f.update(base=of_all(10**9))), "no more bases than experts"),
-    "rows": ("factors", with_factors(lambda f: f["rows"].update(down=of_all(HUGE))), "or 1000000000000 sparse rows"),
-    "float": ("factors", with_factors(lambda f: f["rows"].update(down=of_all(1e12))), "no whole number"),
-    "numbers": ("factors", with_factors(lambda f: f["rows"].update(down=[HUGE] * 8)), "cannot be read"),
-    "ranks": ("factors", with_factors(lambda f: f["ranks"].update(up=of_all(HUGE))), "and one has rank 1000000000000"),
+    "bases": (
+        "factors",
+        with_factors(lambda f: f.update(shared_base={"up": of_all(10**9)})),
+        "no more bases than experts",
+    ),
+    "rows": (
+        "factors",
+        with_factors(lambda f: f["sparse_rows"].update(down=of_all(HUGE))),
+        "with 1000000000000 sparse rows",
+    ),
+    "float": ("factors", with_factors(lambda f: f["sparse_rows"].update(down=of_all(1e12))), "no whole number"),
+    "numbers": ("factors", with_factors(lambda f: f["sparse_rows"].update(down=[HUGE] * 8)), "cannot be read"),
+    "ranks": (
+        "factors",
+        with_factors(lambda f: f["low_rank"].update(up=of_all(HUGE))),
+        "there is one of rank 1000000000000",
+    ),
     "widths": ("factors", with_factors(lambda f: f.update(widths=of_all(HUGE))), "has 24 neurons by config.json"),
     "no widths": ("factors", with_factors(lambda f: f.update(widths="")), "no whole number"),
     "list": ("factors", with_blocks(factors=[1]), "Sizes of experts cannot be read"),

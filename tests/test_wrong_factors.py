@@ -190,10 +190,10 @@ def test_an_expert_without_tokens_gets_the_plain_svd() -> None:
         for name, matrices in (("up", context.experts.up), ("down", context.experts.down)):
             plain = [decompose(matrices[expert].float()).truncated(8).densified() for expert in (5, 6)]
             form = unseen_expert.matrices[name]
-            low_rank = form.u_RO.T @ form.v_RX
+            low_rank = form.tensors["u"].T @ form.tensors["v"]
             assert (low_rank - plain[1]).abs().max() <= 1e-5 * plain[1].abs().max()
             form = seen.matrices[name]
-            assert (form.u_RO.T @ form.v_RX - plain[0]).abs().max() > 1e-2 * plain[0].abs().max()
+            assert (form.tensors["u"].T @ form.tensors["v"] - plain[0]).abs().max() > 1e-2 * plain[0].abs().max()
 
 
 def test_out_of_memory_in_the_svd(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
-from optimum_moe.algorithms.one_expert import Expert, ExpertTokens
 
 
 @dataclass(frozen=True, eq=False)

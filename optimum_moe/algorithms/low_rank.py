@@ -24,8 +24,8 @@ import torch
 from optimum_moe.algorithms.factors import MatrixFactors
 from optimum_moe.algorithms.ranks import check_rank
 
-DAMPING = 1e-4
-"""Default ridge as a share of a Gram's mean diagonal."""
+SVD_DAMPING = 1e-4
+"""Default ridge of a whitened SVD as a share of a Gram's mean diagonal."""
 
 # Columns of a Gram that are widened to float64 at a time.
 _CHUNK = 1024
@@ -88,7 +88,7 @@ def decompose(
     input_gram_XX: torch.Tensor | None = None,
     input_rows_PX: torch.Tensor | None = None,
     output_gram_OO: torch.Tensor | None = None,
-    damping: float = DAMPING,
+    damping: float = SVD_DAMPING,
 ) -> Spectrum:
     """Decompose a matrix once, to be truncated at any rank.
 
@@ -134,7 +134,7 @@ def singular_values(
     input_gram_XX: torch.Tensor | None = None,
     input_rows_PX: torch.Tensor | None = None,
     output_gram_OO: torch.Tensor | None = None,
-    damping: float = DAMPING,
+    damping: float = SVD_DAMPING,
 ) -> torch.Tensor:
     """(D,) `decompose(...).singular_values` alone, in half the time and with nothing else to keep."""
     _check(matrix_OX, input_gram_XX, input_rows_PX, output_gram_OO, damping)
@@ -297,7 +297,7 @@ def _check(
     if input_gram_XX is not None and input_rows_PX is not None:
         raise ValueError("Both the inputs and their Gram are given: one of them whitens. Pass one.")
     if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping={damping} must be 0 or more: a share of the mean diagonal. Use {DAMPING}.")
+        raise ValueError(f"damping={damping} must be 0 or more: a share of the mean diagonal. Use {SVD_DAMPING}.")
     rows, columns = matrix_OX.shape
     for name, value, shape in (
         ("matrix_OX", matrix_OX, (rows, columns)),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-RANK_STEP = 8
-"""Ranks are multiples of this: `grouped_mm` needs strides of 16 bytes."""
+STEP = 8
+"""Ranks and numbers of kept neurons are multiples of this: `grouped_mm` needs strides of 16 bytes."""
 
 
 def rank_from_number(shape: tuple[int, int], rank: int, lowest: int = 1) -> int:
@@ -23,11 +23,11 @@ def rank_from_number(shape: tuple[int, int], rank: int, lowest: int = 1) -> int:
         ValueError: If it is neither, or the matrix has no such rank.
     """
     check_rank(shape, rank, lowest)
-    if rank % RANK_STEP and rank != min(shape):
-        below = rank - rank % RANK_STEP
-        nearest = [str(r) for r in (below, below + RANK_STEP) if 0 < r <= min(shape)] or [str(min(shape))]
+    if rank % STEP and rank != min(shape):
+        below = rank - rank % STEP
+        nearest = [str(r) for r in (below, below + STEP) if 0 < r <= min(shape)] or [str(min(shape))]
         raise ValueError(
-            f"rank={rank} must be a multiple of {RANK_STEP}, which grouped matmuls need. Use {' or '.join(nearest)}."
+            f"rank={rank} must be a multiple of {STEP}, which grouped matmuls need. Use {' or '.join(nearest)}."
         )
     return rank
 
@@ -53,8 +53,8 @@ def rank_from_ratio(shape: tuple[int, int], rank_ratio: float) -> int | None:
         )
     rows, columns = shape
     # A product such as 0.3 * 640 / 24 may fall a rounding error short of the multiple that is meant.
-    steps = int(rank_ratio * rows * columns / (rows + columns) / RANK_STEP * (1 + 1e-12))
-    return _unless_dense(shape, max(steps, 1) * RANK_STEP)
+    steps = int(rank_ratio * rows * columns / (rows + columns) / STEP * (1 + 1e-12))
+    return _unless_dense(shape, max(steps, 1) * STEP)
 
 
 def rank_from_energy(shape: tuple[int, int], singular_values_D: torch.Tensor, energy: float) -> int | None:
@@ -77,7 +77,7 @@ def rank_from_energy(shape: tuple[int, int], singular_values_D: torch.Tensor, en
     kept_D = singular_values_D.double().square().cumsum(0)
     # Compared with a margin, so that 1.0 does not ask for singular values that are rounding errors.
     rank = int((kept_D < energy * kept_D[-1] * (1 - 1e-12)).sum()) + 1
-    return _unless_dense(shape, -(-rank // RANK_STEP) * RANK_STEP)
+    return _unless_dense(shape, -(-rank // STEP) * STEP)
 
 
 def _unless_dense(shape: tuple[int, int], rank: int) -> int | None:

@@ -92,9 +92,9 @@ def add_rows(matrix_OX: torch.Tensor, factors: MatrixFactors, energy_O: torch.Te
         num_rows: rows M to keep, in 0..O; all of them reproduce W.
 
     Raises:
-        ValueError: If the factors are dense or have a sparse part already, or the number is out of range.
+        ValueError: If the factors have a sparse part already, or the number is out of range.
     """
-    if factors.u_RO is None or factors.num_rows:
+    if factors.num_rows:
         raise ValueError(
             "Sparse rows complete a matrix with a low rank and no rows yet. Pass what `Spectrum.truncated` gives."
         )
@@ -108,8 +108,6 @@ def add_rows(matrix_OX: torch.Tensor, factors: MatrixFactors, energy_O: torch.Te
 def residual(matrix_OX: torch.Tensor, factors: MatrixFactors) -> torch.Tensor:
     """(O, X) W - U V in the dtype of W, subtracted in float32 or better."""
     wide = torch.promote_types(matrix_OX.dtype, torch.float32)
-    assert factors.u_RO is not None
-    assert factors.v_RX is not None
     left_OX = matrix_OX.detach().to(wide) - factors.u_RO.to(wide).T @ factors.v_RX.to(wide)
     return left_OX.to(matrix_OX.dtype)
 

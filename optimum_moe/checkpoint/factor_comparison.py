@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from optimum_moe.algorithms.factors import FactorSizes
 from optimum_moe.checkpoint.comparison import Comparison, same_bits
+from optimum_moe.formats import ExpertsSpec
+from optimum_moe.formats.base import MatrixFormat, get_format
 from optimum_moe.plan import BlockPlan
 from optimum_moe.surgeons import FoundBlock, factors_digest
 
@@ -20,9 +21,9 @@ def compare_factors(
     plan: BlockPlan,
     stored: Mapping[str, torch.Tensor],
     result: Comparison,
-    sizes: FactorSizes | None = None,
+    sizes: ExpertsSpec | None = None,
 ) -> None:
-    """Compare the compressed experts of one block: what is dense with the original, all of it with the plan's digests.
+    """Compare the compressed experts of one block: what keeps its bits with the original, all with the plan's digests.
 
     Args:
         found: The block.
@@ -67,17 +68,23 @@ def _matrices(view: Any) -> dict[str, Any]:
 
 
 def _dense_failures(held: Any, expert: int, plan: BlockPlan, originals: Mapping[str, Any], prefix: str) -> list[str]:
-    """What an expert keeps dense has to be the original's, but for a down that was fitted to other neurons."""
-    assert plan.sizes is not None
+    """What an expert stores exactly has to be the original's, but for a down that was fitted to other neurons."""
+    sizes = plan.sizes
+    assert sizes is not None
     kept = None if plan.neurons is None else plan.neurons[expert]
-    factored = any(ranks[expert] is not None for ranks in plan.sizes.ranks.values())
+    exact = {name: _is_exact(sizes.sizes_of(name, expert)) for name in originals}
     failures = []
     for projection in () if held.home(expert) is None else originals:
-        refitted = projection == "down" and (kept is not None or factored)
-        if plan.sizes.base is not None or plan.sizes.rank_of(projection, expert) is not None or refitted:
+        refitted = projection == "down" and (kept is not None or not all(exact.values()))
+        if not exact[projection] or refitted:
             continue
         expected = originals[projection][expert]
         expected = expected if kept is None else expected[kept]
         if not same_bits(held.densified(expert)[projection], expected):
             failures.append(f"{prefix}{projection} of expert {expert} is kept dense, and differs from the original")
     return failures
+
+
+def _is_exact(parts: Mapping[str, int]) -> bool:
+    """Whether a matrix with these parts has the original's bits."""
+    return all(get_format(name, MatrixFormat).is_exact for name in parts)

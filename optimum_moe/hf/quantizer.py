@@ -20,7 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optimum_moe.algorithms.factors import FactorSizes
+from optimum_moe.formats import ExpertsSpec
 from optimum_moe.hf.compat import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     forget_quantization,
@@ -33,7 +33,6 @@ from optimum_moe.hf.structure import CARRIED_MODULE, METHOD, SENTINEL, MoEStruct
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from optimum_moe.model_info import BlockInfo
 
 SUPPORTED_TRANSFORMERS = ((5, 23), (5, 25))
 """First supported version, and first unsupported one after it; setup.py says the same."""
@@ -209,32 +208,14 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
                 "Restore the saved config.json."
             )
         block: Any = found[name].module(model)
-        sizes = FactorSizes.from_dict(entry["factors"]) if "factors" in entry else None
-        _check_sizes(name, sizes, found[name].info)
+        sizes = ExpertsSpec.from_dict(entry["factors"]) if "factors" in entry else None
+        if sizes is not None:
+            sizes.check(name, found[name].info.hidden_size, found[name].info.intermediate_size)
         with guarded(model, found[name], entry["routing"] == "map" or sizes is not None):
             found[name].surgeon.build_structure(block, entry["num_groups"], entry["routing"], sizes)
         # Some architectures initialize a block by the config's expert count; its tensors all come from the checkpoint.
         mark_initialized(block)
     return list(found)
-
-
-def _check_sizes(name: str, sizes: FactorSizes | None, info: BlockInfo) -> None:
-    """Refuse sizes that no compression gives, before tensors of them are made."""
-    if sizes is None:
-        return
-    if max(sizes.widths) > info.intermediate_size:
-        raise ValueError(
-            f"{name} has {info.intermediate_size} neurons by config.json, and an expert of {max(sizes.widths)} by its "
-            "quantization_config. Restore the saved config.json."
-        )
-    for projection, ranks in sizes.ranks.items():
-        outputs, inputs = sizes.shape(projection, info.intermediate_size, info.hidden_size)
-        rank, rows = max((r for r in ranks if r is not None), default=0), max(sizes.rows.get(projection, (0,)))
-        if rank > max(outputs, inputs) or rows > outputs:
-            raise ValueError(
-                f"{projection} matrices of {name} have {outputs} rows and {inputs} columns by config.json, and one has "
-                f"rank {rank} or {rows} sparse rows by its quantization_config. Restore the saved config.json."
-            )
 
 
 def _refuse_larger_than_files(what: str, number: int, files: Sequence[str] | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optimum_moe.algorithms.factors import FactorSizes
+from optimum_moe.formats import ExpertsSpec
 
 METHOD = "optimum_moe"
 FORMAT_VERSION = 1
@@ -29,7 +29,7 @@ class MoEStructureConfig(QuantizationConfigMixin):
 
     Args:
         blocks: By module path: `num_experts` (before), `num_groups` (after), `routing` (`"map"` or `"reduce"`), and
-            `factors` (`FactorSizes.to_dict()`) where experts are kept in compressed forms.
+            `factors` (`ExpertsSpec.to_dict()`) where experts are kept in compressed forms.
         format_version: Version of this schema.
         quantization: Quantization config of the values, where another method quantized them.
         quantize_on_load: Whether the stored values are still those before `quantization`.
@@ -90,7 +90,7 @@ def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
             f"routing={entry['routing']!r}; 1 <= num_groups <= num_experts and routing 'map' or 'reduce' are "
             "possible. Restore the saved config.json."
         )
-    if "factors" in entry and len(FactorSizes.from_dict(entry["factors"]).widths) != groups:
+    if "factors" in entry and len(ExpertsSpec.from_dict(entry["factors"]).widths) != groups:
         raise ValueError(
             f"quantization_config of {name} gives sizes to another number of experts than num_groups={groups}. "
             "Restore the saved config.json."

@@ -1,261 +1,238 @@
-"""One projection (gate, up or down) of many experts, whose matrices are dense or U V + S, each with a rank of its own.
+"""One projection (gate, up or down) of many experts, each with a matrix in a format of its own.
 
-Shape letters: C experts of a class, O outputs and X inputs of a projection, R rank, M sparse rows, P tokens of one
-expert, T all of them by expert, Q those of all experts of one rank.
+Shape letters: C experts of a class, O outputs and X inputs of a projection, P tokens of one expert, T all of them by
+expert, Q those of all experts with equal bodies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, groupby, pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
-from optimum_moe.algorithms.factors import MatrixFactors
+from optimum_moe.formats.base import (
+    DEFAULT,
+    AddedFormat,
+    BodyFormat,
+    MatrixFormat,
+    Opened,
+    all_formats,
+    get_format,
+)
+from optimum_moe.formats.stored import StoredMatrix
 from optimum_moe.hf.compat import own_parameter
 from optimum_moe.nn.sparse_part import SparsePart, keep_rows
 
-Opened: TypeAlias = dict[tuple[int, str], Sequence[torch.Tensor]]
-"""Stacked tensors that one forward pass has split into those of the experts, by projection and name."""
+_ROWS = "sparse_rows"
 
 
 class ExpertProjection(nn.Module):
     """One projection (gate, up or down) of all experts of a width class.
 
-    Experts lie in the order of their rank, dense ones first, so that the factors of those of one rank are a regular
-    stack. Parameters, where there is something to hold: `weight` (dense experts, O, X), `u` (sum of R, O), `v` (sum of
-    R, X), `rows` (sum of M, X) with the buffer `row_index` (sum of M,), `bias` (C, O), `base` (bases, O, X).
+    Experts lie in the order of their bodies (dense ones first, then by rank), so that the factors of those of one rank
+    are a regular stack. What each format stores of the experts (`MatrixFormat.tensors`) lies stacked in one tensor,
+    where there is something to store: `weight`, `u`, `v`, `rows`, `row_index`, ... and `bias` (C, O).
 
     Args:
         outputs: O.
         inputs: X.
-        ranks_C: Rank of each expert, None for dense.
-        rows_C: Sparse rows of each expert.
+        parts_C: By format the sizes of the parts of each expert's matrix.
         bias: Whether there are biases.
-        base_C: Base of each expert, where they share some.
-        num_bases: Number of bases.
         factory: Device and dtype.
     """
 
+    rows: nn.Parameter
     row_index: torch.Tensor
 
     def __init__(
-        self,
-        outputs: int,
-        inputs: int,
-        ranks_C: Sequence[int | None],
-        rows_C: Sequence[int],
-        bias: bool,
-        base_C: Sequence[int] | None = None,
-        num_bases: int = 0,
-        **factory: Any,
+        self, outputs: int, inputs: int, parts_C: Sequence[Mapping[str, int]], bias: bool, **factory: Any
     ) -> None:
         super().__init__()
-        self.outputs, self.inputs, self.ranks_C = outputs, inputs, tuple(ranks_C)
-        self.base_C, self.num_bases, self.has_bias = base_C, num_bases, bias
-        # A number below 0 stands for dense.
-        keys = [-1 if rank is None else rank for rank in ranks_C]
+        self.outputs, self.inputs, self.has_bias = outputs, inputs, bias
+        bodies = {form.name: position for position, form in enumerate(all_formats(BodyFormat))}
+        self._bodies_C = [next((name, size) for name, size in own.items() if name in bodies) for own in parts_C]
+        keys = [(bodies[name], size) for name, size in self._bodies_C]
         self.order_C = sorted(range(len(keys)), key=lambda expert: (keys[expert], expert))
         self.place_C = [self.order_C.index(expert) for expert in range(len(keys))]
-        self._set_rows(rows_C)
-        total = sum(rank for rank in ranks_C if rank is not None)
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, **factory))
-
-        if None in ranks_C:
-            self.weight = parameter(keys.count(-1), outputs, inputs)
-        if total:
-            self.u, self.v = parameter(total, outputs), parameter(total, inputs)
-        if sum(rows_C):
-            self.rows = parameter(sum(rows_C), inputs)
-            index = torch.zeros(sum(rows_C), dtype=torch.int32, device=factory.get("device"))
-            self.register_buffer("row_index", index)
+        self._arrange(parts_C)
+        # Buffers take no gradient, and are never split.
+        self._buffer_names: set[str] = set()
+        for form in self._formats:
+            for name, (shape, dtype) in self._stacked(form).items():
+                if dtype is None:
+                    self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)))
+                else:
+                    self._buffer_names.add(name)
+                    self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=factory.get("device")))
         if bias:
-            self.bias = parameter(len(keys), outputs)
-        if base_C is not None:
-            self.base = parameter(num_bases, outputs, inputs)
+            self.bias = nn.Parameter(torch.empty((len(keys), outputs), **factory))
 
-    def _set_rows(self, rows_C: Sequence[int]) -> None:
-        self.rows_C = tuple(rows_C)
-        ranks, rows = [0], [0]
-        for expert in self.order_C:
-            ranks.append(ranks[-1] + (self.ranks_C[expert] or 0))
-            rows.append(rows[-1] + rows_C[expert])
-        # Where each expert, or base, lies in the stacked tensors.
-        factors, kept = _parts(ranks), _parts(rows)
-        ones = _parts(range(max(len(rows_C), self.num_bases) + 1))
-        self._parts_of = {"u": factors, "v": factors, "rows": kept, "weight": ones, "bias": ones, "base": ones}
+    def _arrange(self, parts_C: Sequence[Mapping[str, int]]) -> None:
+        """Where each expert lies in the stacked tensors, given the sizes of its parts."""
+        self.parts_C = [dict(own) for own in parts_C]
+        self._formats: list[MatrixFormat] = [
+            form for form in all_formats(MatrixFormat) if any(form.name in own for own in parts_C)
+        ]
+        self._added_C: list[list[tuple[AddedFormat, int]]] = [
+            [(form, own[form.name]) for form in self._formats if isinstance(form, AddedFormat) and form.name in own]
+            for own in parts_C
+        ]
+        self._body_C: list[tuple[BodyFormat, int]] = [
+            (get_format(name, BodyFormat), size) for name, size in self._bodies_C
+        ]
+        # By tensor the lengths of all pieces, and the number of each expert's own.
+        self._lengths: dict[str, list[int]] = {"bias": [1] * len(parts_C)}
+        self._places: dict[str, list[int]] = {"bias": list(range(len(parts_C)))}
+        for form in self._formats:
+            sizes = [own.get(form.name) for own in self.parts_C]
+            for name in form.tensors(1, self.outputs, self.inputs):
+                if form.is_shared:
+                    self._places[name] = [size or 0 for size in sizes]
+                    self._lengths[name] = [1] * (max(self._places[name]) + 1)
+                else:
+                    self._places[name] = self.place_C
+                    self._lengths[name] = [self._length(form, name, sizes[expert]) for expert in self.order_C]
+        self._slices = {name: _slices(lengths) for name, lengths in self._lengths.items()}
+
+    def _length(self, form: MatrixFormat, name: str, size: int | None) -> int:
+        return 0 if size is None else form.tensors(size, self.outputs, self.inputs)[name].shape[0]
+
+    def _stacked(self, form: MatrixFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """Shape and dtype of the stacked tensors of a format; those without any number are left out."""
+        specs = form.tensors(1, self.outputs, self.inputs)
+        lengths = {name: sum(self._lengths[name]) for name in specs}
+        return {name: ((lengths[name], *s.shape[1:]), s.dtype) for name, s in specs.items() if lengths[name]}
+
+    @property
+    def labels_C(self) -> list[int]:
+        """Number of the group whose tensors each expert shares."""
+        (shared,) = (form for form in self._formats if form.is_shared)
+        return [own[shared.name] for own in self.parts_C]
 
     def forward(
         self,
         input_TX: torch.Tensor,
         expert: int | None = None,
         counts_C: Sequence[int] | None = None,
-        base: int | None = None,
-        with_base: bool = True,
+        group: int | None = None,
+        with_shared: bool = True,
         opened: Opened | None = None,
     ) -> torch.Tensor:
-        """(T, O) outputs of one expert, with or without its base's; of a base; or of tokens that lie by expert.
+        """(T, O) outputs of one expert, with or without what it shares; of that alone; or of tokens that lie by expert.
 
         Args:
             input_TX: (T, X).
             expert: Number in the width class.
             counts_C: Tokens of each expert.
-            base: Number of a base, for its output alone.
-            with_base: Whether the output of the expert's base is added.
+            group: Number of a group, for the output of what its experts share alone.
+            with_shared: Whether the output of what the expert shares is added.
             opened: What this forward pass of the experts has split already; it starts with an empty one.
         """
-        if base is not None:
-            return nn.functional.linear(input_TX, self.base[base])
+        if group is not None:
+            expert = self.labels_C.index(group)
+            return next(form for form in self._formats if form.is_shared).shared_product(self, expert, input_TX)
         if expert is not None:
-            return self._one(expert, input_TX, with_base, opened)
+            return self._one(expert, input_TX, with_shared, opened)
         assert counts_C is not None
         return self._grouped(input_TX, counts_C)
 
-    def _factors_of(self, expert: int) -> slice:
-        return self._parts_of["u"][self.place_C[expert]]
-
-    def _rows_of(self, expert: int) -> slice:
-        return self._parts_of["rows"][self.place_C[expert]]
-
-    def _piece(self, name: str, place: int, opened: Opened | None) -> torch.Tensor:
-        """What the expert at a place has in the stacked tensor `name`."""
-        stacked, parts = own_parameter(self, name), self._parts_of[name]
+    def piece(self, name: str, expert: int, opened: Opened | None = None) -> torch.Tensor:
+        """What an expert has in the stacked tensor `name`."""
+        place = self._places[name][expert]
+        stacked = own_parameter(self, name)
         if stacked is not None and not (stacked.requires_grad and torch.is_grad_enabled()):
-            return stacked[parts[place]]
-        if opened is None:
-            return getattr(self, name)[parts[place]]
+            return stacked[self._slices[name][place]]
+        if opened is None or name in self._buffer_names:
+            return getattr(self, name)[self._slices[name][place]]
         # The gradient of a split is one stack, that of selections a full-sized tensor for each. A parametrized tensor
         # (an adapter) is computed anew at each access.
         key = (id(self), name)
         if key not in opened:
-            stacked = getattr(self, name)
-            opened[key] = stacked.split([part.stop - part.start for part in parts if part.stop <= len(stacked)])
+            opened[key] = getattr(self, name).split(self._lengths[name])
         return opened[key][place]
 
-    def _one(self, expert: int, input_PX: torch.Tensor, with_base: bool, opened: Opened | None) -> torch.Tensor:
-        rank, place = self.ranks_C[expert], self.place_C[expert]
-        bias_O = self._piece("bias", expert, opened)[0] if self.has_bias else None
-        if rank is None:
-            output_PO = nn.functional.linear(input_PX, self._piece("weight", place, opened)[0], bias_O)
-        elif rank:
-            hidden_PR = nn.functional.linear(input_PX, self._piece("v", place, opened))
-            u_RO = self._piece("u", place, opened)
-            output_PO = torch.mm(hidden_PR, u_RO) if bias_O is None else torch.addmm(bias_O, hidden_PR, u_RO)
-        else:
-            output_PO = input_PX.new_zeros(input_PX.shape[0], self.outputs)
-            output_PO = output_PO if bias_O is None else output_PO + bias_O
-        if self.rows_C[expert]:
-            sparse_PM = nn.functional.linear(input_PX, self._piece("rows", place, opened))
-            output_PO = _add_columns(output_PO, self.row_index[self._parts_of["rows"][place]], sparse_PM)
-        if self.base_C is not None and with_base:
-            base_OX = self._piece("base", self.base_C[expert], opened)[0]
-            output_PO = output_PO + nn.functional.linear(input_PX, base_OX)
+    def run_of(self, name: str, first: int, last: int) -> torch.Tensor:
+        """What experts that lie beside each other have in the stacked tensor `name`."""
+        places, slices = self._places[name], self._slices[name]
+        return getattr(self, name)[slices[places[first]].start : slices[places[last]].stop]
+
+    def _one(self, expert: int, input_PX: torch.Tensor, with_shared: bool, opened: Opened | None) -> torch.Tensor:
+        bias_O = self.piece("bias", expert, opened)[0] if self.has_bias else None
+        body, size = self._body_C[expert]
+        output_PO = body.forward(self, expert, size, input_PX, bias_O, opened)
+        for form, size in self._added_C[expert]:
+            if with_shared or not form.is_shared:
+                output_PO = form.add(self, expert, size, output_PO, input_PX, opened, True)
         return output_PO
 
     def _grouped(self, input_TX: torch.Tensor, counts_C: Sequence[int]) -> torch.Tensor:
-        """One grouped matmul for each rank and factor; rows, bases and biases expert by expert."""
+        """Bodies of one size together; what is added to them, and biases, expert by expert."""
         parts = input_TX.split(list(counts_C))
         outputs: dict[int, torch.Tensor] = {}
-        for rank, run in groupby(self.order_C, key=lambda expert: self.ranks_C[expert]):
+        for _, run in groupby(self.order_C, key=lambda expert: self._bodies_C[expert]):
             members = list(run)
             counts = [counts_C[expert] for expert in members]
             rows_QX = torch.cat([parts[expert] for expert in members])
-            output_QO = self._of_rank(rank, members, rows_QX, counts)
+            body, size = self._body_C[members[0]]
+            output_QO = body.grouped(self, members, size, rows_QX, counts)
             outputs |= zip(members, output_QO.split(counts), strict=True)
         for expert, output_PO in outputs.items():
-            if len(output_PO) and self.rows_C[expert]:
-                part = self._rows_of(expert)
-                sparse_PM = nn.functional.linear(parts[expert], self.rows[part])
-                output_PO = output_PO.index_add(-1, self.row_index[part], sparse_PM.to(output_PO.dtype))
-            if len(output_PO) and self.base_C is not None:
-                output_PO = output_PO + nn.functional.linear(parts[expert], self.base[self.base_C[expert]])
+            for form, size in self._added_C[expert] if len(output_PO) else ():
+                output_PO = form.add(self, expert, size, output_PO, parts[expert], None, False)
             outputs[expert] = output_PO + self.bias[expert] if self.has_bias else output_PO
         return torch.cat([outputs[expert] for expert in range(len(outputs))])
 
-    def _of_rank(
-        self, rank: int | None, members: Sequence[int], input_QX: torch.Tensor, counts: Sequence[int]
-    ) -> torch.Tensor:
-        if rank == 0:
-            return input_QX.new_zeros(len(input_QX), self.outputs)
-        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=input_QX.device)
-
-        def multiply(rows_QX: torch.Tensor, matrices_CXO: torch.Tensor) -> torch.Tensor:
-            return nn.functional.grouped_mm(rows_QX.to(matrices_CXO.dtype), matrices_CXO, offs=ends)
-
-        if rank is None:
-            return multiply(input_QX, self.weight.transpose(1, 2))
-        part = slice(self._factors_of(members[0]).start, self._factors_of(members[-1]).stop)
-        u_CRO, v_CRX = self.u[part].unflatten(0, (-1, rank)), self.v[part].unflatten(0, (-1, rank))
-        return multiply(multiply(input_QX, v_CRX.transpose(1, 2)), u_CRO)
-
     @torch.no_grad()
-    def fill(self, expert: int, matrix: MatrixFactors, bias_O: torch.Tensor | None) -> None:
+    def fill(self, expert: int, matrix: StoredMatrix, bias_O: torch.Tensor | None) -> None:
         """Take over one expert's matrix."""
-        if self.ranks_C[expert] is None:
-            self.weight[self.place_C[expert]] = matrix.densified()
-        elif self.ranks_C[expert]:
-            assert matrix.u_RO is not None
-            assert matrix.v_RX is not None
-            self.u[self._factors_of(expert)], self.v[self._factors_of(expert)] = matrix.u_RO, matrix.v_RX
-        if matrix.row_index_M is not None and matrix.rows_MX is not None and self.rows_C[expert]:
-            self.rows[self._rows_of(expert)] = matrix.rows_MX
-            self.row_index[self._rows_of(expert)] = matrix.row_index_M.to(self.row_index)
+        for name, tensor in matrix.tensors.items():
+            if tensor.numel():
+                self.piece(name, expert).copy_(tensor)
         if bias_O is not None:
             self.bias[expert] = bias_O
 
     def densified(self, expert: int) -> torch.Tensor:
-        """(O, X) one expert's matrix, its base included."""
-        rank = self.ranks_C[expert]
-        if rank is None:
-            dense_OX = self.weight[self.place_C[expert]]
-        else:
-            first = next(self.parameters())
-            dense_OX = first.new_zeros(self.outputs, self.inputs)
-            if rank:
-                dense_OX = self.u[self._factors_of(expert)].T @ self.v[self._factors_of(expert)]
-        if self.rows_C[expert]:
-            part = self._rows_of(expert)
-            dense_OX = dense_OX.index_add(0, self.row_index[part], self.rows[part])
-        return dense_OX if self.base_C is None else dense_OX + self.base[self.base_C[expert]]
+        """(O, X) one expert's matrix, what it shares included."""
+        matrix_OX: torch.Tensor | None = None
+        for form, size in [self._body_C[expert], *self._added_C[expert]]:
+            tensors = {
+                name: self.piece(name, expert) if hasattr(self, name) else next(self.parameters()).new_zeros(spec.shape)
+                for name, spec in form.tensors(size, self.outputs, self.inputs).items()
+            }
+            matrix_OX = form.densified(tensors, matrix_OX)
+        assert matrix_OX is not None
+        return matrix_OX
 
     def sparse_parts(self) -> dict[str, SparsePart]:
         """The sparse rows of all experts, as those of one tall matrix; see `HasSparseRows`."""
-        if not sum(self.rows_C):
+        counts = [own.get(_ROWS, 0) for own in self.parts_C]
+        if not sum(counts):
             return {}
-        offsets = [self.outputs * self.place_C[expert] for expert in self.order_C for _ in range(self.rows_C[expert])]
+        offsets = [self.outputs * self.place_C[expert] for expert in self.order_C for _ in range(counts[expert])]
         tall = self.row_index.long() + torch.tensor(offsets, device=self.row_index.device)
-        factored = [rank for rank in self.ranks_C if rank is not None]
-        return {"rows": SparsePart(self.rows, tall, self.outputs * len(factored))}
+        others = [name for name, _ in self._bodies_C if name != DEFAULT]
+        return {"rows": SparsePart(self.rows, tall, self.outputs * len(others))}
 
     def keep_rows(self, mask: torch.Tensor, name: str = "rows") -> None:
         """Store fewer rows; experts may keep different numbers of them, or none."""
         part = self.sparse_parts()[name]
-        kept = keep_rows(part, mask)
-        flat = mask.to(kept.device, torch.bool)
-        self.row_index = (kept % self.outputs).to(torch.int32)
-        counts = [int(flat[self._rows_of(expert)].sum()) for expert in range(len(self.ranks_C))]
-        self._set_rows(counts)
+        row_index = keep_rows(part, mask)
+        flat = mask.to(row_index.device, torch.bool)
+        self.row_index = (row_index % self.outputs).to(torch.int32)
+        counts = [int(flat[self._slices["rows"][place]].sum()) for place in self.place_C]
+        without = [{n: size for n, size in own.items() if n != _ROWS} for own in self.parts_C]
         if not sum(counts):
             # What is built from the sizes has neither of the two.
             del self.rows, self.row_index
+        self._arrange([own | ({_ROWS: m} if m else {}) for own, m in zip(without, counts, strict=True)])
 
     def extra_repr(self) -> str:
         """Sizes."""
-        return f"{self.inputs} to {self.outputs}, ranks={self.ranks_C}, rows={self.rows_C}"
+        return f"{self.inputs} to {self.outputs}, parts={self.parts_C}"
 
 
-def _parts(ends: Sequence[int]) -> list[slice]:
-    return [slice(start, end) for start, end in pairwise(ends)]
-
-
-def _add_columns(output_PO: torch.Tensor, index_M: torch.Tensor, sparse_PM: torch.Tensor) -> torch.Tensor:
-    """Add to some columns of a product, which is fresh memory that its backward pass does not read: in place."""
-    sparse_PM = sparse_PM.to(output_PO.dtype)
-    if output_PO.device.type == "cpu":
-        # Three times faster there for many tokens.
-        return output_PO.scatter_add_(-1, index_M.long().expand_as(sparse_PM), sparse_PM)
-    return output_PO.index_add_(-1, index_M, sparse_PM)
+def _slices(lengths: Sequence[int]) -> list[slice]:
+    return [slice(start, end) for start, end in pairwise([0, *accumulate(lengths)])]

@@ -1,25 +1,28 @@
-"""Experts in compressed forms: fewer neurons, and matrices that are dense or U V + S, each with sizes of its own.
+"""Experts in the formats that a plan gives them: fewer neurons, and matrices that are dense, U V + S and so on.
 
-Experts of one width lie in one `WidthClass`; in it the factors of a projection lie below each other in one tensor,
-those of one rank as a regular stack, so that a few grouped matmuls serve any mixture, and every size is known before a
-weight is read.
+Experts of one width lie in one `WidthClass`; in it what a format stores of a projection lies stacked in one tensor, so
+that a few grouped matmuls serve any mixture, and every size is known before a weight is read.
 
-Shape letters: C experts of a class, O outputs and X inputs of a projection, R rank, M sparse rows, n neurons kept,
-P tokens of one expert, T all of them by expert, H hidden.
+Shape letters: C experts of a class, O outputs and X inputs of a projection, n neurons kept, P tokens of one expert, T
+all of them by expert, H hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from optimum_moe.algorithms.experts import PerExpert
-from optimum_moe.algorithms.factors import JOINT, BlockFactors, FactorSizes
-from optimum_moe.nn.expert_projection import ExpertProjection, Opened
+from optimum_moe.formats.base import JOINT, ExpertFormat, MatrixFormat, Opened, get_format
+from optimum_moe.formats.specification import ExpertsSpec, matrix_shape
+from optimum_moe.formats.stored import StoredExperts
+from optimum_moe.nn.expert_projection import ExpertProjection
+
+_EMPTY = "empty"
 
 
 class WidthClass(nn.Module):
@@ -29,7 +32,7 @@ class WidthClass(nn.Module):
         members: Their numbers in the block.
         width: n.
         hidden_size: H.
-        sizes: Of all experts of the block.
+        spec: Of all experts of the block.
         biases: Projections that have biases.
         factory: Device and dtype.
     """
@@ -39,21 +42,17 @@ class WidthClass(nn.Module):
         members: Sequence[int],
         width: int,
         hidden_size: int,
-        sizes: FactorSizes,
+        spec: ExpertsSpec,
         biases: Sequence[str],
         **factory: Any,
     ) -> None:
         super().__init__()
         self.members, self.width = tuple(members), width
-        base_C = None if sizes.base is None else [sizes.base[e] for e in members]
-        num_bases = 0 if sizes.base is None else max(sizes.base) + 1
-        for name, ranks in sizes.ranks.items():
-            outputs, inputs = sizes.shape(name, width, hidden_size)
-            rows_C = [sizes.rows[name][e] if name in sizes.rows else 0 for e in members]
-            ranks_C, bias = [ranks[e] for e in members], (name if name != JOINT else "up") in biases
-            projection = ExpertProjection(outputs, inputs, ranks_C, rows_C, bias, base_C, num_bases, **factory)
+        for name in spec.projections:
+            outputs, inputs = matrix_shape(name, width, hidden_size)
+            parts_C, bias = [spec.sizes_of(name, e) for e in members], (name if name != JOINT else "up") in biases
             # Short names such as `gate` are patterns that some architectures rename on loading.
-            self.add_module(f"{name}_stacks", projection)
+            self.add_module(f"{name}_stacks", ExpertProjection(outputs, inputs, parts_C, bias, **factory))
 
     def projection(self, name: str) -> ExpertProjection:
         """Gate, up or down to be called, which may be an adapter (PEFT) around it."""
@@ -67,27 +66,55 @@ class WidthClass(nn.Module):
         return found
 
 
-class EmptyExperts(nn.Module):
-    """What experts without neurons give: their down bias.
+class ExpertsWithoutNeurons(nn.Module):
+    """Experts in the place of which something else stands, such as their down bias.
 
     Args:
+        format: Name of the format.
         members: Their numbers in the block.
+        sizes: Of what stands in their place.
         hidden_size: H.
+        has_bias: Whether experts have a down bias.
         factory: Device and dtype.
     """
 
-    def __init__(self, members: Sequence[int], hidden_size: int, **factory: Any) -> None:
+    def __init__(
+        self,
+        format: str,
+        members: Sequence[int],
+        sizes: Sequence[int],
+        hidden_size: int,
+        has_bias: bool,
+        **factory: Any,
+    ) -> None:
         super().__init__()
         self.members = tuple(members)
-        self.bias = nn.Parameter(torch.empty(len(members), hidden_size, **factory))
+        self.format: ExpertFormat = get_format(format, ExpertFormat)
+        specs = [self.format.tensors(size, hidden_size, has_bias) for size in sizes]
+        self._pieces: dict[str, list[slice]] = {}
+        for name, spec in specs[0].items():
+            ends = [0, *accumulate(own[name].shape[0] for own in specs)]
+            self._pieces[name] = [slice(start, end) for start, end in pairwise(ends)]
+            shape = (ends[-1], *spec.shape[1:])
+            if spec.dtype is None:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)))
+            else:
+                self.register_buffer(name, torch.zeros(shape, dtype=spec.dtype, device=factory.get("device")))
 
-    def forward(self, expert: int) -> torch.Tensor:
-        """(H,) output of one of them."""
-        return self.bias[self.members.index(expert)]
+    def forward(self, expert: int, input_PH: torch.Tensor) -> torch.Tensor:
+        """(P, H) or (H,) output of one of them, by its number in the block."""
+        slot = self.members.index(expert)
+        return self.format.forward({n: getattr(self, n)[part[slot]][0] for n, part in self._pieces.items()}, input_PH)
+
+    @torch.no_grad()
+    def fill(self, expert: int, values: Mapping[str, torch.Tensor]) -> None:
+        """Take over the tensors of one of them, as `ExpertFormat.values` gives them."""
+        for name, value in values.items():
+            getattr(self, name)[self._pieces[name][self.members.index(expert)]] = value
 
 
 class FactorizedExperts(nn.Module):
-    """All routed experts of one block in compressed forms.
+    """All routed experts of one block in the formats that they are stored in.
 
     Args:
         sizes: Of the experts.
@@ -96,32 +123,44 @@ class FactorizedExperts(nn.Module):
         factory: Device and dtype.
     """
 
-    def __init__(self, sizes: FactorSizes, hidden_size: int, biases: Sequence[str] = (), **factory: Any) -> None:
+    def __init__(self, sizes: ExpertsSpec, hidden_size: int, biases: Sequence[str] = (), **factory: Any) -> None:
         super().__init__()
         self._sizes, self.hidden_size = sizes, hidden_size
         by_width: dict[int, list[int]] = {}
         for expert, width in enumerate(sizes.widths):
             by_width.setdefault(width, []).append(expert)
-        empty = by_width.pop(0, [])
+        by_format: dict[str, list[tuple[int, int]]] = {}
+        for expert in by_width.pop(0, []):
+            name, size = sizes.in_place_of(expert) or (_EMPTY, 1)
+            by_format.setdefault(name, []).append((expert, size))
         self.classes = nn.ModuleList(
             WidthClass(members, width, hidden_size, sizes, biases, **factory)
             for width, members in sorted(by_width.items())
         )
-        self.empty = EmptyExperts(empty, hidden_size, **factory) if empty and "down" in biases else None
+        self._instead_E: dict[int, str] = {}
+        for name, found in sorted(by_format.items()):
+            form, has_bias = get_format(name, ExpertFormat), "down" in biases
+            if form.tensors(found[0][1], hidden_size, has_bias):
+                experts, own = zip(*found, strict=True)
+                self.add_module(name, ExpertsWithoutNeurons(name, experts, own, hidden_size, has_bias, **factory))
+                self._instead_E |= dict.fromkeys(experts, name)
         ordered = [members for _, members in sorted(by_width.items())]
         self._home_E = {e: (str(n), slot) for n, members in enumerate(ordered) for slot, e in enumerate(members)}
 
     @property
-    def sizes(self) -> FactorSizes:
+    def sizes(self) -> ExpertsSpec:
         """The sizes of the experts, as many sparse rows as there are now."""
-        rows = {name: [0] * len(counts) for name, counts in self._sizes.rows.items()}
-        for expert in self._home_E:
-            home = self.home(expert)
-            assert home is not None
-            found, slot = home
-            for name in rows:
-                rows[name][expert] = found.stored(name).rows_C[slot]
-        return replace(self._sizes, rows={name: tuple(counts) for name, counts in rows.items() if any(counts)})
+        parts: dict[str, dict[str, tuple[int | None, ...]]] = {}
+        for format, by_projection in self._sizes.parts.items():
+            absent = get_format(format, MatrixFormat).absent
+            for name in by_projection:
+                sizes = [absent] * self.num_experts
+                for expert in self._home_E:
+                    home = self.home(expert)
+                    assert home is not None
+                    sizes[expert] = home[0].stored(name).parts_C[home[1]].get(format, absent)
+                parts.setdefault(format, {})[name] = tuple(sizes)
+        return self._sizes.with_sizes(parts)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -136,12 +175,17 @@ class FactorizedExperts(nn.Module):
     @property
     def is_joint(self) -> bool:
         """Whether gate and up are one matrix."""
-        return JOINT in self._sizes.ranks
+        return self._sizes.is_joint
 
     @property
-    def shares_bases(self) -> bool:
-        """Whether experts are differences to bases that they share."""
-        return self._sizes.base is not None
+    def shares_tensors(self) -> bool:
+        """Whether experts are differences to what they share with their group."""
+        return self._sizes.shares_tensors
+
+    @property
+    def without_neurons(self) -> list[ExpertsWithoutNeurons]:
+        """What stands in the place of experts without neurons, where it is not nothing."""
+        return [cast(ExpertsWithoutNeurons, getattr(self, name)) for name in sorted(set(self._instead_E.values()))]
 
     @property
     def num_experts(self) -> int:
@@ -179,13 +223,29 @@ class FactorizedExperts(nn.Module):
         gate_Pn = found.projection("gate")(input_PH, expert=slot, opened=opened) if self.has_gate else None
         return gate_Pn, found.projection("up")(input_PH, expert=slot, opened=opened)
 
-    def project_out(self, expert: int, hidden_Pn: torch.Tensor, opened: Opened | None = None) -> torch.Tensor:
-        """(P, H) output of an expert from its hidden neurons; `opened` as in `ExpertProjection.forward`."""
+    def project_out(
+        self,
+        expert: int,
+        hidden_Pn: torch.Tensor,
+        opened: Opened | None = None,
+        input_PH: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(P, H) output of an expert.
+
+        Args:
+            expert: Its number.
+            hidden_Pn: (P, n) its hidden neurons.
+            opened: As in `ExpertProjection.forward`.
+            input_PH: (P, H) its tokens, where they are known; only what stands in the place of an expert looks at them.
+        """
         home = self.home(expert)
         if home is not None:
             return home[0].projection("down")(hidden_Pn, expert=home[1], opened=opened)
         output_PH = hidden_Pn.new_zeros(hidden_Pn.shape[0], self.hidden_size)
-        return output_PH if self.empty is None else output_PH + self.empty(expert)
+        if expert not in self._instead_E:
+            return output_PH
+        instead = cast(ExpertsWithoutNeurons, getattr(self, self._instead_E[expert]))
+        return output_PH + instead(expert, hidden_Pn if input_PH is None else input_PH)
 
     def in_step(self, output: torch.Tensor) -> torch.Tensor:
         """The same output, which where processes train together has a gradient (zeros) for every parameter.
@@ -199,39 +259,34 @@ class FactorizedExperts(nn.Module):
                 output = output + parameter.flatten()[:0].sum().to(output.dtype)
         return output
 
-    def fill(self, factors: BlockFactors, biases: Mapping[str, PerExpert]) -> None:
-        """Take over the forms of all experts.
+    def fill(self, stored: StoredExperts, biases: Mapping[str, PerExpert]) -> None:
+        """Take over the values of all experts.
 
         Args:
-            factors: The forms.
+            stored: The experts.
             biases: By projection the bias of each expert, before neurons were dropped.
         """
-        for expert, form in enumerate(factors.experts):
+        for expert, own in enumerate(stored.experts):
+            kept = {name: values[expert] for name, values in biases.items()}
             home = self.home(expert)
             if home is None:
-                if self.empty is not None:
-                    with torch.no_grad():
-                        self.empty.bias[self.empty.members.index(expert)] = biases["down"][expert]
+                if expert in self._instead_E:
+                    module = cast(ExpertsWithoutNeurons, getattr(self, self._instead_E[expert]))
+                    module.fill(expert, module.format.values(own.instead, kept.get("down")))
                 continue
-            own = {name: values[expert] for name, values in biases.items()}
-            if form.neurons is not None:
-                own = {n: b if n == "down" else b[form.neurons.to(b.device)] for n, b in own.items()}
-            if factors.joint and "up" in own:
-                own[JOINT] = torch.cat([own["gate"], own["up"]])
-            for name, matrix in factors.matrices(expert).items():
-                home[0].stored(name).fill(home[1], matrix, own.get(name))
-        with torch.no_grad():
-            for name, base in factors.bases.items():
-                for module in self.classes:
-                    assert isinstance(module, WidthClass)
-                    module.stored(name).base.copy_(base)
+            if own.neurons is not None:
+                kept = {n: b if n == "down" else b[own.neurons.to(b.device)] for n, b in kept.items()}
+            if stored.joint and "up" in kept:
+                kept[JOINT] = torch.cat([kept["gate"], kept["up"]])
+            for name, matrix in stored.matrices(expert).items():
+                home[0].stored(name).fill(home[1], matrix, kept.get(name))
 
     def densified(self, expert: int) -> dict[str, torch.Tensor]:
         """The matrices of one expert by projection, of the neurons that are kept; `{}` for an empty one."""
         home = self.home(expert)
         if home is None:
             return {}
-        dense = {name: home[0].stored(name).densified(home[1]) for name in self._sizes.ranks}
+        dense = {name: home[0].stored(name).densified(home[1]) for name in self._sizes.projections}
         if JOINT in dense:
             dense["gate"], dense["up"] = dense.pop(JOINT).chunk(2)
         return dense

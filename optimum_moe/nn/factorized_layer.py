@@ -1,4 +1,4 @@
-"""`FactorizedExpertLayer`: an experts class that runs experts in compressed forms."""
+"""`FactorizedExpertLayer`: an experts class that runs experts in the formats that they are stored in."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from optimum_moe.algorithms.experts import Activate
+from optimum_moe.formats.base import Opened
 from optimum_moe.hf.compat import apply_gate, experts_implementation, has_default_gate
-from optimum_moe.nn.expert_projection import Opened
-from optimum_moe.nn.factorized_experts import EmptyExperts, FactorizedExperts, WidthClass
+from optimum_moe.nn.factorized_experts import ExpertsWithoutNeurons, FactorizedExperts, WidthClass
 from optimum_moe.nn.merged_experts import (
     MergedExpertLayer,
     accumulator,
@@ -51,7 +51,7 @@ class FactorizedExpertLayer(MergedExpertLayer):
         if is_traced():
             traced = partial(run_factorized, self.factors, activate, native_finish(self))
             return run_everywhere(traced, self.num_experts, hidden_states, index_TK, top_k_weights)
-        if self.factors.shares_bases and native_finish(self) is None:
+        if self.factors.shares_tensors and native_finish(self) is None:
             return run_shared(self, activate, hidden_states, index_TK, top_k_weights)
         # Grouped matmuls save launches, of which a CPU has none; there one expert after the other is faster.
         grouped = experts_implementation(self.config) == "grouped_mm" and hidden_states.device.type != "cpu"
@@ -82,7 +82,7 @@ def run_factorized(
     """
     is_first = opened is not None and not opened
     hidden_Pn = activate(*factors.project_in(expert, input_PH, opened))
-    output_PH = factors.project_out(expert, hidden_Pn, opened)
+    output_PH = factors.project_out(expert, hidden_Pn, opened, input_PH)
     output_PH = factors.in_step(output_PH) if is_first else output_PH
     return hidden_Pn, output_PH if finish is None else finish(output_PH)
 
@@ -122,9 +122,9 @@ def run_grouped(
     for module in factors.classes:
         assert isinstance(module, WidthClass)
         add(module.members, partial(_grouped_class, module, activate))
-    if factors.empty is not None:
-        for expert in factors.empty.members:
-            add((expert,), partial(_constant, factors.empty, expert))
+    for found in factors.without_neurons:
+        for expert in found.members:
+            add((expert,), partial(_without_neurons, found, expert))
     return factors.in_step(output_TH.to(hidden_TH.dtype))
 
 
@@ -138,8 +138,10 @@ def _grouped_class(found: WidthClass, activate: Activate, input_QH: torch.Tensor
     return found.projection("down")(hidden_Qn, counts_C=counts)
 
 
-def _constant(empty: EmptyExperts, expert: int, input_QH: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    return empty(expert).expand(len(input_QH), -1)
+def _without_neurons(
+    found: ExpertsWithoutNeurons, expert: int, input_QH: torch.Tensor, counts: list[int]
+) -> torch.Tensor:
+    return found(expert, input_QH).expand(len(input_QH), -1)
 
 
 def native_activation(experts: Any, gate_Pn: torch.Tensor | None, up_Pn: torch.Tensor) -> torch.Tensor:

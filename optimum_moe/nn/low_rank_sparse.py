@@ -82,10 +82,8 @@ class LowRankSparseLinear(nn.Module):
             bias: (O,) or None.
 
         Raises:
-            ValueError: If the matrix is dense, or its row index is not ascending within the matrix.
+            ValueError: If the row index is not ascending within the matrix.
         """
-        if factors.u_RO is None or factors.v_RX is None:
-            raise ValueError("A dense matrix has no factors to store. Use nn.Linear for it.")
         outputs, inputs = factors.shape
         u_RO, v_RX, rows_MX, index_M = factors.u_RO, factors.v_RX, factors.rows_MX, factors.row_index_M
         layer = cls(
@@ -136,8 +134,6 @@ class LowRankSparseLinear(nn.Module):
         dtype = self.u.dtype
         wide = torch.promote_types(dtype, torch.float32)
         stored = self.factors()
-        assert stored.u_RO is not None
-        assert stored.v_RX is not None
         full_OX = MatrixFactors(
             u_RO=stored.u_RO.to(wide),
             v_RX=stored.v_RX.to(wide),

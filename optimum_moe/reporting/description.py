@@ -14,6 +14,7 @@ from optimum_moe.checkpoint.checksums import write_checksums
 from optimum_moe.checkpoint.mtp import MTPLayers
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.model_info import BlockInfo
+from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.recipe import Recipe
 from optimum_moe.reporting.card import CardFacts, inherited_metadata, mean_stable_ranks, model_card
@@ -153,15 +154,16 @@ def routed_multiply_adds(info: BlockInfo, plan: BlockPlan, observed: BlockStatis
             active = observed.mean_distinct(plan.labels_E)
         return active * info.expert_multiply_adds
     sizes, own = plan.sizes, {plan.labels_E: [0.0] * plan.num_groups}
-    own[plan.labels_E] = [sizes.numbers(g, info.hidden_size, active=True) for g in range(plan.num_groups)]
-    if sizes.base is not None:
-        # A base runs once for the experts of its group that a token selects.
-        own[sizes.base] = [float(info.expert_multiply_adds)] * (max(sizes.base) + 1)
+    own[plan.labels_E] = [float(sizes.multiply_adds(g, info.hidden_size)) for g in range(plan.num_groups)]
+    # A base runs once for the experts of its group that a token selects.
+    for labels, each in sizes.shared_multiply_adds(info.hidden_size).items():
+        own[labels] = [a + b for a, b in zip(own.get(labels, [0.0] * len(each)), each, strict=True)]
     if observed is None or not len(observed.reservoir.index_SK):
         return active * sum(sum(each) / len(each) for each in own.values())
     return sum(observed.mean_of_distinct(labels, each) for labels, each in own.items())
 
 
 def _indices(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The indices of sparse rows, which are stored beside the parameters."""
-    return {name: tensor for name, tensor in model.named_buffers() if name.endswith("row_index")}
+    """What compressed experts store beside the parameters, such as the indices of sparse rows."""
+    held = {path: module for path, module in model.named_modules() if isinstance(module, FactorizedExperts)}
+    return {f"{path}.{name}": t for path, module in held.items() for name, t in module.named_buffers()}

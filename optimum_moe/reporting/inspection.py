@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from optimum_moe.algorithms.factors import FactorSizes
 from optimum_moe.checkpoint.checkpoint_tensors import built, raw_config
 from optimum_moe.checkpoint.headers import Headers
 from optimum_moe.hf.structure import METHOD
@@ -77,23 +76,5 @@ def _block(info: BlockInfo, plan: CompressionPlan) -> dict[str, Any]:
         "expert_parameters": total,
         "original_experts": block.num_experts,
         "routing": block.routing,
-        "forms": "stock" if block.sizes is None else describe_forms(block.sizes),
+        "forms": "stock" if block.sizes is None else block.sizes.describe(),
     }
-
-
-def describe_forms(sizes: FactorSizes) -> str:
-    """The forms of a block's experts in a few words: neurons, ranks and sparse rows, from the least to the most."""
-    said = [f"{_span(sizes.widths)} neurons"]
-    for name, ranks in sizes.ranks.items():
-        factored = [rank for rank in ranks if rank is not None]
-        if factored:
-            said.append(f"{name} of rank {_span(factored)} in {len(factored)}")
-    for name, rows in sizes.rows.items():
-        said.append(f"{name} with {_span(rows)} sparse rows")
-    if sizes.base is not None:
-        said.append(f"{max(sizes.base) + 1} shared bases")
-    return ", ".join(said)
-
-
-def _span(numbers: Any) -> str:
-    return str(min(numbers)) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"

@@ -1,4 +1,4 @@
-"""The byte budget: every expert of the model gets the form in which a byte saves the most loss."""
+"""The byte budget: every expert of the model is stored in the format in which a byte saves the most loss."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from optimum_moe.algorithms.block_refit import refit_block
-from optimum_moe.algorithms.byte_budget import KINDS, Point, build, candidates, choose
+from optimum_moe.algorithms.byte_budget import Candidate, Point
 from optimum_moe.algorithms.expert_tokens import single_expert
-from optimum_moe.algorithms.factors import BlockFactors
-from optimum_moe.algorithms.one_expert import Form
-from optimum_moe.algorithms.ranks import RANK_STEP
+from optimum_moe.algorithms.ranks import STEP
+from optimum_moe.formats import StoredExperts, budget_formats, build_expert, candidates, choose, refit_block
 from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.settings import choose_one, exactly_one, product
 from optimum_moe.stages.base import register_stage
@@ -28,7 +26,7 @@ class BlockProfile:
     """The candidates of one block's experts.
 
     Args:
-        points: For each expert, see `optimum_moe.algorithms.byte_budget.candidates`.
+        points: For each expert, see `optimum_moe.formats.candidates`.
         in_loss: Whether damages are changes of the loss; else squared output errors, in a unit of the block's own.
     """
 
@@ -42,14 +40,15 @@ class ByteBudget(FormattingStage):
     """Spend a number of bytes on the experts of the whole model, wherever a byte saves the most loss.
 
     Every expert becomes one of: empty, some of its neurons, gate and up of a low rank, or as it is
-    (`optimum_moe.algorithms.byte_budget`). Can follow a stage that merges or prunes.
+    (`optimum_moe.formats`). Can follow a stage that merges or prunes.
 
     Args:
         share: Share of the bytes of the original experts' matrices that remains, in (0, 1] or as `"50%"`. Exactly one
             of this and `target_size`.
         target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
             what they are.
-        formats: What an expert may become between empty and untouched: `"neurons"` and `"rank"` (default).
+        formats: Formats that an expert may get between empty and untouched: `"narrow"` (fewer neurons), `"low_rank"`
+            and others that are registered; default all that come with the package.
         curvature: Measure damage in the loss, by backward passes over the calibration data (default); False measures
             output errors, as where no backward pass is possible.
         layers: Positions of the MoE blocks to compress, None for all.
@@ -65,7 +64,7 @@ class ByteBudget(FormattingStage):
 
     share: float | None = None
     target_size: str | int | None = None
-    formats: Sequence[str] = KINDS
+    formats: Sequence[str] = budget_formats()
     curvature: bool = True
     layers: Sequence[int] | None = None
     protect: Sequence[str] | None = None
@@ -77,9 +76,9 @@ class ByteBudget(FormattingStage):
         if self.target_size is not None:
             check_size(self.target_size)
         if isinstance(self.formats, str):
-            raise ValueError(f"formats={self.formats!r} must be a list, for example ['neurons'].")
+            raise ValueError(f"formats={self.formats!r} must be a list, for example ['narrow'].")
         for name in self.formats:
-            choose_one("formats", name, KINDS)
+            choose_one("formats", name, budget_formats())
 
     @property
     def needs_profile(self) -> bool:
@@ -102,7 +101,7 @@ class ByteBudget(FormattingStage):
         self._budget(model.original, selected_blocks(model.original, self.layers, self.protect))
 
     def profile(self, context: BlockContext) -> BlockProfile | None:
-        """What each expert loses in each form; None for a block that stays as it is.
+        """What each expert loses as each of its candidates; None for a block that stays as it is.
 
         Damages are summed over all tokens that the block saw. Neurons that have a meaning outside of their expert are
         kept all or none. An expert without tokens costs nothing to empty, unless `unseen` says that it is kept or
@@ -122,10 +121,10 @@ class ByteBudget(FormattingStage):
                 "be emptied. Check the weights behind it; load the model in a wider dtype, leave the block out with "
                 f'protect=["{name}"], or pass curvature=False.'
             )
-        kinds = [kind for kind in self.formats if kind != "neurons" or not context.experts.fixed_neurons]
+        formats = [name for name in self.formats if name != "narrow" or not context.experts.fixed_neurons]
         for index in range(context.experts.num_experts):
             expert, tokens = single_expert(context.experts, index), sample.of_expert(index)
-            points = candidates(expert, tokens, kinds=kinds)
+            points = candidates(expert, tokens, formats=formats, itemsize=context.info.expert_itemsize)
             if len(tokens) == 0 and context.unseen in ("keep", "prune"):
                 points = points[-1:] if context.unseen == "keep" else points[:1]
             found.append(tuple(replace(point, damage=point.damage / sample.share) for point in points))
@@ -133,11 +132,14 @@ class ByteBudget(FormattingStage):
 
     def allocate(
         self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, BlockProfile | None]
-    ) -> dict[str, tuple[Form, ...] | None]:
-        """The form of every expert of every block; None for blocks that stay as they are."""
+    ) -> dict[str, tuple[Candidate, ...] | None]:
+        """The candidate of every expert of every block; None for blocks that stay as they are."""
         chosen = [block for block in model.original.blocks if profiles.get(block.name) is not None]
-        forms = spend_budget(chosen, profiles, self._budget(model.original, chosen))
-        return {block.name: forms.get(block.name) for block in model.blocks}
+        found: dict[str, tuple[Candidate, ...]] = {}
+        if chosen:
+            budget = self._budget(model.original, chosen) * narrowest_item(chosen)
+            found = spend_budget(chosen, profiles, budget)
+        return {block.name: found.get(block.name) for block in model.blocks}
 
     def _budget(self, model: ModelInfo, chosen: Sequence[BlockInfo]) -> int:
         """Numbers that the matrices of all experts of some blocks may store, in the narrowest dtype among them."""
@@ -150,7 +152,7 @@ class ByteBudget(FormattingStage):
         # guards them.
         headers = 0
         for block in chosen:
-            stacks = min(block.num_experts, block.intermediate_size // RANK_STEP + 1)
+            stacks = min(block.num_experts, block.intermediate_size // STEP + 1)
             biases = 3 if block.expert_parameters > block.expert_multiply_adds else 0
             headers += (stacks * (7 + biases) + 3) * header_entry(block)
         left = int((bytes_for_tensors(model, self.target_size, headers) - rest) / narrowest)
@@ -162,20 +164,21 @@ class ByteBudget(FormattingStage):
             )
         return min(left, dense)
 
-    def factors(self, context: BlockContext, allocated: Sequence[Form] | None) -> BlockFactors | None:
-        """All experts of a block in the forms that were chosen, refitted together to what the block gave.
+    def factors(self, context: BlockContext, allocated: Sequence[Candidate] | None) -> StoredExperts | None:
+        """All experts of a block as the candidates that were chosen, refitted together to what the block gave.
 
-        An expert that no token chooses any more is fitted to those that chose it when its form was chosen.
+        An expert that no token chooses any more is fitted to those that chose it when its candidate was chosen.
         """
         if allocated is None:
             return None
         sample, profiled = context.sample(), context.profiled_sample()
         experts = [single_expert(context.experts, index) for index in range(len(allocated))]
         tokens = [found if len(found := sample.of_expert(e)) else profiled.of_expert(e) for e in range(len(experts))]
-        made = [build(expert, seen, form) for expert, seen, form in zip(experts, tokens, allocated, strict=True)]
+        chosen = zip(experts, tokens, allocated, strict=True)
+        stored = [build_expert(expert, seen, candidate) for expert, seen, candidate in chosen]
         # What follows an expert's output is no sum, so that no other expert can make up for it.
         summed = context.experts.finish is None and not context.experts.fixed_neurons
-        return BlockFactors(tuple(refit_block(experts, made, sample) if summed else made))
+        return StoredExperts(tuple(refit_block(experts, stored, sample) if summed else stored))
 
     def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
         """The bounds: anything from no expert at all to the whole budget."""
@@ -194,20 +197,19 @@ class ByteBudget(FormattingStage):
 
 
 def spend_budget(
-    blocks: Sequence[BlockInfo], profiles: Mapping[str, BlockProfile | None], numbers: int
-) -> dict[str, tuple[Form, ...]]:
-    """The form of every expert of some blocks, with which all of them store at most `numbers`.
+    blocks: Sequence[BlockInfo], profiles: Mapping[str, BlockProfile | None], budget: float
+) -> dict[str, tuple[Candidate, ...]]:
+    """The candidate of every expert of some blocks, with which all of them store at most `budget` bytes.
 
     Args:
         blocks: The blocks.
         profiles: Of each of them.
-        numbers: The budget, in numbers of the narrowest dtype that experts are stored in.
+        budget: Bytes of the experts' matrices.
 
     Raises:
         ValueError: If the experts that have to stay take more.
     """
     taken = {block.name: profile for block in blocks if (profile := profiles[block.name]) is not None}
-    widths = {block.name: round(block.expert_itemsize / narrowest_item(blocks)) for block in blocks}
     without = [name for name, profile in taken.items() if not profile.in_loss]
     if without:
         warnings.warn(
@@ -222,12 +224,12 @@ def spend_budget(
         total = sum(points[0].damage for points in profile.points) or 1.0
         for points in profile.points:
             unit = total if without else 1.0
-            offered.append([replace(p, damage=p.damage / unit, numbers=p.numbers * widths[name]) for p in points])
+            offered.append([replace(point, damage=point.damage / unit) for point in points])
             owners.append(name)
-    forms: dict[str, list[Form]] = {name: [] for name in taken}
-    for name, point in zip(owners, choose(offered, numbers), strict=True):
-        forms[name].append(point.form)
-    return {name: tuple(found) for name, found in forms.items()}
+    allocated: dict[str, list[Candidate]] = {name: [] for name in taken}
+    for name, point in zip(owners, choose(offered, budget), strict=True):
+        allocated[name].append(point.candidate)
+    return {name: tuple(found) for name, found in allocated.items()}
 
 
 def narrowest_item(blocks: Sequence[BlockInfo]) -> float:

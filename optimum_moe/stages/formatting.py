@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from optimum_moe.algorithms.experts import ExpertTensors
-from optimum_moe.algorithms.factors import PROJECTIONS, BlockFactors
 from optimum_moe.algorithms.low_rank import estimated_stable_rank
+from optimum_moe.formats import PROJECTIONS, StoredExperts
 from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, keep_all
 from optimum_moe.stages.base import Stage
@@ -55,7 +55,7 @@ class FormattingStage(Stage):
         return frozenset(block.name for block in chosen)
 
     @abstractmethod
-    def factors(self, context: BlockContext, allocated: Any) -> BlockFactors | None:
+    def factors(self, context: BlockContext, allocated: Any) -> StoredExperts | None:
         """The experts of a block in their formats; None for a block that stays as it is."""
 
     def decide(self, context: BlockContext, allocated: Any) -> BlockPlan:

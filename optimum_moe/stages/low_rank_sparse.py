@@ -14,11 +14,11 @@ import torch
 
 from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.experts import ExpertTensors
-from optimum_moe.algorithms.factors import PROJECTIONS, BlockFactors
 from optimum_moe.algorithms.low_rank import Spectrum
-from optimum_moe.algorithms.ranks import RANK_STEP, rank_from_energy, rank_from_number, rank_from_ratio
+from optimum_moe.algorithms.ranks import STEP, rank_from_energy, rank_from_number, rank_from_ratio
 from optimum_moe.algorithms.structured_sparse import rows_from_density
-from optimum_moe.algorithms.uniform_factors import factorize_expert
+from optimum_moe.formats import PROJECTIONS, StoredExperts
+from optimum_moe.formats.uniform import factorize_expert
 from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, keep_all
 from optimum_moe.settings import choose_one, exactly_one
@@ -43,9 +43,10 @@ class SharedBases:
     matrices: Mapping[str, torch.Tensor]
     order_EI: torch.Tensor | None
 
-    def of_expert(self, expert: int) -> tuple[Mapping[str, torch.Tensor], torch.Tensor | None]:
-        """The matrices of an expert's group, and the order of its neurons there."""
-        base = {name: stack[self.labels_E[expert]] for name, stack in self.matrices.items()}
+    def of_expert(self, expert: int) -> tuple[tuple[int, Mapping[str, torch.Tensor]], torch.Tensor | None]:
+        """Number and matrices of an expert's group, and the order of its neurons there."""
+        group = self.labels_E[expert]
+        base = group, {name: stack[group] for name, stack in self.matrices.items()}
         return base, None if self.order_EI is None else self.order_EI[expert]
 
 
@@ -158,11 +159,11 @@ class LowRankSparse(FormattingStage):
         """See `Stage.combine`; with shared bases the groups of the merge are part of the factors."""
         return super().combine(before, own) if self.base is None else own
 
-    def factors(self, context: BlockContext, allocated: Any) -> BlockFactors | None:
+    def factors(self, context: BlockContext, allocated: Any) -> StoredExperts | None:
         """See `FormattingStage.factors`."""
         return self._factorized(context) if self.applies(context) else None
 
-    def _factorized(self, context: BlockContext, shared: SharedBases | None = None) -> BlockFactors:
+    def _factorized(self, context: BlockContext, shared: SharedBases | None = None) -> StoredExperts:
         """The factors of all experts of a block.
 
         Args:
@@ -179,9 +180,7 @@ class LowRankSparse(FormattingStage):
                 experts.append(factorize_expert(single, tokens, self._rank_of, self._rows, base, neurons))
             except ValueError as error:
                 raise ValueError(f"Expert {index} of {context.info.name} cannot be factorized. {error}") from error
-        if shared is None:
-            return BlockFactors(tuple(experts))
-        return BlockFactors(tuple(experts), shared.labels_E, shared.matrices)
+        return StoredExperts(tuple(experts))
 
     def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
         """Exact for a rank or a ratio; for an energy the bounds, with the numbers of the upper one."""
@@ -217,7 +216,7 @@ class LowRankSparse(FormattingStage):
         shapes.append((block.hidden_size, block.intermediate_size))
         factored, indices = 0, 0
         for shape in shapes:
-            rank = self._unless_larger(shape, RANK_STEP) if self.energy is not None else self._rank(shape)
+            rank = self._unless_larger(shape, STEP) if self.energy is not None else self._rank(shape)
             rows = 0 if rank is None else self._rows(shape[0])
             factored += shape[0] * shape[1] if rank is None else rank * sum(shape) + rows * shape[1]
             indices += rows

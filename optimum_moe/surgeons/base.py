@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
-from optimum_moe.algorithms.factors import FactorSizes
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.algorithms.router_fit import RouterView
+from optimum_moe.formats import ExpertsSpec
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import BlockPlan, Routing
@@ -193,7 +193,7 @@ class Surgeon(ABC):
         if plan.factors is None:
             return plan
         view = self.experts(block)
-        held = _empty_factors(view, plan.factors.sizes)
+        held = _empty_factors(view, plan.factors.spec)
         held.fill(plan.factors, {name: values for name, values in _biases(view).items() if values is not None})
         self.hold(block, held)
         return replace(plan, factors=None, digest=factors_digest(held))
@@ -203,7 +203,7 @@ class Surgeon(ABC):
         return self.factors(block) is None and self.info(block, "", 0).num_experts == plan.num_experts
 
     def build_structure(
-        self, block: Block, num_groups: int, routing: Routing, sizes: FactorSizes | None = None
+        self, block: Block, num_groups: int, routing: Routing, sizes: ExpertsSpec | None = None
     ) -> None:
         """Give an uncompressed block the structure that `carry_out` leaves, with empty tensors."""
         if num_groups < self.info(block, "", 0).num_experts:
@@ -217,7 +217,7 @@ def factors_digest(held: FactorizedExperts) -> dict[str, str]:
     return {name: digest({}, {name: tensor}) for name, tensor in held.state_dict().items()}
 
 
-def _empty_factors(view: ExpertTensors, sizes: FactorSizes) -> FactorizedExperts:
+def _empty_factors(view: ExpertTensors, sizes: ExpertsSpec) -> FactorizedExperts:
     first = view.up[0]
     biases = [name for name, values in _biases(view).items() if values is not None]
     factors = FactorizedExperts(sizes, view.hidden_size, biases, device=first.device, dtype=first.dtype)

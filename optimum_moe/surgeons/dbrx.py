@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_moe.formats.base import Opened
 from optimum_moe.nn import FactorizedExperts, SwappedModule, map_routing, swapped_class
-from optimum_moe.nn.expert_projection import Opened
 from optimum_moe.nn.factorized_layer import run_factorized
 from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing

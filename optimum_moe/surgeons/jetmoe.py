@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_moe.formats.base import Opened
 from optimum_moe.nn import FactorizedExperts, SwappedModule, map_routing, swapped_class
-from optimum_moe.nn.expert_projection import Opened
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import Block, BlockWatcher, hooked

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from test_byte_budget import HIDDEN, INNER, make_expert, output
+from test_byte_budget import HIDDEN, INNER, candidate, make_expert, output
 
-from optimum_moe.algorithms.block_refit import refit_block
-from optimum_moe.algorithms.byte_budget import build
 from optimum_moe.algorithms.expert_tokens import SampledTokens
-from optimum_moe.algorithms.one_expert import Form
+from optimum_moe.formats import build_expert, refit_block
+from optimum_moe.formats.stored import stored_matrix
 
 SAMPLED, TOP_K = 400, 2
-FORMS = (Form(0), Form(8), Form(16, 8), Form(INNER))
+FORMS = (candidate(0), candidate(8), candidate(16, 8), candidate(INNER))
 
 
 def make_block(gradient=True, bias=False):
@@ -23,7 +22,9 @@ def make_block(gradient=True, bias=False):
         torch.rand(SAMPLED, TOP_K, generator=generator),
         torch.randn(SAMPLED, 2, HIDDEN, generator=generator) if gradient else None,
     )
-    factors = [build(e, tokens.routed(i)[1], form) for i, (e, form) in enumerate(zip(experts, FORMS, strict=True))]
+    factors = [
+        build_expert(e, tokens.routed(i)[1], form) for i, (e, form) in enumerate(zip(experts, FORMS, strict=True))
+    ]
     return experts, factors, tokens
 
 
@@ -36,7 +37,7 @@ def block_output(experts, factors, tokens):
 
 
 def error(experts, factors, tokens):
-    whole = [build(expert, tokens.routed(0)[1], Form(INNER)) for expert in experts]
+    whole = [build_expert(expert, tokens.routed(0)[1], candidate(INNER)) for expert in experts]
     change_SH = block_output(experts, factors, tokens) - block_output(experts, whole, tokens)
     return float((change_SH.square().sum(1) * tokens.importance()).sum())
 
@@ -59,7 +60,7 @@ def test_sweeps_reach_the_least_squares_solution(gradient, bias):
         columns.append(torch.zeros(SAMPLED, probe.shape[1]).index_copy_(0, token_P, probe))
     root_S1 = tokens.importance().sqrt()[:, None]
     design_SN = (torch.cat(columns, 1) * root_S1).double()
-    whole = [build(expert, tokens.routed(0)[1], Form(INNER)) for expert in experts]
+    whole = [build_expert(expert, tokens.routed(0)[1], candidate(INNER)) for expert in experts]
     target_SH = block_output(experts, whole, tokens) - block_output(experts[3:], whole[3:], shifted(tokens, 3))
     target_SH = (target_SH * root_S1).double()
     best = target_SH - design_SN @ torch.linalg.lstsq(design_SN, target_SH).solution
@@ -68,7 +69,7 @@ def test_sweeps_reach_the_least_squares_solution(gradient, bias):
 
 def output_hidden(expert, factors, input_PH):
     identity = torch.eye(factors.width)
-    hidden = type(factors)(up=factors.up, down=type(factors.up)(dense_OX=identity), gate=factors.gate)
+    hidden = type(factors)(up=factors.up, down=stored_matrix(identity), gate=factors.gate)
     neurons = factors.neurons
     return output(expert if neurons is None else expert.narrowed(neurons), hidden, input_PH)
 
@@ -91,7 +92,7 @@ def test_untouched_and_empty_experts_and_all_sizes_stay():
     assert refitted[0] is factors[0]
     assert refitted[3] is factors[3]
     assert [kept.numbers for kept in refitted] == [kept.numbers for kept in factors]
-    assert refitted[2].shares_right
+    assert refitted[2].wants_joint
     assert torch.equal(refitted[1].neurons, factors[1].neurons)
 
 
@@ -112,7 +113,7 @@ def test_an_expert_without_tokens_stays():
 
 def test_refused():
     experts, factors, tokens = make_block()
-    with pytest.raises(ValueError, match=r"Got 4 experts and 3 forms"):
+    with pytest.raises(ValueError, match=r"Got 4 experts and 3 stored ones"):
         refit_block(experts, factors[1:], tokens)
     with pytest.raises(ValueError, match=r"Pass \(S, H\)"):
         SampledTokens(tokens.input_SH, tokens.index_SK[1:], tokens.weights_SK)

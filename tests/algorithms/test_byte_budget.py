@@ -1,4 +1,4 @@
-"""The byte budget: convex curves, exact spending, and forms that are what their points say."""
+"""The byte budget: convex curves, exact allocation, and candidates that are built as their points say."""
 
 import itertools
 import pickle
@@ -6,8 +6,9 @@ import pickle
 import pytest
 import torch
 
-from optimum_moe.algorithms.byte_budget import KINDS, Point, build, candidates, choose, hull, spend
-from optimum_moe.algorithms.one_expert import Expert, ExpertTokens, Form
+from optimum_moe.algorithms.byte_budget import Candidate, Point, allocate, hull
+from optimum_moe.algorithms.expert import Expert, ExpertTokens
+from optimum_moe.formats import budget_formats, build_expert, candidates, choose
 
 HIDDEN, INNER, TOKENS = 24, 32, 200
 
@@ -70,16 +71,23 @@ def measured(expert, tokens, factors):
     return 0.5 * float((q_P * torch.einsum("ph,hi,pi->p", change_PH, b_HH, change_PH)).sum())
 
 
+def candidate(neurons, rank=None, inner=INNER):
+    if rank is not None:
+        return Candidate("low_rank", neurons, rank)
+    return Candidate({0: "empty", inner: "dense"}.get(neurons, "narrow"), neurons)
+
+
 def curve(expert, tokens):
-    return hull(candidates(expert, tokens))
+    """With bytes that are numbers."""
+    return hull(candidates(expert, tokens, itemsize=1))
 
 
 def whole(expert):
-    return build(expert, make_tokens(), Form(expert.inner))
+    return build_expert(expert, make_tokens(), candidate(expert.inner, inner=expert.inner))
 
 
 def is_convex(points):
-    slopes = [(a.damage - b.damage) / (b.numbers - a.numbers) for a, b in itertools.pairwise(points)]
+    slopes = [(a.damage - b.damage) / (b.bytes - a.bytes) for a, b in itertools.pairwise(points)]
     return all(a > b or a == b == 0 for a, b in itertools.pairwise(slopes)) and all(s >= 0 for s in slopes)
 
 
@@ -90,14 +98,15 @@ def test_points_are_what_build_makes_of_them(gated, bias, inner, gradient):
     expert, tokens = make_expert(gated=gated, bias=bias, inner=inner), make_tokens(draws=2, gradient=gradient)
     points = curve(expert, tokens)
     dense_numbers = (3 if gated else 2) * HIDDEN * inner
-    assert (points[0].numbers, points[0].form) == (0, Form(0))
-    assert (points[-1].numbers, points[-1].damage, points[-1].form) == (dense_numbers, 0.0, Form(inner))
+    assert (points[0].bytes, points[0].candidate) == (0, candidate(0))
+    assert (points[-1].bytes, points[-1].damage) == (dense_numbers, 0.0)
+    assert points[-1].candidate == Candidate("dense", inner)
     assert is_convex(points)
     assert len(points) >= (5 if inner == INNER else 3)
     fitted, held = tokens.halves()
     for point in points:
-        factors = build(expert, fitted, pickle.loads(pickle.dumps(point)).form)
-        assert factors.numbers == point.numbers == point.form.numbers(HIDDEN, gated)
+        factors = build_expert(expert, fitted, pickle.loads(pickle.dumps(point)).candidate)
+        assert factors.numbers == point.bytes == factors.bytes(1)
         lost_held, lost_seen = measured(expert, held, factors), measured(expert, fitted, factors)
         expected = TOKENS * (0.75 * lost_held / len(held) + 0.25 * lost_seen / len(fitted))
         assert expected == pytest.approx(point.damage, rel=1e-3, abs=1e-5 * points[0].damage)
@@ -110,7 +119,7 @@ def test_curves_tell_what_forms_lose_on_other_tokens(tokens):
     for seed in range(8):
         expert, seen, fresh = make_expert(seed), make_tokens(seed, tokens), make_tokens(50 + seed, 4096)
         for point in curve(expert, seen)[1:-1]:
-            factors = build(expert, seen, point.form)
+            factors = build_expert(expert, seen, point.candidate)
             told += point.damage / tokens
             own += measured(expert, seen, factors) / tokens
             other += measured(expert, fresh, factors) / len(fresh)
@@ -129,12 +138,12 @@ def test_halves_have_every_token_once():
 
 def test_ranks_share_the_right_factor():
     expert, tokens = make_expert(), make_tokens()
-    factors = build(expert, tokens, Form(16, 8))
-    assert factors.shares_right
-    assert factors.gate.rank == factors.up.rank == 8
+    factors = build_expert(expert, tokens, candidate(16, 8))
+    assert factors.wants_joint
+    assert factors.gate.sizes == factors.up.sizes == {"low_rank": 8}
     assert factors.width == len(factors.neurons) == 16
     assert factors.numbers == 8 * (2 * 16 + HIDDEN) + 16 * HIDDEN
-    assert not whole(expert).shares_right
+    assert not whole(expert).wants_joint
 
 
 def test_one_neuron_and_one_token_is_the_second_order_change():
@@ -148,56 +157,56 @@ def test_whole_budget_changes_nothing():
     experts = [make_expert(seed, dtype=torch.bfloat16) for seed in range(3)]
     tokens = [make_tokens(0), make_tokens(1, tokens=0), make_tokens(2, tokens=3)]
     curves = [curve(expert, seen) for expert, seen in zip(experts, tokens, strict=True)]
-    chosen = spend(curves, 3 * 3 * HIDDEN * INNER)
+    chosen = allocate(curves, 3 * 3 * HIDDEN * INNER)
     for expert, seen, point in zip(experts, tokens, chosen, strict=True):
-        factors = build(expert, seen, point.form)
+        factors = build_expert(expert, seen, point.candidate)
         assert factors.neurons is None
         for name, original in (("gate", expert.gate_IH), ("up", expert.up_IH), ("down", expert.down_HI)):
-            assert torch.equal(factors.matrices[name].dense_OX, original)
+            assert torch.equal(factors.matrices[name].densified(), original)
 
 
 @pytest.mark.parametrize("numbers", [0, 1, 999, 2500, 5000, 6911, 6912, 10**6])
-def test_spend_stays_within_the_budget_and_wastes_less_than_a_step(numbers):
+def test_allocate_stays_within_the_budget_and_wastes_less_than_a_step(numbers):
     curves = [curve(make_expert(seed), make_tokens(seed)) for seed in range(3)]
-    chosen = spend(curves, numbers)
-    left = numbers - sum(point.numbers for point in chosen)
+    chosen = allocate(curves, numbers)
+    left = numbers - sum(point.bytes for point in chosen)
     assert left >= 0
     for points, point in zip(curves, chosen, strict=True):
         at = points.index(point)
-        assert at + 1 == len(points) or points[at + 1].numbers - point.numbers > left
+        assert at + 1 == len(points) or points[at + 1].bytes - point.bytes > left
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_spend_is_the_best_there_is_where_steps_are_alike(seed):
+def test_allocate_is_the_best_there_is_where_steps_are_alike(seed):
     generator = torch.Generator().manual_seed(seed)
     curves = []
     for _ in range(4):
         gains = torch.rand(3, generator=generator).sort(descending=True).values.tolist()
-        curves.append(hull([Point(8 * k, sum(gains[k:]), Form(8 * k)) for k in range(4)]))
+        curves.append(hull([Point(8 * k, sum(gains[k:]), candidate(8 * k)) for k in range(4)]))
     for numbers in range(0, 97, 8):
         best = min(
             sum(point.damage for point in chosen)
             for chosen in itertools.product(*curves)
-            if sum(point.numbers for point in chosen) <= numbers
+            if sum(point.bytes for point in chosen) <= numbers
         )
-        assert sum(point.damage for point in spend(curves, numbers)) == pytest.approx(best, abs=1e-9)
+        assert sum(point.damage for point in allocate(curves, numbers)) == pytest.approx(best, abs=1e-9)
 
 
 def test_a_step_that_does_not_fit_leaves_room_for_smaller_ones():
-    large = [Point(0, 10.0, Form(0)), Point(100, 0.0, Form(8))]
-    small = [Point(0, 1.0, Form(0)), Point(60, 0.0, Form(8))]
-    assert [point.numbers for point in spend([large, small], 99)] == [0, 60]
-    assert [point.numbers for point in spend([large, small], 100)] == [100, 0]
+    large = [Point(0, 10.0, candidate(0)), Point(100, 0.0, candidate(8))]
+    small = [Point(0, 1.0, candidate(0)), Point(60, 0.0, candidate(8))]
+    assert [point.bytes for point in allocate([large, small], 99)] == [0, 60]
+    assert [point.bytes for point in allocate([large, small], 100)] == [100, 0]
 
 
 def test_candidates_of_one_kind_are_those_that_the_other_does_not_need():
     expert, tokens = make_expert(), make_tokens()
-    points = candidates(expert, tokens)
-    assert [point.numbers for point in points] == sorted(point.numbers for point in points)
-    for kind in KINDS:
-        alone = candidates(expert, tokens, kinds=[kind])
+    points = candidates(expert, tokens, itemsize=1)
+    assert [point.bytes for point in points] == sorted(point.bytes for point in points)
+    for kind in budget_formats():
+        alone = candidates(expert, tokens, formats=[kind], itemsize=1)
         assert set(alone) <= set(points)
-        (chosen,), (best,) = choose([alone], 1200), spend([hull(alone)], 1200)
+        (chosen,), (best,) = choose([alone], 1200), allocate([hull(alone)], 1200)
         assert chosen == best
 
 
@@ -205,24 +214,24 @@ def test_candidates_of_one_kind_are_those_that_the_other_does_not_need():
 def test_a_mixture_has_to_save_more_than_a_little(gain):
     def points(rank_damage):
         return [
-            Point(0, 100.0, Form(0)),
-            Point(50, rank_damage, Form(16, 8)),
-            Point(50, 10.0, Form(8)),
-            Point(100, 0.0, Form(16)),
+            Point(0, 100.0, candidate(0)),
+            Point(50, rank_damage, candidate(16, 8)),
+            Point(50, 10.0, candidate(8)),
+            Point(100, 0.0, candidate(16, inner=16)),
         ]
 
     # One expert where ranks are far worse, one where they are a little better.
     offered = [points(50.0), points(10.0 - 20.0 * gain)]
     second = choose(offered, 100)[1]
-    assert second.form == (Form(8) if gain < 0.0125 else Form(16, 8))
-    assert [point.form for point in choose(offered, 200)] == [Form(16), Form(16)]
+    assert second.candidate == (candidate(8) if gain < 0.0125 else candidate(16, 8))
+    assert [point.candidate for point in choose(offered, 200)] == [candidate(16, inner=16)] * 2
 
 
 def test_order_of_experts_does_not_matter():
     experts = [(make_expert(seed), make_tokens(seed)) for seed in range(5)]
     curves = [curve(*pair) for pair in experts]
     order = [3, 0, 4, 2, 1]
-    chosen, permuted = spend(curves, 4000), spend([curves[index] for index in order], 4000)
+    chosen, permuted = allocate(curves, 4000), allocate([curves[index] for index in order], 4000)
     assert permuted == [chosen[index] for index in order]
 
 
@@ -231,17 +240,17 @@ def test_order_of_neurons_does_not_matter():
     order = torch.randperm(INNER, generator=torch.Generator().manual_seed(5))
     mixed = Expert(expert.up_IH[order], expert.down_HI[:, order], swiglu, expert.gate_IH[order])
     for point, other in zip(curve(expert, tokens), curve(mixed, tokens), strict=True):
-        assert other.form == point.form
+        assert other.candidate == point.candidate
         assert other.damage == pytest.approx(point.damage, rel=1e-3, abs=1e-4)
 
 
 def test_an_expert_without_tokens_goes_first_and_comes_back_last():
     unseen = curve(make_expert(), make_tokens(tokens=0))
-    assert [(point.numbers, point.damage) for point in unseen] == [(0, 0.0), (3 * HIDDEN * INNER, 0.0)]
+    assert [(point.bytes, point.damage) for point in unseen] == [(0, 0.0), (3 * HIDDEN * INNER, 0.0)]
     seen = curve(make_expert(1), make_tokens(1))
-    chosen = spend([unseen, seen], seen[-1].numbers)
+    chosen = allocate([unseen, seen], seen[-1].bytes)
     assert chosen == [unseen[0], seen[-1]]
-    empty = build(make_expert(), make_tokens(tokens=0), Form(0))
+    empty = build_expert(make_expert(), make_tokens(tokens=0), candidate(0))
     assert empty.numbers == empty.width == 0
 
 
@@ -250,7 +259,7 @@ def test_zero_gradients_cost_nothing_and_give_no_nan():
     tokens = ExpertTokens(tokens.input_PH, tokens.weight_P, torch.zeros(TOKENS, HIDDEN))
     points = curve(make_expert(), tokens)
     assert {point.damage for point in points} == {0.0}
-    factors = build(make_expert(), tokens, Form(16, 8))
+    factors = build_expert(make_expert(), tokens, candidate(16, 8))
     assert all(matrix.densified().isfinite().all() for matrix in factors.matrices.values())
 
 
@@ -260,11 +269,13 @@ def test_singular_grams(tokens):
     points = curve(expert, seen)
     assert is_convex(points)
     for point in points:
-        factors = build(expert, seen, point.form)
+        factors = build_expert(expert, seen, point.candidate)
         assert all(matrix.densified().isfinite().all() for matrix in factors.matrices.values())
-        if point.numbers > 0:
+        if point.bytes > 0:
             # So few tokens are reproduced by a few neurons.
-            assert measured(expert, seen, factors) < 1e-2 * measured(expert, seen, build(expert, seen, Form(0)))
+            assert measured(expert, seen, factors) < 1e-2 * measured(
+                expert, seen, build_expert(expert, seen, candidate(0))
+            )
 
 
 def test_dead_neurons_are_free():
@@ -272,15 +283,15 @@ def test_dead_neurons_are_free():
     expert.down_HI[:, 8:] = 0
     points = curve(expert, tokens)
     assert points[-2].damage < 1e-8 * points[0].damage
-    factors = build(expert, tokens, Form(8))
+    factors = build_expert(expert, tokens, candidate(8))
     assert factors.neurons.tolist() == list(range(8))
-    assert torch.allclose(factors.down.dense_OX, expert.down_HI[:, :8], atol=1e-5)
+    assert torch.allclose(factors.down.densified(), expert.down_HI[:, :8], atol=1e-5)
 
 
 def test_refused():
     expert, tokens = make_expert(), make_tokens()
     with pytest.raises(ValueError, match=r"must be 0 or more"):
-        hull([Point(0, float("nan"), Form(0))])
+        hull([Point(0, float("nan"), candidate(0))])
     broken = tokens.gradient_JPH.clone()
     broken[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"gradient_JPH holds NaN"):
@@ -291,8 +302,8 @@ def test_refused():
     with pytest.raises(ValueError, match=r"Pass \(P, H\)"):
         ExpertTokens(tokens.input_PH, tokens.weight_P[1:], tokens.gradient_JPH)
     with pytest.raises(ValueError, match=r"below the least"):
-        spend([[Point(8, 0.0, Form(8))]], 7)
+        allocate([[Point(8, 0.0, candidate(8))]], 7)
     with pytest.raises(ValueError, match=r"does not fit an expert of 32 neurons"):
-        build(make_expert(), tokens, Form(40))
+        build_expert(make_expert(), tokens, candidate(40))
     with pytest.raises(ValueError, match=r"without tokens can be empty or whole"):
-        build(make_expert(), make_tokens(tokens=0), Form(8))
+        build_expert(make_expert(), make_tokens(tokens=0), candidate(8))

@@ -117,8 +117,6 @@ def test_wrong_input_is_named():
         add_rows(matrix_OX, factors, torch.ones(4), 5)
     with pytest.raises(ValueError, match="no rows yet"):
         add_rows(matrix_OX, add_rows(matrix_OX, factors, torch.ones(4), 1), torch.ones(4), 1)
-    with pytest.raises(ValueError, match="no rows yet"):
-        add_rows(matrix_OX, MatrixFactors(matrix_OX), torch.ones(4), 1)
 
 
 def test_schedule_bounds():

@@ -9,16 +9,20 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from optimum_moe.algorithms.factors import FactorSizes
+from optimum_moe.formats import ExpertsSpec
 from optimum_moe.nn import FactorizedExperts
 from optimum_moe.nn.factorized_layer import run_factorized
 from optimum_moe.nn.merged_experts import run_routed
 
 EXPERTS, HIDDEN, WIDTH = 6, 16, 24
-SIZES = FactorSizes(
+PROJECTIONS = ("gate", "up", "down")
+SIZES = ExpertsSpec(
     (WIDTH, WIDTH, WIDTH, WIDTH, 8, 0),
-    dict.fromkeys(("gate", "up", "down"), (8, None, 8, 16, None, None)),
-    dict.fromkeys(("gate", "up", "down"), (3, 0, 0, 2, 0, 0)),
+    PROJECTIONS,
+    {
+        "low_rank": dict.fromkeys(PROJECTIONS, (8, None, 8, 16, None, None)),
+        "sparse_rows": dict.fromkeys(PROJECTIONS, (3, 0, 0, 2, 0, 0)),
+    },
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from optimum_moe.algorithms.factors import BlockFactors, FactorSizes
+from optimum_moe.formats import ExpertsSpec, StoredExperts
 from optimum_moe.nn import FactorizedExperts, HasSparseRows
 from optimum_moe.nn.factorized_layer import native_activation, run_grouped
 from optimum_moe.plan import keep_all
@@ -32,7 +32,7 @@ class Held:
         block = found.module(self.model)
         view = found.surgeon.experts(block)
         with torch.no_grad():
-            self.forms: BlockFactors = mixture(view)
+            self.forms: StoredExperts = mixture(view)
             self.biases = {
                 name: [bias.clone() for bias in values]
                 for name in ("gate", "up", "down")
@@ -86,10 +86,10 @@ def assert_rounding(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_the_mixture_has_every_form(held: Held) -> None:
     sizes, count = held.factors.sizes, len(held.factors.classes)
     assert sizes.widths == (*[held.width] * 5, 8, 8, 0)
-    assert {sizes.ranks["up"][e] for e in range(7)} == {None, 4, 8, 16}
-    assert sizes.rows["up"] == (0, 0, 0, 0, 4, 0, 0, 0)
+    assert {sizes.table("low_rank")["up"][e] for e in range(7)} == {None, 4, 8, 16}
+    assert sizes.table("sparse_rows")["up"] == (0, 0, 0, 0, 4, 0, 0, 0)
     assert count == 2
-    assert (held.factors.empty is not None) == ("down" in held.biases)
+    assert bool(held.factors.without_neurons) == ("down" in held.biases)
 
 
 def test_both_paths_equal_dense_matrices(held: Held) -> None:
@@ -170,24 +170,34 @@ def test_copies(held: Held) -> None:
 
 
 def test_sizes_are_written_as_one_text_for_all_experts() -> None:
-    sizes = FactorSizes((4, 3, 0), {"up": (2, None, None), "down": (None,) * 3}, {"up": (0, 1, 0)}, (0, 0, 1))
+    sizes = ExpertsSpec(
+        (4, 3, 0),
+        ("up", "down"),
+        {"low_rank": {"up": (2, None, None)}, "sparse_rows": {"up": (0, 1, 0)}, "shared_base": {"up": (0, 0, 1)}},
+    )
     record = sizes.to_dict()
     checksum = record.pop("checksum")
-    tables = {"widths": "4 3 0", "ranks": {"up": "2 - -", "down": "- - -"}, "rows": {"up": "0 1 0"}, "base": "0 0 1"}
+    tables = {
+        "widths": "4 3 0",
+        "projections": "up down",
+        "low_rank": {"up": "2 - -"},
+        "sparse_rows": {"up": "0 1 0"},
+        "shared_base": {"up": "0 0 1"},
+    }
     assert record == tables
-    assert FactorSizes.from_dict(tables | {"checksum": checksum}) == sizes
+    assert ExpertsSpec.from_dict(tables | {"checksum": checksum}) == sizes
     for odd in ("4  3", "4 3 0 ", "", "-1 3 0", "1_0 3 0", "1e9 3 0", "\u0664 3 0", "9" * 20 + " 3 0"):
         with pytest.raises(ValueError, match=r"no whole number. Restore the saved config.json"):
-            FactorSizes.from_dict(tables | {"widths": odd})
+            ExpertsSpec.from_dict(tables | {"widths": odd})
     for odd in ([4, 3, 0], 4, None, {"4": 3}):
         with pytest.raises(ValueError, match=r"Sizes of experts cannot be read .* Restore the saved config.json"):
-            FactorSizes.from_dict(tables | {"widths": odd})
+            ExpertsSpec.from_dict(tables | {"widths": odd})
     with pytest.raises(ValueError, match="must give each expert a width"):
-        FactorSizes.from_dict(tables | {"widths": "4 - 0"})
+        ExpertsSpec.from_dict(tables | {"widths": "4 - 0"})
 
 
 def test_sizes_give_the_empty_tensors_on_the_meta_device(held: Held) -> None:
-    sizes = FactorSizes.from_dict(held.factors.sizes.to_dict())
+    sizes = ExpertsSpec.from_dict(held.factors.sizes.to_dict())
     assert sizes == held.factors.sizes
     empty = FactorizedExperts(sizes, held.hidden_size, list(held.biases), device="meta")
     state = held.factors.state_dict()
@@ -232,8 +242,8 @@ def test_fewer_rows_compute_what_zeroed_rows_do(held: Held) -> None:
     assert parameter.shape == (2, held.width)
     assert projection.row_index.tolist() == [0, 2]
     assert projection.row_index.dtype == torch.int32
-    assert held.factors.sizes.rows["down"] == (0, 0, 0, 0, 2, 0, 0, 0)
-    assert held.factors.sizes.rows["up"] == (0, 0, 0, 0, 4, 0, 0, 0)
+    assert held.factors.sizes.table("sparse_rows")["down"] == (0, 0, 0, 0, 2, 0, 0, 0)
+    assert held.factors.sizes.table("sparse_rows")["up"] == (0, 0, 0, 0, 4, 0, 0, 0)
     for run in (held.experts, held.grouped):
         with torch.no_grad():
             assert_rounding(run(*routed), expected)
@@ -241,7 +251,7 @@ def test_fewer_rows_compute_what_zeroed_rows_do(held: Held) -> None:
     # Without any row left there is no sparse part.
     projection.keep_rows(torch.tensor([False, False]))
     assert projection.sparse_parts() == {}
-    assert "down" not in held.factors.sizes.rows
+    assert "down" not in held.factors.sizes.parts["sparse_rows"]
     assert_sizes_say_what_is_stored(held)
     with torch.no_grad():
         zeroed.factors.home(expert)[0].projection("down").rows.zero_()

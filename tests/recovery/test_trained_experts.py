@@ -75,7 +75,7 @@ def test_rows_shrink_and_the_smaller_checkpoint_loads(family: str, tmp_path: Pat
     structure = loaded.config.quantization_config.blocks
     assert [entry["factors"] for entry in structure.values()] == [module.sizes.to_dict() for module in held]
     # Experts keep different numbers of rows.
-    assert len({n for module in held for counts in module.sizes.rows.values() for n in counts}) > 2
+    assert len({n for module in held for counts in module.sizes.table("sparse_rows").values() for n in counts}) > 2
     sizes = [read_headers(tmp_path / place).bytes for place in ("before", "after")]
     indices = [
         sum(shape[0] for n, (_, shape, _) in read_headers(tmp_path / place).tensors.items() if n.endswith("row_index"))

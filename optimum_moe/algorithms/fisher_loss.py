@@ -1,4 +1,4 @@
-"""What a change of one expert costs on some of its tokens, in the unit of the loss.
+"""The second-order (Fisher) increase of the loss when one expert is changed, measured on some of its tokens.
 
 Shape letters: P routed tokens of the expert, Q those of all draws of labels, H hidden, I intermediate, N kept neurons,
 S the smaller of H and I.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from optimum_moe.algorithms.one_expert import Expert, ExpertTokens
+from optimum_moe.algorithms.expert import Expert, ExpertTokens
 
 
 class Outputs:
@@ -52,7 +52,7 @@ class Outputs:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What a form's hidden activations have to do with each other and with the expert's outputs, over tokens.
+    """What a changed expert's hidden activations have to do with each other and with the expert's outputs, over tokens.
 
     Args:
         gram_NN: (N, N) float64 sum of q h h^T.
@@ -63,7 +63,7 @@ class Moments:
     cross_SN: torch.Tensor
 
 
-class Evidence:
+class FisherLoss:
     """An expert on some of its tokens, and what changes of it cost there.
 
     Tokens are scaled by the root of their weight and multiplied in float32; what is solved is float64. `empty_damage`
@@ -84,7 +84,8 @@ class Evidence:
         self.outputs = Outputs(expert.down_HI)
         self.input_PH = tokens.input_PH.to(expert.up_IH.dtype)
         self.weight_P, rows_QH = _weights_and_directions(tokens)
-        self.metric_SS = self.outputs.metric(rows_QH.to(self.input_PH.dtype))
+        self._rows_QH = rows_QH.to(self.input_PH.dtype)
+        self.metric_SS = self.outputs.metric(self._rows_QH)
         self.root_P1 = self.weight_P.sqrt().to(self.input_PH.dtype)[:, None]
         self.hidden_PI = expert.activated(expert.preactivations(self.input_PH)) * self.root_P1
         self.gram_II = (self.hidden_PI.T @ self.hidden_PI).double()
@@ -107,8 +108,19 @@ class Evidence:
         cross_IN = (self.hidden_PI.T @ hidden_PN).double()
         return Moments((hidden_PN.T @ hidden_PN).double(), self.outputs.of_hidden(cross_IN))
 
+    def damage_of_outputs(self, output_PH: torch.Tensor) -> float:
+        """Of any other outputs in place of the expert's.
+
+        Args:
+            output_PH: (P, H) for `input_PH`, without the down bias and the routing weight.
+        """
+        scaled_PH = output_PH.to(self.root_P1.dtype) * self.root_P1
+        change_PH = scaled_PH - self.hidden_PI @ self.outputs.down_HI.to(self.hidden_PI.dtype).T
+        along_HQ = change_PH.T @ change_PH @ self._rows_QH.T
+        return 0.5 * float((along_HQ.double() * self._rows_QH.T.double()).sum().clamp(min=0))
+
     def damage(self, made_SN: torch.Tensor, moments: Moments) -> float:
-        """Of a form with such moments, whose hidden activations are mapped to outputs by a matrix."""
+        """Of a changed expert with such moments, whose hidden activations are mapped to outputs by a matrix."""
         effect_NS = made_SN.T @ self.metric_SS
         own = float((effect_NS @ made_SN * moments.gram_NN).sum())
         both = float((effect_NS * moments.cross_SN.T).sum())

@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from optimum_moe.algorithms.factors import ExpertFactors, MatrixFactors
+from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.algorithms.low_rank import Spectrum, decompose
-from optimum_moe.algorithms.one_expert import Expert, ExpertTokens
 from optimum_moe.algorithms.structured_sparse import add_rows, residual, row_energy
+from optimum_moe.formats.low_rank import low_rank_matrix
+from optimum_moe.formats.shared_base import shared_base_part
+from optimum_moe.formats.sparse_rows import sparse_rows_part
+from optimum_moe.formats.stored import StoredExpert, StoredMatrix, stored_matrix
 
 RankOf = Callable[[Spectrum], int | None]
 """The rank of a decomposed matrix, None to keep it dense."""
@@ -20,9 +23,9 @@ def factorize_expert(
     tokens: ExpertTokens | None,
     rank_of: RankOf,
     density_rows: Callable[[int], int],
-    base: Mapping[str, torch.Tensor] | None = None,
+    base: tuple[int, Mapping[str, torch.Tensor]] | None = None,
     neurons: torch.Tensor | None = None,
-) -> ExpertFactors:
+) -> StoredExpert:
     """Factorize gate, up and down, whitened by what each of them sees on the expert's tokens.
 
     The error that is made smallest is sum_t g_t^2 |dW x_t|^2 with the routing weight g: the matrix's share in the
@@ -33,34 +36,41 @@ def factorize_expert(
         tokens: Its tokens; None for the plain SVD. An expert that no token reached gets the plain SVD too.
         rank_of: The rank of each matrix.
         density_rows: From the rows of a matrix to those that its sparse part keeps; the ones of the highest energy.
-        base: By projection the (O, X) matrix that is shared, so that only what is left over is factorized.
+        base: Number of the expert's group, and by projection the (O, X) matrix that the group shares, so that only what
+            is left over is factorized.
         neurons: (I,) order of the neurons here, where it is not the model's.
 
     Returns:
-        Factors in float32.
+        The expert in float32.
     """
-    made: dict[str, MatrixFactors] = {}
+    stored: dict[str, StoredMatrix] = {}
     rows_PX, gram_XX = None, None
     matrices = {"gate": expert.gate_IH, "up": expert.up_IH, "down": expert.down_HI}
     for name, matrix_OX in matrices.items():
         if matrix_OX is None:
             continue
+        added = []
         if base is not None:
-            matrix_OX = matrix_OX - base[name].to(matrix_OX.dtype)
-        if name != "up" or not made:
+            group, shared = base
+            matrix_OX = matrix_OX - shared[name].to(matrix_OX.dtype)
+            added = [shared_base_part(group, shared[name])]
+        if name != "up" or not stored:
             rows_PX, gram_XX = _seen(expert, tokens, name)
         spectrum = decompose(matrix_OX, input_rows_PX=rows_PX, input_gram_XX=gram_XX)
         rank = rank_of(spectrum)
         if rank is None:
-            made[name] = MatrixFactors(dense_OX=matrix_OX)
+            stored[name] = stored_matrix(matrix_OX, *added)
             continue
         low_rank, num_rows = spectrum.truncated(rank), density_rows(len(matrix_OX))
         if num_rows:
             left_OX = residual(matrix_OX, low_rank)
             energy_O = row_energy(left_OX, gram_XX, rows_PX, ridge=spectrum.input_ridge)
             low_rank = add_rows(matrix_OX, low_rank, energy_O, num_rows)
-        made[name] = low_rank
-    return ExpertFactors(made["up"], made["down"], made.get("gate"), neurons)
+            assert low_rank.row_index_M is not None
+            assert low_rank.rows_MX is not None
+            added = [sparse_rows_part(low_rank.row_index_M, low_rank.rows_MX), *added]
+        stored[name] = low_rank_matrix(low_rank, *added)
+    return StoredExpert(up=stored["up"], down=stored["down"], gate=stored.get("gate"), neurons=neurons)
 
 
 def _seen(expert: Expert, tokens: ExpertTokens | None, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -1,6 +1,6 @@
-"""One routed expert, the sampled tokens that it saw, and the forms that it could be kept in.
+"""One routed expert by itself, and the sampled tokens that were routed to it.
 
-Shape letters: P routed tokens of the expert, J draws of labels, H hidden, I intermediate, N kept neurons, R rank.
+Shape letters: P routed tokens of the expert, J draws of labels, H hidden, I intermediate, N kept neurons.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from dataclasses import dataclass
 import torch
 
 Activate = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
-
-STEP = 8
-"""Numbers of kept neurons and ranks are multiples of it: grouped matrix products need strides of 16 bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +23,7 @@ class Expert:
         activate: hidden activations of (gate_PI or None, up_PI), neuron by neuron and differentiable.
         gate_IH: (I, H), None for non-gated experts.
         up_bias_I: (I,) or None.
-        gate_bias_I: (I,) or None. A down bias is part of every form and changes nothing here.
+        gate_bias_I: (I,) or None. A down bias stays in every format and changes nothing here.
     """
 
     up_IH: torch.Tensor
@@ -122,25 +119,6 @@ class ExpertTokens:
     def _every_other(self, first: int) -> ExpertTokens:
         gradient_JPH = None if self.gradient_JPH is None else self.gradient_JPH[..., first::2, :]
         return ExpertTokens(self.input_PH[first::2], self.weight_P[first::2], gradient_JPH)
-
-
-@dataclass(frozen=True)
-class Form:
-    """How an expert is kept; small, hashable and picklable.
-
-    Args:
-        neurons: N, a multiple of 8, or all of them.
-        input_rank: R of gate and up stacked, None for dense ones.
-    """
-
-    neurons: int
-    input_rank: int | None = None
-
-    def numbers(self, hidden: int, gated: bool) -> int:
-        """Numbers that are stored: 2NH + NH dense, R (2N + H) + NH with a rank (N for 2N without a gate)."""
-        rows = (2 if gated else 1) * self.neurons
-        entering = rows * hidden if self.input_rank is None else self.input_rank * (rows + hidden)
-        return entering + self.neurons * hidden
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""Fits of one expert with fewer neurons or changed matrices, and an estimate of what they lose on other tokens.
+
+Shape letters: P routed tokens of the expert, H hidden, I intermediate, N kept neurons, S the smaller of H and I.
+
+The N neurons that stay are chosen, and the down projection refitted, by `neurons.elimination` (optimal brain surgeon).
+Whatever changes gate and up, the down projection is refitted to it.
+
+On the tokens that it was fitted to, a fit with many free numbers looks better than it is. So candidates are fitted to
+every other token, and the damage on the tokens that they have not seen weighs three to one against the damage on those
+that they have: where the error of n tokens is e + c / n on others and e - c / n on themselves, that is the error of
+fits to all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from optimum_moe.algorithms.expert import Expert, ExpertTokens
+from optimum_moe.algorithms.fisher_loss import FisherLoss, Moments
+from optimum_moe.algorithms.neurons import DAMPING, elimination, narrowed
+
+# Share of the tokens that a fit has not seen in what it is expected to lose on others.
+_HELD_OUT_SHARE = 0.75
+
+
+@dataclass(frozen=True, eq=False)
+class NarrowExpert:
+    """An expert with some of its neurons.
+
+    Args:
+        expert: Its gate and up.
+        kept_N: (N,) ascending numbers of the neurons.
+        made_SN: (S, N) float64 what they are mapped to, in the space of `FisherLoss.outputs`.
+    """
+
+    expert: Expert
+    kept_N: torch.Tensor
+    made_SN: torch.Tensor
+
+
+class ExpertFitter:
+    """One expert, and what can be fitted to its tokens; nothing is computed before it is asked for.
+
+    Args:
+        expert: Its matrices.
+        tokens: At least one.
+        damping: Ridge of every Gram as a share of its mean diagonal.
+    """
+
+    def __init__(self, expert: Expert, tokens: ExpertTokens, damping: float = DAMPING) -> None:
+        self.expert = expert.float()
+        self.damping = damping
+        self._tokens = tokens
+
+    @cached_property
+    def loss(self) -> FisherLoss:
+        """What changes of the expert cost on the tokens."""
+        return FisherLoss(self.expert, self._tokens)
+
+    @cached_property
+    def _order_I(self) -> torch.Tensor:
+        return elimination(self.loss.gram_II, self.loss.effect_II, self.damping)[0]
+
+    def narrowed(self, neurons: int) -> NarrowExpert:
+        """The expert with so many neurons, refitted to what all of them gave."""
+        gram_II = self.loss.gram_II
+        kept_N = self._order_I[self.expert.inner - neurons :].sort().values.to(gram_II.device)
+        made_SN = narrowed(self.loss.outputs.target_SI, gram_II, kept_N, self.damping)
+        return NarrowExpert(self.expert.narrowed(kept_N), kept_N, made_SN)
+
+
+class HeldOutEstimate:
+    """What fits are expected to lose on tokens that they were not fitted to, summed over all tokens.
+
+    Args:
+        fitter: Sees one half of the tokens.
+        held_out: The other half.
+        total: Number of all tokens.
+    """
+
+    def __init__(self, fitter: ExpertFitter, held_out: ExpertTokens, total: int) -> None:
+        self.seen, self.held_out = fitter.loss, FisherLoss(fitter.expert, held_out)
+        self._held_out_scale = _HELD_OUT_SHARE * total / len(self.held_out.input_PH)
+        self._seen_scale = (1 - _HELD_OUT_SHARE) * total / len(self.seen.input_PH)
+
+    @property
+    def empty_damage(self) -> float:
+        """Of leaving the expert out."""
+        return self._weighed(lambda loss: loss.empty_damage)
+
+    def of_neurons(self, narrow: NarrowExpert) -> float:
+        """Of an expert with fewer neurons."""
+        return self._weighed(lambda loss: loss.damage(narrow.made_SN, loss.of_neurons(narrow.kept_N)))
+
+    def of_moments(self, made_SN: torch.Tensor, seen: Moments, held_out: Moments) -> float:
+        """Of changed gate and up projections with these moments, and a refitted down projection."""
+        return self._weighed(lambda loss: loss.damage(made_SN, seen if loss is self.seen else held_out))
+
+    def of_outputs(self, run: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        """Of anything that gives (P, H) outputs, without down bias and routing weight, for (P, H) inputs."""
+        return self._weighed(lambda loss: loss.damage_of_outputs(run(loss.input_PH)))
+
+    def _weighed(self, damage: Callable[[FisherLoss], float]) -> float:
+        return self._seen_scale * damage(self.seen) + self._held_out_scale * damage(self.held_out)

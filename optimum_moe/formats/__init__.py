@@ -1,0 +1,52 @@
+"""Formats: the ways in which an expert, or a part of one of its matrices, can be stored. One file a format."""
+
+# Importing a format registers it.
+from optimum_moe.formats import (  # noqa: F401
+    dense,
+    empty,
+    low_rank,
+    narrow,
+    shared_base,
+    sparse_rows,
+)
+from optimum_moe.formats.base import (
+    JOINT,
+    PROJECTIONS,
+    AddedFormat,
+    BodyFormat,
+    BudgetFormat,
+    ExpertFormat,
+    Format,
+    MatrixFormat,
+    StoredPart,
+    TensorSpec,
+    budget_formats,
+    register_format,
+)
+from optimum_moe.formats.budget import build_expert, candidates, choose
+from optimum_moe.formats.refit import refit_block
+from optimum_moe.formats.specification import ExpertsSpec
+from optimum_moe.formats.stored import StoredExpert, StoredExperts, StoredMatrix
+
+__all__ = [
+    "JOINT",
+    "PROJECTIONS",
+    "AddedFormat",
+    "BodyFormat",
+    "BudgetFormat",
+    "ExpertFormat",
+    "ExpertsSpec",
+    "Format",
+    "MatrixFormat",
+    "StoredExpert",
+    "StoredExperts",
+    "StoredMatrix",
+    "StoredPart",
+    "TensorSpec",
+    "budget_formats",
+    "build_expert",
+    "candidates",
+    "choose",
+    "refit_block",
+    "register_format",
+]

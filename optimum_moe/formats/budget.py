@@ -1,0 +1,150 @@
+"""Candidates of an expert in all formats that a byte budget may choose, the choice among them, and what is built of it.
+
+points = [candidates(expert, tokens) for every expert of every block]     # block by block, a few points each
+chosen = choose(points, budget)
+stored = [build_expert(expert, tokens, point.candidate) for ...]          # block by block again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from optimum_moe.algorithms.byte_budget import Candidate, Point, allocate, hull
+from optimum_moe.algorithms.expert import Expert, ExpertTokens
+from optimum_moe.algorithms.expert_fitter import ExpertFitter, HeldOutEstimate
+from optimum_moe.algorithms.neurons import DAMPING
+from optimum_moe.formats.base import BudgetFormat, ExpertFormat, Trial, all_formats, get_format
+from optimum_moe.formats.narrow import Narrow
+from optimum_moe.formats.specification import layout_bytes
+from optimum_moe.formats.stored import StoredExpert
+
+# Share of the damage that a mixture of formats has to promise to save over a single one: the best of more candidates
+# always looks a little better than it is.
+_LEAST_GAIN = 0.0125
+
+
+def candidates(
+    expert: Expert,
+    tokens: ExpertTokens,
+    damping: float = DAMPING,
+    formats: Collection[str] | None = None,
+    itemsize: float | None = None,
+) -> list[Point]:
+    """What one expert could be stored as, by ascending bytes.
+
+    Args:
+        expert: Its matrices.
+        tokens: The sampled tokens routed to it, every other of which candidates are fitted to (`build_expert` uses all
+            of them); with none of them nothing is known to be lost by emptying it.
+        damping: Ridge of every Gram as a share of its mean diagonal.
+        formats: What is tried between empty and untouched, default all of `budget_formats()`; with `"narrow"` the
+            others are tried at fewer neurons too.
+        itemsize: Bytes of a weight as it is stored, default that of the given tensors.
+
+    Returns:
+        Points, the empty expert first and the untouched one, of damage 0, last.
+
+    Raises:
+        ValueError: If a value is NaN or infinite, or a format is unknown.
+    """
+    everything: list[BudgetFormat] = all_formats(BudgetFormat)
+    chosen = [form for form in everything if not form.needs_tokens or formats is None or form.name in formats]
+    for name in formats or ():
+        get_format(name, BudgetFormat)
+    size = float(expert.up_IH.element_size() if itemsize is None else itemsize)
+    if len(tokens) == 0:
+        ends = [
+            Candidate(form.name, n) for form in chosen if not form.needs_tokens for n in form.widths(expert.inner, True)
+        ]
+        return sorted((Point(candidate_bytes(c, expert, size), 0.0, c) for c in ends), key=lambda point: point.bytes)
+    can_narrow = any(form.name == Narrow.name for form in chosen)
+    tried = {form.name: set(form.widths(expert.inner, can_narrow)) for form in chosen}
+    points = []
+    with torch.no_grad():
+        fitted, held_out = tokens.halves()
+        fitter = ExpertFitter(expert, fitted, damping)
+        trial = Trial(expert, fitter, HeldOutEstimate(fitter, held_out, len(tokens)))
+        for width in sorted(set().union(*tried.values())):
+            narrow = fitter.narrowed(width)
+            for form in (form for form in chosen if width in tried[form.name]):
+                for candidate, damage in form.candidates(trial, narrow):
+                    points.append(Point(candidate_bytes(candidate, expert, size), damage, candidate))
+    return sorted(points, key=lambda point: point.bytes)
+
+
+def candidate_bytes(candidate: Candidate, expert: Expert, itemsize: float) -> float:
+    """Bytes that a candidate stores, biases excluded, where a weight has `itemsize` of them."""
+    form, hidden = get_format(candidate.format, BudgetFormat), int(expert.up_IH.shape[1])
+    total = layout_bytes(form.layout(candidate, expert.gate_IH is not None), candidate.neurons, hidden, itemsize)
+    if isinstance(form, ExpertFormat):
+        total += sum(spec.bytes(itemsize) for spec in form.tensors(candidate.size, hidden, False).values())
+    return total
+
+
+def choose(points: Sequence[Sequence[Point]], budget: float) -> list[Point]:
+    """Choose a candidate of every expert: on all hulls, or on those of one format if mixing promises hardly more.
+
+    Args:
+        points: For each expert its candidates, by ascending bytes; damages in one unit.
+        budget: Bytes that all of them may store.
+
+    Raises:
+        ValueError: If the smallest candidates alone store more, or a damage is no number of 0 or more.
+    """
+    mixed = allocate([hull(own) for own in points], budget)
+    used = [[_formats_of(point.candidate, own) for point in own] for own in points]
+    names = [
+        form.name for form in all_formats(BudgetFormat) if any(form.name in found for own in used for found in own)
+    ]
+    alone = [
+        allocate(
+            [
+                hull([p for p, found in zip(*pair, strict=True) if found <= {name}])
+                for pair in zip(points, used, strict=True)
+            ],
+            budget,
+        )
+        for name in names
+    ]
+    best = min(alone, key=_total, default=mixed)
+    return mixed if _total(mixed) < (1 - _LEAST_GAIN) * _total(best) else best
+
+
+def _formats_of(candidate: Candidate, own: Sequence[Point]) -> set[str]:
+    """The formats that a candidate needs beside those that every expert has."""
+    found = {Narrow.name} if 0 < candidate.neurons < own[-1].candidate.neurons else set()
+    return found | ({candidate.format} if get_format(candidate.format, BudgetFormat).needs_tokens else set())
+
+
+def _total(chosen: Sequence[Point]) -> float:
+    return sum(point.damage for point in chosen)
+
+
+def build_expert(expert: Expert, tokens: ExpertTokens, candidate: Candidate, damping: float = DAMPING) -> StoredExpert:
+    """The expert as one of its candidates says.
+
+    Args:
+        expert: As for `candidates`.
+        tokens: The same tokens as for `candidates`.
+        candidate: Of one of its points.
+        damping: The same as for `candidates`.
+
+    Returns:
+        It in the dtype of the given tensors; the untouched one has the given tensors themselves.
+
+    Raises:
+        ValueError: If the candidate asks for more neurons than there are, or for a fit without any tokens.
+    """
+    form = get_format(candidate.format, BudgetFormat)
+    if not 0 <= candidate.neurons <= expert.inner:
+        raise ValueError(
+            f"{candidate} does not fit an expert of {expert.inner} neurons. Take one of the expert's candidates."
+        )
+    if form.needs_tokens and len(tokens) == 0:
+        raise ValueError(
+            f"An expert without tokens can be empty or whole, not {candidate}. Take one of its candidates."
+        )
+    with torch.no_grad():
+        return form.build(expert, ExpertFitter(expert, tokens, damping), candidate)

@@ -1,0 +1,72 @@
+"""The joint refit of the down projections of a block's stored experts (`optimum_moe.algorithms.block_refit`).
+
+Shape letters: S sampled tokens of the block, P routed tokens of one expert, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from optimum_moe.algorithms.block_refit import SWEEPS, DownRefit, refit_downs
+from optimum_moe.algorithms.expert import Expert
+from optimum_moe.algorithms.expert_tokens import SampledTokens
+from optimum_moe.formats.stored import StoredExpert
+
+
+@torch.no_grad()
+def refit_block(
+    experts: Sequence[Expert],
+    stored: Sequence[StoredExpert],
+    tokens: SampledTokens,
+    sweeps: int = SWEEPS,
+    ridge: float | None = None,
+) -> list[StoredExpert]:
+    """Refit the down projections of the experts that were changed; untouched ones, and those in a format that cannot
+    store any matrix, stay as they are.
+
+    Args:
+        experts: The block's experts before the cut, in the order of the ids.
+        stored: What each became.
+        tokens: The block's sampled tokens.
+        sweeps: As in `refit_downs`.
+        ridge: As in `refit_downs`.
+
+    Raises:
+        ValueError: If the numbers of experts differ, or a value is NaN or infinite.
+    """
+    if len(experts) != len(stored):
+        raise ValueError(f"Got {len(experts)} experts and {len(stored)} stored ones: pass one for each expert.")
+    root_S = tokens.importance().sqrt()
+    left_SH = torch.zeros(tokens.input_SH.shape, device=tokens.input_SH.device)
+    parts: dict[int, DownRefit] = {}
+    for index, (expert, kept) in enumerate(zip(experts, stored, strict=True)):
+        if _is_untouched(expert, kept):
+            continue
+        token_P, seen = tokens.routed(index)
+        scale_P1 = (seen.weight_P.float() * root_S[token_P])[:, None]
+        whole, input_PH = expert.float(), seen.input_PH.float()
+        lost_PH = whole.activated(whole.preactivations(input_PH)) * scale_P1 @ whole.down_HI.T
+        if len(token_P) and kept.width:
+            hidden_PN, down_HN = kept.hidden(whole, input_PH) * scale_P1, kept.down.densified().float()
+            lost_PH = lost_PH - hidden_PN @ down_HN.T
+            if kept.down.encoded_again(down_HN) is not None:
+                parts[index] = DownRefit(token_P, hidden_PN, down_HN)
+        elif kept.instead is not None:
+            lost_PH = lost_PH - kept.run(whole, input_PH) * scale_P1
+        left_SH.index_add_(0, token_P, lost_PH.float())
+    refit_downs(list(parts.values()), left_SH, sweeps, ridge)
+    return [_with_down(kept, parts[e].down_HN) if e in parts else kept for e, kept in enumerate(stored)]
+
+
+def _is_untouched(expert: Expert, kept: StoredExpert) -> bool:
+    same = kept.down.is_dense and kept.down.densified().data_ptr() == expert.down_HI.data_ptr()
+    return kept.neurons is None and kept.up.is_dense and same
+
+
+def _with_down(kept: StoredExpert, down_HN: torch.Tensor) -> StoredExpert:
+    down = kept.down.encoded_again(down_HN.to(kept.down.densified().dtype))
+    assert down is not None
+    return replace(kept, down=down)
