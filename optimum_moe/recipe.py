@@ -212,8 +212,7 @@ def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None 
             f"The recipe's field 'calibration' must be a mapping, got {calibration!r}. Write the path as its 'source'."
         )
     written = _written_stages(rest)
-    for name, value in (overrides or {}).items():
-        _override(written, name, value)
+    _override(written, overrides or {})
     return Recipe(tuple(_stage(settings) for settings in written), calibration, seed)
 
 
@@ -261,30 +260,43 @@ def _stage(settings: dict[str, Any]) -> Stage:
     return stage(**given)
 
 
-def _override(written: list[dict[str, Any]], name: str, value: Any) -> None:
-    """Replace a setting of the stage that it belongs to."""
+def _override(written: list[dict[str, Any]], overrides: Mapping[str, Any]) -> None:
+    """Replace settings of the stages that they belong to; a size replaces the other sizes that a recipe says."""
+    found = [(_stage_with(written, name), name.rpartition(".")[2], value) for name, value in overrides.items()]
+    for settings, setting, _ in found:
+        sizes = _stage_class(settings).size_fields
+        if setting in sizes:
+            for other in sizes:
+                settings.pop(other, None)
+    for settings, setting, value in found:
+        settings[setting] = value
+
+
+def _stage_with(written: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The settings of the first stage that has a setting, or of the one that `name` names in front of a dot."""
     wanted, _, setting = name.rpartition(".")
     candidates = [settings for settings in written if wanted in ("", settings.get("stage"))]
     if not candidates:
         names = ", ".join(str(settings.get("stage")) for settings in written)
         raise ValueError(f"{name!r} names the stage {wanted!r}, and the recipe has {names}. Name one of those.")
-    found = [settings for settings in candidates if setting in _settings_of(_stage_class(settings))]
-    if not found:
-        check_fields([setting], [known for settings in candidates for known in _settings_of(_stage_class(settings))])
-    sizes = _stage_class(found[0]).size_fields
-    if setting in sizes:
-        for other in sizes:
-            found[0].pop(other, None)
-    found[0][setting] = value
+    for settings in candidates:
+        if setting in _settings_of(_stage_class(settings)):
+            return settings
+    raise unknown_field(setting, [known for settings in candidates for known in _settings_of(_stage_class(settings))])
 
 
 def check_fields(given: Iterable[str], known: Sequence[str]) -> None:
     """Raise a `ValueError` with the nearest match for a field that is not known."""
     for name in given:
         if name not in known:
-            near = nearest(name, known)
-            hint = f"; did you mean {near!r}?" if near else f". Known: {', '.join(sorted(set(known)))}."
-            raise ValueError(f"Unknown field {name!r}{hint}")
+            raise unknown_field(name, known)
+
+
+def unknown_field(name: str, known: Sequence[str]) -> ValueError:
+    """The error about a field that is not known, with the nearest match."""
+    near = nearest(name, known)
+    hint = f"; did you mean {near!r}?" if near else f". Known: {', '.join(sorted(set(known)))}."
+    return ValueError(f"Unknown field {name!r}{hint}")
 
 
 def coerce_recipe(recipe: Any) -> Recipe:
@@ -305,7 +317,7 @@ def coerce_recipe(recipe: Any) -> Recipe:
     if isinstance(recipe, Sequence):
         got = f"[{', '.join(getattr(stage, 'name', type(stage).__name__) for stage in recipe)}]"
     raise ValueError(
-        f"recipe={got} is none. Pass a stage such as MSMoE(num_experts=8), a list of stages, the name of a preset, or "
+        f"recipe={got} is no recipe. Pass a stage such as MSMoE(num_experts=8), a list of stages, the name of a preset, or "
         "the path of a YAML recipe."
     )
 

@@ -178,7 +178,7 @@ def _check_sizes(recipe: str, given: Sequence[str]) -> None:
 
     own = size_fields(recipe)
     for name in (name for name in given if own and name not in own):
-        taken = ", ".join(_flag(size) for size in SIZES if size in own)
+        taken = ", ".join(_flag(size) if size in SIZES else f"--set {size}=" for size in sorted(own))
         others = ", ".join(preset for preset in preset_names() if name in size_fields(preset))
         raise ValueError(
             f"{_flag(name)} is no size for the recipe {recipe!r}, which takes {taken}. Give one of these, or another "

@@ -152,8 +152,8 @@ def test_inspect_lists_what_is_supported(run: Run):
         for name in ("qwen3_moe", "switch_transformers", "m-smoe-adaptive", "expert-pruning", "reap", "frequency"):
             assert name in out
     record = json.loads(run("inspect", "--json")[1])
-    assert set(record) == {"architectures", "presets", "methods", "saliencies"}
-    assert all(record["methods"].values())
+    assert set(record) == {"architectures", "presets", "stages", "saliencies"}
+    assert all(record["stages"].values())
 
 
 def test_preview_overrides_the_recipe(run: Run, checkpoint: Path, tmp_path: Path):
