@@ -36,7 +36,11 @@ class StoredModel:
         self._saved_in: dict[str, torch.dtype] = {}
         self._itemsizes: dict[str, float] = {}
         headers = source.headers
-        if headers is None or not source.as_stored or headers.dtypes == set(self._runs_in.values()):
+        # Of several dtypes each may be that of other tensors than in the checkpoint.
+        in_one_dtype = (
+            headers is not None and headers.dtypes == set(self._runs_in.values()) and len(headers.dtypes) == 1
+        )
+        if headers is None or not source.as_stored or in_one_dtype:
             return
         with source.shards() as get:
             checkpoint_tensors = source.checkpoint_tensors(get)
