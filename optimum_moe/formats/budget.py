@@ -31,6 +31,8 @@ def candidates(
     damping: float = DAMPING,
     formats: Collection[str] | None = None,
     itemsize: float | None = None,
+    bias_itemsize: float | None = None,
+    constant_bytes: float = 0.0,
 ) -> list[Point]:
     """What one expert could be stored as, by ascending bytes.
 
@@ -42,6 +44,8 @@ def candidates(
         formats: What is tried between empty and untouched, default all of `budget_formats()`; with `"narrow"` the
             others are tried at fewer neurons too.
         itemsize: Bytes of a weight as it is stored, default that of the given tensors.
+        bias_itemsize: Bytes of a number of a bias, default the same.
+        constant_bytes: What every candidate stores as well: the down bias, which even an empty expert keeps.
 
     Returns:
         Points, the empty expert first and the untouched one, of damage 0, last.
@@ -54,11 +58,16 @@ def candidates(
     for name in formats or ():
         get_format(name, BudgetFormat)
     size = float(expert.up_IH.element_size() if itemsize is None else itemsize)
+    bias_size = size if bias_itemsize is None else bias_itemsize
+
+    def bytes_of(candidate: Candidate) -> float:
+        return constant_bytes + candidate_bytes(candidate, expert, size, bias_size)
+
     if len(tokens) == 0:
         ends = [
             Candidate(form.name, n) for form in chosen if not form.needs_tokens for n in form.widths(expert.inner, True)
         ]
-        return sorted((Point(candidate_bytes(c, expert, size), 0.0, c) for c in ends), key=lambda point: point.bytes)
+        return sorted((Point(bytes_of(c), 0.0, c) for c in ends), key=lambda point: point.bytes)
     can_narrow = any(form.name == Narrow.name for form in chosen)
     tried = {form.name: set(form.widths(expert.inner, can_narrow)) for form in chosen}
     points = []
@@ -70,17 +79,25 @@ def candidates(
             narrow = fitter.narrowed(width)
             for form in (form for form in chosen if width in tried[form.name]):
                 for candidate, damage in form.candidates(trial, narrow):
-                    points.append(Point(candidate_bytes(candidate, expert, size), damage, candidate))
+                    points.append(Point(bytes_of(candidate), damage, candidate))
     return sorted(points, key=lambda point: point.bytes)
 
 
-def candidate_bytes(candidate: Candidate, expert: Expert, itemsize: float) -> float:
-    """Bytes that a candidate stores, biases excluded, where a weight has `itemsize` of them."""
+def candidate_bytes(candidate: Candidate, expert: Expert, itemsize: float, bias_itemsize: float) -> float:
+    """Bytes that a candidate stores: matrices, indices, and the biases of its neurons; its down bias excluded.
+
+    Args:
+        candidate: What it is.
+        expert: What it is made of.
+        itemsize: Bytes of a weight.
+        bias_itemsize: Bytes of a number of a bias.
+    """
     form, hidden = get_format(candidate.format, BudgetFormat), int(expert.up_IH.shape[1])
     total = layout_bytes(form.layout(candidate, expert.gate_IH is not None), candidate.neurons, hidden, itemsize)
     if isinstance(form, ExpertFormat):
         total += sum(spec.bytes(itemsize) for spec in form.tensors(candidate.size, hidden, False).values())
-    return total
+    biases = sum(bias is not None for bias in (expert.gate_bias_I, expert.up_bias_I))
+    return total + biases * candidate.neurons * bias_itemsize
 
 
 def choose(points: Sequence[Sequence[Point]], budget: float) -> list[Point]:

@@ -43,8 +43,8 @@ class ByteBudget(FormattingStage):
     (`optimum_moe.formats`). Can follow a stage that merges or prunes.
 
     Args:
-        share: Share of the bytes of the original experts' matrices that remains, in (0, 1] or as `"50%"`. Exactly one
-            of this and `target_size`.
+        share: Share of the original experts' bytes that remains, in (0, 1] or as `"50%"`. Exactly one of this and
+            `target_size`.
         target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
             what they are.
         formats: Formats that an expert may get between empty and untouched: `"narrow"` (fewer neurons), `"low_rank"`
@@ -122,9 +122,18 @@ class ByteBudget(FormattingStage):
                 f'protect=["{name}"], or pass curvature=False.'
             )
         formats = [name for name in self.formats if name != "narrow" or not context.experts.fixed_neurons]
+        info = context.info
+        down_bias = 0 if context.experts.down_bias is None else len(context.experts.down_bias[0])
         for index in range(context.experts.num_experts):
             expert, tokens = single_expert(context.experts, index), sample.of_expert(index)
-            points = candidates(expert, tokens, formats=formats, itemsize=context.info.expert_itemsize)
+            points = candidates(
+                expert,
+                tokens,
+                formats=formats,
+                itemsize=info.expert_itemsize,
+                bias_itemsize=info.bias_itemsize,
+                constant_bytes=down_bias * info.bias_itemsize,
+            )
             if len(tokens) == 0 and context.unseen in ("keep", "prune"):
                 points = points[-1:] if context.unseen == "keep" else points[:1]
             found.append(tuple(replace(point, damage=point.damage / sample.share) for point in points))
@@ -137,17 +146,16 @@ class ByteBudget(FormattingStage):
         chosen = [block for block in model.original.blocks if profiles.get(block.name) is not None]
         found: dict[str, tuple[Candidate, ...]] = {}
         if chosen:
-            budget = self._budget(model.original, chosen) * narrowest_item(chosen)
-            found = spend_budget(chosen, profiles, budget)
+            found = spend_budget(chosen, profiles, self._budget(model.original, chosen))
         return {block.name: found.get(block.name) for block in model.blocks}
 
     def _budget(self, model: ModelInfo, chosen: Sequence[BlockInfo]) -> int:
-        """Numbers that the matrices of all experts of some blocks may store, in the narrowest dtype among them."""
-        dense, narrowest = _dense(chosen), narrowest_item(chosen)
+        """Bytes that all experts of some blocks may store, biases and indices included."""
+        whole = _stored(chosen)
         if self.target_size is None:
             assert self.share is not None
-            return int(product(self.share, dense))
-        rest = int(model.bytes - dense * narrowest)
+            return int(product(self.share, whole))
+        rest = model.bytes - whole
         # Experts lie in stacks by width, a multiple of 8: gate and up dense or in two factors, down dense. One number
         # guards them.
         headers = 0
@@ -155,14 +163,14 @@ class ByteBudget(FormattingStage):
             stacks = min(block.num_experts, block.intermediate_size // STEP + 1)
             biases = 3 if block.expert_parameters > block.expert_multiply_adds else 0
             headers += (stacks * (7 + biases) + 3) * header_entry(block)
-        left = int((bytes_for_tensors(model, self.target_size, headers) - rest) / narrowest)
+        left = bytes_for_tensors(model, self.target_size, headers) - rest
         if left < 0:
             raise ValueError(
                 f"target_size={self.target_size!r} cannot be reached: without any expert "
                 f"{rest + model.header_bytes + headers:,} of {model.bytes:,} bytes are left, headers included. Ask for "
                 "more than that."
             )
-        return min(left, dense)
+        return min(left, whole)
 
     def factors(self, context: BlockContext, allocated: Sequence[Candidate] | None) -> StoredExperts | None:
         """All experts of a block as the candidates that were chosen, refitted together to what the block gave.
@@ -184,14 +192,13 @@ class ByteBudget(FormattingStage):
         """The bounds: anything from no expert at all to the whole budget."""
         if not self.selects(model, block):
             return before
-        dense, biases = block.expert_multiply_adds, block.expert_parameters - block.expert_multiply_adds
         chosen = selected_blocks(model.original, self.layers, self.protect)
-        share = self._budget(model.original, chosen) / _dense(chosen)
-        stored = min(before.experts * dense, share * before.original_experts * dense)
+        share = self._budget(model.original, chosen) / _stored(chosen)
+        stored = min(before.parameters, share * before.original_experts * block.expert_parameters)
         return replace(
             before,
-            parameters=stored + before.experts * biases,
-            multiply_adds=(0.0, before.active[1] * dense),
+            parameters=stored,
+            multiply_adds=(0.0, before.active[1] * block.expert_multiply_adds),
             stock=False,
         )
 
@@ -204,7 +211,7 @@ def spend_budget(
     Args:
         blocks: The blocks.
         profiles: Of each of them.
-        budget: Bytes of the experts' matrices.
+        budget: Bytes.
 
     Raises:
         ValueError: If the experts that have to stay take more.
@@ -232,12 +239,6 @@ def spend_budget(
     return {name: tuple(found) for name, found in allocated.items()}
 
 
-def narrowest_item(blocks: Sequence[BlockInfo]) -> float:
-    """Bytes of one number in the narrowest dtype that experts of some blocks are stored in."""
-    return min(block.expert_itemsize for block in blocks)
-
-
-def _dense(blocks: Sequence[BlockInfo]) -> int:
-    """What the matrices of all experts store as they are, in numbers of the narrowest dtype among them."""
-    narrowest = narrowest_item(blocks)
-    return round(sum(b.num_experts * b.expert_multiply_adds * b.expert_itemsize / narrowest for b in blocks))
+def _stored(blocks: Sequence[BlockInfo]) -> int:
+    """Bytes that the experts of some blocks store as they are."""
+    return round(sum(b.bytes_of_experts(b.num_experts, b.num_experts * b.expert_parameters) for b in blocks))

@@ -97,7 +97,8 @@ def is_convex(points):
 def test_points_are_what_build_makes_of_them(gated, bias, inner, gradient):
     expert, tokens = make_expert(gated=gated, bias=bias, inner=inner), make_tokens(draws=2, gradient=gradient)
     points = curve(expert, tokens)
-    dense_numbers = (3 if gated else 2) * HIDDEN * inner
+    biases = (2 if gated else 1) if bias else 0
+    dense_numbers = ((3 if gated else 2) * HIDDEN + biases) * inner
     assert (points[0].bytes, points[0].candidate) == (0, candidate(0))
     assert (points[-1].bytes, points[-1].damage) == (dense_numbers, 0.0)
     assert points[-1].candidate == Candidate("dense", inner)
@@ -106,7 +107,8 @@ def test_points_are_what_build_makes_of_them(gated, bias, inner, gradient):
     fitted, held = tokens.halves()
     for point in points:
         factors = build_expert(expert, fitted, pickle.loads(pickle.dumps(point)).candidate)
-        assert factors.numbers == point.bytes == factors.bytes(1)
+        assert factors.numbers == factors.bytes(1)
+        assert factors.numbers + biases * factors.width == point.bytes
         lost_held, lost_seen = measured(expert, held, factors), measured(expert, fitted, factors)
         expected = TOKENS * (0.75 * lost_held / len(held) + 0.25 * lost_seen / len(fitted))
         assert expected == pytest.approx(point.damage, rel=1e-3, abs=1e-5 * points[0].damage)
