@@ -25,8 +25,8 @@ from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.checkpoint.writer import choose_shard_size, describe_model, write_model
 from optimum_moe.engine import MemoryStore, Run, Store, check_model, check_together
-from optimum_moe.engine.job import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
-from optimum_moe.engine.layerwise import Keep, as_it_is
+from optimum_moe.engine.layerwise import Keep, keep_in_memory
+from optimum_moe.engine.streaming import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.recipe import Recipe, calibration_config, coerce_recipe, run_seed
 from optimum_moe.records import share_as_new
@@ -353,7 +353,7 @@ class MoECompressor:
             self.statistics = used
         return self.output_dir
 
-    def _run(self, store: Store, batches: CalibrationBatches | None, keep: Keep = as_it_is) -> Run:
+    def _run(self, store: Store, batches: CalibrationBatches | None, keep: Keep = keep_in_memory) -> Run:
         return Run(
             store,
             self.source.info,

@@ -161,7 +161,7 @@ def test_equal_damage_is_spent_where_a_byte_saves_the_most() -> None:
         ({"share": 1.5}, r"share=1.5 must be a number in \(0, 1\]"),
         ({"share": 0.5, "formats": ["narow"]}, r"formats='narow' is unknown; did you mean 'narrow'"),
         ({"share": 0.5, "formats": "narrow"}, r"formats='narrow' must be a list"),
-        ({"target_size": "16 elephants"}, r"target_size='16 elephants' is no size"),
+        ({"target_size": "16 elephants"}, r"target_size='16 elephants' is not a size"),
     ],
 )
 def test_wrong_settings(settings, message) -> None:

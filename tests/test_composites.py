@@ -212,7 +212,7 @@ def test_blocks_that_calibration_never_reached_are_not_merged_at_random(unseen: 
     compressor = MoECompressor.from_pretrained(
         model, MSMoE(num_experts=4), CalibrationConfig(config.source, unseen=unseen), progress=False
     )
-    with pytest.raises(ValueError, match=r"reached 2 of the blocks to cut \(.*vision_moe.*protect="):
+    with pytest.raises(ValueError, match=r"reached 2 of the blocks to compress \(.*vision_moe.*protect="):
         compressor.apply()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -237,7 +237,7 @@ def test_the_talker_of_an_omni_model_needs_to_be_protected() -> None:
         "thinker.model.language_model.layers.*.mlp": inputs["input_ids"].numel(),
         "talker.model.layers.*.mlp": 0,
     }
-    with pytest.raises(ValueError, match=r"No calibration token reached 3 of the blocks to cut \(talker"):
+    with pytest.raises(ValueError, match=r"No calibration token reached 3 of the blocks to compress \(talker"):
         compressor.apply()
 
 

@@ -372,7 +372,9 @@ def test_what_is_damaged_during_a_run_is_never_put_in_place(
 
     with monkeypatch.context() as patch:
         patch.setattr(working_folder.WorkingFolder, "add", add)
-        with pytest.raises(ValueError, match=r"does not hold what was written there: model-00001-of-00004.safetensors"):
+        with pytest.raises(
+            ValueError, match=r"does not contain what was written there: model-00001-of-00004.safetensors"
+        ):
             compress(checkpoint, out, "streaming")
     assert not out.exists()
     assert contents(compress(checkpoint, out, "streaming")) == results["streaming"]

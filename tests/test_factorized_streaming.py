@@ -113,7 +113,7 @@ def test_a_shard_with_other_factors_is_refused(
         # As if it were changed after it was looked at.
         patch.setattr(WorkingFolder, "_is_whole", lambda *_: True)
         with pytest.raises(
-            ValueError, match=r"does not hold the factors of model.layers.0.mlp that were .* overwrite=True"
+            ValueError, match=r"does not contain the factors of model.layers.0.mlp that were .* overwrite=True"
         ):
             compressed(checkpoint, METHODS["uniform"], out, **settings)
     expected = compressed(checkpoint, METHODS["uniform"], tmp_path / "undisturbed" / "out", **settings)

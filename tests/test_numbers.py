@@ -150,7 +150,7 @@ def test_a_percentage_is_a_share_of_the_model(checkpoint: Path) -> None:
     for method in (ExpertPruning, MSMoE, ByteBudget):
         share, number = method(target_size="70%"), method(target_size=int(size * 7 / 10))
         assert opened(checkpoint, share).preview() == opened(checkpoint, number).preview()
-    with pytest.raises(ValueError, match=r"max_memory='50%' is no size"):
+    with pytest.raises(ValueError, match=r"max_memory='50%' is not a size"):
         opened(checkpoint, MSMoE(num_experts=4), output_dir="x", engine="streaming", max_memory="50%")
 
 

@@ -103,7 +103,7 @@ def assert_stops_and_resumes(
     with monkeypatch.context() as patch:
         patch_disk(patch)
         with pytest.raises(
-            ValueError, match=r"The disk is full; (\d parts are finished and stay in .*out.stream|no part)"
+            ValueError, match=r"The disk is full; (\d parts are finished and kept in .*out.stream|no part)"
         ):
             run(out)
     assert not out.exists()
@@ -175,7 +175,7 @@ def test_a_disk_that_is_really_full(
     with pytest.raises(ValueError, match=r"disk has [\d,]+ bytes left, the checkpoint takes [\d,]+. Free some space"):
         stream(checkpoint, out, method)
     monkeypatch.setattr(job, "check_space", lambda *_: None)
-    with pytest.raises(ValueError, match=r"The disk is full; [12] parts are finished and stay in .*out.stream"):
+    with pytest.raises(ValueError, match=r"The disk is full; [12] parts are finished and kept in .*out.stream"):
         stream(checkpoint, out, method)
     assert not out.exists()
     assert not list(small_disk.rglob("*.part"))
@@ -241,7 +241,7 @@ def test_another_run_in_the_same_folder_is_refused(
     out = tmp_path / "out"
     interrupted(checkpoint, out, monkeypatch)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=f"holds an unfinished run with another {what}: .* to begin anew"):
+    with pytest.raises(ValueError, match=f"holds an unfinished run with another {what}: .* to start again"):
         stream(checkpoint, out, **OTHERS[what])
     assert contents(tmp_path) == before
     if what == "recipe":

@@ -340,7 +340,7 @@ def test_an_error_ends_every_thread(raised: type[BaseException]) -> None:
 def test_wrong_settings_are_refused(checkpoints: Any, tmp_path: Path) -> None:
     checkpoint, method = checkpoints("qwen3_moe"), METHODS["prune"]
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (checkpoint, {"engine": "streaming"}, r'engine="streaming" writes as it goes and needs output_dir'),
+        (checkpoint, {"engine": "streaming"}, r'engine="streaming" writes during the run and needs output_dir'),
         (build("qwen3_moe"), {"engine": "streaming", "output_dir": tmp_path / "o"}, "this model is in memory"),
         (checkpoint, {"engine": "stream"}, "did you mean 'streaming'"),
         (checkpoint, {"engine": "memory", "max_memory": "1GB"}, r'max_memory=.1GB. is for engine="streaming"'),
@@ -348,7 +348,7 @@ def test_wrong_settings_are_refused(checkpoints: Any, tmp_path: Path) -> None:
         (
             checkpoint,
             {"engine": "streaming", "output_dir": tmp_path / "o", "device_map": "auto"},
-            "computes on one device, device_map='auto' is none",
+            "computes on one device, not device_map='auto'",
         ),
     ]
     for model, settings, message in cases:

@@ -24,8 +24,9 @@ METHODS: dict[str, Any] = {
     "pruned without data and rank": [ExpertPruning(num_experts=4, saliency="aimer"), LowRankSparse(rank=8)],
 }
 MESSAGE = (
-    r"No calibration token reached 3 of the blocks to cut \(talker\.model\.layers\.0\.mlp, .*Add data that reaches "
-    r'them, leave them out with protect=\["talker\.model\.layers\.0\.mlp", \.\.\.\] or layers=, or set unseen="keep"'
+    r"No calibration token reached 3 of the blocks to compress \(talker\.model\.layers\.0\.mlp, .*Add data "
+    r'that reaches them, leave them out with protect=\["talker\.model\.layers\.0\.mlp", \.\.\.\] or layers=, '
+    r'or set unseen="keep"'
 )
 
 
@@ -83,7 +84,9 @@ def test_a_budget_is_a_share_of_what_is_reached() -> None:
 def test_nothing_that_is_reached_is_refused_even_to_keep_it() -> None:
     talker = ["talker.model.layers.0.mlp", "talker.model.layers.1.mlp", "talker.model.layers.2.mlp"]
     compressor = omni(LowRankSparse(rank=8, protect=["thinker.*"]), unseen="keep")
-    with pytest.raises(ValueError, match=rf"reached 3 of the blocks to cut \({', '.join(talker)}\).* or layers=\.$"):
+    with pytest.raises(
+        ValueError, match=rf"reached 3 of the blocks to compress \({', '.join(talker)}\).* or layers=\.$"
+    ):
         compressor.apply()
 
 

@@ -83,7 +83,10 @@ def test_what_the_matrices_do_not_have(original: Path, never_loaded: None, metho
     [
         ({"stage": "low-rank-sparse", "rnak": 8}, r"Unknown field 'rnak'; did you mean 'rank'\?"),
         ({"stage": "low-rank", "rank": 8}, r"stage='low-rank' is unknown; did you mean 'low-rank-sparse'"),
-        ({"stage": "m-smoe", "num_experts": 2}, r"m-smoe cannot follow m-smoe: .* Use one stage that merges or prunes"),
+        (
+            {"stage": "m-smoe", "num_experts": 2},
+            r"m-smoe cannot follow m-smoe: .* Use only one stage that merges",
+        ),
         ({"rank": 8}, r"A recipe needs a field 'stage'"),
         ("low-rank-sparse", r"field 'stages' must be a list of mappings with a field 'stage', got .*'low-rank-sparse'"),
         ({"stage": "low-rank-sparse"}, r"exactly one of rank, rank_ratio, energy.*got none of them"),

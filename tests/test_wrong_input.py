@@ -73,9 +73,9 @@ def edit_config(checkpoint: Path, **fields: Any) -> None:
         ({"keep_ratio": 1.5}, r"keep_ratio=1.5 must lie in \(0, 1\]"),
         ({"keep_ratio": float("nan")}, r"keep_ratio=nan must lie in \(0, 1\]"),
         ({"keep_ratio": "half"}, r"keep_ratio='half' must be a number"),
-        ({"target_size": "big"}, r"target_size='big' is no size. .*'16GB'"),
-        ({"target_size": "1.2.3GB"}, r"target_size='1.2.3GB' is no size"),
-        ({"target_size": -5}, r"target_size=-5 is no size"),
+        ({"target_size": "big"}, r"target_size='big' is not a size. .*'16GB'"),
+        ({"target_size": "1.2.3GB"}, r"target_size='1.2.3GB' is not a size"),
+        ({"target_size": -5}, r"target_size=-5 is not a size"),
     ],
 )
 @pytest.mark.parametrize("method", [MSMoE, ExpertPruning])
@@ -147,7 +147,7 @@ def test_unknown_names_name_the_nearest(make: Callable[[], Any], message: str) -
             MSMoE(num_experts=4, protect=["*.9.*"]),
             r"protect='\*.9.\*' matches no MoE block. .*layers.0.mlp",
         ),
-        ("qwen3_moe", MSMoE(num_experts=4, protect=["*"]), r"leave none of the 3 MoE blocks"),
+        ("qwen3_moe", MSMoE(num_experts=4, protect=["*"]), r"select none of the 3 MoE blocks"),
     ],
 )
 def test_counts_that_the_model_cannot_have(models, name: str, method: Stage, message: str) -> None:

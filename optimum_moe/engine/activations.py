@@ -1,4 +1,4 @@
-"""Where the hidden states of parked forward passes lie: in memory up to a limit, then in files without a name."""
+"""Storage for the hidden states of paused forward passes: memory up to a limit, then unlinked temporary files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from optimum_moe.checkpoint.system import reserve
 
 
 class Activations:
-    """Moves the outputs of layers into files where memory for them has run out.
+    """Moves layer outputs to memory-mapped files once they take more memory than allowed.
 
     Args:
-        folder: For the files, which vanish with the process.
-        limit: Bytes of outputs that may stay in memory.
+        folder: Folder of the files, which disappear with the process.
+        limit: Maximum bytes of outputs in memory.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -26,7 +26,7 @@ class Activations:
         self.in_memory, self.on_disk = 0, 0
 
     def keep(self, output: Any) -> Any:
-        """The output of a layer, its tensors perhaps in files."""
+        """An equal layer output, whose tensors may be memory-mapped files."""
         if isinstance(output, torch.Tensor):
             return self._kept(output)
         if type(output) in (tuple, list):
@@ -50,7 +50,7 @@ class Activations:
     def _in_file(self, tensor: torch.Tensor) -> torch.Tensor:
         descriptor, name = tempfile.mkstemp(dir=self.folder)
         try:
-            # Writing to a mapped page that the disk has no room for would end the process.
+            # Writing to a mapped page kills the process if the disk is full, so reserve the space first.
             reserve(descriptor, tensor.numel() * tensor.element_size())
             mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         finally:

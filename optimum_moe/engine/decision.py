@@ -1,4 +1,4 @@
-"""Deciding the blocks of a model, one after the other, by the stages of a recipe."""
+"""Plans the blocks of a model one after the other, with the stages of a recipe or from a finished plan."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from optimum_moe.surgeons import FoundBlock
 
 
 class PlanReader:
-    """Decides as a finished plan says.
+    """Reads the plans of blocks from a finished plan.
 
     Args:
         store: The model.
         plan: The plan.
 
     Raises:
-        ValueError: If the plan is for other blocks.
+        ValueError: If the plan's blocks or their expert counts differ from the model's.
     """
 
     reads_experts = False
@@ -43,46 +43,46 @@ class PlanReader:
         check_together(store.blocks, {name: block.num_groups for name, block in plan.blocks.items()})
 
     def admit(self, observed: Observed | None) -> None:
-        """Nothing is observed."""
+        """Do nothing, since a finished plan needs no statistics."""
 
     def decide(self, found: FoundBlock, observed: Observed | None) -> BlockPlan:
-        """What the plan says of a block."""
+        """The plan of one block."""
         return self._plan.blocks[found.info.name]
 
 
 class Decider:
-    """Decides by the stages of a recipe, after `allocate`.
+    """Plans blocks with the stages of a recipe; call `allocate` first.
 
     Args:
         store: The model.
         recipe: The recipe.
         info: Sizes of the model.
-        seed: Of everything random.
-        unseen: What to do about experts without tokens.
+        seed: Seed of all random choices.
+        unseen: Policy for experts and blocks that no token was routed to.
     """
 
     def __init__(self, store: Store, recipe: Recipe, info: ModelInfo, seed: int, unseen: Unseen = "warn") -> None:
         self.store, self.recipe, self.info, self.seed, self.unseen = store, recipe, info, seed, unseen
         self.reads_experts = recipe.reads_experts
         self._counts: Mapping[str, int] = {}
-        self.spared: set[str] = set()
-        """Blocks that stay as they are, because no token reached them and `unseen="keep"`."""
+        self.unreached: set[str] = set()
+        """Blocks that no token reached, which remain unchanged because of `unseen="keep"`."""
         self._allocations: list[Mapping[str, Any]] = []
         self._known: list[dict[str, BlockPlan]] = []
-        """For each stage the plans that were made already, to take the profiles of a later stage."""
+        """By stage: plans of blocks that were needed early, for the profiles of a later stage."""
         self._profiled: Observed | None = None
 
     def allocate(self, statistics: Statistics | None, values: Sequence[str], progress: Progress) -> None:
-        """Give every block its share, stage by stage; takes the profiles that stages need.
+        """Allocate the budgets of all stages in order, and take the profiles that they need.
 
         Args:
-            statistics: What was observed of all blocks; None where nothing was yet.
-            values: Digests of the model's values, with which profiles are remembered.
-            progress: Shows the layers.
+            statistics: Statistics of all blocks; None if nothing was observed yet.
+            values: Digests of the model's values, part of the key of cached profiles.
+            progress: Progress display over the layers.
 
         Raises:
-            ValueError: If the statistics are broken, nothing reached the blocks to cut, or the architecture cannot hold
-                the counts.
+            ValueError: If statistics are not finite, no token reached the blocks to compress, or the architecture does
+                not support the expert counts.
         """
         if statistics is not None:
             statistics.check_finite()
@@ -92,12 +92,12 @@ class Decider:
             profiles: Mapping[str, Any] = {}
             if stage.needs_profile:
                 assert statistics is not None
-                # Whether a block is reached does not hang on its share.
-                self._spare(stage.changed_by_data(model, {}), statistics.blocks)
+                # Whether tokens reach a block does not depend on its share.
+                self._keep_unreached(stage.changed_by_data(model, {}), statistics.blocks)
                 profiles = self._profiles(number, statistics, values, progress)
             allocation = stage.allocate(model, statistics, profiles)
             if statistics is not None:
-                self._spare(stage.changed_by_data(model, allocation), statistics.blocks)
+                self._keep_unreached(stage.changed_by_data(model, allocation), statistics.blocks)
             self._allocations.append(allocation)
             counts = {block.name: stage.remaining(model, block, allocation[block.name]) for block in model.blocks}
             model = model.with_experts(counts)
@@ -105,11 +105,11 @@ class Decider:
         self._check_together()
 
     def admit(self, observed: Observed | None) -> None:
-        """Apply `unseen` to what was observed of one layer, or of layers that no token reached.
+        """Check the statistics of one layer, and apply the policy `unseen` to them.
 
         Raises:
-            ValueError: If it is broken, or an expert without tokens is an error, or no token reached a block that is to
-                be changed.
+            ValueError: If they are not finite, `unseen="error"` and an expert has no tokens, or no token reached a
+                block to compress.
         """
         if not observed:
             return
@@ -118,39 +118,39 @@ class Decider:
         unseen = found.unseen_report()
         if unseen is not None and self.unseen == "error":
             raise ValueError(unseen)
-        self.spare_unreached(observed)
+        self.keep_unreached(observed)
 
-    def spare_unreached(self, observed: Observed) -> None:
-        """Leave blocks as they are that no token reached, where `unseen="keep"` says so.
+    def keep_unreached(self, observed: Observed) -> None:
+        """With `unseen="keep"`, leave blocks unchanged that no token reached.
 
         Raises:
-            ValueError: If no token reached a block that is to be changed, and `unseen` is another, or there are no
-                others; or if the architecture cannot hold the counts that are left.
+            ValueError: If no token reached a block to compress and `unseen` is not `"keep"`, if no token reached any of
+                them, or if the architecture does not support the remaining counts.
         """
-        self._spare(self.changed_by_data(), observed)
+        self._keep_unreached(self.changed_by_data(), observed)
         self._check_together()
 
     def _check_together(self) -> None:
-        whole = {block.name: block.num_experts for block in self.info.blocks if block.name in self.spared}
+        whole = {block.name: block.num_experts for block in self.info.blocks if block.name in self.unreached}
         check_together(self.store.blocks, {**self._counts, **whole})
 
     def changed_by_data(self) -> frozenset[str]:
-        """Blocks that change as what was observed of them says."""
+        """Names of the blocks that are changed based on observed statistics."""
         model, names = self.info, frozenset[str]()
         for stage, allocation in zip(self.recipe.stages, self._allocations, strict=True):
             names |= stage.changed_by_data(model, allocation)
             model = model.with_experts({b.name: stage.remaining(model, b, allocation[b.name]) for b in model.blocks})
-        return names - self.spared
+        return names - self.unreached
 
-    def _spare(self, wanted: frozenset[str], observed: Observed) -> None:
-        """Leave blocks as they are that calibration never reached, because of `unseen="keep"`.
+    def _keep_unreached(self, wanted: frozenset[str], observed: Observed) -> None:
+        """With `unseen="keep"`, leave blocks unchanged that no calibration token reached.
 
-        Another tower of an omni model, or the vision experts on text alone: nothing says what may be changed there.
+        Examples are another tower of an omni model, and vision experts on text-only data.
 
         Raises:
-            ValueError: If there are such blocks among those to change, and `unseen` is another, or there are no others.
+            ValueError: If such a block is to be compressed and `unseen` is not `"keep"`, or if all of them are such.
         """
-        wanted = wanted - self.spared
+        wanted = wanted - self.unreached
         unreached = [
             block.name
             for block in self.info.blocks
@@ -160,14 +160,14 @@ class Decider:
             return
         if self.unseen != "keep" or len(unreached) == len(wanted):
             raise ValueError(unreached_report(unreached, len(wanted)))
-        self.spared.update(unreached)
+        self.unreached.update(unreached)
 
     def _profiles(
         self, number: int, statistics: Statistics, values: Sequence[str], progress: Progress
     ) -> Mapping[str, Any]:
-        """The profiles of all blocks for a stage; statistics remember them, with the plans of the stages before."""
+        """Profiles of all blocks for a stage, cached in the statistics with the plans of the stages before it."""
         stage, before = self.recipe.stages[number], self.recipe.stages[:number]
-        made_from = [[earlier.settings() for earlier in before], self._allocations, sorted(self.spared), values]
+        made_from = [[earlier.settings() for earlier in before], self._allocations, sorted(self.unreached), values]
         key = f"{stage.profile_key} {made_from} {self.seed} {self.unseen}"
         if key not in statistics.memo:
             profiles = self._take_profiles(number, statistics.blocks, progress)
@@ -184,12 +184,12 @@ class Decider:
                 continue
             with progress.layer(layer), self.store.loaded(layer), self.store.as_stored(layer), torch.no_grad():
                 for found in layer.blocks:
-                    if found.info.name not in self.spared:
+                    if found.info.name not in self.unreached:
                         profiles[found.info.name] = stage.profile(self._entering(number, found, observed))
         return profiles
 
     def _entering(self, number: int, found: FoundBlock, observed: Observed | None) -> BlockContext:
-        """A block as it enters a stage; what the stages before it decide is remembered for `decide`."""
+        """The context of a block as it enters a stage; plans of earlier stages are cached for `decide`."""
         name, context = found.info.name, self._context(found, observed)
         for earlier, stage in enumerate(self.recipe.stages[:number]):
             known = self._known[earlier]
@@ -199,9 +199,9 @@ class Decider:
         return context
 
     def decide(self, found: FoundBlock, observed: Observed | None) -> BlockPlan:
-        """The plan for a block of an open layer."""
+        """The plan of a block of an open layer, with all stages combined."""
         name, stages = found.info.name, self.recipe.stages
-        if name in self.spared:
+        if name in self.unreached:
             return keep_all(name, found.info.num_experts, self.recipe.routing)
         plan: BlockPlan | None = None
         with torch.no_grad():
@@ -217,9 +217,9 @@ class Decider:
         return plan
 
     def _context(self, found: FoundBlock, observed: Observed | None) -> BlockContext:
-        """What the first stage may see of a block of a loaded layer.
+        """The context of the first stage for a block of a loaded layer.
 
-        It views the tensors, which must be free to go while the block is cut.
+        It holds views of the tensors, so drop it before the block is cut to free their memory.
         """
         block = found.module(self.store.model)
         return BlockContext(
@@ -235,17 +235,17 @@ class Decider:
 
 
 def unreached_report(names: Sequence[str], wanted: int) -> str:
-    """What to say of blocks that no token reached, of so many that are to be changed."""
+    """Error message for blocks that no token reached, out of `wanted` blocks to compress."""
     keep = ', or set unseen="keep"' if len(names) < wanted else ""
     return (
-        f"No calibration token reached {len(names)} of the blocks to cut ({', '.join(names[:3])}"
-        f"{', ...' if len(names) > 3 else ''}), so nothing says which of their experts matter. Add data that "
+        f"No calibration token reached {len(names)} of the blocks to compress ({', '.join(names[:3])}"
+        f"{', ...' if len(names) > 3 else ''}), so there are no statistics of their experts. Add data that "
         f'reaches them, leave them out with protect=["{names[0]}", ...] or layers={keep}.'
     )
 
 
 def check_together(blocks: Sequence[FoundBlock], counts: Mapping[str, int]) -> None:
-    """Raise a `ValueError` if a surgeon knows that its blocks cannot keep these counts together."""
+    """Raise a `ValueError` if a surgeon's architecture does not support these expert counts in one model."""
     for surgeon in {found.surgeon.name: found.surgeon for found in blocks}.values():
         objection = surgeon.objection(counts)
         if objection is not None:

@@ -1,4 +1,4 @@
-"""A checkpoint on disk as a store: one layer at a time in memory, written to a shard of its own when it is cut."""
+"""A store over a checkpoint on disk: one layer is in memory at a time, and is written to its own shard once cut."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SHARD_SIZE = 5 * 10**9
 
 
 class DiskStore:
-    """The layers of a model whose tensors are read when they are needed and written when they are cut.
+    """The layers of a model whose tensors are read on demand and written once they are cut.
 
     Args:
         streamed: The model.
         blocks: Its MoE blocks.
-        folder: Where finished layers go; None for a run that only observes.
+        folder: Working folder for finished layers; None for a run that only observes.
     """
 
     holds_all = False
@@ -55,7 +55,7 @@ class DiskStore:
         sizes = {layer.name: [_bytes(state[name]) for name in self._state_names(layer, kept)] for layer in self.layers}
         largest = max(sizes.values(), key=sum)
         self.needed = sum(largest) + 2 * max(largest, default=0)
-        """Bytes that the largest layer takes while it is read, cut and written."""
+        """Peak bytes of memory while the largest layer is read, cut and written."""
         self._files = [layer.name for layer in self.layers if sizes[layer.name]]
         self._plans: dict[str, BlockPlan] = {}
         self._layer: Layer | None = None
@@ -70,10 +70,10 @@ class DiskStore:
         return list(layer.tensors) or [name for name in kept if is_in(name, [layer])]
 
     def _check_conversions(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Make sure that layers can be written one by one.
+        """Check that each layer can be written alone.
 
         Raises:
-            ValueError: If the checkpoint keeps tensors of several layers in one.
+            ValueError: If a tensor of the checkpoint contains several layers.
         """
         whole = sorted(revert_weight_conversion(self.model, dict(kept)))
         parts = []
@@ -85,12 +85,12 @@ class DiskStore:
         if sorted(parts) != whole:
             odd = sorted(set(parts) ^ set(whole)) or parts
             raise ValueError(
-                f"Checkpoints of {type(self.model).__name__} hold tensors of several layers in one ({odd[0]}), so that "
-                'they cannot be written layer by layer. Use engine="memory".'
+                f"Checkpoints of {type(self.model).__name__} store several layers in one tensor ({odd[0]}), so they "
+                'cannot be written layer by layer. Use engine="memory".'
             )
 
     def _find_copies(self, state: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
-        """Find the tensors of a layer that are saved as they are stored, under one other name or expert by expert."""
+        """Find the tensors of a layer that can be copied as bytes, under one other name or expert by expert."""
         names = {id(tensor): name for name, tensor in stored.items()}
         for name, tensor in state.items():
             entries = self.streamed.entries(name)
@@ -102,13 +102,13 @@ class DiskStore:
                 self._stacked.add(name)
 
     def _comes_back(self, part: str, dtype: torch.dtype, stored: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a part of a stack is saved under the name that it is stored under."""
+        """Whether a slice of a stacked tensor is saved under its stored name."""
         size = self.streamed.checkpoint_tensors.headers.tensors[part][2]
         return part in stored and stored[part].dtype == dtype and _bytes(stored[part]) == size
 
     @contextmanager
     def loaded(self, layer: Layer) -> Iterator[None]:
-        """Read the layer, and free it at the end."""
+        """Read the layer, and free it on exit."""
         runs, self.streamed.runs = self.streamed.runs, True
         try:
             with self.opened(layer):
@@ -121,7 +121,7 @@ class DiskStore:
 
     @contextmanager
     def opened(self, layer: Layer) -> Iterator[None]:
-        """Free the layer at the end."""
+        """Open the layer without reading it, and free it on exit."""
         self._layer = layer
         try:
             yield
@@ -139,7 +139,7 @@ class DiskStore:
             yield
 
     def provide(self, found: FoundBlock, experts: bool) -> None:
-        """Read the block, or free those experts that can be copied from file to file."""
+        """Read the block; without `experts`, free the experts that can be copied from file to file."""
         if self._runs:
             return
         names = self.streamed.names(found.info.name)
@@ -152,7 +152,7 @@ class DiskStore:
         self.streamed.load(name for name in names if name not in left)
 
     def _load(self, names: Sequence[str]) -> None:
-        """Read most of the open layer, and let the disk go on with the next one."""
+        """Read tensors of the open layer, and start to prefetch the next layer."""
         self.streamed.expect(names)
         self.streamed.load(names)
         assert self._layer is not None
@@ -161,7 +161,7 @@ class DiskStore:
             self.streamed.expect(self.streamed.names(following[0].name))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is to be read for layers that are not finished, one layer after the other in memory."""
+        """All tensors of the layers that are not finished, with one layer in memory at a time."""
         for layer in self.layers:
             if not self.is_finished(layer):
                 with self.loaded(layer):
@@ -169,26 +169,26 @@ class DiskStore:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Read what lies between the layers when it is used."""
+        """See `Store.running`; modules outside of the layers are read at first use."""
         with self.streamed.loading_at_first_use():
             yield
 
-    def settle(self) -> None:
-        """Free what lies between the layers."""
+    def free_between_layers(self) -> None:
+        """See `Store.free_between_layers`."""
         self.streamed.free_lent()
 
     def is_finished(self, layer: Layer) -> bool:
-        """Whether its shard is written."""
+        """Whether the layer's shard is written."""
         return self.folder is not None and layer.name in self.folder.finished
 
     def finish(self, layer: Layer, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
-        """Write the layer, and remember that it is done."""
+        """Write the layer to its shard, and record it as finished."""
         assert self.folder is not None
         copyable = self._stacked | self._saved_as.keys()
         self.streamed.load(name for name in self._unread(self._state(layer)) if name not in copyable)
         state = self._state(layer)
         if not self._stacked.intersection(self._unread(state)):
-            # What experts were made from must not stay beside them while they are written.
+            # The original experts are no longer needed; free them before the new ones are written.
             self.streamed.buffers.release()
         tensors = in_dtypes(revert_weight_conversion(self.model, state), self._saved_in(state, plans))
         shard, size = None, 0
@@ -205,7 +205,7 @@ class DiskStore:
         self._plans |= plans
 
     def _saved_in(self, state: Mapping[str, torch.Tensor], plans: Mapping[str, BlockPlan]) -> Mapping[str, torch.dtype]:
-        """The dtypes of experts that are stored in several, by the names that they are saved as."""
+        """Saved name -> dtype, for experts whose stack is stored in more than one dtype."""
         dtypes: dict[str, torch.dtype] = {}
         for name in state:
             if name in self.streamed.mixed:
@@ -213,20 +213,20 @@ class DiskStore:
         return dtypes
 
     def itemsize(self, name: str, tensor: torch.Tensor) -> float:
-        """Bytes of one number of a tensor of the finished model, as it is saved."""
+        """Bytes per element of a tensor of the finished model, as saved."""
         saved = self._saved_in({name: tensor}, self._plans).values()
         return sum(dtype.itemsize for dtype in saved) / len(saved) if saved else tensor.element_size()
 
     def restore(self, layer: Layer) -> None:
-        """Cut a layer as its plans say; experts that were factorized are read from its shard.
+        """Cut a layer again by its recorded plans; the factors of experts are read from its shard.
 
         Raises:
-            ValueError: If the shard holds other factors than when it was written.
+            ValueError: If the factors in the shard differ from those that were written.
         """
         for found in layer.blocks:
             plan, block = self._plans[found.info.name], found.module(self.model)
             with guarded(self.model, found, plan.needs_guard):
-                # A plan that was read has no factors to carry out.
+                # A plan that was read from disk has no factors.
                 found.surgeon.carry_out(block, replace(plan, sizes=None, neurons=None))
                 if plan.sizes is not None:
                     found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
@@ -248,8 +248,8 @@ class DiskStore:
                 tensor.copy_(tensors[name])
         if factors_digest(held) != plan.digest:
             raise ValueError(
-                f"{shard} does not hold the factors of {plan.name} that were written. Pass overwrite=True "
-                "(--overwrite) to begin anew."
+                f"{shard} does not contain the factors of {plan.name} that were written. Pass overwrite=True "
+                "(--overwrite) to start again."
             )
 
     def plans(self) -> dict[str, BlockPlan]:
@@ -258,7 +258,7 @@ class DiskStore:
         return {name: self._plans[name] for name in order if name in self._plans}
 
     def rebuild(self) -> None:
-        """Give the empty model the structure of the layers that an earlier run cut."""
+        """Rebuild, without weights, the modules of the layers that an earlier run cut."""
         for found in (found for layer in self._to_rebuild for found in layer.blocks):
             plan = self._plans[found.info.name]
             block = found.module(self.model)
@@ -268,7 +268,7 @@ class DiskStore:
         self._to_rebuild.clear()
 
     def write_index(self, directory: Path) -> None:
-        """Write the index of all shards."""
+        """Write the safetensors index of all shards."""
         assert self.folder is not None
         weight_map: dict[str, str] = {}
         sizes: list[list[int]] = []
@@ -280,7 +280,7 @@ class DiskStore:
         (directory / INDEX_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _state(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """What is saved of a loaded layer, by the model's names."""
+        """Tensors of a loaded layer that are saved, by the model's names."""
         if layer.tensors:
             return {name: self.streamed.at(name).detach() for name in layer.tensors}
         inside = self.model.get_submodule(layer.name).state_dict(prefix=f"{layer.name}.")
@@ -289,7 +289,7 @@ class DiskStore:
     def _copies(
         self, state: Mapping[str, torch.Tensor], plans: Mapping[str, BlockPlan]
     ) -> Iterator[tuple[str, ByteRange]]:
-        """Where the bytes of those tensors are that are still on the meta device, by the names they are saved as."""
+        """Saved name and byte range in the original files, for the tensors that are still on the meta device."""
         for name in self._unread(state):
             entries = self.streamed.entries(name)
             assert entries is not None
@@ -298,7 +298,7 @@ class DiskStore:
                 continue
             plan = plan_of(name, plans)
             kept = [] if plan is None else plan.references_G
-            # What trails the routed experts stays.
+            # Slots after the routed experts, such as zero experts, are kept.
             rest = range(0 if plan is None else plan.num_experts, len(entries))
             for slot, expert in enumerate([*kept, *rest]):
                 for saved, stored in zip(entries[slot], entries[expert], strict=True):
@@ -312,7 +312,7 @@ class DiskStore:
 
 
 def _rest_layers(names: Sequence[str], state: Mapping[str, torch.Tensor]) -> list[Layer]:
-    """Everything outside of the layers, in parts of at most `SHARD_SIZE`."""
+    """All tensors outside of the layers, in parts of at most `SHARD_SIZE` bytes."""
     parts: list[list[str]] = []
     room = 0
     for name in names:

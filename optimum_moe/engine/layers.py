@@ -15,9 +15,9 @@ class Layer:
     """A part of a model.
 
     Args:
-        name: Path of the module, for example `model.layers.3`; of a part that is no layer, a name for it.
+        name: Path of the module, for example `model.layers.3`; any name for a part that is not a module.
         blocks: The MoE blocks in it.
-        tensors: What it consists of, where it is no module.
+        tensors: Names of its tensors, if it is not a module.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Layer:
 
 
 def find_layers(model: nn.Module, blocks: Sequence[FoundBlock]) -> list[Layer]:
-    """The members of the outermost lists of layers that hold MoE blocks; a block in no list is a layer by itself."""
+    """Members of the outermost module lists that contain MoE blocks; a block outside of any list is its own layer."""
     names = [found.info.name for found in blocks]
     layers = [
         layer for stack in _outermost_lists(model) if _any_inside(names, stack) for layer in _members(model, stack)
@@ -36,7 +36,7 @@ def find_layers(model: nn.Module, blocks: Sequence[FoundBlock]) -> list[Layer]:
 
 
 def other_layers(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
-    """The members of all other outermost lists, for example of a vision tower."""
+    """Members of all other outermost module lists, for example of a vision tower."""
     names = [layer.name for layer in layers]
     stacks = [stack for stack in _outermost_lists(model) if not _any_inside(names, stack)]
     return [layer for stack in stacks for layer in _members(model, stack)]

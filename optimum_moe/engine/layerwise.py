@@ -1,4 +1,4 @@
-"""Observing layer by layer: all batches pass a layer before the next one; it is then cut, or only remembered."""
+"""Observes layer by layer: all batches pass one layer, which is then recorded or cut, before the next layer."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 
 
 Keep = Callable[[Any], Any]
-"""Given the output of a layer, gives an equal one that may lie elsewhere."""
+"""Stores the output of a layer, and returns an equal one that may be backed by a file."""
 
 
-def as_it_is(output: Any) -> Any:
-    """The output of a layer, kept where it is."""
+def keep_in_memory(output: Any) -> Any:
+    """Return the output of a layer itself, which remains in memory."""
     return output
 
 
 class Handler(Protocol):
-    """What becomes of the layers while the model runs through them; a layer is loaded while it is handed over."""
+    """Receives each layer during the pass; the layer is loaded during the call."""
 
     def observed(self, layer: Layer, statistics: Observed, report: LayerReport) -> None:
-        """A layer was observed."""
+        """Handle the statistics of an observed layer."""
 
     def passed(self, layer: Layer) -> None:
-        """A layer that had nothing to observe is passed."""
+        """Handle a layer that had nothing to observe."""
 
     def unreached(self, statistics: Observed) -> None:
-        """The pass is over; layers that no batch reached follow, which these empty statistics are of."""
+        """Handle the empty statistics of all layers that no batch reached; `observed` follows for each of them."""
 
 
 class LayerwiseRun:
     """One pass of all batches through a model.
 
     Args:
-        store: Where the model's tensors come from.
+        store: Source of the model's tensors.
         batches: Model inputs with their padding masks.
         config: Reservoir size and seed.
-        handler: What becomes of the layers.
+        handler: Receives the observed layers.
         pending: Names of the layers to observe.
-        propagate: Observe each layer behind those that the handler changed.
-        keep: What to do with the output of a layer while it waits.
-        needs: Names of what is to be observed, see `OBSERVATIONS`; default everything.
+        propagate: Error propagation: observe each layer on the outputs of the compressed layers before it.
+        keep: Stores the output of a layer while its forward pass waits.
+        needs: Names of the observations to collect, see `OBSERVATIONS`; default all.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LayerwiseRun:
         handler: Handler,
         pending: Collection[str],
         propagate: bool = False,
-        keep: Keep = as_it_is,
+        keep: Keep = keep_in_memory,
         needs: Collection[str] = tuple(OBSERVATIONS),
     ) -> None:
         self.store, self.batches, self.config, self.handler = store, batches, config, handler
@@ -78,10 +78,10 @@ class LayerwiseRun:
         self._seen: set[str] = set()
 
     def run(self, progress: Progress) -> None:
-        """Observe; what no batch reaches is given to the handler at the end, with empty statistics.
+        """Run the pass; layers that no batch reaches are handled at the end, with empty statistics.
 
         Raises:
-            ValueError: If a mask does not fit, or a forward pass runs through a layer twice.
+            ValueError: If a mask does not fit its batch, or a forward pass runs through a layer twice.
         """
         store = self.store
         # Layers of other towers go first, so that all batches meet at those with MoE blocks.
@@ -95,8 +95,8 @@ class LayerwiseRun:
                 for name, runners in lockstep.turns():
                     numbers = {id(runner): number for number, runner in enumerate(lockstep.runners)}
                     rows = [inputs[numbers[id(runner)]] for runner in runners]
-                    # What the way here needed must not stay beside a layer.
-                    store.settle()
+                    # Free the modules between the layers before the next layer is loaded.
+                    store.free_between_layers()
                     self._pass(lockstep, name, runners, rows, progress)
         left = [layer for layer in store.layers if layer.name in self.pending - self._seen]
         nothing = {layer.name: _statistics(self._recorders(layer)) for layer in left}
@@ -115,7 +115,7 @@ class LayerwiseRun:
             return
         if layer.blocks and name in self._seen:
             raise ValueError(
-                f"A forward pass runs through {name} more than once, which layer by layer cannot be followed. "
+                f"A forward pass runs through {name} more than once, which a layerwise pass does not support. "
                 'Use engine="memory" without error propagation.'
             )
         self._seen.add(name)
@@ -132,13 +132,13 @@ class LayerwiseRun:
                 if progress.show:
                     report.error = _error(self.store, layer, calls)
             else:
-                report.passed = True
+                report.finished_before = True
                 self.handler.passed(layer)
 
     def _pass_twice(
         self, lockstep: Lockstep, layer: Layer, runners: Sequence[Runner], rows: Sequence[Any], report: LayerReport
     ) -> None:
-        """Observe the layer as it was, cut it, and go on behind the cut one."""
+        """Observe the original layer, cut it, and continue with the outputs of the cut one."""
         if layer.name in self.pending:
             lockstep.rehearsed.add(layer.name)
             recorders = self._recorders(layer)
@@ -147,7 +147,7 @@ class LayerwiseRun:
             lockstep.rehearsed.discard(layer.name)
             self.handler.observed(layer, _statistics(recorders), report)
         else:
-            report.passed = True
+            report.finished_before = True
             self.handler.passed(layer)
         for runner in runners:
             runner.advance()
@@ -160,7 +160,7 @@ class LayerwiseRun:
                 mask_T = padding_mask(inputs, found.info, found.info.name in self._in_text)
                 recorders[found.info.name].expect(mask_T)
             runner.advance()
-            # Its thread would keep what it freed, beside what the next one takes.
+            # The allocator keeps freed memory per thread, so return it before the next thread runs.
             return_freed()
 
     def _recorders(self, layer: Layer) -> dict[str, BlockRecorder]:
@@ -191,7 +191,7 @@ def _statistics(recorders: Mapping[str, BlockRecorder]) -> dict[str, BlockStatis
 
 @contextmanager
 def _last_calls(store: Store, layer: Layer) -> Iterator[dict[str, Call]]:
-    """The last call of each block of a layer, by name."""
+    """Record the last call of each block of a layer, by block name."""
     calls: dict[str, Call] = {}
 
     def after(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -207,7 +207,7 @@ def _last_calls(store: Store, layer: Layer) -> Iterator[dict[str, Call]]:
 
 @torch.no_grad()
 def _error(store: Store, layer: Layer, calls: Mapping[str, Call]) -> float | None:
-    """Relative error of the blocks' outputs on the last batch, the largest of the layer."""
+    """Largest relative output error among the blocks of a layer, on the last batch."""
     errors = []
     for found in layer.blocks:
         if found.info.name in calls:

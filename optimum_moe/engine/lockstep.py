@@ -1,7 +1,7 @@
-"""Lockstep: every batch runs the ordinary forward pass in a thread of its own, and all pass a layer before the next.
+"""Lockstep: every batch runs the ordinary forward pass in its own thread, and all pass one layer before the next.
 
-No architecture needs a driver of its own for that: masks, positions and states stay where its forward keeps them, in
-the frames of the parked threads. One thread computes at a time, so that results are those of one batch after another.
+This needs no code per architecture: masks, positions and states remain in the frames of the paused threads. Only one
+thread computes at a time, so the results are the same as for one batch after another.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _here = threading.local()
 
 
 class _Stopped(BaseException):
-    """Raised in a thread whose forward pass need not go on."""
+    """Raised in a thread to end its forward pass early."""
 
 
 class Runner(threading.Thread):
-    """One batch in its forward pass.
+    """The thread of one batch's forward pass.
 
     Args:
         call: The forward pass.
-        settings: Made in the thread before it starts.
+        settings: Called first in the thread, to restore thread-local settings of torch.
     """
 
     def __init__(self, call: Callable[[], Any], settings: Callable[[], None]) -> None:
@@ -43,7 +43,7 @@ class Runner(threading.Thread):
         self._context = contextvars.copy_context()
 
     def run(self) -> None:
-        """Wait for the first turn, then run until the end."""
+        """Wait for the first turn, then run the forward pass to its end."""
         self._turn.acquire()
         _here.runner = self
         try:
@@ -61,7 +61,7 @@ class Runner(threading.Thread):
             self._parked.release()
 
     def park(self, layer: str) -> None:
-        """Called in the thread: wait before a layer until it is this thread's turn."""
+        """Wait before a layer until it is this thread's turn; called in the thread."""
         self.at = layer
         self._parked.release()
         self._turn.acquire()
@@ -69,10 +69,10 @@ class Runner(threading.Thread):
             raise _Stopped
 
     def advance(self) -> None:
-        """Called by the main thread: run to the next layer or the end.
+        """Run to the next layer or the end; called by the main thread.
 
         Raises:
-            BaseException: What the forward pass raised.
+            BaseException: Any exception of the forward pass.
         """
         self._turn.release()
         self._parked.acquire()
@@ -80,7 +80,7 @@ class Runner(threading.Thread):
             raise self.error
 
     def stop(self) -> None:
-        """Called by the main thread: end the forward pass where it is."""
+        """End the forward pass at its present layer; called by the main thread."""
         self.stopping = True
         self._turn.release()
         self.join()
@@ -91,9 +91,9 @@ class Lockstep:
 
     Args:
         model: The model.
-        layers: Paths of the modules to park at; of several that threads wait at, the first goes first.
+        layers: Paths of the modules to pause at. If threads wait at several, the first in this list has its turn.
         calls: The forward passes, one for each batch.
-        keep: What to do with the output of a layer while its thread is parked.
+        keep: Stores the output of a layer while its thread is paused.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ class Lockstep:
     ) -> None:
         self.model, self.layers, self.keep = model, list(layers), keep
         self.last: str | None = None
-        """After this layer forward passes stop."""
+        """Path of the layer after which forward passes stop."""
         self.rehearsed: set[str] = set()
-        """Layers that run twice on the same input, the second time on a further turn; the first output is dropped."""
+        """Layers that run twice on the same input, the second time in another turn; the first output is dropped."""
         self.runners = [Runner(call, self._settings()) for call in calls]
 
     def __enter__(self) -> Lockstep:
@@ -124,7 +124,7 @@ class Lockstep:
             original = vars(module)["forward"].args[1]
             del vars(module)["forward"]
             if module.forward != original:
-                # accelerate puts a forward of its own on a module.
+                # accelerate replaces the forward of a module instance.
                 vars(module)["forward"] = original
 
     def turns(self) -> Iterator[tuple[str, list[Runner]]]:
@@ -142,7 +142,7 @@ class Lockstep:
             return forward(*args, **kwargs)
         runner.park(layer)
         if layer in self.rehearsed:
-            # A cache would grow twice.
+            # The second run would append to a cache again.
             copies = {name: deepcopy(value) if isinstance(value, Cache) else value for name, value in kwargs.items()}
             forward(*(deepcopy(value) if isinstance(value, Cache) else value for value in args), **copies)
             runner.park(layer)
@@ -152,12 +152,12 @@ class Lockstep:
         return self.keep(output)
 
     def _settings(self) -> Callable[[], None]:
-        """What a new thread does not inherit."""
+        """Thread-local settings of torch that a new thread does not inherit."""
         threads = torch.get_num_threads()
         casts = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
-        def settle() -> None:
+        def restore() -> None:
             torch.set_num_threads(threads)
             for kind, dtype in casts:
                 torch.set_autocast_enabled(kind, True)
@@ -165,4 +165,4 @@ class Lockstep:
             if device is not None:
                 torch.cuda.set_device(device)
 
-        return settle
+        return restore

@@ -1,4 +1,4 @@
-"""A model in memory as a store."""
+"""A store over a model in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MemoryStore:
     Args:
         model: The model.
         blocks: Its MoE blocks.
-        stored: What its tensors were before they were loaded; None where they are the same.
+        stored: Dtypes and bits of its tensors in the checkpoint; None if loading did not change them.
     """
 
     folder: WorkingFolder | None = None
@@ -37,11 +37,11 @@ class MemoryStore:
 
     @contextmanager
     def loaded(self, layer: Layer) -> Iterator[None]:
-        """It always is."""
+        """See `Store.loaded`; the layer is always loaded."""
         yield
 
     def opened(self, layer: Layer) -> AbstractContextManager[None]:
-        """It always is."""
+        """See `Store.opened`; the layer is always open."""
         return self.loaded(layer)
 
     def as_stored(self, layer: Layer) -> AbstractContextManager[None]:
@@ -49,29 +49,29 @@ class MemoryStore:
         return self.loaded(layer) if self._stored is None else self._stored.as_stored(layer.name)
 
     def provide(self, found: FoundBlock, experts: bool) -> None:
-        """It has everything."""
+        """Do nothing, since all tensors are in memory."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """It always can."""
+        """See `Store.running`; the model can always run."""
         yield
 
-    def settle(self) -> None:
-        """Nothing goes."""
+    def free_between_layers(self) -> None:
+        """Do nothing, since a model in memory is never freed."""
 
     def is_finished(self, layer: Layer) -> bool:
-        """Whether it was cut."""
+        """Whether the layer was cut."""
         return layer.name in self._finished
 
     def finish(self, layer: Layer, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
-        """Remember the plans."""
+        """Record the plans of the layer."""
         self._finished.add(layer.name)
         self._plans |= plans
         if self._stored is not None:
             self._stored.settle(plans)
 
     def restore(self, layer: Layer) -> None:
-        """It is what was made of it."""
+        """Do nothing, since a cut layer remains in memory."""
 
     def plans(self) -> dict[str, BlockPlan]:
         """See `Store.plans`."""

@@ -1,4 +1,4 @@
-"""What a run says while it works: one bar over the layers with the time left, and one line a layer."""
+"""Progress of a run: one bar over the layers with the remaining time, and one line per layer."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass
 class LayerReport:
-    """What there is to say of one layer.
+    """Results of one layer that its progress line shows.
 
     Args:
-        plans: How its blocks were cut.
-        error: Relative error of their outputs, where it was measured.
-        passed: Whether batches only passed it.
+        plans: Plans of its blocks.
+        error: Relative error of their outputs, if measured.
+        finished_before: Whether the layer needed no observation, because an earlier run finished it.
     """
 
     plans: dict[str, BlockPlan] = field(default_factory=dict)
     error: float | None = None
-    passed: bool = False
+    finished_before: bool = False
 
 
 class Progress:
-    """A bar, and lines on standard error; only lines where that is no terminal.
+    """A progress bar and lines on standard error; only lines if that is not a terminal.
 
     Args:
         total: Number of layers.
-        description: Stands in front.
-        show: Say anything at all.
-        lines: Say a line a layer.
+        description: Label of the bar.
+        show: Whether to print anything.
+        lines: Whether to print one line per layer.
     """
 
     def __init__(self, total: int, description: str, show: bool = True, lines: bool = False) -> None:
@@ -57,14 +57,14 @@ class Progress:
         self._bar.close()
 
     def skip(self) -> None:
-        """A layer was finished by an earlier run."""
+        """Count a layer that was finished by an earlier run."""
         self._skipped += 1
         self._done += 1
         self._bar.update()
 
     @contextmanager
     def layer(self, layer: Layer) -> Iterator[LayerReport]:
-        """Report a layer when it is done."""
+        """Time a layer, and print its line on exit."""
         began, report = time.monotonic(), LayerReport()
         yield report
         self._done += 1
@@ -79,7 +79,7 @@ class Progress:
 
     def _line(self, layer: Layer, report: LayerReport, seconds: float) -> str:
         experts = [f"{plan.num_experts} -> {plan.num_groups} experts" for plan in report.plans.values()]
-        otherwise = "no experts" if not layer.blocks else "finished before" if report.passed else "observed"
+        otherwise = "no experts" if not layer.blocks else "finished before" if report.finished_before else "observed"
         parts = [f"[{self._done}/{self.total}] {layer.name}:", ", ".join(experts) or otherwise]
         if report.error is not None:
             parts.append(f"error {report.error:.4f}")
@@ -89,7 +89,7 @@ class Progress:
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that no file backs; 0 where the system does not say."""
+    """Bytes of this process that are not backed by a file; 0 if the system does not report them."""
     if not _STATUS.is_file():
         return 0
     lines = _STATUS.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""One run over any store: observe where a stage needs it, decide, cut, write, one layer after the other."""
+"""One run over any store, layer by layer: observe if a stage needs it, decide, cut and write."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.observe import forward_calls, judge, observe, reached_tokens
 from optimum_moe.engine.decision import Decider, PlanReader, unreached_report
 from optimum_moe.engine.layers import Layer
-from optimum_moe.engine.layerwise import Keep, LayerwiseRun, as_it_is
+from optimum_moe.engine.layerwise import Keep, LayerwiseRun, keep_in_memory
 from optimum_moe.engine.progress import LayerReport, Progress
 from optimum_moe.engine.store import Observed, Store
 from optimum_moe.model_info import ModelInfo
@@ -24,11 +24,11 @@ from optimum_moe.surgeons.base import hooked
 
 
 class KeptStatistics(Mapping[str, BlockStatistics]):
-    """Statistics by block, of which one layer's are in memory where the store has a working folder.
+    """Statistics by block; with a working folder, only those of one layer are in memory.
 
     Args:
-        store: Whose layers they are of.
-        kind: `"layer"` for those that are kept with a finished layer, `"statistics"` for those of a pass of its own.
+        store: Store of the observed layers.
+        kind: `"layer"` for statistics stored with a finished layer, `"statistics"` for those of a separate pass.
     """
 
     def __init__(self, store: Store, kind: str) -> None:
@@ -41,11 +41,11 @@ class KeptStatistics(Mapping[str, BlockStatistics]):
         self._in_memory: dict[str, BlockStatistics] = {}
 
     def has(self, layer: Layer) -> bool:
-        """Whether a layer was observed in a pass of its own."""
+        """Whether a layer was observed in a separate pass."""
         return self._folder is not None and f"statistics of {layer.name}" in self._folder.finished
 
     def put(self, layer: Layer, observed: Observed) -> None:
-        """Keep the statistics of a layer, on disk where there is a working folder."""
+        """Store the statistics of a layer, on disk if there is a working folder."""
         if self._folder is None:
             self._in_memory |= observed
         elif self._kind == "statistics":
@@ -72,13 +72,13 @@ class KeptStatistics(Mapping[str, BlockStatistics]):
         return f"{self._kind}-{self._layers[layer.blocks[0].info.name][0]:05d}"
 
 
-class Decides(Protocol):
-    """What decides the blocks of a model."""
+class PlanSource(Protocol):
+    """Source of the plans of a model's blocks."""
 
     reads_experts: bool
 
     def admit(self, observed: Observed | None) -> None:
-        """Refuse what was observed, or take it into account."""
+        """Check the statistics of a layer before its blocks are decided."""
 
     def decide(self, found: FoundBlock, observed: Observed | None) -> BlockPlan:
         """The plan for a block of an open layer."""
@@ -86,20 +86,20 @@ class Decides(Protocol):
 
 @dataclass
 class Run:
-    """What is to be done.
+    """One compression run.
 
     Args:
-        store: Where the tensors are.
+        store: Source of the tensors.
         info: Sizes of the model.
-        recipe: What decides.
-        seed: Of everything random.
-        identity: Of the model.
-        batches: Calibration data, None where nothing is observed.
-        config: Settings of the observation.
-        propagate: Observe each layer behind those that are cut already.
-        progress: Show bars.
-        lines: Say a line a layer.
-        keep: What to do with the output of a layer while it waits.
+        recipe: The recipe.
+        seed: Seed of all random choices.
+        identity: Identity of the model.
+        batches: Calibration data; None if nothing is observed.
+        config: Calibration settings.
+        propagate: Error propagation: observe each layer on the outputs of the compressed layers before it.
+        progress: Show progress bars.
+        lines: Print one line per layer.
+        keep: Stores the output of a layer while its forward pass waits.
     """
 
     store: Store
@@ -112,15 +112,15 @@ class Run:
     propagate: bool = False
     progress: bool = True
     lines: bool = True
-    keep: Keep = as_it_is
+    keep: Keep = keep_in_memory
     has_cut: bool = field(default=False, init=False)
-    """Whether any block was cut, so that the model is no longer what it was."""
+    """Whether any block was cut, so that the model is no longer the original."""
 
     def observe(self, needs: Collection[str]) -> Statistics:
-        """Only observe: in whole passes where the store holds all layers, else layer by layer.
+        """Only observe: with whole forward passes if the store holds all layers, else layer by layer.
 
         Args:
-            needs: Names of what is to be observed, see `OBSERVATIONS`.
+            needs: Names of the observations to collect, see `OBSERVATIONS`.
         """
         assert self.batches is not None
         assert self.config is not None
@@ -144,24 +144,24 @@ class Run:
     def decide(
         self, statistics: Statistics | None = None, plan: CompressionPlan | None = None
     ) -> tuple[CompressionPlan, Statistics | None]:
-        """Decide, cut and write; observe first, or on the way, where a stage needs statistics and there are none.
+        """Decide, cut and write; if statistics are needed and not given, observe before or in the same pass.
 
         Args:
-            statistics: Of an earlier observation.
-            plan: Cut as this plan says instead of deciding.
+            statistics: Statistics of an earlier observation.
+            plan: Finished plan to carry out instead of deciding.
 
         Returns:
             The plan that was carried out, and the statistics.
 
         Raises:
-            ValueError: If the statistics are broken or lack experts that `unseen` does not allow to lack, the
-                architecture cannot hold the counts, or the plan is for other blocks.
+            ValueError: If statistics are not finite or lack tokens of an expert although `unseen="error"`, if the
+                architecture does not support the expert counts, or if the plan does not fit the model's blocks.
         """
         if plan is not None:
             self._cut_all(PlanReader(self.store, plan), None, "plan")
             return plan, None
         observing = statistics is None and bool(self.recipe.needs)
-        # A store that holds all layers observes them in one pass; another one cuts each layer on the way where it can.
+        # A store that holds all layers observes them in one pass; others cut each layer in the same pass if possible.
         if observing and (self.recipe.is_adaptive or (self.store.holds_all and not self.propagate)):
             statistics = self.observe(self.recipe.needs)
         on_the_way = observing and (self.propagate or statistics is None)
@@ -174,7 +174,7 @@ class Run:
             self._cut_all(decider, statistics, self.recipe.name)
             return self._plan(statistics), statistics
         if self.propagate and self.store.holds_all and statistics is None and unseen != "keep":
-            # On disk nothing of the original changes while the pass goes on, and a pass more would read all of it.
+            # The original on disk does not change during the pass, and a second pass would read all of it again.
             self._check_reach(decider.changed_by_data())
         kept = KeptStatistics(self.store, "layer")
         pending = {layer.name for layer in self.store.layers if layer.blocks and not self.store.is_finished(layer)}
@@ -197,8 +197,8 @@ class Run:
             seed=self.seed,
         )
 
-    def _cut_all(self, decides: Decides, statistics: Statistics | None, what: str, show: bool = True) -> None:
-        """Cut every layer that is not finished, which needs no forward pass."""
+    def _cut_all(self, source: PlanSource, statistics: Statistics | None, what: str, show: bool = True) -> None:
+        """Cut every layer that is not finished, without forward passes."""
         store = self.store
         with Progress(len(store.layers), what, self.progress and show, self.lines) as shown:
             for layer in store.layers:
@@ -211,15 +211,15 @@ class Run:
                         if statistics is None
                         else {f.info.name: statistics.blocks[f.info.name] for f in layer.blocks}
                     )
-                    self.cut(decides, layer, own, report)
+                    self.cut(source, layer, own, report)
 
-    def cut(self, decides: Decides, layer: Layer, observed: Observed | None, report: LayerReport) -> None:
-        """Decide, cut and write one open layer; a block is cut when its plan is complete."""
+    def cut(self, source: PlanSource, layer: Layer, observed: Observed | None, report: LayerReport) -> None:
+        """Decide, cut and write one open layer; a block is cut only after its plan is complete."""
         store = self.store
         with store.as_stored(layer):
             for found in layer.blocks:
-                store.provide(found, experts=decides.reads_experts)
-                plan = decides.decide(found, observed)
+                store.provide(found, experts=source.reads_experts)
+                plan = source.decide(found, observed)
                 store.provide(found, experts=not (plan.is_identity or plan.keeps_experts))
                 self.has_cut = True
                 with guarded(store.model, found, plan.needs_guard):
@@ -227,7 +227,7 @@ class Run:
             store.finish(layer, report.plans, observed)
 
     def _check_reach(self, wanted: Collection[str]) -> None:
-        """Raise a `ValueError` if no batch runs through one of these blocks; mostly the first runs through all."""
+        """Raise a `ValueError` if no batch runs through one of these blocks; stops once all of them are reached."""
         assert self.batches is not None
         model = self.store.model
         blocks = {found.info.name: found.module(model) for found in self.store.blocks}
@@ -274,7 +274,7 @@ class Run:
 
 
 class _Remember:
-    """Keeps what was observed."""
+    """Stores the statistics of each layer."""
 
     def __init__(self, kept: KeptStatistics) -> None:
         self.kept = kept
@@ -283,14 +283,14 @@ class _Remember:
         self.kept.put(layer, statistics)
 
     def passed(self, layer: Layer) -> None:
-        """It stays as it is."""
+        """Do nothing, since the layer is not changed."""
 
     def unreached(self, statistics: Observed) -> None:
-        """That is remembered, too."""
+        """Do nothing, since `observed` stores these statistics too."""
 
 
 class _Cut:
-    """Cuts what was observed."""
+    """Cuts each layer after it is observed."""
 
     def __init__(self, run: Run, decider: Decider, kept: KeptStatistics) -> None:
         self.run, self.decider, self.kept = run, decider, kept
@@ -301,7 +301,7 @@ class _Cut:
         self.run.cut(self.decider, layer, statistics, report)
 
     def unreached(self, statistics: Observed) -> None:
-        self.decider.spare_unreached(statistics)
+        self.decider.keep_unreached(statistics)
 
     def passed(self, layer: Layer) -> None:
         store = self.run.store

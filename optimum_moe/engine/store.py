@@ -1,4 +1,4 @@
-"""Where the tensors of a model come from, and where they go: the one difference between memory and disk."""
+"""The protocol of a store, which reads and writes the tensors of a model in memory or on disk."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ class Store(Protocol):
     blocks: Sequence[FoundBlock]
     layers: Sequence[Layer]
     folder: WorkingFolder | None
-    """Where finished layers and statistics are kept until the run is complete; None where nothing is."""
+    """Stores finished layers and statistics until the run is complete; None for a store that writes nothing."""
 
     @property
     def holds_all(self) -> bool:
-        """Whether all layers are there at once, so that whole forward and backward passes can run."""
+        """Whether all layers are in memory at once, so that whole forward and backward passes can run."""
 
     def loaded(self, layer: Layer) -> AbstractContextManager[None]:
-        """While it is open the layer has its tensors."""
+        """Context in which the layer has its tensors and can run."""
 
     def opened(self, layer: Layer) -> AbstractContextManager[None]:
-        """While it is open the layer can be cut, though it cannot run: it has what `provide` is asked for."""
+        """Context in which the layer can be cut but not run; `provide` reads its tensors."""
 
     def as_stored(self, layer: Layer) -> AbstractContextManager[None]:
-        """While it is open the tensors of an open layer have the dtypes and bits of the checkpoint: to decide and cut
-        it and to finish it. Around it the layer has the dtypes that the model runs in."""
+        """Context in which the tensors of an open layer have the dtypes and bits of the checkpoint, to decide, cut and
+        finish it. Outside, the layer has the dtypes that the model runs in."""
 
     def provide(self, found: FoundBlock, experts: bool) -> None:
-        """Have what a block of an open layer is cut by, and its experts if they are wanted.
+        """Provide the tensors that are needed to cut a block of an open layer, and its experts if `experts`.
 
-        Experts that are not wanted may be on the meta device, where those that remain keep their order.
+        Otherwise experts may be on the meta device, where those that remain keep their order.
         """
 
     def running(self) -> AbstractContextManager[None]:
-        """While it is open the model runs."""
+        """Context in which forward passes of the model can run."""
 
-    def settle(self) -> None:
-        """Let go of what the model needed between two layers."""
+    def free_between_layers(self) -> None:
+        """Free the tensors outside of the layers that a forward pass has used so far."""
 
     def is_finished(self, layer: Layer) -> bool:
-        """Whether the layer was finished, perhaps by an earlier run."""
+        """Whether the layer is finished, by this run or an earlier one."""
 
     def finish(self, layer: Layer, plans: Mapping[str, BlockPlan], observed: Observed | None) -> None:
-        """Take a layer that was cut, while it is open."""
+        """Store an open layer that was cut."""
 
     def restore(self, layer: Layer) -> None:
-        """Make of a loaded layer what an earlier run made of it."""
+        """Give a loaded layer the compressed state that an earlier run wrote."""
 
     def plans(self) -> dict[str, BlockPlan]:
-        """What was carried out so far, by block, in the order of the model."""
+        """Plans carried out so far, by block, in the order of the model."""

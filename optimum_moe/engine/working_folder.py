@@ -1,4 +1,4 @@
-"""The working folder of a streaming run: finished shards, and what it takes to go on after an interruption."""
+"""The working folder of a streaming run: finished shards, and records to resume after an interruption."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PROGRESS_FILE = "progress.json"
 
 
 class WorkingFolder:
-    """A folder beside the destination; a context manager that owns the destination meanwhile.
+    """A folder beside the destination; a context manager that locks the destination.
 
     Args:
-        destination: Where the checkpoint goes in the end.
-        identity: What the result depends on, JSON-able, by a name that a user understands.
-        overwrite: Forget an earlier run, and replace what is at the destination.
+        destination: Folder of the finished checkpoint.
+        identity: Everything that the result depends on, as JSON values by names that a user understands.
+        overwrite: Discard an earlier run, and replace the destination.
     """
 
     def __init__(self, destination: Path, identity: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -49,7 +49,7 @@ class WorkingFolder:
 
     def __exit__(self, *error: Any) -> None:
         if not self.finished:
-            # Nothing to go on from.
+            # There is nothing to resume.
             remove(self.path)
         self._owning.close()
 
@@ -62,7 +62,7 @@ class WorkingFolder:
             record = json.loads(file.read_text(encoding="utf-8"))
             before, finished = dict(record["identity"]), dict(record["finished"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is broken. Pass overwrite=True (--overwrite) to begin anew.") from error
+            raise ValueError(f"{file} is broken. Pass overwrite=True (--overwrite) to start again.") from error
         if not finished:
             self._save()
             return
@@ -71,34 +71,34 @@ class WorkingFolder:
                 raise ValueError(
                     f"{self.path} holds an unfinished run with another {name}: {_short(before.get(name))} there, "
                     f"{_short(self.identity.get(name))} now. Repeat that command, choose another folder, or pass "
-                    "overwrite=True (--overwrite) to begin anew."
+                    "overwrite=True (--overwrite) to start again."
                 )
-        # What was damaged since is made again.
+        # Layers whose files were damaged since are written again.
         self.finished = {name: layer for name, layer in finished.items() if self._is_whole(layer)}
 
     def _is_whole(self, layer: Mapping[str, Any], only: str = "") -> bool:
-        """Whether the files of a finished layer, or those below a folder, are what was written."""
-        # Earlier versions kept no digests.
+        """Whether the files of a finished layer, or those below the folder `only`, are unchanged since written."""
+        # A record without digests counts as damaged.
         digests = layer.get("digests")
         return digests is not None and all(
             _digest(self.path / name) == digest for name, digest in digests.items() if name.startswith(only)
         )
 
     def check(self) -> None:
-        """Make sure that every shard is there as it was written.
+        """Check that every shard exists and is unchanged.
 
         Raises:
-            ValueError: If one is not.
+            ValueError: If a shard is missing or was changed.
         """
         broken = [layer["shard"] for layer in self.finished.values() if not self._is_whole(layer, f"{PARTS}/")]
         if broken:
             raise ValueError(
-                f"{self.checkpoint} does not hold what was written there: {', '.join(broken)}. Nothing was put in "
-                f"{self.destination}. Repeat the same command, which makes them again."
+                f"{self.checkpoint} does not contain what was written there: {', '.join(broken)}. Nothing was put in "
+                f"{self.destination}. Repeat the same command, which writes them again."
             )
 
     def add(self, name: str, **layer: Any) -> None:
-        """Remember a finished layer: `shard` and `size` of its file, the folder of its `record`, its tensors."""
+        """Record a finished layer: `shard` and `size` of its file, the folder of its `record`, its tensors."""
         files = [] if layer["shard"] is None else [self.checkpoint / layer["shard"]]
         if layer["record"] is not None:
             files += [file for file in (self.state / layer["record"]).rglob("*") if file.is_file()]
@@ -115,7 +115,7 @@ class WorkingFolder:
         plans: Mapping[str, BlockPlan] | None,
         observed: Mapping[str, BlockStatistics] | None,
     ) -> str:
-        """Keep the plans and statistics of a layer; returns the folder's name."""
+        """Write the plans and statistics of a layer; returns the folder's name."""
         part, place = self.state / f".{folder}.part", self.state / folder
         for old in (part, place):
             remove(old)
@@ -133,16 +133,16 @@ class WorkingFolder:
         return folder
 
     def plans(self, name: str) -> dict[str, BlockPlan]:
-        """The plans of a finished layer."""
+        """Read the plans of a finished layer."""
         return dict(CompressionPlan.from_pretrained(self.state / self.finished[name]["record"]).blocks)
 
     def observed(self, folder: str) -> dict[str, BlockStatistics]:
-        """Statistics that were kept."""
+        """Read the statistics that `write_record` wrote."""
         return dict(Statistics.from_pretrained(self.state / folder).blocks)
 
 
 def _digest(file: Path) -> str | None:
-    """SHA-256 of a file, None where there is none."""
+    """SHA-256 of a file, None if it does not exist."""
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

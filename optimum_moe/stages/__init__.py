@@ -1,4 +1,4 @@
-"""Stages decide what becomes of each block; they see tensors, never a model.
+"""Stages decide how each block is compressed; they see tensors, never a model.
 
 Every module of this package is imported with it, so that a new file is enough for a stage, a criterion or a choice of a
 merge that registers itself.

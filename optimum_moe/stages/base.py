@@ -19,12 +19,12 @@ from optimum_moe.statistics import Statistics
 class Stage(ABC):
     """One step of a recipe, which decides what becomes of each MoE block; subclasses are frozen dataclasses.
 
-    A run asks, in this order: `check` before any weight is read; `needs` for what is to be observed; `profile` for each
-    block, where `needs_profile`; `allocate` once for all blocks; `decide` for each block. `cost` says at any time what
-    will be stored.
+    A run calls, in this order: `check` before any weight is read; `needs` for the observations to collect; `profile`
+    for each block, if `needs_profile`; `allocate` once for all blocks; `decide` for each block. `cost` estimates at any
+    time what will be stored.
 
-    `size_fields` are the settings that say how much remains, of which exactly one is given; `share_fields` are shares,
-    which may be given in percent.
+    `size_fields` are the settings that fix the compressed size; exactly one of them is given. `share_fields` are
+    shares, which may be given in percent.
     """
 
     name: ClassVar[str]
@@ -49,27 +49,27 @@ class Stage(ABC):
 
     @property
     def sample_size(self) -> int:
-        """Tokens of each block that the stage wants to see as they are, where it needs the `"sample"`."""
+        """Number of tokens to sample at each block, for a stage that needs the `"sample"`."""
         return 4096
 
     @property
     def needs_profile(self) -> bool:
-        """Whether all blocks are looked at before the first one is decided."""
+        """Whether all blocks are profiled before the first one is decided."""
         return False
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether blocks share a budget, so that all of them have to be observed before the first one is decided."""
+        """Whether blocks share a budget, so that all of them must be observed before the first one is decided."""
         return self.needs_profile
 
     @property
     def reads_experts(self) -> bool:
-        """Whether `decide` looks at the weights of the experts."""
+        """Whether `decide` reads the weights of the experts."""
         return True
 
     @property
     def knows_size(self) -> bool:
-        """Whether `cost` says what will be stored, and not only what may be."""
+        """Whether `cost` is exact; otherwise it gives an upper bound."""
         return True
 
     @property
@@ -79,7 +79,7 @@ class Stage(ABC):
 
     @property
     def leaves_dense_experts(self) -> bool:
-        """Whether every expert that remains is stored like the original ones, so that another stage can go on."""
+        """Whether every remaining expert is stored in dense matrices, so that another stage can follow."""
         return True
 
     def check_order(self, before: Stage | None) -> None:
@@ -89,7 +89,7 @@ class Stage(ABC):
             before: The stage right before this one; None for the first stage.
 
         Raises:
-            ValueError: If it cannot.
+            ValueError: If this stage cannot follow it.
         """
         if before is None:
             return
@@ -100,44 +100,44 @@ class Stage(ABC):
             )
         if self.routing is not None and before.routing is not None:
             raise ValueError(
-                f"{self.name} cannot follow {before.name}: what was observed belongs to the original experts, and not "
-                "to those that were merged or pruned already. Use one stage that merges or prunes experts."
+                f"{self.name} cannot follow {before.name}: the statistics were observed for the original experts, and "
+                "these were merged or pruned already. Use only one stage that merges or prunes experts."
             )
 
     def changed_by_data(self, model: ModelInfo, allocation: Mapping[str, Any]) -> frozenset[str]:
-        """Names of the blocks that change as what was observed of them says.
+        """Names of the blocks that the stage changes based on observed statistics.
 
         Args:
             model: The model as it enters the stage.
-            allocation: What `allocate` gave; empty before that.
+            allocation: The result of `allocate`; empty before that.
         """
         return frozenset()
 
     def remaining(self, model: ModelInfo, block: BlockInfo, allocated: Any) -> int:
-        """Experts that remain of a block, given what `allocate` gave it."""
+        """Number of experts that remain in a block with its share of the allocation."""
         return block.num_experts
 
     def profile(self, context: BlockContext) -> Any:
-        """What `allocate` has to know of a block; only asked for where `needs_profile`."""
+        """Measurements of a block that `allocate` needs; only called if `needs_profile`."""
         raise NotImplementedError(f"{self.name} takes no profile of a block")
 
     @property
     def profile_key(self) -> str:
-        """Two stages with the same key take the same profiles, which are then taken once for several sizes."""
+        """Key of the stage's profiles; stages with the same key share them, so one profile serves several sizes."""
         return repr({name: value for name, value in self.settings().items() if name not in self.size_fields})
 
     def allocate(
         self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """What each block may keep, in the stage's own terms, such as a number of experts.
+        """Share the stage's budget among the blocks.
 
         Args:
             model: The model as it enters the stage.
-            statistics: What was observed; None for a stage that needs nothing.
-            profiles: By block, where the stage takes any; blocks that stay as they are have none.
+            statistics: Observed statistics; None for a stage that needs none.
+            profiles: Results of `profile` by block name; unchanged blocks have none.
 
         Returns:
-            A value for each block, which is handed to `decide`.
+            A value for each block, for example its number of experts, which is passed to `decide`.
         """
         return {block.name: None for block in model.blocks}
 
@@ -147,34 +147,34 @@ class Stage(ABC):
 
         Args:
             context: The block as it enters the stage.
-            allocated: What `allocate` gave it.
+            allocated: The block's value in the result of `allocate`.
         """
 
     def combine(self, before: BlockPlan, own: BlockPlan) -> BlockPlan:
-        """What this stage and those in front of it decided, as one plan.
+        """Combine the plan of this stage with that of the stages before it.
 
         Args:
-            before: What the stages in front of it decided.
-            own: What this one decided.
+            before: Plan of the stages before this one.
+            own: Plan of this stage.
         """
         return before.with_forms_of(own)
 
     @abstractmethod
     def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
-        """What the routed experts of a block cost after the stage.
+        """Storage and compute cost of a block's routed experts after the stage.
 
         Args:
             model: The model as it enters the stage.
             block: The block as it enters the stage.
-            before: What its experts cost there.
+            before: Cost of its experts before the stage.
         """
 
     def settings(self) -> Mapping[str, Any]:
-        """Name and settings, as they stand in a recipe."""
+        """The stage's name and all its settings, as written in a recipe."""
         return {"stage": self.name, **{f.name: getattr(self, f.name) for f in fields(self) if f.init}}
 
     def described(self) -> Mapping[str, Any]:
-        """Name and those settings that differ from their defaults."""
+        """The stage's name and the settings that differ from their defaults."""
         own = [f for f in fields(self) if f.init]
         return {"stage": self.name, **{f.name: v for f in own if (v := getattr(self, f.name)) != f.default}}
 
@@ -186,7 +186,7 @@ def register_stage(stage: type[Stage]) -> type[Stage]:
     """Class decorator that makes a stage available in recipes by its `name`.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the name is already registered.
     """
     if stage.name in _STAGES:
         raise ValueError(f"A stage named {stage.name!r} is already registered. Choose another name.")
@@ -195,5 +195,5 @@ def register_stage(stage: type[Stage]) -> type[Stage]:
 
 
 def registered_stages() -> Mapping[str, type[Stage]]:
-    """All stages by name."""
+    """All registered stages by name."""
     return dict(_STAGES)

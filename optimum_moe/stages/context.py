@@ -1,4 +1,4 @@
-"""What a stage may look at to decide one MoE block."""
+"""The inputs from which a stage decides one MoE block."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from optimum_moe.statistics import BlockStatistics, Unseen
 
 @dataclass(frozen=True, eq=False)
 class BlockContext:
-    """Everything a stage may look at to decide one block, as the block enters the stage.
+    """Everything that a stage may read to decide one block, as the block enters the stage.
 
     Args:
         info: Sizes of the block.
         experts: Its routed experts.
-        router: Its router, as it was before the first stage.
-        generator: Source of randomness, seeded for this block.
+        router: Its original router, before the first stage.
+        generator: Random number generator, seeded for this block.
         statistics: Observed statistics, None for data-free stages.
-        unseen: What to do about experts without tokens.
-        num_blocks: MoE blocks of the model.
-        profiled: The statistics that profiles were taken from, where a stage took some; those of `statistics` may come
-            from a later pass, behind layers that are cut, in which tokens choose other experts.
-        before: The block as it entered the stage before this one, and what that decided; None in the first stage.
+        unseen: Policy for experts that no token was routed to.
+        num_blocks: Number of MoE blocks of the model.
+        profiled: The statistics that profiles were taken from, if any. Those of `statistics` may come from a later pass
+            through compressed layers, in which tokens are routed differently.
+        before: The block as it entered the previous stage, and the plan of that stage; None in the first stage.
     """
 
     info: BlockInfo
@@ -44,12 +44,12 @@ class BlockContext:
     before: tuple[BlockContext, BlockPlan] | None = None
 
     def observed(self) -> BlockStatistics:
-        """The statistics, which a stage that needs them was given."""
+        """The observed statistics; only for stages that name some in `needs`."""
         assert self.statistics is not None
         return self.statistics
 
     def rank(self, values_E: torch.Tensor) -> torch.Tensor:
-        """(E,) values for ranking experts: `unseen="keep"` puts experts without tokens in front."""
+        """(E,) values for ranking experts; `unseen="keep"` ranks experts without tokens highest."""
         if self.statistics is None or self.unseen != "keep":
             return values_E
         return values_E.masked_fill(self.statistics.token_count_E == 0, 2 * float(values_E.abs().max()) + 1)
@@ -59,13 +59,13 @@ class BlockContext:
         return self._sample(self.observed())
 
     def profiled_sample(self) -> SampledTokens:
-        """Those that profiles were taken from."""
+        """The sampled tokens that the profiles were taken from, on the device of the experts."""
         return self._sample(self.observed() if self.profiled is None else self.profiled)
 
     def _sample(self, observed: BlockStatistics) -> SampledTokens:
         experts, found = self.experts, observed.reservoir
         device = experts.up[0].device
-        # Behind a norm of each expert's output the gradient at their sum is none of its own.
+        # If each expert's output is normalized, the gradient of the sum is not the gradient of one expert's output.
         gradient_SJH = found.gradient_SJH if experts.finish is None else None
         return SampledTokens(
             input_SH=found.experts_input_SH.to(device),
@@ -77,10 +77,9 @@ class BlockContext:
         )
 
     def after(self, plan: BlockPlan) -> BlockContext:
-        """What the next stage sees of the block once its experts are merged or pruned, without cutting it.
+        """The context of the next stage, with merged or pruned experts; the block itself is not changed.
 
-        Merged experts are computed on the sample that is there. Of the statistics only the sample and the token counts
-        hold for them.
+        Of the statistics, only the sample and the token counts remain valid for the merged experts.
         """
         if plan.keeps_all:
             return replace(self, before=(self, plan))
@@ -95,7 +94,7 @@ class BlockContext:
 
 
 def merged_experts(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
-    """The merged experts of all groups of a plan; a group of one expert is a copy of it."""
+    """The merged experts of all groups of a plan; a group of one expert gives a copy of it."""
     merged: dict[str, PerExpert] = {}
     for name, axis in NEURON_AXIS.items():
         values = getattr(experts, name)
@@ -112,7 +111,7 @@ def merged_experts(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
 
 
 def aligned_experts(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
-    """All experts with their neurons in the order of their group."""
+    """All experts with their neurons permuted to the order of their group."""
     if plan.permutations_EI is None:
         return experts
     ordered: dict[str, PerExpert] = {}
@@ -125,7 +124,7 @@ def aligned_experts(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
 
 
 def _mapped(statistics: BlockStatistics, plan: BlockPlan) -> BlockStatistics:
-    """The sample with groups for ids; slots of pruned experts are left out, and their tokens are not routed anew."""
+    """The sample with group ids for expert ids; slots of pruned experts are dropped, and tokens are not rerouted."""
     sample, groups = statistics.reservoir, plan.num_groups
     map_N = torch.tensor([label if label >= 0 else groups for label in plan.labels_E] + [groups])
     index_SK, weights_SK = map_routing(sample.index_SK.long().clamp(max=plan.num_experts), sample.weights_SK, map_N)

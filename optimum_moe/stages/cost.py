@@ -1,4 +1,4 @@
-"""What the routed experts of a block cost, as far as config and headers tell, before and after each stage."""
+"""Storage and compute cost of a block's routed experts around each stage, computed from config and headers only."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class BlockCost:
     """The routed experts of a block at one point of a recipe.
 
     Args:
-        original_experts: How many there were before the first stage.
-        experts: How many there are.
-        parameters: Numbers that all of them store, biases included.
-        active: The fewest and the most of them that a token runs; fewer than the router selects where selected ones
-            may have been merged into one.
-        multiply_adds: The fewest and the most that a token takes.
-        indices: Indices of sparse rows beside the parameters.
-        routing: How the router reaches them; None as long as it is the original's.
-        stock: Whether the stock classes can hold them.
+        original_experts: Number of experts before the first stage.
+        experts: Number of experts now.
+        parameters: Parameters that all of them store, biases included.
+        active: Minimum and maximum number of experts that a token runs; fewer than the router selects if selected
+            experts may have been merged into one.
+        multiply_adds: Minimum and maximum number of multiply-adds per token.
+        indices: Number of sparse row indices, which are not among the parameters.
+        routing: How the router reaches the experts; None while the routing is the original one.
+        stock: Whether stock transformers classes can store them.
     """
 
     original_experts: int
@@ -38,13 +38,13 @@ class BlockCost:
 
     @classmethod
     def of(cls, block: BlockInfo) -> BlockCost:
-        """Of a block before the first stage."""
+        """The cost of a block before the first stage."""
         each = block.top_k * block.expert_multiply_adds
         experts, parameters = block.num_experts, block.num_experts * block.expert_parameters
         return cls(experts, experts, parameters, (block.top_k, block.top_k), (each, each))
 
     def with_count(self, block: BlockInfo, count: int, routing: Routing) -> BlockCost:
-        """Where `count` of the experts remain, each of which costs what it did."""
+        """The cost if `count` of the experts remain, at an unchanged cost per expert."""
         if count == self.experts:
             return self
         most = min(self.active[1], count)
@@ -59,7 +59,7 @@ class BlockCost:
         )
 
     def saved_bytes(self, block: BlockInfo) -> float:
-        """Bytes that the experts of a block, and the rows of its router, lost since before the first stage.
+        """Bytes saved in the experts and router rows of a block, compared with the original block.
 
         Args:
             block: The block before the first stage.
@@ -69,10 +69,10 @@ class BlockCost:
         return saved + self.removed_router_parameters(block) * block.router_itemsize
 
     def removed_parameters(self, block: BlockInfo) -> float:
-        """Parameters that the experts lost since before the first stage; negative where they gained some."""
+        """Number of expert parameters removed from the original block; negative if some were added."""
         return self.original_experts * block.expert_parameters - self.parameters
 
     def removed_router_parameters(self, block: BlockInfo) -> int:
-        """Parameters that the router lost with the rows of experts that are gone."""
+        """Number of router parameters removed with the rows of removed experts."""
         gone = self.original_experts - self.experts
         return gone * block.router_parameters if self.routing == "reduce" else 0

@@ -1,4 +1,4 @@
-"""What stages share that leave a number of experts in each block."""
+"""Common base of stages that reduce each block to a given number of experts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from optimum_moe.statistics import Statistics
 
 @dataclass(frozen=True)
 class CountedStage(Stage):
-    """Leaves a number of experts in each block; subclasses say which, and what becomes of the others.
+    """Leaves a number of experts in each block; subclasses choose them, and merge or remove the others.
 
     Args:
         num_experts: Experts that remain in each block. Exactly one of this, `keep_ratio` and `target_size`.
         keep_ratio: Share of experts that remain, in (0, 1] or as `"50%"`; rounds up.
-        target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
-            what they are.
-        layers: Positions of the MoE blocks to cut, None for all.
-        protect: Patterns of block names that stay as they are, for example `["*.layers.0.*"]`.
+        target_size: Maximum size of the weight files, headers included: bytes, or for example `"16GB"`, or `"50%"` of
+            their present size.
+        layers: Positions of the MoE blocks to compress, None for all.
+        protect: Patterns of block names to leave unchanged, for example `["*.layers.0.*"]`.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -50,10 +50,10 @@ class CountedStage(Stage):
         self.counts(model)
 
     def counts(self, model: ModelInfo) -> dict[str, int]:
-        """Experts that remain in each block; on average, where blocks share a budget.
+        """Number of experts that remain in each block; the average, if blocks share a budget.
 
         Raises:
-            ValueError: If the routers cannot work with so many.
+            ValueError: If a router cannot work with that number.
         """
         return resolve_counts(
             model,
@@ -65,15 +65,15 @@ class CountedStage(Stage):
         )
 
     def allocate(self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, Any]) -> dict[str, int]:
-        """Experts that remain in each block."""
+        """Number of experts that remain in each block."""
         return self.counts(model)
 
     def remaining(self, model: ModelInfo, block: BlockInfo, allocated: int) -> int:
-        """The number that was allocated."""
+        """The allocated number of experts."""
         return allocated
 
     def changed_by_data(self, model: ModelInfo, allocation: Mapping[str, int]) -> frozenset[str]:
-        """Blocks that lose experts, where anything was observed to choose them."""
+        """Blocks that lose experts, if the stage chooses them by statistics."""
         if not self.needs:
             return frozenset()
         return frozenset(block.name for block in model.blocks if allocation.get(block.name, 0) < block.num_experts)

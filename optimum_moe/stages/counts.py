@@ -1,4 +1,4 @@
-"""How many experts remain: one of a number, a ratio or a target size, checked against the model."""
+"""The number of experts that remain, from a count, a ratio or a target size, checked against the model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _UNITS = {"": 1, "B": 1} | {
     for unit, base in (("", 1000), ("B", 1000), ("IB", 1024))
 }
 ENTRY_BYTES = 180
-"""What a tensor takes in the header of a safetensors file at most, beside the path of its block."""
+"""Maximum bytes of a tensor's entry in a safetensors header, without the path of its block."""
 
 
 def parse_size(size: Any, name: str = "target_size", whole: int | None = None) -> int:
-    """Bytes of a size such as `"16GB"` (10^9 bytes), `"900 MiB"` (2^20 bytes), a plain number, or `"50%"` of a whole.
+    """Parse a size such as `"16GB"` (10^9 bytes), `"900 MiB"` (2^20 bytes), a plain number, or `"50%"` into bytes.
 
     Args:
         size: The size.
-        name: How errors name it.
-        whole: What a percentage is of; None where there is nothing.
+        name: Name of the setting in errors.
+        whole: Bytes that a percentage refers to; None if percentages are not allowed.
 
     Raises:
-        ValueError: If it is no size, or not one of at least a byte.
+        ValueError: If it cannot be parsed or is less than one byte.
     """
     size = plain(size)
     share = percent(size)
@@ -41,15 +41,15 @@ def parse_size(size: Any, name: str = "target_size", whole: int | None = None) -
     match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMGT]?I?B?)", text.strip().upper())
     if match is None or match[2] not in _UNITS:
         also = "" if whole is None else ", or a share of the model like '50%'"
-        raise ValueError(f"{name}={size!r} is no size. Write a number of bytes, or one like '16GB' or '900MiB'{also}.")
+        raise ValueError(f"{name}={size!r} is not a size. Write a number of bytes, or '16GB' or '900MiB'{also}.")
     found = int(Decimal(match[1]) * _UNITS[match[2]])
     if found < 1:
-        raise ValueError(f"{name}={size!r} is less than a byte. Write a number of bytes, or one like '16GB'.")
+        raise ValueError(f"{name}={size!r} is less than one byte. Write a number of bytes, or for example '16GB'.")
     return found
 
 
 def bytes_for_tensors(model: ModelInfo, target_size: Any, more: int = 0) -> int:
-    """What a target size leaves for tensors beside the headers of the files.
+    """Bytes left for tensors in a target size, after the headers of the files.
 
     Args:
         model: The model.
@@ -57,19 +57,19 @@ def bytes_for_tensors(model: ModelInfo, target_size: Any, more: int = 0) -> int:
         more: Bytes of headers and maps that the original does not have.
 
     Raises:
-        ValueError: If the model is no larger than that.
+        ValueError: If the model already fits.
     """
     target = parse_size(target_size, whole=model.bytes)
     if target >= model.bytes:
         raise ValueError(
-            f"target_size={target_size!r} is {target:,} bytes, and the model has no more than {model.bytes:,}: there "
-            "is nothing to remove. Ask for less."
+            f"target_size={target_size!r} is {target:,} bytes, and the model has only {model.bytes:,}: there is "
+            "nothing to remove. Use a smaller size."
         )
     return target - model.header_bytes - more
 
 
 def check_counts(num_experts: int | None, keep_ratio: float | None, target_size: str | int | None) -> None:
-    """The checks that need no model: exactly one alternative, in its range."""
+    """Check without a model that exactly one of the three is given and lies in its range."""
     exactly_one(num_experts=num_experts, keep_ratio=keep_ratio, target_size=target_size)
     if num_experts is not None and (isinstance(num_experts, bool) or not isinstance(num_experts, int)):
         raise ValueError(f"num_experts={num_experts!r} must be an integer. For a share of the experts use keep_ratio.")
@@ -84,12 +84,12 @@ def check_counts(num_experts: int | None, keep_ratio: float | None, target_size:
 
 
 def check_share(name: str, value: Any, hint: str = "") -> None:
-    """Raise a `ValueError` unless a share lies in (0, 1]; None is none.
+    """Raise a `ValueError` unless a share is None or lies in (0, 1].
 
     Args:
-        name: Of the setting, for the error.
+        name: Name of the setting in the error.
         value: The share.
-        hint: Added to the error.
+        hint: Text that is appended to the error.
     """
     if value is None:
         return
@@ -98,14 +98,14 @@ def check_share(name: str, value: Any, hint: str = "") -> None:
 
 
 def check_size(target_size: Any) -> None:
-    """Raise a `ValueError` unless it is a size of a checkpoint, whatever the model."""
+    """Raise a `ValueError` unless a target size can be parsed; needs no model."""
     parse_size(target_size, whole=1)
 
 
 def selected_blocks(
     model: ModelInfo, layers: Sequence[int] | None, protect: Sequence[str] | None
 ) -> tuple[BlockInfo, ...]:
-    """The blocks to cut: those of `layers` (positions among the MoE blocks) that match no `protect` pattern.
+    """The blocks to compress: those of `layers` (positions among the MoE blocks) that match no `protect` pattern.
 
     Raises:
         ValueError: If a layer does not exist, a pattern matches nothing, or no block is left.
@@ -123,12 +123,14 @@ def selected_blocks(
             raise ValueError(f"protect={pattern!r} matches no MoE block. The blocks are {names}.")
     chosen = tuple(block for block in model.blocks if is_selected(block, total, layers, protect))
     if not chosen:
-        raise ValueError(f"layers={layers} and protect={protect} leave none of the {total} MoE blocks to cut.")
+        raise ValueError(
+            f"layers={layers} and protect={protect} select none of the {total} MoE blocks. Select at least one."
+        )
     return chosen
 
 
 def is_selected(block: BlockInfo, num_blocks: int, layers: Sequence[int] | None, protect: Sequence[str] | None) -> bool:
-    """Whether a block is one of those that `layers` and `protect` leave to cut."""
+    """Whether `layers` and `protect` select a block for compression."""
     wanted = layers is None or block.index in {layer % num_blocks for layer in layers}
     return wanted and not any(fnmatch.fnmatch(block.name, pattern) for pattern in protect or ())
 
@@ -141,13 +143,13 @@ def resolve_counts(
     keep_ratio: float | None = None,
     target_size: str | int | None = None,
 ) -> dict[str, int]:
-    """Remaining experts of every block; blocks that are not chosen keep all.
+    """Number of remaining experts of every block; blocks that are not chosen keep all.
 
-    `keep_ratio` rounds up, and to a multiple of the router groups where the router shrinks with the experts.
+    `keep_ratio` rounds up, and to a multiple of the router groups if the router shrinks with the experts.
 
     Raises:
-        ValueError: If the count is below what the router selects, above what is there, or cannot be divided, or if a
-            ratio below 1 keeps all experts.
+        ValueError: If the count is below top-k, above the number of experts, or not divisible by the router groups, or
+            if a ratio below 1 keeps all experts.
     """
     counts = {block.name: block.num_experts for block in model.blocks}
     for block in chosen:
@@ -182,7 +184,7 @@ def check_count(block: BlockInfo, count: int, routing: Routing) -> None:
         return
     if block.fixed_router and count < block.num_experts:
         raise ValueError(
-            f"num_experts={count} would take ids from what {block.name} chooses from: {block.fixed_router}. "
+            f"num_experts={count} would remove ids that {block.name} selects from: {block.fixed_router}. "
             'Merge its experts with routing="map".'
         )
     if count < block.top_k:
@@ -206,7 +208,7 @@ def check_count(block: BlockInfo, count: int, routing: Routing) -> None:
 
 
 def _fit(model: ModelInfo, chosen: Sequence[BlockInfo], routing: Routing, target_size: Any) -> dict[str, int]:
-    """The largest equal share of experts with which the checkpoint fits into a size."""
+    """Counts for the largest share of experts, equal in all blocks, whose checkpoint fits into the target size."""
     maps = sum(8 * b.num_experts + 2 * header_entry(b) for b in chosen) if routing == "map" else 0
     target = bytes_for_tensors(model, target_size, maps)
     most = max(block.num_experts for block in chosen)
@@ -232,7 +234,7 @@ def _fit(model: ModelInfo, chosen: Sequence[BlockInfo], routing: Routing, target
 
 
 def header_entry(block: BlockInfo) -> int:
-    """Bytes that a tensor of a block takes in the header of a file at most."""
+    """Maximum bytes of the header entry of one tensor of a block."""
     return len(block.name) + ENTRY_BYTES
 
 

@@ -36,23 +36,23 @@ class ExpertMerging(CountedStage):
         num_experts: Experts that remain in each block (the average, with an adaptive allocation). Exactly one of this,
             `keep_ratio` and `target_size`.
         keep_ratio: Share of experts that remain, in (0, 1] or as `"50%"`; rounds up.
-        target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
-            what they are.
-        allocation: `"uniform"`, or `"adaptive"`: dominant experts are the most frequent of the whole model, each
-            block's largest frequency counting as 1.
-        similarity: What makes experts similar: `"router_logits"` over calibration tokens (the paper),
-            `"router_weights"`, `"expert_weights"`, or a name that `register_similarity` was given.
-        grouping: `"routing"` joins each expert to the most similar dominant one; `"random"` is a baseline; or a name
-            that `register_grouping` was given.
-        weighting: `"frequency"` or `"uniform"` weights in the merge, or a name that `register_weighting` was given.
+        target_size: Maximum size of the weight files, headers included: bytes, or for example `"16GB"`, or `"50%"` of
+            their present size.
+        allocation: `"uniform"`, or `"adaptive"`: dominant experts are the most frequent of the whole model, with
+            frequencies divided by the largest one of each block.
+        similarity: Measure of similarity: `"router_logits"` over calibration tokens (the paper), `"router_weights"`,
+            `"expert_weights"`, or a name registered with `register_similarity`.
+        grouping: `"routing"` assigns each expert to the most similar dominant one; `"random"` is a baseline; or a name
+            registered with `register_grouping`.
+        weighting: `"frequency"` or `"uniform"` weights in the merge, or a name registered with `register_weighting`.
         align: Permute each expert's neurons to its group's dominant expert before merging.
         routing: `"map"` keeps the router and maps its ids (the paper; needs this package to load), `"reduce"`
             shrinks the router, which gives a plain checkpoint.
-        router_rows: Row of a merged expert under `"reduce"`: that of its `"dominant"` expert or the frequency-weighted
-            `"mean"`, or rows that were fitted to how the original router shared its weight (`"fit"`, the default), or
-            a name that `register_router_rows` was given.
-        layers: Positions of the MoE blocks to cut, None for all.
-        protect: Patterns of block names that stay as they are, for example `["*.layers.0.*"]`.
+        router_rows: Router row of a merged expert with `"reduce"`: that of its `"dominant"` expert, the
+            frequency-weighted `"mean"`, rows fitted to the original routing weights (`"fit"`, the default), or a name
+            registered with `register_router_rows`.
+        layers: Positions of the MoE blocks to compress, None for all.
+        protect: Patterns of block names to leave unchanged, for example `["*.layers.0.*"]`.
 
     Raises:
         ValueError: If a setting is unknown or out of range.
@@ -86,7 +86,7 @@ class ExpertMerging(CountedStage):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Frequencies, which say the dominant expert of each group, and what the chosen functions read."""
+        """Frequencies, to find the dominant expert of each group, and the inputs of the chosen functions."""
         used = [choice[chosen] for choice, chosen in self._choices if choice is not ROUTER_ROWS or self._reduces]
         return frozenset({"frequency"}).union(*(function.observations for function in used))
 
@@ -96,7 +96,7 @@ class ExpertMerging(CountedStage):
 
     @property
     def is_adaptive(self) -> bool:
-        """With the paper's global ranking."""
+        """True for the adaptive allocation, which ranks the experts of all blocks together."""
         return self.allocation == "adaptive"
 
     def counts(self, model: ModelInfo) -> dict[str, int]:
@@ -111,7 +111,7 @@ class ExpertMerging(CountedStage):
         return super().counts(model)
 
     def allocate(self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, Any]) -> dict[str, int]:
-        """Uniform counts, or the adaptive ones of the paper ("globally group")."""
+        """Uniform expert counts, or the adaptive ones of the paper ("globally group")."""
         counts = self.counts(model)
         if not self.is_adaptive:
             return counts
@@ -144,7 +144,7 @@ class ExpertMerging(CountedStage):
         )
 
     def _groups(self, context: BlockContext, count: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Labels and dominant experts, groups numbered by ascending dominant expert."""
+        """Labels and dominant experts; groups are numbered by ascending dominant expert."""
         rank_E = context.rank(context.observed().token_count_E)
         found: Groups = GROUPINGS[self.grouping](
             context,
@@ -168,7 +168,7 @@ class ExpertMerging(CountedStage):
 class MSMoE(ExpertMerging):
     """Merge experts into the most frequently used ones, grouped by routing policy (arXiv:2310.01334, section 3.2).
 
-    Takes the settings of `ExpertMerging`.
+    The settings are those of `ExpertMerging`.
     """
 
     name: ClassVar[str] = "m-smoe"

@@ -22,7 +22,7 @@ from optimum_moe.algorithms.router_fit import Choices, RouterFit, RouterView, fi
 from optimum_moe.algorithms.similarity import gram_similarity, vector_similarity
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.settings import choose_one
-from optimum_moe.stages.parts import FromContext, from_context
+from optimum_moe.stages.from_context import FromContext, from_context
 from optimum_moe.statistics import Reservoir
 
 Function = Callable[..., Any]
@@ -32,8 +32,8 @@ class Choice:
     """A registry of functions that make one of the four choices.
 
     Args:
-        kind: What is chosen, as errors name it.
-        given: Names of what the functions are given beside parts of a `BlockContext`.
+        kind: Name of the choice in errors.
+        given: Names of further arguments of the functions, beside the parts of a `BlockContext`.
     """
 
     def __init__(self, kind: str, *given: str) -> None:
@@ -44,7 +44,7 @@ class Choice:
         """Decorator that makes a function available under a name.
 
         Raises:
-            ValueError: If the name is taken, or a parameter of the function is unknown.
+            ValueError: If the name is already registered, or a parameter of the function is unknown.
         """
         if name in self._functions:
             raise ValueError(f"A {self.kind} named {name!r} is already registered. Choose another name.")
@@ -62,7 +62,7 @@ class Choice:
 
     @property
     def functions(self) -> Mapping[str, Function]:
-        """All functions by name."""
+        """All registered functions by name."""
         return {name: found.function for name, found in self._functions.items()}
 
 
@@ -72,8 +72,7 @@ class Groups:
 
     Args:
         labels_E: (E,) int64 group of each expert, in any numbering.
-        dominants: The dominant expert of each group, by label; None where a grouping knows of none, and the most
-            frequent expert of each group is taken.
+        dominants: The dominant expert of each group, by label; None for the most frequent expert of each group.
     """
 
     labels_E: torch.Tensor
@@ -85,8 +84,8 @@ class RouterRows:
     """The rows of a router with one row for each group.
 
     Args:
-        weights_E: (E,) float64 weight of each expert's row in that of its group.
-        fit: Rows that were fitted, in place of the weighted ones.
+        weights_E: (E,) float64 weight of each expert's row in the row of its group.
+        fit: Fitted rows, which replace the weighted ones.
     """
 
     weights_E: torch.Tensor
@@ -102,8 +101,8 @@ ROUTER_ROWS = Choice("router_rows", "labels_E", "dominants_G")
 def register_similarity(name: str) -> Callable[[Function], Function]:
     """Decorator that makes a similarity available as `ExpertMerging(similarity=name)`.
 
-    The function returns an (E, E) symmetric matrix of which larger values mean more alike; see the module for what it
-    may read.
+    The function returns a symmetric (E, E) matrix in which larger values mean more similar; the module's docstring
+    lists what it may read.
 
     Raises:
         ValueError: If the name is taken, or a parameter of the function is unknown.
@@ -114,9 +113,10 @@ def register_similarity(name: str) -> Callable[[Function], Function]:
 def register_grouping(name: str) -> Callable[[Function], Function]:
     """Decorator that makes a grouping available as `ExpertMerging(grouping=name)`.
 
-    Beside what the module says the function may take `similarity` (a function without arguments that gives the (E, E)
-    matrix), `rank_E` ((E,) how often each expert is chosen, experts that must be kept apart in front), `num_groups` and
-    `router_groups` (experts of different router groups must not be joined). It returns `Groups`.
+    In addition to the inputs that the module's docstring lists, the function may take `similarity` (a function without
+    arguments that gives the (E, E) matrix), `rank_E` ((E,) frequency of each expert, with the highest values for
+    experts that must be kept), `num_groups` and `router_groups` (experts of different router groups must not be merged
+    together). It returns `Groups`.
 
     Raises:
         ValueError: If the name is taken, or a parameter of the function is unknown.
@@ -127,8 +127,8 @@ def register_grouping(name: str) -> Callable[[Function], Function]:
 def register_weighting(name: str) -> Callable[[Function], Function]:
     """Decorator that makes a weighting available as `ExpertMerging(weighting=name)`.
 
-    Beside what the module says the function may take `labels_E` ((E,) group of each expert) and `dominants_G`. It
-    returns (E,) weights of at least 0, which are divided by their sum in each group.
+    In addition to the inputs that the module's docstring lists, the function may take `labels_E` ((E,) group of each
+    expert) and `dominants_G`. It returns (E,) nonnegative weights, which are divided by their sum in each group.
 
     Raises:
         ValueError: If the name is taken, or a parameter of the function is unknown.
@@ -139,8 +139,8 @@ def register_weighting(name: str) -> Callable[[Function], Function]:
 def register_router_rows(name: str) -> Callable[[Function], Function]:
     """Decorator that makes router rows available as `ExpertMerging(routing="reduce", router_rows=name)`.
 
-    Beside what the module says the function may take `labels_E` ((E,) group of each expert) and `dominants_G`. It
-    returns `RouterRows`.
+    In addition to the inputs that the module's docstring lists, the function may take `labels_E` ((E,) group of each
+    expert) and `dominants_G`. It returns `RouterRows`.
 
     Raises:
         ValueError: If the name is taken, or a parameter of the function is unknown.
@@ -150,19 +150,19 @@ def register_router_rows(name: str) -> Callable[[Function], Function]:
 
 @register_similarity("router_logits")
 def router_logits(router_gram_EE: torch.Tensor) -> torch.Tensor:
-    """Cosine of the router logits over the calibration tokens (M-SMoE, arXiv:2310.01334, section 3.2)."""
+    """Cosine similarity of router logits over the calibration tokens (M-SMoE, arXiv:2310.01334, section 3.2)."""
     return gram_similarity(router_gram_EE)
 
 
 @register_similarity("router_weights")
 def router_weights(router: RouterView, info: BlockInfo) -> torch.Tensor:
-    """Cosine of the router's rows; data-free."""
+    """Cosine similarity of the router's rows; data-free."""
     return vector_similarity(router.rows_NX[: info.num_experts])
 
 
 @register_similarity("expert_weights")
 def expert_weights(experts: ExpertTensors) -> torch.Tensor:
-    """Cosine of all matrices of the experts, neurons in their own order; data-free."""
+    """Cosine similarity of all matrices of the experts, without neuron alignment; data-free."""
     fields = [m for m in (experts.gate, experts.up, experts.down) if m is not None]
     gram_EE = torch.zeros(experts.num_experts, experts.num_experts, dtype=torch.float64)
     for matrices in fields:
@@ -176,7 +176,7 @@ def expert_weights(experts: ExpertTensors) -> torch.Tensor:
 def group_by_routing(
     similarity: Callable[[], torch.Tensor], rank_E: torch.Tensor, num_groups: int, router_groups: int
 ) -> Groups:
-    """The most frequent experts are dominant, and each other one joins the most similar of them (M-SMoE)."""
+    """The most frequent experts are dominant, and every other expert joins the most similar of them (M-SMoE)."""
     dominants = dominant_experts(rank_E, num_groups, router_groups)
     return Groups(join_dominants(similarity(), dominants, router_groups), dominants)
 
@@ -189,19 +189,19 @@ def group_at_random(info: BlockInfo, num_groups: int, generator: torch.Generator
 
 @register_weighting("frequency")
 def weight_by_frequency(token_count_E: torch.Tensor) -> torch.Tensor:
-    """By the number of tokens (M-SMoE)."""
+    """Weight each expert by its number of tokens (M-SMoE)."""
     return token_count_E
 
 
 @register_weighting("uniform")
 def weight_uniformly(info: BlockInfo) -> torch.Tensor:
-    """A plain average."""
+    """Weight all experts equally."""
     return torch.ones(info.num_experts, dtype=torch.float64)
 
 
 @register_router_rows("dominant")
 def dominant_rows(labels_E: torch.Tensor, dominants_G: tuple[int, ...]) -> RouterRows:
-    """The row of each group's dominant expert."""
+    """Take the router row of each group's dominant expert."""
     weights_E = torch.zeros(len(labels_E), dtype=torch.float64)
     weights_E[list(dominants_G)] = 1.0
     return RouterRows(weights_E)
@@ -209,7 +209,7 @@ def dominant_rows(labels_E: torch.Tensor, dominants_G: tuple[int, ...]) -> Route
 
 @register_router_rows("mean")
 def mean_rows(token_count_E: torch.Tensor, labels_E: torch.Tensor, dominants_G: tuple[int, ...]) -> RouterRows:
-    """The mean of the rows of each group, weighted by frequency."""
+    """Average the router rows of each group, weighted by frequency."""
     return RouterRows(merge_weights(token_count_E, labels_E, len(dominants_G)))
 
 
@@ -222,7 +222,7 @@ def fitted_rows(
     labels_E: torch.Tensor,
     dominants_G: tuple[int, ...],
 ) -> RouterRows:
-    """Rows that share the weight among the groups as the original router did; see `algorithms.router_fit`."""
+    """Fit rows to the routing weights that the original router gave each group; see `algorithms.router_fit`."""
     rows = [*dominants_G, *range(router.num_experts, len(router.rows_NX))]
     start = replace(
         router,

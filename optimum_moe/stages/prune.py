@@ -23,12 +23,12 @@ class ExpertPruning(CountedStage):
     Args:
         num_experts: Experts that remain in each block. Exactly one of this, `keep_ratio` and `target_size`.
         keep_ratio: Share of experts that remain, in (0, 1] or as `"50%"`; rounds up.
-        target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
-            what they are.
+        target_size: Maximum size of the weight files, headers included: bytes, or for example `"16GB"`, or `"50%"` of
+            their present size.
         saliency: Registered criterion: `"reap"`, `"frequency"`, `"gate_sum"`, `"ean"`, `"output_norm"`,
             `"output_norm_squared"`, `"aimer"` (data-free) or `"random"` (baseline).
-        layers: Positions of the MoE blocks to cut, None for all.
-        protect: Patterns of block names that stay as they are.
+        layers: Positions of the MoE blocks to compress, None for all.
+        protect: Patterns of block names to leave unchanged.
 
     Raises:
         ValueError: If a setting is unknown or out of range.
@@ -44,21 +44,21 @@ class ExpertPruning(CountedStage):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the criterion reads; nothing for data-free ones."""
+        """The observations that the criterion reads; none for data-free ones."""
         return get_saliency(self.saliency).observations
 
     @property
     def reads_experts(self) -> bool:
-        """False for criteria that look at statistics only, or at nothing."""
+        """Whether the criterion reads expert weights; False for criteria that only use statistics."""
         return "experts" in get_saliency(self.saliency).needs
 
     @property
     def routing(self) -> Routing:
-        """The router loses the rows of the removed experts."""
+        """Always `"reduce"`: the router loses the rows of the removed experts."""
         return "reduce"
 
     def decide(self, context: BlockContext, allocated: int) -> BlockPlan:
-        """Keep the most salient experts, equally many of each router group."""
+        """Keep the most salient experts, the same number in each router group."""
         info = context.info
         if allocated == info.num_experts:
             return keep_all(info.name, allocated)

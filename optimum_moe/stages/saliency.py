@@ -1,4 +1,4 @@
-"""Saliency criteria: how much an expert is worth; higher means keep."""
+"""Saliency criteria for expert pruning; a higher saliency means that the expert is kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optimum_moe.algorithms.merging import in_parts
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.settings import choose_one
 from optimum_moe.stages.context import BlockContext
-from optimum_moe.stages.parts import FromContext, from_context
+from optimum_moe.stages.from_context import FromContext, from_context
 
 _SALIENCIES: dict[str, Saliency] = {}
 
@@ -27,16 +27,16 @@ class Saliency:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the parts of a `BlockContext` that it reads."""
+        """Names of the parts of a `BlockContext` that the criterion reads."""
         return self.function.parts
 
     @property
     def observations(self) -> frozenset[str]:
-        """Names of the observations among them; none for data-free criteria."""
+        """Names of the observations that the criterion reads; none for data-free criteria."""
         return self.function.observations
 
     def __call__(self, context: BlockContext) -> torch.Tensor:
-        """(E,) float64 saliency of one block; an expert without tokens gets what the criterion's sums give: 0."""
+        """(E,) float64 saliencies of one block; sums over tokens are 0 for an expert without tokens."""
         values_E = self.function(context).double()
         wanted, found = (context.info.num_experts,), tuple(values_E.shape)
         broken = [] if found != wanted else (~values_E.isfinite()).nonzero()[:, 0].tolist()
@@ -44,7 +44,7 @@ class Saliency:
             got = f"NaN or infinity for experts {broken}" if broken else f"shape {found}"
             raise ValueError(
                 f"saliency {self.name!r} must return {wanted[0]} finite values for {context.info.name}, got {got}. "
-                "Weights and statistics are finite, so correct the registered function."
+                "The weights and statistics are finite, so correct the registered function."
             )
         return values_E
 
@@ -55,13 +55,13 @@ def register_saliency(name: str) -> Callable[[Callable[..., torch.Tensor]], Call
     The parameters of the function say what it reads, by name: fields of `BlockStatistics` such as `gated_norm_sum_E`,
     and `experts` (an `ExpertTensors`), `info` (a `BlockInfo`), `router` (a `RouterView`), `generator` (a seeded
     `torch.Generator`). Only the statistics that it names are observed. Without any it is data-free; without `experts`
-    a streaming run does not read experts that go. It returns (E,) values, of which higher ones mean keep.
+    a streaming run does not read removed experts. It returns (E,) values; experts with higher values are kept.
 
     Args:
-        name: Its name.
+        name: Name of the criterion in recipes.
 
     Raises:
-        ValueError: If the name is taken or a parameter is none of the above.
+        ValueError: If the name is already registered or a parameter is none of the above.
     """
     if name in _SALIENCIES:
         raise ValueError(f"A saliency named {name!r} is already registered. Choose another name.")
@@ -90,7 +90,7 @@ def _mean(sum_E: torch.Tensor, token_count_E: torch.Tensor) -> torch.Tensor:
 
 @register_saliency("frequency")
 def frequency(token_count_E: torch.Tensor) -> torch.Tensor:
-    """Share of the routed pairs."""
+    """Share of the (token, expert) pairs that are routed to the expert."""
     return token_count_E / token_count_E.sum().clamp(min=1)
 
 
@@ -102,7 +102,7 @@ def gate_sum(gate_sum_E: torch.Tensor) -> torch.Tensor:
 
 @register_saliency("ean")
 def expert_activation_norm(output_norm_sum_E: torch.Tensor) -> torch.Tensor:
-    """Sum of output norms."""
+    """Sum of output norms over the expert's tokens."""
     return output_norm_sum_E
 
 
@@ -128,7 +128,7 @@ def router_weighted_activation(gated_norm_sum_E: torch.Tensor, token_count_E: to
 def absolute_mean_over_rms(experts: ExpertTensors) -> torch.Tensor:
     """Minus mean|w| / rms(w) over all matrices of the expert; data-free.
 
-    That is at least -1. An expert with a matrix of zeros is dead, and worth less than any other.
+    The value is at least -1. An expert with an all-zero matrix is dead and ranks below all others.
     """
     values = []
     for e in range(experts.num_experts):
@@ -145,12 +145,12 @@ _DEAD = -2.0
 
 
 def _sums(matrix: torch.Tensor) -> torch.Tensor:
-    """Sum of absolute values, and of squares, in float64; single rows are summed in float32."""
+    """Sum of absolute values and sum of squares in float64; single rows are summed in float32."""
     rows = matrix.float()
     return torch.stack([rows.abs().sum(-1), rows.square().sum(-1)]).sum(-1, dtype=torch.float64)
 
 
 @register_saliency("random")
 def random_saliency(info: BlockInfo, generator: torch.Generator) -> torch.Tensor:
-    """Uniform random numbers: the baseline."""
+    """Uniform random values, as a baseline."""
     return torch.rand(info.num_experts, generator=generator, dtype=torch.float64)

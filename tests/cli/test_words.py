@@ -19,7 +19,7 @@ from optimum_moe.calibration import build_batches
 from optimum_moe.checkpoint.names import check_checkpoint_name, data_set_name
 from optimum_moe.cli.compress import CompressCommand
 from optimum_moe.cli.errors import name_flags
-from optimum_moe.engine.job import StreamingJob
+from optimum_moe.engine.streaming import StreamingJob
 from tests.cli.conftest import Run
 from tests.fake_hub import FakeHub, fake_hub  # noqa: F401
 from tests.tiny_checkpoints import documents, save_checkpoint, tokenizer
@@ -64,7 +64,7 @@ def test_arguments_of_the_api_are_named_as_flags(message: str, said: str) -> Non
         (("--seed", -1), "error: --seed -1 is out of range."),
         (("--keep-ratio", 0), "error: --keep-ratio 0.0 must lie in (0, 1]"),
         (("--text-column", "body"), "Set --text-column."),
-        (("--max-shard-size", "huge"), "error: --max-shard-size huge is no size."),
+        (("--max-shard-size", "huge"), "error: --max-shard-size huge is not a size."),
         (("--max-shard-size", "1GB", "--streaming"), "error: --max-shard-size 1GB is for a run without --streaming"),
         (("--tokenizer", "nowhere"), "error: nowhere is no folder"),
         (("--max-memory", "1GB"), "error: --max-memory 1GB is for --streaming;"),

@@ -1,4 +1,4 @@
-"""A streaming run from its working folder to the finished checkpoint."""
+"""A streaming run, from its working folder to the finished checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from optimum_moe.checkpoint.streamed import StreamedModel
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.engine.activations import Activations
 from optimum_moe.engine.disk_store import DiskStore
-from optimum_moe.engine.soundness import Named, check_tensors
+from optimum_moe.engine.weight_checks import Named, check_tensors
 from optimum_moe.engine.working_folder import WorkingFolder
 from optimum_moe.plan import PLAN_NAME, CompressionPlan
 from optimum_moe.records import read_digest
@@ -38,8 +38,8 @@ class StreamingSettings:
     """How a checkpoint is streamed.
 
     Args:
-        device: Where layers are computed.
-        max_memory: Bytes for tensors; None for as many as are free.
+        device: Device that computes the layers.
+        max_memory: Maximum bytes for tensors; None for the free memory.
     """
 
     device: torch.device
@@ -49,10 +49,10 @@ class StreamingSettings:
 def choose_streaming(
     engine: str, source: ModelSource, destination: Path | None, device_map: Any, max_memory: Any
 ) -> StreamingSettings | None:
-    """How to stream, None where the model is to be loaded as a whole.
+    """The settings of a streaming run; None if the whole model is to be loaded.
 
     Raises:
-        ValueError: If streaming is asked for and impossible.
+        ValueError: If streaming is requested and impossible.
     """
     if engine == "auto":
         too_large = source.live is None and source.info.bytes > psutil.virtual_memory().available
@@ -64,29 +64,29 @@ def choose_streaming(
             raise ValueError(f'max_memory={max_memory!r} is for engine="streaming"; in memory it is a dict by device.')
         return None
     if source.live is not None:
-        raise ValueError('engine="streaming" is for a checkpoint, and this model is in memory. Give its path instead.')
+        raise ValueError('engine="streaming" needs a checkpoint, but this model is in memory. Pass its path instead.')
     if destination is None:
-        raise ValueError('engine="streaming" writes as it goes and needs output_dir. Pass output_dir=.')
+        raise ValueError('engine="streaming" writes during the run and needs output_dir. Pass output_dir=.')
     if isinstance(device_map, Mapping) and len(device_map) == 1:
         device_map = next(iter(device_map.values()))
     try:
         device = torch.device("cpu" if device_map is None else device_map)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f'engine="streaming" computes on one device, device_map={device_map!r} is none. Pass "cpu" or "cuda:0".'
+            f'engine="streaming" computes on one device, not device_map={device_map!r}. Pass "cpu" or "cuda:0".'
         ) from error
     return StreamingSettings(device, None if max_memory is None else parse_size(max_memory, "max_memory"))
 
 
 class StreamingJob:
-    """A context manager around a streaming run; what is finished stays when it is left by an error.
+    """A context manager around a streaming run; finished layers are kept after an error, so the run can resume.
 
     Args:
         source: The checkpoint.
-        destination: Where the result goes; None for a run that only observes.
-        identity: What the result depends on.
-        settings: How it is streamed.
-        overwrite: Forget an earlier run, and replace what is at the destination.
+        destination: Folder of the result; None for a run that only observes.
+        identity: Everything that the result depends on.
+        settings: How to stream.
+        overwrite: Discard an earlier run, and replace the destination.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ class StreamingJob:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._stack.close()
-        kept = "nothing was to be kept"
+        kept = "this run keeps no parts"
         if self.folder is not None:
             kept = "no part is finished"
             if self.folder.finished:
-                kept = f"{len(self.folder.finished)} parts are finished and stay in {self.folder.path}"
+                kept = f"{len(self.folder.finished)} parts are finished and kept in {self.folder.path}"
         if isinstance(error, Exception) and disk_is_full(error):
             raise ValueError(f"The disk is full; {kept}. Free some space, and repeat the same command.") from error
         if isinstance(error, OSError) and error.errno in _REFUSED:
@@ -133,36 +133,36 @@ class StreamingJob:
             ) from error
 
     def check(self, size: int, beside: Iterable[Named]) -> None:
-        """Raise a `ValueError` unless there is room for what is not written yet, and what is read is sound.
+        """Raise a `ValueError` unless the remaining output fits on the disk and all weights are finite.
 
         Args:
             size: Bytes of the whole result.
-            beside: Tensors that are copied beside the model.
+            beside: Tensors outside of the model that are copied to the result.
         """
         assert self.folder is not None
         check_tensors(chain(self.store.tensors(), beside), self.store.model, self.store.blocks)
         check_space(self.folder.destination, size - sum(layer["size"] for layer in self.folder.finished.values()))
 
     def finished_model(self) -> PreTrainedModel:
-        """The compressed model, without numbers."""
+        """The compressed model on the meta device, without values."""
         self.store.rebuild()
         return self.store.model
 
     def complete(self, describe: Callable[[Path, str], None]) -> None:
-        """Add to the shards what else a checkpoint has, and put it in its place.
+        """Write the other files of the checkpoint, and move it to the destination.
 
         Args:
-            describe: Writes everything but the shards and their index into a folder, for a checkpoint of that name.
+            describe: Called with a folder and the checkpoint's name; writes all files but shards and index.
 
         Raises:
-            ValueError: If the original checkpoint or a shard was changed in the meantime, or something appeared at the
+            ValueError: If the original checkpoint or a shard changed in the meantime, or if something appeared at the
                 destination that must not be replaced.
         """
         assert self.folder is not None
         if file_states(self._checkpoint) != self._before:
             raise ValueError(
                 f"{self._checkpoint.name} was changed while it was compressed. Pass overwrite=True (--overwrite) to "
-                "begin anew."
+                "start again."
             )
         self.folder.check()
         side = self.folder.path / "description"
@@ -184,10 +184,10 @@ class StreamingJob:
         return Path(tempfile.gettempdir()) if self.folder is None else self.folder.path
 
     def _room(self) -> int:
-        """Bytes for activations.
+        """Bytes of memory that are left for activations.
 
         Raises:
-            ValueError: If not one layer fits.
+            ValueError: If the largest layer does not fit into `max_memory`.
         """
         needed = self.store.needed
         if self._max_memory is None:
@@ -206,7 +206,7 @@ def calibration_identity(
     statistics: Statistics | None,
     plan: CompressionPlan | None,
 ) -> dict[str, Any]:
-    """What a run is made from beside the checkpoint and the recipe."""
+    """The calibration part of a run's identity, beside the checkpoint and the recipe."""
     found: dict[str, Any] = {}
     if batches is not None and config is not None:
         found["data"] = batches.description
@@ -221,7 +221,7 @@ def calibration_identity(
 
 
 def file_states(source: ModelSource) -> dict[str, Any]:
-    """What changes when somebody writes to a checkpoint while it is read: sizes and times of its files."""
+    """Sizes and modification times of a checkpoint's files, to detect changes while it is read."""
     assert source.headers is not None
     files = {}
     for file in (*source.headers.files, Path(source.directory or "") / "config.json"):

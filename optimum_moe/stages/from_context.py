@@ -1,4 +1,4 @@
-"""Functions that name what they read of a block: registered choices of pruning and merging are of this kind."""
+"""Registered functions of pruning and merging: their parameter names say which parts of a block they read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optimum_moe.statistics import OBSERVATION_OF
 
 _OF_THE_CONTEXT = ("experts", "info", "router", "generator")
 _SAMPLES = ("sample", "reservoir")
-"""The sampled tokens on the device of the experts, and as they were observed."""
+"""`sample` is on the device of the experts, `reservoir` is the same data as observed."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class FromContext:
 
     Args:
         function: The function.
-        parts: Names of its parameters that are parts of the context or fields of its statistics.
+        parts: Names of its parameters that come from the context or its statistics.
     """
 
     function: Callable[..., Any]
@@ -30,12 +30,12 @@ class FromContext:
 
     @property
     def observations(self) -> frozenset[str]:
-        """Names of the observations that it reads."""
+        """Names of the observations that the function reads."""
         found = {OBSERVATION_OF[part] for part in self.parts if part in OBSERVATION_OF}
         return frozenset(found | ({"sample"} if self.parts.intersection(_SAMPLES) else set()))
 
     def __call__(self, context: BlockContext, **more: Any) -> Any:
-        """The function's result for a block, given its other arguments."""
+        """Call the function for a block; `more` are arguments that the context does not have."""
         given = {part: getattr(context, part) for part in self.parts if part in _OF_THE_CONTEXT}
         if "sample" in self.parts:
             given["sample"] = context.sample()
@@ -50,16 +50,16 @@ class FromContext:
 
 
 def from_context(kind: str, name: str, function: Callable[..., Any], *more: str) -> FromContext:
-    """A function that was registered, with the names of what it reads.
+    """Wrap a registered function after a check of its parameter names.
 
     Args:
-        kind: What it was registered as, for errors.
-        name: Its name, for errors.
+        kind: Kind of function in errors, for example `"similarity"`.
+        name: Registered name in errors.
         function: The function.
-        more: Names of other arguments that it may take.
+        more: Names of arguments that the caller passes, beside the parts of a context.
 
     Raises:
-        ValueError: If a parameter is none of those that exist.
+        ValueError: If a parameter has an unknown name.
     """
     parameters = list(inspect.signature(function).parameters)
     known = [*_OF_THE_CONTEXT, *_SAMPLES, *OBSERVATION_OF, *more]

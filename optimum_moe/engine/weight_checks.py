@@ -1,4 +1,4 @@
-"""Broken and dead tensors: what a model or checkpoint holds of NaN, infinity and zeros, said before anything is cut."""
+"""Checks of all weights before anything is cut: NaN and infinity are refused, all-zero experts cause a warning."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Named = tuple[str, torch.Tensor]
 
 _SHOWN = 4
 _IN_A_MODULE = re.compile(r"\bexperts?\.(?:expert_)?(\d+)\.")
-"""Where experts are modules of their own, their paths say which they are."""
+"""Finds the expert's index in the module path, for architectures with one module per expert."""
 
 
 def check_model(model: PreTrainedModel, blocks: Sequence[FoundBlock], beside: Iterable[Named] = ()) -> PreTrainedModel:
-    """The model in memory, after `check_tensors` of it and of what is copied beside it."""
+    """Run `check_tensors` on a model in memory and on the tensors copied beside it; returns the model."""
     seen: set[tuple[int, torch.Size]] = set()
 
     def once() -> Iterator[Named]:
         for name, tensor in model.state_dict().items():
-            # Tied tensors have one place; offloaded ones have none.
+            # Tied tensors share one address; offloaded ones have none.
             key = (tensor.data_ptr(), tensor.shape)
             if not tensor.is_meta and key not in seen:
                 seen.add(key)
@@ -36,15 +36,15 @@ def check_model(model: PreTrainedModel, blocks: Sequence[FoundBlock], beside: It
 
 
 def check_tensors(tensors: Iterable[Named], model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> None:
-    """Refuse tensors that hold NaN or infinity, and name those that are all zeros.
+    """Refuse tensors with NaN or infinity, and warn of experts whose weights are all zeros.
 
     Args:
-        tensors: What is to be compressed, by the names of the model.
+        tensors: All tensors to compress, by the names of the model.
         model: The model.
         blocks: Its MoE blocks, not cut yet.
 
     Raises:
-        ValueError: If a number is NaN or infinite.
+        ValueError: If an element is NaN or infinite.
     """
     axes = {f"{f.info.name}.{path}": a for f in blocks for path, a in f.surgeon.expert_axes(f.module(model)).items()}
     names = sorted((found.info.name for found in blocks), key=len, reverse=True)
@@ -67,29 +67,29 @@ def check_tensors(tensors: Iterable[Named], model: PreTrainedModel, blocks: Sequ
     if broken:
         wider = 'load it in a wider dtype than float16 (dtype="bfloat16" or "float32"), or ' if narrow else ""
         raise ValueError(
-            f"The weights are broken: {_listed(broken)}. Nothing was cut. To mend that, {wider}download, copy or train "
-            "the checkpoint again."
+            f"The weights are broken: {_listed(broken)}. Nothing was cut. To fix this, {wider}download, copy or "
+            "train the checkpoint again."
         )
     if dead:
         warnings.warn(
-            f"These weights are all zeros: {_listed(dead)}. An expert without weights gives nothing, and is the first "
-            "to go. Check the checkpoint if it is not meant to be so.",
+            f"These weights are all zeros: {_listed(dead)}. Such an expert outputs zero, and is removed first. Check "
+            "the checkpoint if this is not intended.",
             stacklevel=2,
         )
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Without a tensor of the same size in between."""
+    """Whether all elements are finite; allocates no tensor of the same size."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if tensor.element_size() == 1:
-        # Few things can be asked of eight bits.
+        # 8-bit dtypes support few operations.
         tensor = tensor.float()
     return all(bool(value.isfinite()) for value in tensor.aminmax())
 
 
 def _parts(name: str, tensor: torch.Tensor, axis: ExpertAxis | None) -> Iterator[tuple[int | None, torch.Tensor]]:
-    """What belongs to each expert, and what belongs to none."""
+    """Yield the slice of each expert with its index, and the slices of no expert with None."""
     found = _IN_A_MODULE.search(name)
     if axis is None:
         yield None if found is None else int(found[1]), tensor
