@@ -415,7 +415,7 @@ def test_labels_become_the_input_of_a_decoder() -> None:
     assert_same_counts(made, observed(model, [by_hand]))
     for source, message in (
         ([{"input_ids": inputs["input_ids"]}], r"Item 0 has no decoder_input_ids, and the model has a decoder"),
-        ([{"input_ids": [1, 2], "labels": [3]}], r"Pass a DataLoader of them with DataCollatorForSeq2Seq"),
+        ([{"input_ids": [1, 2], "labels": [3]}], r"Pass a DataLoader with DataCollatorForSeq2Seq"),
     ):
         with pytest.raises(ValueError, match=message):
             observed(model, source)
