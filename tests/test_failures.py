@@ -185,7 +185,7 @@ def test_failed_calibration_restores_the_model(
     if failure == "mask":
         observer = importlib.import_module("optimum_moe.calibration.observe")
         monkeypatch.setattr(observer, "padding_mask", lambda *_: torch.ones(30, dtype=torch.bool))
-        expected, message = ValueError, "saw 32 tokens where the attention mask has 30[.] Give inputs whose"
+        expected, message = ValueError, "saw 32 tokens, but the attention mask has 30[.] Give inputs whose"
     elif failure == "interrupt":
         hook = model.lm_head.register_forward_pre_hook(lambda *_: interrupt())
         expected, message = KeyboardInterrupt, None

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE, records
 from optimum_moe.checkpoint import destination, shards
-from optimum_moe.engine import job
+from optimum_moe.engine import streaming
 from optimum_moe.engine.lockstep import Runner
 from optimum_moe.surgeons.generic import GenericSurgeon
 from tests.tiny_models import build, inputs_for
@@ -174,7 +174,7 @@ def test_a_disk_that_is_really_full(
     out = small_disk / "out"
     with pytest.raises(ValueError, match=r"disk has [\d,]+ bytes left, the checkpoint takes [\d,]+. Free some space"):
         stream(checkpoint, out, method)
-    monkeypatch.setattr(job, "check_space", lambda *_: None)
+    monkeypatch.setattr(streaming, "check_space", lambda *_: None)
     with pytest.raises(ValueError, match=r"The disk is full; [12] parts are finished and kept in .*out.stream"):
         stream(checkpoint, out, method)
     assert not out.exists()

@@ -18,7 +18,7 @@ from optimum_moe.calibration import build_batches, observe
 from optimum_moe.checkpoint.headers import read_headers
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.checkpoint.streamed import StreamedModel, align
-from optimum_moe.engine import job as job_module
+from optimum_moe.engine import streaming as streaming_module
 from optimum_moe.engine.activations import Activations
 from optimum_moe.engine.layers import find_layers
 from optimum_moe.engine.lockstep import Lockstep
@@ -243,7 +243,7 @@ def test_activations_go_to_disk_with_the_same_bits(
 
     data = calibration("switch_transformers")
     whole = compressed(checkpoints("switch_transformers"), METHODS["map"], data, tmp_path / "a" / "out", "memory")
-    monkeypatch.setattr(job_module, "Activations", Full)
+    monkeypatch.setattr(streaming_module, "Activations", Full)
     path = compressed(checkpoints("switch_transformers"), METHODS["map"], data, tmp_path / "b" / "out", "streaming")
     assert_same(whole, path)
     # 3 batches of 2 x 16 tokens of 64 float32 leave each of the 7 layers before the last MoE block.
@@ -375,7 +375,7 @@ def test_auto_streams_what_is_larger_than_memory(
 
     assert not chosen(output_dir=tmp_path / "out")
     free = type("Free", (), {"available": open_source(checkpoints("qwen3_moe")).info.bytes - 1})
-    monkeypatch.setattr(job_module.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(streaming_module.psutil, "virtual_memory", lambda: free)
     assert chosen(output_dir=tmp_path / "out")
     assert not chosen()
     assert not chosen(output_dir=tmp_path / "out", engine="memory")

@@ -1,4 +1,4 @@
-"""Calibration data and the observer."""
+"""Calibration data, and the collection of statistics on it."""
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig, build_batches
 from optimum_moe.calibration.fitting import batches_for

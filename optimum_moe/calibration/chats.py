@@ -1,4 +1,4 @@
-"""Chats as people have them, and as chat templates want them."""
+"""Reading chats in common formats, and rendering them with chat templates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Chat: TypeAlias = list[Mapping[str, Any]]
-"""One conversation: messages of {"role": ..., "content": ...}."""
+"""One conversation: messages with the keys "role" and "content"."""
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -34,10 +34,10 @@ def is_chat(value: Any) -> bool:
 
 
 def read_chat(value: Sequence[Mapping[str, Any]], where: str) -> Chat:
-    """The messages of a chat with roles, what is None left out but for the content.
+    """The messages of a chat with roles; keys whose value is None are dropped, except the content.
 
     Raises:
-        ValueError: a role of ShareGPT's that is not known; `where` names the place.
+        ValueError: an unknown ShareGPT role; `where` names the place.
     """
     chat: Chat = []
     for message in value:
@@ -49,14 +49,14 @@ def read_chat(value: Sequence[Mapping[str, Any]], where: str) -> Chat:
                     'chat as {"role": ..., "content": ...} messages.'
                 )
             message = {"role": role, "content": message.get("value")}
-        # Data sets fill what a message lacks with None, and templates ask for its presence.
+        # Datasets fill missing keys with None, and templates test whether a key is present.
         kept = {key: item for key, item in message.items() if item is not None and (key != "tool_calls" or item)}
         chat.append({**kept, "content": _content(message.get("content"), where)})
     return chat
 
 
 def _content(content: Any, where: str) -> str | list[Mapping[str, Any]]:
-    """Text; parts that are all text are joined, those with images and the like stay."""
+    """Content of a message: text-only parts are joined to a string, parts with media remain a list."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -83,11 +83,11 @@ def chat_text(chat: Chat) -> str:
 def render_chat(chat: Chat, tokenizer: Any) -> str:
     """A chat as text, through the tokenizer's chat template.
 
-    Templates differ in what they take: a content as text or as a list of parts, arguments of tool calls as a mapping or
-    as JSON. The first form counts that the template takes and that shows what the user says.
+    Templates accept different forms: content as text or as a list of parts, arguments of tool calls as a mapping or as
+    JSON. The first form is used that the template accepts and whose rendering contains the user's text.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or it refuses the chat.
+        ValueError: the tokenizer has no chat template, or the template refuses the chat.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -100,7 +100,7 @@ def render_chat(chat: Chat, tokenizer: Any) -> str:
     for form in _forms(chat):
         try:
             rendered.append(str(tokenizer.apply_chat_template(form, tokenize=False)))
-        # A template is a program of the model's author, and fails as it likes.
+        # A template is arbitrary code and can raise any exception.
         except Exception as error:
             refusals.append(error)
             continue
@@ -108,8 +108,8 @@ def render_chat(chat: Chat, tokenizer: Any) -> str:
             return rendered[-1]
     if rendered:
         warnings.warn(
-            f"The chat template of {type(tokenizer).__name__} leaves out what the user says in some chats. Render them "
-            "yourself and pass strings if that is not meant.",
+            f"The chat template of {type(tokenizer).__name__} leaves out the user's text in some chats. If this is not "
+            "intended, render the chats and pass strings.",
             stacklevel=2,
         )
         return rendered[0]

@@ -1,4 +1,4 @@
-"""What can be observed of an MoE block, one small class each; a run makes only those that a stage asks for.
+"""Collectors of statistics of an MoE block, one class for each observation; a run only uses those that a stage needs.
 
 All sums are float64 on the CPU; padding never counts. Shape letters as in `BlockStatistics`.
 """
@@ -25,14 +25,14 @@ class BlockSizes:
 
 @dataclass(frozen=True, eq=False)
 class ExpertCall:
-    """One expert on its routed tokens.
+    """The call of one expert on its P routed tokens.
 
     Args:
-        keep_P: (P,) which of the tokens count.
-        gate_P: float64 routing weights of those that count.
-        norm_P: float64 norms of their outputs.
-        all_input_PH: (P, H).
-        all_hidden_PI: (P, I) hidden neurons.
+        keep_P: (P,) bool, False for padding.
+        gate_P: float64 routing weights of the tokens that are not padding.
+        norm_P: float64 norms of the expert's outputs for these tokens.
+        all_input_PH: (P, H) inputs of all tokens.
+        all_hidden_PI: (P, I) hidden activations of all tokens.
     """
 
     keep_P: torch.Tensor
@@ -43,31 +43,31 @@ class ExpertCall:
 
     @property
     def input_PH(self) -> torch.Tensor:
-        """Inputs of the tokens that count."""
+        """Inputs of the tokens that are not padding."""
         return self.all_input_PH[self.keep_P]
 
     @property
     def hidden_PI(self) -> torch.Tensor:
-        """Hidden neurons of the tokens that count."""
+        """Hidden activations of the tokens that are not padding."""
         return self.all_hidden_PI[self.keep_P]
 
 
 class Collector:
-    """Sums up one observation over all calls of a block; its attributes are the fields of `BlockStatistics`."""
+    """Accumulates one observation over all calls of a block; its attributes are fields of `BlockStatistics`."""
 
     name: ClassVar[str]
 
     def router(self, logits_TE: torch.Tensor) -> None:
-        """Take the float64 router logits of the tokens of a call."""
+        """Add the float64 router logits of one call's tokens."""
 
     def choices(self, chosen_TE: torch.Tensor) -> None:
-        """Take the selections of a call: 1 for each selected expert, else 0, float64."""
+        """Add the selections of one call: 1 for each selected expert, else 0, float64."""
 
     def expert(self, expert: int, call: ExpertCall) -> None:
-        """Take one expert's tokens."""
+        """Add the tokens of one expert."""
 
     def fields(self) -> dict[str, torch.Tensor]:
-        """What was summed up, by field."""
+        """The accumulated tensors by field name."""
         return {field: getattr(self, field) for field in OBSERVATIONS[self.name]}
 
 
@@ -76,7 +76,7 @@ def _zeros(*shape: int) -> torch.Tensor:
 
 
 class Frequency(Collector):
-    """How many tokens each expert got."""
+    """Number of tokens that are routed to each expert."""
 
     name = "frequency"
 
@@ -89,7 +89,7 @@ class Frequency(Collector):
 
 
 class RoutingWeights(Collector):
-    """Sums of routing weights."""
+    """Sum of the routing weights of each expert."""
 
     name = "routing_weights"
 
@@ -102,7 +102,7 @@ class RoutingWeights(Collector):
 
 
 class Outputs(Collector):
-    """Sums of output norms, plain and weighted."""
+    """Sums of each expert's output norms, plain, squared and weighted by the router."""
 
     name = "outputs"
 
@@ -120,7 +120,7 @@ class Outputs(Collector):
 
 
 class Inputs(Collector):
-    """Sums of squares of each input channel."""
+    """Sum of squares of each input channel, by expert."""
 
     name = "inputs"
 
@@ -133,7 +133,7 @@ class Inputs(Collector):
 
 
 class Neurons(Collector):
-    """Sums of squares of each hidden neuron."""
+    """Sum of squares of each hidden neuron, by expert."""
 
     name = "neurons"
 
@@ -175,9 +175,9 @@ class RouterLogits(Collector):
 
 _COLLECTORS = (Frequency, RoutingWeights, Outputs, Inputs, Neurons, Coactivation, RouterLogits)
 _ALWAYS = frozenset({"frequency", "outputs"})
-"""Without these nobody would notice experts without tokens, or activations that overflow."""
+"""Always collected, to detect experts without tokens and activations that overflow."""
 
 
 def make_collectors(sizes: BlockSizes, needs: Collection[str]) -> list[Collector]:
-    """A collector for each observation that is asked for, and those that every run needs."""
+    """Create a collector for each observation in `needs`, and for those that every run needs."""
     return [collector(sizes) for collector in _COLLECTORS if collector.name in _ALWAYS.union(needs)]

@@ -1,4 +1,4 @@
-"""`CalibrationConfig`: what a model is observed on, and how much of it."""
+"""`CalibrationConfig`: the source and amount of calibration data, and its settings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from optimum_moe.statistics import Unseen
 _LIMITS = (("num_samples", 1), ("max_tokens", 1), ("reservoir_tokens", 0))
 
 DEFAULT_SAMPLE = 4096
-"""Tokens of a block's sample where neither user nor method says how many."""
+"""Default size of a block's sample in tokens, if neither the user nor a stage sets one."""
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What a model is observed on.
+    """The calibration data of a model, and how it is sampled.
 
     Args:
         source: one of
@@ -27,33 +27,32 @@ class CalibrationConfig:
             a list of strings, or of chats (lists of {"role", "content"} or {"from", "value"} messages, rendered with
             the tokenizer's chat template), or of rows with a text or messages column; a stream keeps its order;
             a `datasets.Dataset`, streaming or not;
-            rows that are tokenized already, as lists of token ids or with an input_ids column (what their
-            attention_mask hides is left out): each stays a row (`packing` does not apply), longer ones are cut into
-            several; no tokenizer is needed;
-            examples with images, audio or video, which the model's processor turns into inputs one by one and whole
+            tokenized rows, as lists of token ids or with an input_ids column (masked tokens are dropped): each remains
+            one row (`packing` does not apply), and longer ones are split; no tokenizer is needed;
+            examples with images, audio or video, which the model's processor turns into inputs one by one
             (`sequence_length`, `batch_size` and `packing` do not apply): chats with such content, or rows of {"text":
             with the processor's placeholders, "images", "audio" or "videos": objects or paths}; paths in a .jsonl
-            start from its folder;
-            an iterable of batches of model inputs, such as a DataLoader, passed on whole but for labels: only
+            are relative to its folder;
+            an iterable of batches of model inputs, such as a DataLoader, used unchanged except for labels; only
             `num_samples` limits them;
             a mixture of text sources, {source: weight} or [(source, weight), ...]: token counts follow the weights,
-            and the mixture ends where its first source does.
-        num_samples: at most so many rows (of ready inputs: dicts); None (default) for no limit.
-        max_tokens: at most so many tokens, padding not counted. Default 65,536; None for all there are.
-        sequence_length: tokens of a row, default 512.
-        batch_size: rows of a batch, default 8.
-        packing: True (default) joins documents with the EOS token and cuts rows without padding; the tail that fills
-            no row is left over. False makes one document a row, padded, and cuts longer documents into several rows.
+            and the mixture ends when its first source is exhausted.
+        num_samples: maximum number of rows (dicts for model inputs); None (default) for no limit.
+        max_tokens: maximum number of tokens, padding not counted. Default 65,536; None for no limit.
+        sequence_length: tokens per row, default 512.
+        batch_size: rows per batch, default 8.
+        packing: True (default) joins documents with the EOS token and cuts rows without padding; a tail shorter than
+            a row is dropped. False makes each document a padded row, and splits longer documents into several rows.
         text_column: column of the text or of the chats in .jsonl, .parquet and datasets, default "text". Without it a
             "messages" column is read as chats, or an "input_ids" column as token ids.
-        seed: which documents are drawn and in which order, and which tokens are sampled. None (default) for the seed of
-            the run, or 0.
-        unseen: what happens to an expert that no calibration token reached: "warn" (default), "error", "keep", "prune".
-        reservoir_tokens: tokens of each block that are kept whole, for what needs several experts on the same tokens.
-            None (default) for as many as the method wants (4,096, or more where it factorizes); 0 keeps none.
+        seed: seed of the choice and order of documents and of the sampled tokens. None (default) for the seed of the
+            run, or 0.
+        unseen: policy for an expert that no calibration token reached: "warn" (default), "error", "keep", "prune".
+        reservoir_tokens: tokens sampled at each block with their inputs and routing. None (default) for the number
+            that the recipe needs (4,096, or more if it factorizes); 0 samples none.
 
     Raises:
-        ValueError: a value outside of its range.
+        ValueError: a value is outside of its range.
     """
 
     source: Any
@@ -75,15 +74,15 @@ class CalibrationConfig:
         for name, least in _LIMITS:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least, ", or None")
-        # A row of one token predicts nothing.
+        # A row of one token has no next token to predict.
         for name, least in (("sequence_length", 2), ("batch_size", 1)):
             check_count(name, getattr(self, name), least)
         if self.seed is not None:
             check_seed(self.seed)
         if self.max_tokens is not None and self.max_tokens < self.sequence_length:
             raise ValueError(
-                f"max_tokens={self.max_tokens} is smaller than sequence_length={self.sequence_length}: not one row "
-                "fits. Raise max_tokens or lower sequence_length."
+                f"max_tokens={self.max_tokens} is smaller than sequence_length={self.sequence_length}, so no row fits. "
+                "Raise max_tokens or lower sequence_length."
             )
         if self.unseen not in get_args(Unseen):
             raise ValueError(
@@ -93,12 +92,12 @@ class CalibrationConfig:
 
     @property
     def sampled_tokens(self) -> int:
-        """Tokens of the sample of each block."""
+        """Number of tokens sampled at each block."""
         return DEFAULT_SAMPLE if self.reservoir_tokens is None else self.reservoir_tokens
 
     @property
     def random_seed(self) -> int:
-        """The seed, 0 where neither user nor run says one."""
+        """The seed, 0 if neither the user nor the run sets one."""
         return 0 if self.seed is None else self.seed
 
     @classmethod
@@ -106,11 +105,11 @@ class CalibrationConfig:
         """A config from whatever `calibration=` accepts.
 
         Args:
-            value: a config (returned as it is), a dict of its fields with "source" among them (as a recipe has it), or
-                any source.
+            value: a config (returned unchanged), a dict of its fields including "source" (as in a recipe), or any
+                source.
 
         Raises:
-            ValueError: None, an unknown field, or a field outside of its range.
+            ValueError: the value is None, or a field is unknown or outside of its range.
         """
         if isinstance(value, cls):
             return value

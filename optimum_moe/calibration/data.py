@@ -37,21 +37,21 @@ logger = logging.getLogger(__name__)
 
 Batch: TypeAlias = dict[str, Tensor]
 
-# Parts that a long document is cut into, in characters for each token of a row: about four rows of English text.
+# Length of the parts of a long document, in characters per token of a row: about four rows of English text.
 _CHARS_PER_ROW_TOKEN = 16
 _TEXT_SETTINGS = ("seed", "max_tokens", "sequence_length", "batch_size", "packing")
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationBatches(Sequence[Batch]):
-    """Batches of model inputs, sized and readable any number of times.
+    """A sequence of batches of model inputs, which can be read any number of times.
 
     Args:
         batches: dicts with input_ids (B, S) and attention_mask (B, S), int64, on the CPU; for encoder-decoder models
-            also decoder_input_ids (B, S) and decoder_attention_mask (B, S). Ready inputs are what they were.
-        num_tokens: real tokens of the input_ids, padding excluded; 0 for inputs that have no tokens (images).
+            also decoder_input_ids (B, S) and decoder_attention_mask (B, S). Model inputs of the user are unchanged.
+        num_tokens: number of input_ids, padding excluded; 0 for inputs without tokens (images).
         hash: sha256 (hex) over the token ids of every row, padding excluded, and over pixels and audio features.
-        description: JSON-able record of the data: sources, counts, hash, seed, lengths.
+        description: record of the data as JSON values: sources, counts, hash, seed, lengths.
     """
 
     batches: tuple[Batch, ...]
@@ -83,9 +83,9 @@ def build_batches(
     """Read, sample, tokenize and batch the calibration data.
 
     Args:
-        config: what to read and how much of it.
-        tokenizer: the model's tokenizer or processor; only ready inputs do without.
-        pad_token_id: id that fills padding; by default the tokenizer's pad token, else 0. Padding is masked.
+        config: source and amount of the data.
+        tokenizer: the model's tokenizer or processor; not needed for model inputs and token ids.
+        pad_token_id: id of padding, which is masked; by default the tokenizer's pad token, else 0.
         is_encoder_decoder: add decoder inputs: the same row shifted right, with the same mask as the encoder's.
         decoder_start_token_id: first decoder token, needed for encoder-decoder models.
 
@@ -106,8 +106,8 @@ def build_batches(
         raise ValueError("An encoder-decoder model needs decoder_start_token_id. Pass config.decoder_start_token_id.")
     if is_encoder_decoder and any(source.has_labels and source.is_tokenized for source in sources):
         raise ValueError(
-            "Rows of token ids with labels are inputs and targets of an encoder-decoder model. Pass a DataLoader of "
-            "them with DataCollatorForSeq2Seq, or rows without labels."
+            "Rows of token ids with labels are inputs and targets of an encoder-decoder model. Pass a DataLoader "
+            "with DataCollatorForSeq2Seq, or rows without labels."
         )
     if pad_token_id is None:
         pad_token_id = int(getattr(tokenizer, "pad_token_id", None) or 0)
@@ -125,12 +125,12 @@ def build_batches(
 
 
 def draw_documents(config: CalibrationConfig, tokenizer: Any) -> list[TokenIds]:
-    """The documents that `build_batches` would draw, as token ids without special tokens; not cut into rows.
+    """The documents that `build_batches` would draw, as token ids without special tokens, before they become rows.
 
-    Long documents come in parts. At most `config.max_tokens` tokens in all, `config.num_samples` documents.
+    Long documents are split into parts. There are at most `config.max_tokens` tokens and `config.num_samples` documents.
 
     Raises:
-        ValueError: as for `build_batches`, and for ready inputs, which have no documents.
+        ValueError: as for `build_batches`, and for model inputs, which have no documents.
     """
     sources = read_sources(config.source, config.text_column)
     if not isinstance(sources, list):
@@ -142,7 +142,7 @@ def draw_documents(config: CalibrationConfig, tokenizer: Any) -> list[TokenIds]:
 
 def _text_tokenizer(tokenizer: Any, sources: Sequence[TextSource]) -> Any:
     if tokenizer is None and not all(source.is_tokenized for source in sources):
-        raise ValueError("Text needs a tokenizer and none was given. Pass tokenizer=, or rows of token ids.")
+        raise ValueError("Text needs a tokenizer, and none was given. Pass tokenizer=, or rows of token ids.")
     return tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
 
 
@@ -157,17 +157,17 @@ def _draw_rows(
     affixes = Affixes((), ()) if tokenizer is None else find_affixes(tokenizer)
     if len(affixes.prefix) >= config.sequence_length:
         raise ValueError(
-            f"sequence_length={config.sequence_length} leaves no room beside the {len(affixes.prefix)} special tokens "
-            "that the tokenizer puts before a text. Raise it."
+            f"sequence_length={config.sequence_length} leaves no room for text after the {len(affixes.prefix)} special "
+            "tokens that the tokenizer adds. Raise it."
         )
     texts = [source for source in sources if not source.is_tokenized]
     if texts and config.packing and tokenizer.eos_token_id is None:
-        raise ValueError("packing joins documents with the EOS token, this tokenizer has none. Pass packing=False.")
+        raise ValueError("packing joins documents with the EOS token, and this tokenizer has none. Pass packing=False.")
 
     def rows_of(draw: Draw) -> Iterator[TokenIds]:
         documents = _tokens(draw, config, tokenizer)
         if draw.source.is_tokenized:
-            # Whoever made the rows put special tokens where they belong.
+            # Tokenized rows already contain their special tokens.
             return document_rows(documents, config.sequence_length, Affixes((), ()))
         if not config.packing:
             return document_rows(documents, config.sequence_length, affixes)
@@ -197,7 +197,7 @@ def _check_drawn(draws: Sequence[Draw], config: CalibrationConfig, affixes: Affi
     exhausted = [draw.source.name for draw in draws if draw.exhausted]
     if len(draws) > 1 and exhausted and (config.max_tokens or config.num_samples):
         logger.warning(
-            "The mixture ends at %d tokens (max_tokens=%s): %s has no more, and going on would break the weights.",
+            "The mixture ends at %d tokens (max_tokens=%s): %s is exhausted, and more tokens would break the weights.",
             sum(draw.tokens for draw in draws),
             config.max_tokens,
             exhausted[0],
@@ -226,7 +226,7 @@ def _pad(rows: Sequence[TokenIds], pad_token_id: int) -> Batch:
 
 
 def _media_batches(source: MediaSource, config: CalibrationConfig, processor: Any) -> CalibrationBatches:
-    """One example a batch: whole, without padding, as its processor makes it."""
+    """Batches of one example each, without padding, as the processor returns them."""
     check_processor(source, processor)
     batches: list[Any] = []
     tokens = 0
@@ -249,7 +249,7 @@ def _media_batches(source: MediaSource, config: CalibrationConfig, processor: An
 def _finish(
     batches: Sequence[Batch], config: CalibrationConfig, sources: list[dict[str, Any]], used: Sequence[str] = ()
 ) -> CalibrationBatches:
-    """The batches with their description, in which settings that were not `used` are None."""
+    """Add the description, in which settings that are not in `used` are None."""
     digest, num_tokens = hashlib.sha256(), 0
     for batch in batches:
         num_tokens += _count_tokens(batch)
@@ -291,7 +291,7 @@ def _identity(batch: Mapping[str, Tensor]) -> Iterable[bytes]:
     for row in range(len(ids)):
         real = ids[row] if mask is None or mask.ndim != 2 else ids[row][mask[row] != 0]
         yield len(real).to_bytes(8, "little") + real.to("cpu", torch.int64).numpy().tobytes()
-    # Pixels and audio features stand behind the same placeholder ids.
+    # Different pixels and audio features have the same placeholder ids, so hash them too.
     for name in sorted(batch):
         if isinstance(batch[name], Tensor) and batch[name].is_floating_point():
             yield _bytes_of(name, batch[name])

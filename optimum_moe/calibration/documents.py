@@ -1,4 +1,4 @@
-"""What one row of calibration data holds, whatever it was read from: text, a chat, or token ids."""
+"""Documents: rows of calibration data from any source, as text, a chat, or token ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from optimum_moe.calibration.media import has_media
 from optimum_moe.settings import nearest, plain
 
 TokenRow: TypeAlias = tuple[int, ...]
-"""A row that was tokenized before, special tokens and all."""
+"""A tokenized row, including its special tokens."""
 Document: TypeAlias = str | Chat | TokenRow
 """Plain text, a chat still to be rendered with the tokenizer's template, or token ids."""
 
@@ -29,12 +29,12 @@ _HALVES = (
 
 
 class DocumentColumn:
-    """A sized, lazily read column of documents: row i is read and checked only when it is asked for.
+    """A sequence of documents that reads and checks each row when it is accessed.
 
     Args:
         length: number of rows.
         read: row index -> raw value (a string, a list of messages, token ids, or None for an empty row).
-        name: how errors name the source.
+        name: name of the source in errors.
     """
 
     def __init__(self, length: int, read: Callable[[int], Any], name: str) -> None:
@@ -52,14 +52,14 @@ class DocumentColumn:
 
 @dataclass(frozen=True)
 class TextSource:
-    """Documents of one source, with the share of tokens that it gets in a mixture.
+    """Documents of one source, with its weight in a mixture.
 
     Args:
-        name: the source's own name (a file name, never a full path: it ends up in model cards).
+        name: the source's name (a file name, never a full path, since model cards show it).
         documents: a list in memory, a lazily read column, or a one-shot stream.
         weight: relative share of tokens in a mixture, > 0.
         is_tokenized: whether the documents are rows of token ids.
-        has_labels: whether such rows have targets beside them.
+        has_labels: whether rows of token ids have labels.
     """
 
     name: str
@@ -87,10 +87,10 @@ def shorten(value: Any) -> str:
 
 
 def to_document(value: Any, where: str) -> Document:
-    """Check one raw value: text, a chat, token ids, or nothing (an empty row, returned as "").
+    """Check one raw value: text, a chat, token ids, or None (an empty row, returned as "").
 
     Raises:
-        ValueError: it is none of them; `where` names the place.
+        ValueError: the value is of another type; `where` names the place.
     """
     if value is None:
         return ""
@@ -114,7 +114,7 @@ def is_tokens(value: Any) -> bool:
 
 
 def row_value(row: Mapping[str, Any], column: str) -> Any:
-    """What stands in a column of a row; of token ids those that its attention mask does not hide."""
+    """The value of a row's column; masked token ids are dropped."""
     value, mask = plain(row[column]), plain(row.get("attention_mask")) if column == IDS_COLUMN else None
     if not isinstance(mask, list) or not is_tokens(value) or len(mask) != len(value):
         return value
@@ -122,10 +122,10 @@ def row_value(row: Mapping[str, Any], column: str) -> Any:
 
 
 def refuse_media(item: Any, where: str) -> None:
-    """Rows are read as text where the first one has no media: later media would be left out."""
+    """Refuse a row with media if the first row has none, since then all rows are read as text."""
     if has_media(item):
         raise ValueError(
-            f"{where} has images, audio or video, and the first row has none. Put a row that has some first, or pass "
+            f"{where} has images, audio or video, and the first row has none. Put a row with media first, or pass "
             "the rows as a list."
         )
 
@@ -134,7 +134,7 @@ def pick_column(columns: Iterable[str], text_column: str, where: str) -> str:
     """The column to read: `text_column`, else messages, else token ids.
 
     Raises:
-        ValueError: there is none of them.
+        ValueError: none of these columns exists.
     """
     columns = list(columns)
     for column in (text_column, MESSAGES_COLUMN, IDS_COLUMN):
@@ -162,7 +162,7 @@ def _checked_text(text: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where} is no valid Unicode text ({error.reason} at character {error.start}). Repair it, for instance "
+            f"{where} is not valid Unicode text ({error.reason} at character {error.start}). Repair it, for instance "
             'with text.encode(errors="replace").decode().'
         ) from error
     return text

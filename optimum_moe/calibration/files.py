@@ -33,7 +33,7 @@ from optimum_moe.checkpoint.system import utf8_path
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    # The mark of UTF-32 begins with that of UTF-16.
+    # The byte order mark of UTF-32 starts with that of UTF-16.
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -45,7 +45,7 @@ def read_file(path: Path, text_column: str) -> TextSource | MediaSource:
     """The documents of one file.
 
     Raises:
-        ValueError: an unknown type, no such file, an unknown encoding, a broken row or a missing column.
+        ValueError: an unknown type, a missing file, an unknown encoding, a broken row or a missing column.
     """
     if path.suffix.lower() not in FILE_TYPES:
         raise ValueError(
@@ -71,7 +71,7 @@ def read_file(path: Path, text_column: str) -> TextSource | MediaSource:
 
 
 def _decoded(path: Path) -> str:
-    """The text of a file in UTF-8, or in what the mark at its beginning says, with line ends as "\\n"."""
+    """The text of a file in UTF-8, or in the encoding of its byte order mark, with line ends as "\\n"."""
     data = path.read_bytes()
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
@@ -80,18 +80,18 @@ def _decoded(path: Path) -> str:
         raise ValueError(f"{path.name} is not UTF-8 ({error}). Convert it, for instance with iconv.") from error
     if "\0" in text:
         raise ValueError(
-            f"{path.name} holds NUL characters: it is no text, or UTF-16 without a mark at its beginning. Convert it "
+            f"{path.name} holds NUL characters: it is not text, or it is UTF-16 without a byte order mark. Convert it "
             "to UTF-8, for instance with iconv."
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _parse_jsonl(text: str, name: str) -> list[tuple[dict[str, Any], str]]:
-    """The rows, each with how errors name it."""
+    """The rows, each with its name in errors."""
     rows = []
     # str.splitlines would also cut at U+2028, which JSON strings may hold unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
-        # Files that were joined have marks between them.
+        # Concatenated files have byte order marks in between.
         line = line.strip().strip("\ufeff")
         if not line:
             continue
@@ -123,7 +123,7 @@ def _read_parquet(path: Path, text_column: str) -> TextSource | MediaSource:
             wanted = [column, *media] + ["attention_mask"] * (column == IDS_COLUMN and "attention_mask" in names)
             table = file.read(columns=wanted)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path.name} is no readable Parquet file ({error}). Copy or download it again.") from error
+        raise ValueError(f"{path.name} is not a valid Parquet file ({error}). Copy or download it again.") from error
 
     def row(index: int) -> dict[str, Any]:
         found: dict[str, Any] = table.slice(index, 1).to_pylist()[0]

@@ -1,4 +1,4 @@
-"""Calibration data as one model takes them."""
+"""Calibration batches for a given model, checked against its inputs, vocabulary and length."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _IDS = ("input_ids", "decoder_input_ids")
 
 
 def batches_for(model: PreTrainedModel, config: CalibrationConfig, tokenizer: Any) -> CalibrationBatches:
-    """The batches that a model is observed on.
+    """The calibration batches for a model.
 
-    Rows that are longer than the model was trained on are warned about.
+    Warns of rows that are longer than the model was trained on.
 
     Args:
         model: The model; may be on the meta device.
-        config: What to read, and how much of it.
-        tokenizer: The model's tokenizer or processor, None where it has none.
+        config: Source and amount of the data.
+        tokenizer: The model's tokenizer or processor, None if it has none.
 
     Raises:
-        ValueError: See `build_batches`; also for inputs that the model does not take, token ids that it has no
-            embedding of, and rows that are longer than its table of positions.
+        ValueError: See `build_batches`; also for inputs that the model does not take, token ids without an embedding,
+            and rows that are longer than its table of position embeddings.
     """
     batches = build_batches(
         config,
@@ -46,7 +46,7 @@ def batches_for(model: PreTrainedModel, config: CalibrationConfig, tokenizer: An
 
 
 def _check_names(batch: Mapping[str, Any], model: PreTrainedModel) -> None:
-    """Refuse what the forward pass would refuse later, or what it would overlook because of its spelling."""
+    """Refuse inputs that the forward pass does not accept, or ignores because their name is misspelled."""
     parameters = inspect.signature(running_part(model).forward).parameters
     swallows = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in batch:
@@ -61,7 +61,7 @@ def _check_names(batch: Mapping[str, Any], model: PreTrainedModel) -> None:
 def _check_ids(batch: Mapping[str, Any], model: PreTrainedModel, tokenizer: Any) -> None:
     rows = _embedding_rows(model)
     if rows is None or any(isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 2 for v in batch.values()):
-        # Placeholders of images and the like are replaced before the embedding, and may lie behind it.
+        # Placeholder ids of media are replaced before the embedding, and may exceed its size.
         return
     for name in _IDS:
         ids = batch.get(name)
@@ -78,12 +78,12 @@ def _check_ids(batch: Mapping[str, Any], model: PreTrainedModel, tokenizer: Any)
 
 
 def _embedding_rows(model: PreTrainedModel) -> int | None:
-    """Rows of the embedding of token ids, None for a model that reads none."""
+    """Number of token ids in the embedding, None for a model without token ids."""
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:
         return None
-    # A model of images embeds patches.
+    # The input embedding of an image model embeds patches.
     return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
@@ -98,11 +98,11 @@ def _check_length(batches: CalibrationBatches, model: PreTrainedModel) -> None:
     short = [name for name, table in tables.items() if limit <= table.num_embeddings < longest]
     if short:
         raise ValueError(f"{said}, whose positions are a table of that many ({short[0]}). {remedy}")
-    warnings.warn(f"{said}: it may route what lies behind as it never does in use. {remedy}", stacklevel=3)
+    warnings.warn(f"{said}: routing of the tokens beyond that may not be typical. {remedy}", stacklevel=3)
 
 
 def _length(batch: Mapping[str, Any]) -> int:
-    """Positions of the longest row; of rows that were joined into one, of the longest of them."""
+    """Length of the longest row in positions; for packed rows, of the longest packed sequence."""
     positions = batch.get("position_ids")
     if isinstance(positions, Tensor) and positions.numel():
         return int(positions.max()) + 1

@@ -1,4 +1,4 @@
-"""Backward passes over calibration data: the gradient of the loss at what the experts give."""
+"""Backward passes over calibration data, for gradients of the loss with respect to expert outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IGNORED = -100
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Record what a model computes behind a tensor that needs gradients; its parameters get none."""
+    """Let autograd record the model after a tensor that requires gradients; parameters get no gradients."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -28,7 +28,7 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def gives_logits(output: Any, inputs: Mapping[str, Any]) -> bool:
-    """Whether a model gave logits for the ids that it read, from which a loss can be made."""
+    """Whether the output has logits for the input ids, so that a loss can be computed."""
     ids_BT = inputs.get(f"{_prefix(inputs)}input_ids")
     logits_BTV = getattr(output, "logits", None)
     return logits_BTV is not None and ids_BT is not None and logits_BTV.shape[:2] == ids_BT.shape
@@ -41,28 +41,28 @@ def _prefix(inputs: Mapping[str, Any]) -> str:
 def sampled_loss(
     model: PreTrainedModel, output: Any, inputs: Mapping[str, Any], generator: torch.Generator
 ) -> torch.Tensor:
-    """Sum over all tokens of the negative log-likelihood of a next one that is drawn from the model's prediction.
+    """Sum over all tokens of the negative log-likelihood of a next token sampled from the model's prediction.
 
-    The mean square of its gradients is the curvature of the divergence from the model itself (the true Fisher matrix);
-    with the text's own labels it would also hold what the model gets wrong. Padding does not count.
+    The mean square of its gradients is the curvature of the KL divergence from the model itself (the true Fisher
+    matrix); with the labels of the text it would be the empirical Fisher matrix instead. Padding does not count.
 
     Args:
         model: The model.
-        output: What it gave.
-        inputs: What it was given.
-        generator: Of the draws, on the CPU.
+        output: Output of its forward pass.
+        inputs: Inputs of its forward pass.
+        generator: Random generator of the labels, on the CPU.
 
     Raises:
-        ValueError: If it gave no logits of its tokens.
+        ValueError: If the output has no logits for the input ids.
     """
     mask_BT = inputs.get(f"{_prefix(inputs)}attention_mask")
     if not gives_logits(output, inputs):
         raise ValueError(
-            f"{type(model).__name__} gives no logits for the ids that it reads, so there is no loss to go back from. "
-            "Load it with the head that predicts its next token, or pass curvature=False."
+            f"{type(model).__name__} returns no logits for its input ids, so there is no loss for a backward pass. "
+            "Load it with its language modeling head, or pass curvature=False."
         )
     flat = output.logits.flatten(0, 1).float()
-    # One number for each token, so that the draws are the same on every device.
+    # One random number per token on the CPU, so that the labels are the same on every device.
     uniform_T1 = torch.rand(len(flat), 1, generator=generator, dtype=torch.float64).to(flat.device, torch.float32)
     cumulated_TV = flat.detach().softmax(-1).cumsum(-1)
     labels_T = torch.searchsorted(cumulated_TV, uniform_T1 * cumulated_TV[:, -1:])[:, 0].clamp(max=flat.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""Model inputs that the caller has already made, for instance by a DataLoader."""
+"""Model inputs that the caller has prepared, for instance with a DataLoader."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 from torch import Tensor
 
 LABELS = ("labels", "label", "label_ids")
-"""What a collator adds for a loss; nothing is observed of it."""
+"""Keys that a collator adds for the loss; calibration does not use them."""
 _IGNORED = -100
 
 
 @dataclass(frozen=True)
 class ReadyInputs:
-    """Model inputs that the caller has already made: dicts of tensors, passed on whole but for labels."""
+    """Prepared model inputs: dicts of tensors, which are used unchanged except for labels."""
 
     name: str
     inputs: Iterable[Mapping[str, Any]]
 
 
 def ready_batches(ready: ReadyInputs, max_batches: int | None, decoder_start_token_id: int | None) -> Iterator[Any]:
-    """The inputs without labels; from these come the decoder's inputs where a model needs and nobody gives them.
+    """The inputs without labels; missing decoder inputs are made from the labels.
 
     Args:
         ready: The inputs.
-        max_batches: At most so many of them.
+        max_batches: Maximum number of batches.
         decoder_start_token_id: First token of an encoder-decoder model's decoder, None for other models.
 
     Raises:
-        ValueError: ids or a mask of another shape than (batch, tokens), or no inputs for a decoder.
+        ValueError: ids or a mask are not of shape (batch, tokens), or a decoder has no inputs.
     """
     for index, batch in enumerate(islice(ready.inputs, max_batches)):
         if not isinstance(batch, Mapping):
@@ -65,11 +65,11 @@ def _has_decoder_inputs(inputs: Mapping[str, Any]) -> bool:
 
 
 def _shifted(labels: Any, start: int, index: int) -> dict[str, Tensor]:
-    """Labels as the decoder reads them in training: moved by one, what is ignored masked."""
+    """Decoder inputs of teacher forcing: labels shifted right by one, with ignored positions masked."""
     if not isinstance(labels, Tensor):
         raise ValueError(
-            f"Item {index} has no decoder_input_ids, and the model has a decoder. Add them, or labels that they are "
-            "made from."
+            f"Item {index} has no decoder_input_ids, and the model has a decoder. Add them, or add labels, which are "
+            "then used instead."
         )
     ids = labels.roll(1, dims=1)
     ids[:, 0] = start

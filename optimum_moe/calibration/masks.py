@@ -1,4 +1,4 @@
-"""Which of a batch's tokens a block sees, and which of those are no padding."""
+"""Padding masks of the tokens that each block sees."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from optimum_moe.model_info import BlockInfo
 from optimum_moe.surgeons import FoundBlock
 
 _POOLS = {"text_moe": False, "vision_moe": True}
-"""Ernie 4.5 VL routes text and vision tokens through two blocks; the name says whether it is the one for vision."""
+"""Name of the vision block in Ernie 4.5 VL, which routes text and vision tokens through separate blocks."""
 _POOL_IDS = "moe_mm_token_type_ids"
 
 
 def text_blocks(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> set[str]:
-    """Names of the blocks whose tokens are those of `input_ids`; those of other towers see patches or frames."""
+    """Names of the blocks that see the tokens of `input_ids`; blocks of other towers see patches or frames."""
     text: nn.Module = model
     if model.config.get_text_config() is not model.config and not getattr(model.config, "is_encoder_decoder", False):
         text = model.get_decoder() or model
@@ -30,12 +30,12 @@ def padding_mask(inputs: Mapping[str, Any], block: BlockInfo, in_text: bool) -> 
     """The mask of the tokens that a block sees in one forward pass.
 
     Args:
-        inputs: What the model is called with.
+        inputs: Inputs of the forward pass.
         block: The block.
         in_text: Whether it is one of the `text_blocks`.
 
     Returns:
-        (T,) True for a token that counts; None where every token does.
+        (T,) bool, False for padding; None if no token is padding.
     """
     if not in_text:
         return None

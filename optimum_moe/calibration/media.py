@@ -1,4 +1,4 @@
-"""Calibration examples with images, audio or video: found in the data, and turned into model inputs by a processor."""
+"""Calibration examples with images, audio or video, which a processor turns into model inputs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _REMOTE = ("http://", "https://", "data:")
 
 @dataclass(frozen=True)
 class MediaExample:
-    """One example, paths resolved and checked, nothing loaded yet.
+    """One example with checked absolute paths; media are not loaded yet.
 
     Args:
-        where: How errors name it.
+        where: Name of the example in errors.
         text: Text with the processor's placeholders, or a chat whose messages hold the media.
-        media: `"images"`, `"audio"`, `"videos"`: what the processor takes beside text.
+        media: Media by argument of the processor: `"images"`, `"audio"`, `"videos"`.
     """
 
     where: str
@@ -52,11 +52,11 @@ class MediaExample:
 
 
 class ExampleColumn:
-    """A sized, lazily read column of examples: row i is read and checked only when it is asked for.
+    """A sequence of examples that reads and checks each row when it is accessed.
 
     Args:
         length: Number of rows.
-        read: Row index -> example.
+        read: Function from row index to example.
     """
 
     def __init__(self, length: int, read: Callable[[int], MediaExample]) -> None:
@@ -71,7 +71,7 @@ class ExampleColumn:
 
 @dataclass(frozen=True)
 class MediaSource:
-    """Examples of which some have media: in memory, in a column on disk, or as a one-shot stream."""
+    """Examples with media: in memory, in a column on disk, or as a one-shot stream."""
 
     name: str
     examples: list[MediaExample] | ExampleColumn | Iterator[MediaExample]
@@ -82,7 +82,7 @@ class MediaSource:
         return None if isinstance(self.examples, Iterator) else len(self.examples)
 
     def drawn(self, seed: int) -> Iterator[MediaExample]:
-        """The examples in their seeded order; a stream keeps its own."""
+        """The examples in a seeded random order; a stream keeps its order."""
         if isinstance(self.examples, Iterator):
             yield from self.examples
             return
@@ -105,8 +105,8 @@ def read_example(item: Any, text_column: str, where: str, folder: Path | None = 
     Args:
         item: `{"text": ..., "images": [...]}` (or `audio`, `videos`), `{"messages": [...]}`, a chat, or plain text.
         text_column: Column of the text.
-        where: How errors name the row.
-        folder: What relative paths start from; the working directory by default.
+        where: Name of the row in errors.
+        folder: Folder of relative paths; the working directory by default.
 
     Raises:
         ValueError: If the row has no text, or a file does not exist.
@@ -129,12 +129,12 @@ def read_example(item: Any, text_column: str, where: str, folder: Path | None = 
             )
         return MediaExample(where, [_message(message, where, folder) for message in text], {})
     raise ValueError(
-        f"{where} has media and no text or chat in {text_column!r} or 'messages', it has {list(row)}. Set text_column."
+        f"{where} has media but no text or chat in {text_column!r} or 'messages'; it has {list(row)}. Set text_column."
     )
 
 
 def check_processor(source: MediaSource, processor: Any) -> None:
-    """Raise a `ValueError` unless `processor` takes more than text."""
+    """Raise a `ValueError` unless the processor takes images, audio or video."""
     if not isinstance(processor, ProcessorMixin):
         given = "no processor was given" if processor is None else f"{type(processor).__name__} takes text only"
         raise ValueError(
@@ -144,10 +144,11 @@ def check_processor(source: MediaSource, processor: Any) -> None:
 
 
 def model_inputs(example: MediaExample, processor: Any) -> dict[str, Any]:
-    """What the model is called with, one row.
+    """The model inputs of one example, as a batch of one row.
 
     Raises:
-        ValueError: If the processor lacks what the example needs, or refuses it: too few placeholders, for instance.
+        ValueError: If the processor does not support the example's media, or refuses it, for instance because of too
+            few placeholders.
     """
     kinds = set(example.media) | _kinds_of(example.text)
     for kind in sorted(kinds):
@@ -186,7 +187,7 @@ def _processed(example: MediaExample, text: str, processor: Any) -> Any:
 
 
 def _loaded(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A part of a chat with its image read, so that rows and chats are read alike."""
+    """A part of a chat with its image loaded."""
     path = next((part[key] for key in ("image", "path") if isinstance(part.get(key), str)), None)
     if part.get("type") != "image" or path is None or path.startswith(_REMOTE):
         return part
@@ -209,7 +210,7 @@ def _audio(value: Any, rate: int, where: str) -> Any:
             value = value.get("path")
         elif value.get("sampling_rate") != rate:
             raise ValueError(
-                f"The audio of {where} has {value.get('sampling_rate')} samples a second, the model takes {rate}. "
+                f"The audio of {where} has a sampling rate of {value.get('sampling_rate')}, and the model takes {rate}. "
                 "Resample it."
             )
         else:
@@ -220,7 +221,7 @@ def _audio(value: Any, rate: int, where: str) -> Any:
 def _message(message: Mapping[str, Any], where: str, folder: Path | None) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, str):
-        # Processors look for media in the parts of every message.
+        # Processors expect every content to be a list of parts.
         return {**message, "content": [{"type": "text", "text": content}]}
     parts = [
         {k: _located(v, where, folder) if k in _PART_SOURCES else v for k, v in part.items()} for part in content or ()
@@ -229,7 +230,7 @@ def _message(message: Mapping[str, Any], where: str, folder: Path | None) -> dic
 
 
 def _located(value: Any, where: str, folder: Path | None) -> Any:
-    """A medium with its path resolved; what is no path stays."""
+    """A medium with its path resolved; other values are unchanged."""
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and not value.get("bytes"):
         return {**value, "path": _located(value["path"], where, folder)}
     if isinstance(value, Path):

@@ -1,4 +1,4 @@
-"""Run a model over calibration data and record what its MoE blocks do."""
+"""Run a model over calibration data and collect statistics of its MoE blocks."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ def observe(
     draws: int = 0,
     needs: Collection[str] = tuple(OBSERVATIONS),
 ) -> Statistics:
-    """Forward every batch once, with a recorder behind every block.
+    """Run the forward pass of every batch once, with a recorder at every block.
 
     Args:
-        model: The model, on any device; put in eval mode for the time of the call.
+        model: The model, on any device; in eval mode during the call.
         blocks: Its MoE blocks.
         batches: Model inputs with their padding masks.
-        config: Reservoir size, seed and the rule for unseen experts.
+        config: Reservoir size, seed and the policy for unseen experts.
         source: Identity of the model, stored with the statistics.
         progress: Show a progress bar.
-        draws: Also go back so many times from the loss of every batch, with labels drawn from the model's predictions,
-            and sample the gradients at the experts' outputs.
-        needs: Names of what is to be observed, see `OBSERVATIONS`; default everything.
+        draws: Number of backward passes per batch, each from a loss with labels sampled from the model's predictions;
+            the gradients at the experts' outputs are sampled.
+        needs: Names of the observations to collect, see `OBSERVATIONS`; default all.
 
     Returns:
-        Statistics of all blocks. Experts that no token reached are warned about (or raise, see `unseen`).
+        Statistics of all blocks. Experts that no token reached cause a warning or an error, see `unseen`.
 
     Raises:
-        ValueError: If a mask does not fit the tokens of a block, what was observed is NaN or infinite, or
-            `unseen="error"` and an expert got no token.
+        ValueError: If a mask does not fit the tokens of a block, an observed value is NaN or infinite, or
+            `unseen="error"` and no token was routed to an expert.
     """
     recorders = {
         found.info.name: BlockRecorder(
@@ -87,7 +87,7 @@ def observe(
                 recorders[found.info.name].expect(mask_T)
             output = part(**inputs, **extra)
             if going_back is None:
-                # Without gradients a method measures output errors, and says so.
+                # Without gradients a stage measures output errors, and warns.
                 going_back = draws > 0 and gives_logits(output, inputs)
             for draw in range(draws if going_back else 0):
                 sampled_loss(part, output, inputs, generator).backward(retain_graph=draw + 1 < draws)
@@ -102,7 +102,7 @@ def observe(
 
 
 def judge(statistics: Statistics, stacklevel: int = 2) -> None:
-    """Raise a `ValueError` or warn where statistics of a whole model are broken or lack experts; see `unseen`."""
+    """Check the statistics of a whole model: refuse NaN, and apply the policy `unseen` to experts without tokens."""
     statistics.check_finite()
     unseen = statistics.unseen_report()
     if unseen is not None and statistics.unseen == "error":
@@ -113,7 +113,7 @@ def judge(statistics: Statistics, stacklevel: int = 2) -> None:
 
 
 def reached_tokens(blocks: Mapping[str, BlockRecorder | BlockStatistics]) -> dict[str, int]:
-    """Tokens that each kind of block saw, layer numbers as "*"; the fewest where layers differ."""
+    """Number of tokens by block name with layer numbers as "*"; the minimum if layers differ."""
     reached: dict[str, int] = {}
     for name, block in blocks.items():
         pattern = re.sub(r"\b\d+\b", "*", name)
@@ -122,10 +122,10 @@ def reached_tokens(blocks: Mapping[str, BlockRecorder | BlockStatistics]) -> dic
 
 
 def running_part(model: PreTrainedModel) -> Any:
-    """What runs in a forward pass: the model, or the thinker of an omni model, whose talker runs in generation only.
+    """The module that a forward pass runs: the model, or the thinker of an omni model, whose talker only generates.
 
     Raises:
-        ValueError: If the model can only generate.
+        ValueError: If the model has no forward pass.
     """
     if type(model).forward is not nn.Module.forward:
         return model
@@ -148,14 +148,14 @@ def placed(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
 
 
 def forward_calls(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Iterator[Callable[[], Any]]:
-    """The forward pass of each batch, without a cache and needless logits."""
+    """The forward pass of each batch, without a cache and with logits of the last position only."""
     part = running_part(model)
     for batch in batches:
         yield partial(part, **placed(batch, model), **_cheap_forward_arguments(part))
 
 
 def _cheap_forward_arguments(model: nn.Module, needs_logits: bool = False) -> dict[str, Any]:
-    """Arguments that spare what calibration does not need: the cache and the logits of all but one position."""
+    """Arguments that turn off what calibration does not need: the cache, and the logits of all but one position."""
     accepted = inspect.signature(model.forward).parameters
     wanted = {"use_cache": False, "logits_to_keep": 0 if needs_logits else 1}
     return {name: value for name, value in wanted.items() if name in accepted}

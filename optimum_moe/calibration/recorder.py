@@ -1,4 +1,4 @@
-"""`BlockRecorder`: turns the calls of one MoE block into `BlockStatistics`, in memory that no token count changes."""
+"""`BlockRecorder`: turns the calls of one MoE block into `BlockStatistics`; memory does not grow with tokens."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class BlockRecorder:
     """Accumulates statistics of a block with E routed experts, I neurons each, on a residual stream of width H.
 
     Args:
-        num_experts: E.
-        intermediate_size: I.
-        hidden_size: H.
-        needs: Names of what is to be observed, see `OBSERVATIONS`; default everything.
-        reservoir_tokens: Size of the sample of tokens.
-        seed: Seed of the sample; equal seeds pick the same tokens in every block.
-        draws: Backward passes (J) that follow every forward pass, whose gradients are sampled too.
+        num_experts: Number of routed experts (E).
+        intermediate_size: Number of neurons per expert (I).
+        hidden_size: Width of the residual stream (H).
+        needs: Names of the observations to collect, see `OBSERVATIONS`; default all.
+        reservoir_tokens: Size of the sample in tokens.
+        seed: Seed of the sample; equal seeds select the same tokens in every block.
+        draws: Backward passes (J) after every forward pass, whose gradients are sampled too.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class BlockRecorder:
         self._reached = False
 
     def expect(self, mask_T: torch.Tensor | None) -> None:
-        """Announce the next forward pass: True for each of the block's tokens that counts, None for all of them."""
+        """Set the (T,) padding mask of the next forward pass, False for padding; None if no token is padding."""
         self._mask_T = mask_T
 
     def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
-        """Take the router's logits and inputs of one call."""
+        """Add the router's logits and inputs of one call."""
         self._router_input_TH = input_TH.detach()
         collectors = self._that_take("router")
         if collectors:
@@ -59,7 +59,7 @@ class BlockRecorder:
                 collector.router(logits)
 
     def begin(self, input_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
-        """Count selections of one call and sample its tokens."""
+        """Count the selections of one call, and sample its tokens."""
         self._valid_T = valid_T = self._valid(len(input_TH), input_TH.device)
         index, weights = index_TK[valid_T].cpu(), weights_TK.detach()[valid_T].cpu()
         self.num_tokens += len(index)
@@ -81,18 +81,18 @@ class BlockRecorder:
             self._sample.add(*columns, None)
 
     def gradient(self, gradient_TH: torch.Tensor) -> None:
-        """Take the gradient that a backward pass gives at the output of the last call."""
+        """Add the gradient of a backward pass with respect to the output of the last call."""
         self._reached = True
         self._gradients.append(gradient_TH[self._valid_T.to(gradient_TH.device)])
         if len(self._gradients) == self._draws:
             self._sample_waiting()
 
     def _sample_waiting(self) -> None:
-        """Sample the tokens of the last call, with the gradients that came."""
+        """Sample the tokens of the last call with their gradients."""
         if self._waiting is not None:
             first_TH = self._waiting[0]
             assert first_TH is not None
-            # No gradient comes where the loss does not depend on the call.
+            # Autograd gives no gradient if the loss does not depend on the call.
             missing = [torch.zeros_like(first_TH)] * (self._draws - len(self._gradients))
             self._sample.add(*self._waiting, torch.stack([*self._gradients, *missing], dim=1))
         self._waiting, self._gradients = None, []
@@ -120,11 +120,11 @@ class BlockRecorder:
             collector.expert(expert, call)
 
     def _that_take(self, what: str) -> list[Collector]:
-        """The collectors that have a method of their own for a part of a call."""
+        """The collectors that override a method of `Collector`."""
         return [found for found in self._collectors if getattr(type(found), what) is not getattr(Collector, what)]
 
     def statistics(self) -> BlockStatistics:
-        """What was accumulated so far."""
+        """The statistics accumulated so far."""
         self._sample_waiting()
         fields: dict[str, torch.Tensor] = {}
         for collector in self._collectors:
@@ -132,7 +132,7 @@ class BlockRecorder:
         return BlockStatistics(
             num_tokens=self.num_tokens,
             **fields,
-            # Zeros everywhere would say that nothing matters; that no gradient came says nothing.
+            # If no gradient ever arrived, store none: zeros would mean that the experts do not matter.
             reservoir=self._sample.reservoir(with_gradients=self._reached),
         )
 
@@ -141,14 +141,14 @@ class BlockRecorder:
             return torch.ones(tokens, dtype=torch.bool, device=device)
         if len(self._mask_T) != tokens:
             raise ValueError(
-                f"The block saw {tokens} tokens where the attention mask has {len(self._mask_T)}. Give inputs whose "
+                f"The block saw {tokens} tokens, but the attention mask has {len(self._mask_T)}. Give inputs whose "
                 "attention_mask covers exactly the tokens of the block, or pack the data so that no mask is needed."
             )
         return self._mask_T.to(device)
 
 
 class _Sample:
-    """Reservoir sampling: every token draws a key, the tokens with the smallest keys stay."""
+    """Reservoir sampling: every token draws a random key, and the tokens with the smallest keys are kept."""
 
     def __init__(self, capacity: int, seed: int) -> None:
         self.capacity = capacity

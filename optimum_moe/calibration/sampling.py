@@ -1,4 +1,4 @@
-"""From documents to rows of token ids: seeded order, tokenization, packing, and mixing by weight. All of it is lazy."""
+"""From documents to rows of token ids, lazily: seeded order, tokenization, packing, and mixing by weight."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from optimum_moe.calibration.documents import Document, TextSource
 
 TokenIds: TypeAlias = list[int]
 
-# Documents tokenized in one call: enough for the fast tokenizers' threads, few enough to waste little at the end.
+# Documents tokenized in one call: enough for the threads of fast tokenizers, few enough to waste little at the end.
 _TOKENIZE_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
 class Affixes:
-    """The special tokens a tokenizer puts around a text, for instance BOS before it; both may be empty."""
+    """The special tokens that a tokenizer adds around a text, for instance BOS before it; both may be empty."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -26,16 +26,16 @@ class Affixes:
 
 @dataclass
 class Draw:
-    """One source while it is being read, and the counts that describe what was taken from it.
+    """The state of reading one source, with counts of the data taken from it.
 
     Args:
-        source: where the documents come from.
-        texts_read: documents tokenized so far (parts, for documents cut by `split_long`).
-        empty_texts: how many of those had no token.
-        items: rows (or documents) taken.
-        tokens: tokens in them.
+        source: source of the documents.
+        texts_read: number of documents tokenized so far (parts, for documents split by `split_long`).
+        empty_texts: number of those without a token.
+        items: number of rows (or documents) taken.
+        tokens: number of tokens in them.
         tokens_left_over: tokens at the end of the source that did not fill a packed row.
-        exhausted: whether the source ran out.
+        exhausted: whether the source has no more documents.
     """
 
     source: TextSource
@@ -48,8 +48,8 @@ class Draw:
 
 
 def find_affixes(tokenizer: Any) -> Affixes:
-    """The special tokens that `tokenizer` adds around a text by itself."""
-    # A tokenizer of whole words may know none of the shorter ones.
+    """The special tokens that a tokenizer adds around a text by default."""
+    # A word-level tokenizer may not know the shorter texts.
     for probe in ("a", "1", "the", "hello"):
         bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
         full = list(tokenizer(probe)["input_ids"])
@@ -62,9 +62,9 @@ def find_affixes(tokenizer: Any) -> Affixes:
 def split_long(document: Document, max_chars: int) -> list[Document]:
     """Cut a text of more than 4 * max_chars characters into consecutive parts of at most max_chars characters.
 
-    A whole book in one file would otherwise be tokenized whole, and only its beginning ever sampled. Cuts fall after a
-    line, else after a space, where there is one; the parts joined are the text. Chats and token ids
-    stay whole.
+    Otherwise a book in one file would be tokenized as a whole, and only its beginning sampled. Cuts are made after a
+    line, else after a space, if there is one; the joined parts are equal to the text. Chats and token ids are not
+    split.
     """
     if not isinstance(document, str) or len(document) <= 4 * max_chars:
         return [document]
@@ -86,8 +86,8 @@ def split_long(document: Document, max_chars: int) -> list[Document]:
 def ordered(source: TextSource, seed: int, max_chars: int) -> Iterator[Document]:
     """The documents of a source in their seeded order.
 
-    Sources in memory are cut (`split_long`) and then shuffled; columns on disk are visited in a shuffled order and cut
-    when visited; streams keep their order, since they may have no end.
+    Sources in memory are split (`split_long`) and then shuffled; columns on disk are read in a shuffled order and split
+    when read; streams keep their order, since they may be endless.
     """
     documents = source.documents
     if isinstance(documents, Iterator):
@@ -105,12 +105,12 @@ def ordered(source: TextSource, seed: int, max_chars: int) -> Iterator[Document]
 
 
 def tokenized(documents: Iterable[Document], tokenizer: Any, draw: Draw) -> Iterator[TokenIds]:
-    """Token ids of every document that has any, without the special tokens that the tokenizer would add.
+    """Token ids of every nonempty document, without the special tokens that the tokenizer would add.
 
-    Rows of token ids come as they are.
+    Rows of token ids are unchanged.
 
     Raises:
-        ValueError: texts among rows of token ids, or the other way round.
+        ValueError: the source mixes texts and rows of token ids.
     """
     pending: list[str] = []
 
@@ -145,8 +145,8 @@ def packed_rows(
 ) -> Iterator[TokenIds]:
     """Rows of exactly `length` tokens cut from the documents joined by `eos`.
 
-    Each row starts with `prefix` (models that train with BOS are thrown off without it). What is left at the end of
-    the source and fills no row is counted in `draw.tokens_left_over`.
+    Each row starts with `prefix`, since models trained with BOS need it. Tokens at the end of the source that fill no
+    row are counted in `draw.tokens_left_over`.
     """
     buffer: TokenIds = []
     head = list(prefix)
@@ -165,7 +165,7 @@ def packed_rows(
 
 
 def document_rows(documents: Iterable[TokenIds], length: int, affixes: Affixes) -> Iterator[TokenIds]:
-    """One document a row of at most `length` tokens; a longer one gives several rows, each with the prefix."""
+    """One row of at most `length` tokens per document; a longer document gives several rows, each with the prefix."""
     prefix, suffix = list(affixes.prefix), list(affixes.suffix)
     for ids in documents:
         body = ids[len(prefix) :] if prefix and ids[: len(prefix)] == prefix else list(ids)
@@ -184,14 +184,14 @@ def mix(
 ) -> list[TokenIds]:
     """Take items from several sources so that their token counts follow the weights, until a limit or an end.
 
-    The next item always comes from the source that is furthest behind its share, so the shares hold to within one item
-    wherever it stops. It stops when a source with weight runs out, since going on would break the shares.
+    The next item always comes from the source that is furthest below its share, so shares are exact to within one item
+    at any point. Mixing stops when a source with weight is exhausted, since more items would break the shares.
 
     Args:
         draws: the sources; their counts are updated.
         items_of: opens the items (rows or documents, as token ids) of a source.
-        max_items: at most so many items, None for no limit.
-        max_tokens: at most so many tokens, None for no limit; an item that would exceed it is not taken.
+        max_items: maximum number of items, None for no limit.
+        max_tokens: maximum number of tokens, None for no limit; an item that would exceed it is not taken.
 
     Returns:
         The items in the order taken.

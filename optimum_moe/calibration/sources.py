@@ -50,11 +50,11 @@ def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | R
             else "input_ids" as token ids.
 
     Returns:
-        The text sources with their weights (one with weight 1.0 unless it is a mixture), or the ready inputs, or
+        The text sources with their weights (one with weight 1.0 unless it is a mixture), or prepared model inputs, or
         examples with images, audio or video.
 
     Raises:
-        ValueError: nothing in the source, an unknown type of file or object, a missing column, an invalid weight.
+        ValueError: an empty source, an unknown type of file or object, a missing column, or an invalid weight.
     """
     pairs = _mixture(source)
     if pairs is None:
@@ -67,7 +67,7 @@ def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | R
         read = _read_one(part, text_column)
         if not isinstance(read, TextSource):
             kind = "model inputs" if isinstance(read, ReadyInputs) else "images, audio or video"
-            raise ValueError(f"A mixture holds text sources, this one holds {kind}. Mix them yourself.")
+            raise ValueError(f"A mixture holds text sources, this one holds {kind}. Mix them before calibration.")
         sources.append(replace(read, weight=float(weight)))
     return sources
 
@@ -121,7 +121,7 @@ def _read_dataset(dataset: Any, text_column: str) -> TextSource | MediaSource:
         return _stream(iter(dataset), text_column, name)
     column = pick_column(dataset.column_names, text_column, name)
     media = [name for name in dataset.column_names if name in MEDIA_COLUMNS]
-    # Reading a row reads all its columns.
+    # Reading a row reads all its columns, so select the column first.
     mask = ["attention_mask"] if column == IDS_COLUMN and "attention_mask" in dataset.column_names else []
     texts = dataset.select_columns([column, *media, *mask])
     if media or (len(texts) and has_media(texts[0][column])):
@@ -137,7 +137,7 @@ def _read_row(rows: Any, text_column: str, name: str, index: int) -> MediaExampl
 
 
 def _stream(rows: Iterator[Any], text_column: str, name: str) -> TextSource | MediaSource:
-    """Rows of a dataset without a length; the first one says whether they have media."""
+    """Read a dataset without a length; its first row decides whether rows have media."""
     first = next(rows, None)
     rows = rows if first is None else chain([first], rows)
     if has_media(first):
@@ -146,7 +146,7 @@ def _stream(rows: Iterator[Any], text_column: str, name: str) -> TextSource | Me
 
 
 def _text_source(name: str, documents: Any, first: Any, text_column: str) -> TextSource:
-    """Rows or documents whose first one says whether they are token ids."""
+    """A source whose first document decides whether all are token ids."""
     if not isinstance(first, Mapping):
         return TextSource(name, documents, is_tokenized=is_tokens(first))
     tokenized = not {text_column, MESSAGES_COLUMN} & set(first) and IDS_COLUMN in first
@@ -168,7 +168,7 @@ def _read_iterable(source: Iterable[Any], text_column: str) -> TextSource | Read
             "A list of messages is one chat; pass a list of chats: [[{'role': ..., 'content': ...}, ...]]."
         )
     if _is_model_input(first, text_column):
-        # A list or a DataLoader can be read again, an iterator has already lost its first item.
+        # A list or a DataLoader can be read again; an iterator has lost its first item, so add it back.
         inputs = source if items is not source else chain([first], items)
         return ReadyInputs(f"{type(source).__name__} of model inputs", inputs)
     stream = chain([first], items)
@@ -202,7 +202,7 @@ def _records(rows: Iterator[Any], text_column: str, name: str) -> Iterator[Docum
 
 
 def check_source(source: Any) -> None:
-    """Refuse the path of a file that is not there before any work is done, also where nothing would read it.
+    """Refuse the path of a missing file before any work, even if the data are not used.
 
     Raises:
         ValueError: as `read_sources` for such a path.

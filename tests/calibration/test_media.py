@@ -111,7 +111,7 @@ def test_a_dataset_with_audio_is_read_lazily_and_one_with_text_between(ear: Nemo
     batches = build_batches(CalibrationConfig(data), ear)
     assert sorted("input_features" in batch for batch in batches) == [False, True]
     data = datasets.Dataset.from_dict({"text": ["<audio> a"], "audio": [decoded | {"sampling_rate": 8000}]})
-    with pytest.raises(ValueError, match="has 8000 samples a second, the model takes 16000"):
+    with pytest.raises(ValueError, match="has a sampling rate of 8000, and the model takes 16000"):
         build_batches(CalibrationConfig(data), ear)
 
 
@@ -134,7 +134,7 @@ def test_a_stream_keeps_its_order(ear: Nemotron3_5TranscribeProcessor) -> None:
             [{"text": "<audio>", "images": [np.zeros((8, 8, 3), np.uint8)]}],
             "Nemotron3_5TranscribeProcessor has no image_processor",
         ),
-        ([{"audio": np.zeros(9, np.float32)}], "row 0 of list of 1 rows has media and no text"),
+        ([{"audio": np.zeros(9, np.float32)}], "row 0 of list of 1 rows has media but no text"),
         ([{"messages": chat({"type": "audio", "audio": "b.wav"})}], "There is no file 'b.wav', which row 0"),
         ([{"messages": chat({"type": "text", "text": ""}), "audio": np.zeros(9)}], "Put them into the messages"),
     ],

@@ -251,7 +251,7 @@ def test_a_template_that_refuses_says_which_chat_and_what_to_do() -> None:
 
 
 def test_a_template_that_leaves_the_user_out_is_warned_about() -> None:
-    with pytest.warns(UserWarning, match="leaves out what the user says"):
+    with pytest.warns(UserWarning, match="leaves out the user.s text"):
         batches_of([[{"role": "user", "content": "w1"}]], with_template("w5 w6 w7 w8 w9"))
 
 
@@ -295,9 +295,9 @@ def test_files_that_were_joined_have_marks_inside(tmp_path: Path) -> None:
 
 def test_broken_files_are_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     for name, data, message in (
-        ("a.txt", "w1 w2".encode("utf-16-le"), r"a\.txt holds NUL characters: .* UTF-16 without a mark"),
-        ("a.jsonl", b'{"text": "w1 \\ud83d"}', r"line 1 of a\.jsonl is no valid Unicode text \(surrogates"),
-        ("a.parquet", b"PAR1 and no more", r"a\.parquet is no readable Parquet file"),
+        ("a.txt", "w1 w2".encode("utf-16-le"), r"a\.txt holds NUL characters: .* UTF-16 without a byte order mark"),
+        ("a.jsonl", b'{"text": "w1 \\ud83d"}', r"line 1 of a\.jsonl is not valid Unicode text \(surrogates"),
+        ("a.parquet", b"PAR1 and no more", r"a\.parquet is not a valid Parquet file"),
     ):
         with pytest.raises(ValueError, match=message):
             batches_of(written(tmp_path, name, data), tokenizer)

@@ -60,7 +60,7 @@ def test_arguments_of_the_api_are_named_as_flags(message: str, said: str) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--max-tokens", 8), "error: --max-tokens 8 is smaller than --sequence-length 512: not one row fits. Raise "),
+        (("--max-tokens", 8), "error: --max-tokens 8 is smaller than --sequence-length 512, so no row fits. Raise "),
         (("--seed", -1), "error: --seed -1 is out of range."),
         (("--keep-ratio", 0), "error: --keep-ratio 0.0 must lie in (0, 1]"),
         (("--text-column", "body"), "Set --text-column."),
@@ -246,7 +246,7 @@ def test_a_data_set_of_the_hub(run: Run, checkpoint: Path, tmp_path: Path, monke
         "compress", checkpoint, "--calibration", "org/gone", "--recipe", "reap", "--output", tmp_path / "b"
     )
     assert status == 2
-    assert "The data set 'org/gone' could not be read (FileNotFoundError: no such data set). Check the network" in err
+    assert "The dataset 'org/gone' could not be read (FileNotFoundError: no such data set). Check the network" in err
     # The same rows as from a data set in memory.
     config = CalibrationConfig("org/name", max_tokens=512, sequence_length=32, text_column="body")
     stream = build_batches(config, tokenizer())
