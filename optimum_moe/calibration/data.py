@@ -127,7 +127,7 @@ def build_batches(
 def draw_documents(config: CalibrationConfig, tokenizer: Any) -> list[TokenIds]:
     """The documents that `build_batches` would draw, as token ids without special tokens, before they become rows.
 
-    Long documents are split into parts. There are at most `config.max_tokens` tokens and `config.num_samples` documents.
+    Long documents are split into parts. Returns at most `config.max_tokens` tokens and `config.num_samples` documents.
 
     Raises:
         ValueError: as for `build_batches`, and for model inputs, which have no documents.

@@ -210,7 +210,7 @@ def _audio(value: Any, rate: int, where: str) -> Any:
             value = value.get("path")
         elif value.get("sampling_rate") != rate:
             raise ValueError(
-                f"The audio of {where} has a sampling rate of {value.get('sampling_rate')}, and the model takes {rate}. "
+                f"The audio of {where} has a sampling rate of {value.get('sampling_rate')}, the model takes {rate}. "
                 "Resample it."
             )
         else:

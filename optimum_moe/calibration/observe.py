@@ -97,11 +97,11 @@ def observe(
         source or {},
         config.unseen,
     )
-    judge(statistics, stacklevel=3)
+    check_observed(statistics, stacklevel=3)
     return statistics
 
 
-def judge(statistics: Statistics, stacklevel: int = 2) -> None:
+def check_observed(statistics: Statistics, stacklevel: int = 2) -> None:
     """Check the statistics of a whole model: refuse NaN, and apply the policy `unseen` to experts without tokens."""
     statistics.check_finite()
     unseen = statistics.unseen_report()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
-from optimum_moe.calibration.observe import forward_calls, judge, observe, reached_tokens
+from optimum_moe.calibration.observe import check_observed, forward_calls, observe, reached_tokens
 from optimum_moe.engine.decision import Decider, PlanReader, unreached_report
 from optimum_moe.engine.layers import Layer
 from optimum_moe.engine.layerwise import Keep, LayerwiseRun, keep_in_memory
@@ -269,7 +269,7 @@ class Run:
         assert self.config is not None
         record = {**self.batches.description, "tokens_by_block": reached_tokens(kept)}
         statistics = Statistics(kept, record, self.identity, self.config.unseen)
-        judge(statistics)
+        check_observed(statistics)
         return statistics
 
 

@@ -81,7 +81,7 @@ class Surgeon(ABC):
     count_config: str = ""
     selects_by: Literal["scores", "logits"] = "scores"
     fixed_router: str = ""
-    no_factors: str = "its surgeon has no `hold`"
+    no_factors: str = "its surgeon has no `install_factors`"
     remark: str = ""
 
     @abstractmethod
@@ -169,9 +169,9 @@ class Surgeon(ABC):
         """The experts' own gate function: hidden neurons from gate and up, each neuron from its own two."""
         raise NotImplementedError(f"{type(self).__name__} does not give the gate function of its experts")
 
-    def hold(self, block: Block, factors: FactorizedExperts) -> None:
+    def install_factors(self, block: Block, factors: FactorizedExperts) -> None:
         """Put experts in compressed forms in the place of the stock ones; the block runs them afterwards."""
-        raise NotImplementedError(f"{type(self).__name__} has no `hold`, and should say why in `no_factors`")
+        raise NotImplementedError(f"{type(self).__name__} has no `install_factors`, and should say why in `no_factors`")
 
     def factors(self, block: Block) -> FactorizedExperts | None:
         """The experts in compressed forms that the block holds; None where they are stock ones."""
@@ -195,7 +195,7 @@ class Surgeon(ABC):
         view = self.experts(block)
         held = _empty_factors(view, plan.factors.spec)
         held.fill(plan.factors, {name: values for name, values in _biases(view).items() if values is not None})
-        self.hold(block, held)
+        self.install_factors(block, held)
         return replace(plan, factors=None, digest=factors_digest(held))
 
     def is_stock(self, block: Block, plan: BlockPlan) -> bool:
@@ -209,7 +209,7 @@ class Surgeon(ABC):
         if num_groups < self.info(block, "", 0).num_experts:
             self.rebuild(block, num_groups, routing)
         if sizes is not None:
-            self.hold(block, _empty_factors(self.experts(block), sizes))
+            self.install_factors(block, _empty_factors(self.experts(block), sizes))
 
 
 def factors_digest(held: FactorizedExperts) -> dict[str, str]:

@@ -125,8 +125,8 @@ class GenericSurgeon(StackedSurgeon):
         """The module's own norm."""
         return native_finish(self._experts(block))
 
-    def hold(self, block: Block, factors: FactorizedExperts) -> None:
-        """See `Surgeon.hold`."""
+    def install_factors(self, block: Block, factors: FactorizedExperts) -> None:
+        """See `Surgeon.install_factors`."""
         experts = self._experts(block)
         self.drop_stacks(block)
         experts.factors = factors

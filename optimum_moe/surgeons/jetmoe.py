@@ -119,8 +119,8 @@ class JetMoeSurgeon(StackedSurgeon):
         """The block's activation of the gate; attention experts have neither."""
         return up_PI if gate_PI is None else block.activation(gate_PI) * up_PI
 
-    def hold(self, block: Block, factors: FactorizedExperts) -> None:
-        """See `Surgeon.hold`."""
+    def install_factors(self, block: Block, factors: FactorizedExperts) -> None:
+        """See `Surgeon.install_factors`."""
         self.drop_stacks(block)
         block.factors = factors
         linears = (block.input_linear, FactorizedJetMoeInput), (block.output_linear, FactorizedJetMoeOutput)

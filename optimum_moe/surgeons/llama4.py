@@ -110,8 +110,8 @@ class Llama4Surgeon(StackedSurgeon):
         """See `Surgeon.activate`."""
         return _activate(block.experts, gate_PI, up_PI)
 
-    def hold(self, block: Block, factors: FactorizedExperts) -> None:
-        """See `Surgeon.hold`."""
+    def install_factors(self, block: Block, factors: FactorizedExperts) -> None:
+        """See `Surgeon.install_factors`."""
         self.drop_stacks(block)
         block.experts.factors = factors
         block.experts.__class__ = swapped_class(FactorizedLlama4Experts, type(block.experts))

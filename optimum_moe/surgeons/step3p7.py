@@ -77,8 +77,8 @@ class Step3p7Surgeon(StackedSurgeon):
         """See `Surgeon.activate`."""
         return _activate(block.experts, gate_PI, up_PI)
 
-    def hold(self, block: Block, factors: FactorizedExperts) -> None:
-        """See `Surgeon.hold`."""
+    def install_factors(self, block: Block, factors: FactorizedExperts) -> None:
+        """See `Surgeon.install_factors`."""
         self.drop_stacks(block)
         block.experts.factors = factors
         run_merged(block.experts, MergedStep3p7Experts)

@@ -161,8 +161,8 @@ class SwitchTransformersSurgeon(Surgeon):
         """The activation that all experts have."""
         return next(iter(block.experts.values())).act(up_PI)
 
-    def hold(self, block: Block, factors: FactorizedExperts) -> None:
-        """See `Surgeon.hold`."""
+    def install_factors(self, block: Block, factors: FactorizedExperts) -> None:
+        """See `Surgeon.install_factors`."""
         experts = block.experts
         first = next(iter(experts.values()))
         experts.clear()

@@ -111,7 +111,7 @@ def test_a_dataset_with_audio_is_read_lazily_and_one_with_text_between(ear: Nemo
     batches = build_batches(CalibrationConfig(data), ear)
     assert sorted("input_features" in batch for batch in batches) == [False, True]
     data = datasets.Dataset.from_dict({"text": ["<audio> a"], "audio": [decoded | {"sampling_rate": 8000}]})
-    with pytest.raises(ValueError, match="has a sampling rate of 8000, and the model takes 16000"):
+    with pytest.raises(ValueError, match="has a sampling rate of 8000, the model takes 16000"):
         build_batches(CalibrationConfig(data), ear)
 
 
