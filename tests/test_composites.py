@@ -261,7 +261,7 @@ def test_towers_with_different_counts_are_plain(tmp_path: Path) -> None:
 def test_pools_of_one_layer_with_different_counts_are_refused(routing: str) -> None:
     """transformers saves both pools in one list and cuts it into halves on loading."""
     method = MSMoE(num_experts=4, routing=routing, protect=["*.vision_moe"])
-    with pytest.raises(ValueError, match=r"text_moe would keep 4 where .*vision_moe keeps 8. Keep as many in both"):
+    with pytest.raises(ValueError, match=r"text_moe would keep 4 and .*vision_moe 8. Keep the same number in both"):
         MoECompressor.from_pretrained(build_composite(composite_named("ernie4_5_vl_moe")), method)
 
 

@@ -1,4 +1,4 @@
-"""What a stranger's checkpoint says of its sizes is checked against its files before anything is made of it."""
+"""What a unknown's checkpoint says of its sizes is checked against its files before anything is made of it."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def test_wrong_arguments(models, method: Any, settings: dict[str, Any], message:
 def test_a_model_without_moe_blocks() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no MoE blocks\. See `optimum-cli moe inspect`"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no MoE blocks\. `optimum-cli moe inspect`"):
         opened(model)
 
 

@@ -1,4 +1,4 @@
-"""Surgeons find, read and cut the MoE blocks of an architecture; they know no algorithm."""
+"""Surgeons find, read and cut the MoE blocks of an architecture; they contain no compression algorithm."""
 
 from optimum_moe.surgeons.architecture import ARCHITECTURES, Architecture
 from optimum_moe.surgeons.base import BlockWatcher, ExpertAxis, Surgeon, factors_digest

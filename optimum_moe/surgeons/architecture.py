@@ -1,4 +1,4 @@
-"""Architectures as rows of data: what the generic surgeon has to know about a family."""
+"""Architectures as rows of data, which the generic surgeon reads."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Role: TypeAlias = Literal["rows", "bias", "correction", "scale"]
 
 @dataclass(frozen=True)
 class RouterTensor:
-    """A parameter or buffer with an expert axis, where it is more than a path and a first axis.
+    """A parameter or buffer of the router with an expert axis; a path alone stands for one whose first axis it is.
 
     Args:
         path: Dotted path from the router, or from the block with `on_block`.
         axis: The axis of the experts.
         on_block: Whether it belongs to the block instead of its router.
         optional: Whether some blocks of the architecture lack it.
-        trailing: Whether entries that belong to no routed expert (shared or skipped ones) follow those of the
-            experts; they stay as they are.
-        holds_ids: Whether it has no expert axis at all, but holds expert ids (a hash table).
-        role: The rows of the last linear layer, its bias, the correction that is added for the choice only, or a
-            factor on the weights; by default what the name says.
+        trailing: Whether entries of other experts (shared or skipped ones) follow those of the routed experts; they
+            are not changed.
+        holds_ids: Whether it has no expert axis, but holds expert ids (a hash table).
+        role: Rows of the last linear layer, its bias, the correction that is added only for the selection, or a factor
+            on the routing weights; by default derived from the name.
     """
 
     path: str
@@ -57,29 +57,29 @@ def _role_of(name: str) -> Role:
 class Architecture:
     """One architecture that follows the contract `router(h) -> (logits, weights, index)`, `experts(h, index, weights)`.
 
-    No axis is ever guessed from a shape (a shared expert's width can equal the number of experts): each row names
-    the tensors that have an expert axis.
+    Axes are never guessed from shapes (a shared expert's width can equal the number of experts): each row names the
+    tensors that have an expert axis.
 
     Args:
-        name: Name of the family, that of the transformers module.
+        name: Name of the family, which is the name of the transformers module.
         block: Class name of the MoE block.
-        count_fields: Every config field that holds the number of routed experts, the class's own first, then the
-            spellings that other versions and runtimes read.
+        count_fields: All config fields with the number of routed experts: first that of the config class, then names
+            that other versions and runtimes read.
         router: Attribute of the block that holds the router.
         experts: Attribute of the block that holds the experts.
-        router_tensors: Tensors of the router (parameters and buffers) with an expert axis, the rows of its last
-            linear layer first; a path where the axis is the first one.
+        router_tensors: Parameters and buffers of the router with an expert axis, the rows of its last linear layer
+            first; a path if the expert axis is the first one.
         top_k: Attribute of the router (dotted) with the number of selected experts.
-        router_groups: Attribute of the router with the number of router groups, None where there are none.
-        router_groups_used: Attribute of the router with the number of router groups that one token may use; all where
-            the router has no such attribute.
-        router_counts: Attributes of the router (dotted) that count its experts, trailing ones included or not.
-        block_counts: Attributes of the block itself that do.
-        logits: Path from the router to the layer whose output are the logits before any scoring; None where the
-            router itself returns them, and computes them from its own input.
-        least_experts: Fewest experts with which transformers builds this block and not a dense one.
-        scoring: How logits become scores; by default a sigmoid where the router has a correction, else a softmax.
-        selects_by: What the correction is added to for the choice.
+        router_groups: Attribute of the router with the number of router groups, None if there are none.
+        router_groups_used: Attribute of the router with the number of router groups that one token may use; all if the
+            router has no such attribute.
+        router_counts: Attributes of the router (dotted) with its number of experts, with or without trailing ones.
+        block_counts: Attributes of the block with its number of experts.
+        logits: Path from the router to the layer whose output are the logits before any scoring; None if the router
+            itself computes them from its input and returns them.
+        least_experts: Minimum number of experts with which transformers builds this block and not a dense one.
+        scoring: How logits become scores; by default a sigmoid if the router has a correction, else a softmax.
+        selects_by: Whether the correction is added to scores or logits for the selection.
     """
 
     name: str
@@ -100,23 +100,23 @@ class Architecture:
 
     @property
     def tensors(self) -> tuple[RouterTensor, ...]:
-        """`router_tensors` in their long form."""
+        """`router_tensors` with every path as a `RouterTensor`."""
         return tuple(RouterTensor(t) if isinstance(t, str) else t for t in self.router_tensors)
 
     @property
     def remark(self) -> str:
-        """What a user should know of the architecture."""
+        """Limitations of the architecture, for users."""
         remarks = {
             "within router groups, where a checkpoint has several": self.router_groups is not None,
             "blocks routed by a table of token ids cannot be pruned": any(t.holds_ids for t in self.tensors),
-            "router entries of shared or skipped experts stay": any(t.trailing for t in self.tensors),
+            "router entries of shared or skipped experts are kept": any(t.trailing for t in self.tensors),
             f"at least {self.least_experts} experts": self.least_experts > 1,
         }
         return "; ".join(remark for remark, applies in remarks.items() if applies)
 
     @property
     def scores(self) -> Scoring:
-        """`scoring`, or its default."""
+        """The scoring, or its default if `scoring` is None."""
         default = sigmoid if any(tensor.role == "correction" for tensor in self.tensors) else softmax
         return self.scoring or default
 
@@ -302,7 +302,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             RouterTensor("router_mlp.out_proj.weight", trailing=True),
             RouterTensor("balancing_biases", trailing=True),
         ),
-        # It tells the class beyond its experts, which skips them, by the count in its config.
+        # The router detects ids beyond its experts, which skip them, by the count in its config.
         router_counts=("num_experts", "num_router_classes", "router_mlp.out_proj.out_features", "config.num_experts"),
         logits="router_mlp.out_proj",
         scoring=softmax,

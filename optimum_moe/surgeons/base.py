@@ -1,4 +1,4 @@
-"""The surgeon: it knows how one kind of MoE block stores its experts and router, and nothing about algorithms."""
+"""The surgeon of an architecture: it reads and replaces experts and routers, and contains no algorithm."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from optimum_moe.records import digest
 from optimum_moe.surgeons.architecture import Role, RouterTensor
 
 Block: TypeAlias = Any
-"""An MoE block: a module whose attributes are its architecture's own."""
+"""An MoE block: a module whose attributes depend on the architecture."""
 
 _FITTED = {"rows": "rows_GX", "bias": "bias_G", "correction": "correction_G"}
 
 
 @dataclass(frozen=True)
 class ExpertAxis:
-    """Where the experts lie in a tensor.
+    """The position of the experts in a tensor.
 
     Args:
-        axis: One behind the other along this axis; what follows them there belongs to none.
-        num_experts: So many.
+        axis: Axis along which the experts follow each other; entries after them belong to no expert.
+        num_experts: Number of experts.
         is_matrix: Whether the tensor is multiplied with tokens; else it is a bias or a correction.
         entries: Entries along the axis that belong to one expert.
     """
@@ -47,13 +47,13 @@ class ExpertAxis:
 
 
 class BlockWatcher(Protocol):
-    """What a surgeon reports to while a block runs on calibration data; all calls see the same T tokens."""
+    """Receives reports of a surgeon while a block runs on calibration data; all calls see the same T tokens."""
 
     def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
-        """The router was called: its logits before any scoring, and its input."""
+        """Receive the router's logits before any scoring, and its input."""
 
     def begin(self, input_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
-        """The experts were called with the routing that the model really uses."""
+        """Receive the inputs of the experts and the routing that the model uses."""
 
     def expert(
         self,
@@ -64,16 +64,16 @@ class BlockWatcher(Protocol):
         hidden_PI: torch.Tensor,
         output_PH: torch.Tensor,
     ) -> None:
-        """One expert ran on its P routed tokens."""
+        """Receive the call of one expert on its P routed tokens."""
 
 
 class Surgeon(ABC):
     """Finds, reads, observes, cuts and rebuilds the MoE blocks of one architecture.
 
-    A surgeon holds no state of a model; one instance serves all. `count_config` is the sub config that holds
-    `count_fields`, where it is not the config of the model around the block; `fixed_router` says why the router cannot
-    lose an entry, where it cannot; `no_factors` why experts cannot be kept in factors, where they cannot; `remark` is
-    what a user should know of the architecture.
+    A surgeon has no state of a model; one instance serves all. `count_config` is the sub-config that holds
+    `count_fields`, if that is not the config of the model around the block. `fixed_router` is the reason why router
+    entries cannot be removed, and `no_factors` why experts cannot be factorized; both are empty if they can. `remark`
+    describes limitations for users.
     """
 
     name: str
@@ -90,11 +90,11 @@ class Surgeon(ABC):
 
     @abstractmethod
     def info(self, block: Block, name: str, index: int) -> BlockInfo:
-        """Sizes of a block; works on the meta device."""
+        """The sizes of a block; works on the meta device."""
 
     @abstractmethod
     def experts(self, block: Block) -> ExpertTensors:
-        """The routed experts as views in the canonical layout, nothing copied."""
+        """The routed experts in the canonical layout, as views without copies."""
 
     @abstractmethod
     def expert_parameters(self, block: Block) -> list[nn.Parameter]:
@@ -105,15 +105,15 @@ class Surgeon(ABC):
         """(E, H) rows of the router's last linear layer."""
 
     def router_tensors(self, block: Block, holds_ids: bool = False) -> list[tuple[RouterTensor, torch.Tensor]]:
-        """The tensors with an expert axis that this block has, or those that hold expert ids."""
+        """The router tensors of this block with an expert axis, or with `holds_ids` those of expert ids."""
         return []
 
     def expert_axes(self, block: Block) -> dict[str, ExpertAxis]:
-        """The tensors that hold something of every expert, by dotted path; none where experts are modules."""
+        """The tensors that stack all experts, by dotted path; none if experts are modules."""
         return {}
 
     def scores(self, block: Block, logits_SN: torch.Tensor) -> torch.Tensor:
-        """(S, N) scores of a router's (S, N) logits; a softmax unless the architecture says otherwise."""
+        """(S, N) scores of a router's (S, N) logits; a softmax unless the architecture uses another function."""
         return logits_SN.softmax(-1)
 
     def router(self, block: Block) -> RouterView:
@@ -130,12 +130,12 @@ class Surgeon(ABC):
         )
 
     def objection(self, counts: Mapping[str, int]) -> str | None:
-        """Why the blocks of a model cannot keep these numbers of experts together; None if they can."""
+        """The reason why one model cannot have these expert counts (by block name); None if it can."""
         return None
 
     @abstractmethod
     def cut(self, block: Block, plan: BlockPlan) -> None:
-        """Merge or remove experts in place as the plan says; the block runs afterwards."""
+        """Merge or remove experts in place by the plan; the block can run afterwards."""
 
     @abstractmethod
     def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:
@@ -143,17 +143,17 @@ class Surgeon(ABC):
 
     @abstractmethod
     def watch(self, block: Block, watcher: BlockWatcher) -> AbstractContextManager[None]:
-        """Report every call of the block to `watcher`; the block computes what it would without."""
+        """Report every call of the block to `watcher`, without a change of its output."""
 
     def watch_gradient(self, block: Block, report: Callable[[torch.Tensor], None]) -> AbstractContextManager[None]:
-        """When a backward pass runs, report the (T, H) gradient at the weighted sum of the selected experts."""
+        """Report the (T, H) gradient with respect to the weighted sum of the selected experts in backward passes."""
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             summed = output[0] if isinstance(output, tuple) else output
             if not torch.is_grad_enabled():
                 return output
             if not summed.requires_grad:
-                # The first block: gradients end here. What follows may write into its output, so it is no leaf.
+                # Gradients end at the first block. In-place operations may follow, so its output must not be a leaf.
                 summed = summed.detach().requires_grad_().clone()
                 output = (summed, *output[1:]) if isinstance(output, tuple) else summed
             summed.register_hook(lambda gradient: report(gradient.reshape(-1, gradient.shape[-1])))
@@ -162,31 +162,32 @@ class Surgeon(ABC):
         return hooked([self.summing_module(block).register_forward_hook(after)])
 
     def summing_module(self, block: Block) -> nn.Module:
-        """The module whose output changes as the sum of the selected experts does."""
+        """The module whose output has the same gradient as the sum of the selected experts."""
         return block
 
     def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
-        """The experts' own gate function: hidden neurons from gate and up, each neuron from its own two."""
+        """The experts' activation: hidden neurons from gate and up, elementwise."""
         raise NotImplementedError(f"{type(self).__name__} does not give the gate function of its experts")
 
     def install_factors(self, block: Block, factors: FactorizedExperts) -> None:
-        """Put experts in compressed forms in the place of the stock ones; the block runs them afterwards."""
-        raise NotImplementedError(f"{type(self).__name__} has no `install_factors`, and should say why in `no_factors`")
+        """Replace the stock experts by factorized ones, which the block then runs."""
+        raise NotImplementedError(f"{type(self).__name__} has no `install_factors`; give the reason in `no_factors`")
 
     def factors(self, block: Block) -> FactorizedExperts | None:
-        """The experts in compressed forms that the block holds; None where they are stock ones."""
+        """The factorized experts of the block; None if it has stock experts."""
         return next((m for m in block.modules() if isinstance(m, FactorizedExperts)), None)
 
     def carry_out(self, block: Block, plan: BlockPlan) -> BlockPlan:
-        """Do to a block all that its plan says; returns the plan as it is kept, without what the block now holds.
+        """Apply a plan to a block; returns the plan without the factors, which the block now holds.
 
         Raises:
-            ValueError: If the plan was read from a checkpoint that holds its factors, or cannot be expressed.
+            ValueError: If the plan was read from a checkpoint and so lacks its factors, or if the architecture cannot
+                express it.
         """
         if plan.sizes is not None and plan.factors is None:
             raise ValueError(
-                f"The plan for {plan.name} says which sizes its factors have; the factors themselves lie in the "
-                "checkpoint that it was made for. Load that checkpoint, or pass statistics= to decide anew."
+                f"The plan for {plan.name} has the sizes of its factors, but the factors themselves are in the "
+                "checkpoint that it was made for. Load that checkpoint, or pass statistics= to decide again."
             )
         if not plan.keeps_all:
             self.cut(block, plan)
@@ -199,7 +200,7 @@ class Surgeon(ABC):
         return replace(plan, factors=None, digest=factors_digest(held))
 
     def is_stock(self, block: Block, plan: BlockPlan) -> bool:
-        """Whether a block is as it was before the plan was carried out."""
+        """Whether a block is still as it was before the plan was carried out."""
         return self.factors(block) is None and self.info(block, "", 0).num_experts == plan.num_experts
 
     def build_structure(
@@ -213,7 +214,7 @@ class Surgeon(ABC):
 
 
 def factors_digest(held: FactorizedExperts) -> dict[str, str]:
-    """SHA-256 of each tensor that a block's compressed experts hold."""
+    """SHA-256 of each tensor of a block's factorized experts."""
     return {name: digest({}, {name: tensor}) for name, tensor in held.state_dict().items()}
 
 
@@ -224,7 +225,7 @@ def _empty_factors(view: ExpertTensors, sizes: ExpertsSpec) -> FactorizedExperts
     widths = {values[0].dtype for values in _biases(view).values() if values is not None}
     for name, parameter in factors.named_parameters():
         if name.endswith("bias"):
-            # They stay what they were, and may be stored in another dtype than the matrices.
+            # Biases are not factorized, and may be stored in another dtype than the matrices.
             parameter.data = parameter.data.to(reduce(torch.promote_types, widths))
     return factors.requires_grad_(first.requires_grad)
 
@@ -243,7 +244,7 @@ def merge_group(
         target: The same fields with the tensors to fill.
         plan: The block's plan.
         group: The group to merge.
-        slot: Where it goes.
+        slot: Position of the merged expert in `target`.
     """
     members = plan.members(group)
     weights = [float(plan.merge_weights_E[e]) for e in members]
@@ -253,13 +254,13 @@ def merge_group(
 
 
 def merged_router_rows(rows_EX: torch.Tensor, plan: BlockPlan, role: Role = "rows") -> torch.Tensor:
-    """(G, ...) entries of the reduced router: those that were fitted, else the members' by `router_weights_E`."""
+    """(G, ...) entries of the reduced router: fitted ones, else the weighted mean with `router_weights_E`."""
     fitted = None if plan.router_fit is None else getattr(plan.router_fit, _FITTED.get(role, ""), None)
     if fitted is not None:
         return fitted.to(rows_EX).reshape(-1, *rows_EX.shape[1:])
     assert plan.router_weights_E is not None
     merged = torch.empty((plan.num_groups, *rows_EX.shape[1:]), dtype=rows_EX.dtype, device=rows_EX.device)
-    # A bias has one number for each expert, and merge_matrices wants an axis.
+    # A bias has one element per expert, and merge_matrices needs another axis.
     flat_EX, flat_GX = rows_EX.reshape(plan.num_experts, -1), merged.view(plan.num_groups, -1)
     for group in range(plan.num_groups):
         members = plan.members(group)
@@ -269,7 +270,7 @@ def merged_router_rows(rows_EX: torch.Tensor, plan: BlockPlan, role: Role = "row
 
 
 def replace_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put `tensor` in the place of a parameter or buffer, whichever `name` (dotted) is."""
+    """Replace the parameter or buffer with the dotted name `name`."""
     *path, last = name.split(".")
     owner: Any = module.get_submodule(".".join(path))
     old = getattr(owner, last)
@@ -284,7 +285,7 @@ def attribute(module: nn.Module, name: str) -> Any:
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end."""
+    """Remove hooks on exit."""
     handles = list(handles)
     try:
         yield

@@ -1,4 +1,4 @@
-"""DBRX: the matrices of all experts below each other in three parameters, and a block that turns logits into ids."""
+"""DBRX: three parameters stack the matrices of all experts by rows, and the block itself turns logits into ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from optimum_moe.surgeons.stacked import ExpertStack, Fields, StackedSurgeon, ru
 
 
 class MappedDbrxBlock(SwappedModule):
-    """Maps the ids where the block chooses them; the router keeps its N logits."""
+    """Maps expert ids to groups after the block's selection; the router keeps its N logits."""
 
     router: Any
 
@@ -32,7 +32,7 @@ class MappedDbrxBlock(SwappedModule):
 
 
 class MergedDbrxExperts(SwappedModule):
-    """Runs a merged expert once a token: the stock loop computes repeats."""
+    """Runs a merged expert once per token; the stock loop would run it for every repeated id."""
 
     num_experts: int
     hidden_size: int
@@ -60,7 +60,7 @@ class DbrxSurgeon(StackedSurgeon):
         return type(module).__name__ == "DbrxFFN"
 
     def stacks(self, block: Block) -> tuple[ExpertStack, ...]:
-        """All three are (E * I, H)."""
+        """The stacks of gate, up and down, each (E * I, H)."""
         return (
             ExpertStack("experts.mlp.w1", _gate, flat=True),
             ExpertStack("experts.mlp.v1", _up, flat=True),
@@ -68,11 +68,11 @@ class DbrxSurgeon(StackedSurgeon):
         )
 
     def num_experts(self, block: Block) -> int:
-        """As the experts module says."""
+        """The count of the experts module."""
         return block.experts.num_experts
 
     def top_k(self, block: Block) -> int:
-        """As the block says."""
+        """The attribute of the block."""
         return block.top_k
 
     def install(self, block: Block, num_groups: int, routing: Routing) -> None:

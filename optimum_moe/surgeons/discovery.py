@@ -1,4 +1,4 @@
-"""Blocks of architectures that no row describes: read by the common contract, and tested before they are trusted."""
+"""Blocks of unknown architectures: a row is derived from the common contract, and verified by a self-test."""
 
 from __future__ import annotations
 
@@ -32,80 +32,80 @@ class ContractError(Exception):
 
 
 @dataclass(frozen=True)
-class Stranger:
-    """A block with stamped experts that no surgeon matches."""
+class UnknownBlock:
+    """A block that no surgeon matches, with experts that `use_experts_implementation` marks."""
 
     path: str
     block: Any
     experts: str
 
 
-def strangers(model: nn.Module, known: set[str]) -> list[Stranger]:
-    """One block for each unknown class that holds experts stamped by `use_experts_implementation`.
+def unknown_blocks(model: nn.Module, known: set[str]) -> list[UnknownBlock]:
+    """One block for each unknown class with experts that `use_experts_implementation` marks.
 
     Args:
         model: The model, on any device.
         known: Module paths of the blocks that have a surgeon.
     """
-    found: dict[type, Stranger] = {}
+    found: dict[type, UnknownBlock] = {}
     for path, module in model.named_modules():
         if not all(hasattr(module, name) for name in _STAMP):
             continue
         parent, _, attribute = path.rpartition(".")
         if parent not in known and not any(parent.startswith(f"{name}.") for name in known):
             block = model.get_submodule(parent)
-            found.setdefault(type(block), Stranger(parent, block, attribute))
+            found.setdefault(type(block), UnknownBlock(parent, block, attribute))
     return list(found.values())
 
 
 def looks_like_moe(model: nn.Module) -> list[str]:
-    """Class names in a model that sound like MoE blocks or experts."""
+    """Class names in a model that resemble MoE blocks or experts."""
     return sorted({type(m).__name__ for m in model.modules() if re.search("moe(?!del)|expert", type(m).__name__, re.I)})
 
 
 def how_to(what: str, reason: str, row: Architecture | None = None) -> str:
-    """The message for a block that cannot be read."""
+    """The error message for a block that cannot be read, with instructions to add its architecture."""
     guess = row or Architecture("my_moe", what.split(" ")[0], ("num_experts",))
     return (
-        f"{what} is no MoE block that optimum_moe knows, and it cannot be read by the common contract: {reason}. "
+        f"{what} is not an MoE block that optimum_moe knows, and does not follow the common contract: {reason}. "
         "Describe it:\n"
         "    from optimum_moe import register_surgeon\n"
         "    from optimum_moe.surgeons import Architecture\n"
         f"    register_surgeon({_spelled(guess)})\n"
-        "A block that does not call router(h) -> (logits, weights, index) and experts(h, index, weights) gets a "
-        "subclass of optimum_moe.surgeons.Surgeon instead. CONTRIBUTING.md shows both."
+        "A block that does not call router(h) -> (logits, weights, index) and experts(h, index, weights) needs a "
+        "subclass of optimum_moe.surgeons.Surgeon instead. docs/source/extending.md shows both."
     )
 
 
 def _spelled(row: Architecture) -> str:
-    """How one writes a row: positional fields, and whatever differs from the default."""
+    """A row as Python code: positional fields, and fields that differ from their defaults."""
     named = [f for f in fields(row)[3:] if getattr(row, f.name) != f.default and f.name != "scoring"]
     first = ", ".join(repr(getattr(row, f.name)) for f in fields(row)[:3])
     return f"Architecture({', '.join([first, *(f'{f.name}={getattr(row, f.name)!r}' for f in named)])})"
 
 
-def discover(stranger: Stranger) -> Architecture:
+def discover(unknown: UnknownBlock) -> Architecture:
     """The row of a block that follows the contract, tested on a copy of it with random weights.
 
     Raises:
-        ValueError: If it does not; the message says why, and how to write a surgeon.
+        ValueError: If it does not; with the reason, and instructions to write a surgeon.
     """
     row = None
     try:
-        row = _propose(stranger)
-        return self_test(row, stranger.block)
+        row = _propose(unknown)
+        return self_test(row, unknown.block)
     except ContractError as error:
-        raise ValueError(how_to(f"{type(stranger.block).__name__} ({stranger.path})", str(error), row)) from error
+        raise ValueError(how_to(f"{type(unknown.block).__name__} ({unknown.path})", str(error), row)) from error
 
 
-def _propose(stranger: Stranger) -> Architecture:
-    """A row from names and sizes; what it guesses wrong, the self-test finds."""
-    block, experts = stranger.block, getattr(stranger.block, stranger.experts)
+def _propose(unknown: UnknownBlock) -> Architecture:
+    """A row guessed from names and sizes; the self-test finds wrong guesses."""
+    block, experts = unknown.block, getattr(unknown.block, unknown.experts)
     count = experts.num_experts
     routers = [
         name
         for name, child in block.named_children()
-        if name != stranger.experts and any(count in tensor.shape for _, tensor in _tensors(child))
+        if name != unknown.experts and any(count in tensor.shape for _, tensor in _tensors(child))
     ]
     classes = {name: type(getattr(block, name)).__name__ for name in routers}
     named = [name for name in routers if re.search("router|gate", f"{name} {classes[name]}", re.I)]
@@ -131,7 +131,7 @@ def _propose(stranger: Stranger) -> Architecture:
         block=type(block).__name__,
         count_fields=count_fields,
         router=named[0],
-        experts=stranger.experts,
+        experts=unknown.experts,
         router_tensors=tuple(tensors),
         top_k=top_k,
         router_groups=next((name for name in _GROUPS if getattr(router, name, None)), None),
@@ -165,10 +165,10 @@ def _counts(module: nn.Module, count: int, recurse: bool = True) -> Iterator[str
 
 @torch.no_grad()
 def self_test(row: Architecture, block: Block) -> Architecture:
-    """Try a row on a copy of a block with random weights; only the sizes of `block` matter.
+    """Test a row on a copy of a block with random weights; only the sizes of `block` matter.
 
-    Merging copies of experts must change nothing, another order of the experts neither, and pruning experts that
-    never win neither.
+    The output must not change if identical experts are merged, experts are permuted, or experts that are never
+    selected are pruned.
 
     Returns:
         The row, with its scoring.
@@ -193,7 +193,7 @@ def self_test(row: Architecture, block: Block) -> Architecture:
             before = _run(copy, input_BSH)
             change(surgeon, copy, input_BSH)
             after = _run(copy, input_BSH)
-        # NaN compares as false and fails too.
+        # A comparison with NaN is false, so NaN fails too.
         if not bool((after - before).abs().max() <= _TOLERANCE * before.abs().max()):
             raise ContractError(f"in a self-test {what} changed its output")
     return row
@@ -201,7 +201,7 @@ def self_test(row: Architecture, block: Block) -> Architecture:
 
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Whatever a foreign block raises means that it does not follow the contract."""
+    """Convert any exception of an unknown block into a `ContractError`."""
     try:
         yield
     except Exception as error:
@@ -209,9 +209,9 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def _random_copy(surgeon: GenericSurgeon, block: Block) -> tuple[Any, torch.Tensor]:
-    """A copy in float32 on the CPU, and an input with one constant channel."""
+    """A float32 copy of a block on the CPU with random weights, and an input with one constant channel."""
     generator = torch.Generator().manual_seed(0)
-    # Tensors of a real block must not be copied along.
+    # Copy only the structure, since a real block may be large.
     empty: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in block.parameters()}
     empty |= {id(buffer): buffer.to("meta") for buffer in block.buffers()}
     copy = deepcopy(block, empty).to_empty(device="cpu").float().eval()
@@ -231,7 +231,7 @@ def _run(block: Any, input_BSH: torch.Tensor) -> torch.Tensor:
 
 
 def _labels(surgeon: GenericSurgeon, block: Block) -> tuple[int, ...]:
-    """Neighbors belong together, so that no group crosses router groups."""
+    """Labels that pair neighboring experts, so that no group crosses router groups."""
     return tuple(expert // 2 for expert in range(surgeon.num_experts(block)))
 
 
@@ -242,7 +242,7 @@ def _orders(surgeon: GenericSurgeon, block: Block) -> torch.Tensor:
 
 
 def _copy_experts(surgeon: GenericSurgeon, block: Block) -> None:
-    """Make every second expert a copy of its neighbor, with its neurons in another order."""
+    """Make every second expert a copy of its neighbor with permuted neurons."""
     view, order_EI = surgeon.experts(block), _orders(surgeon, block)
     for expert in range(1, view.num_experts, 2):
         for name, axis in NEURON_AXIS.items():
@@ -261,7 +261,7 @@ def _merge_copies(surgeon: GenericSurgeon, block: Block, input_BSH: torch.Tensor
 
 
 def _reorder(surgeon: GenericSurgeon, block: Block, input_BSH: torch.Tensor) -> None:
-    """Swap neighbors, which stay in their router group."""
+    """Swap neighboring experts, which remain in their router group."""
     count = surgeon.num_experts(block)
     order_E = [expert ^ 1 if expert ^ 1 < count else expert for expert in range(count)]
     stacks = [tensor.data for tensor in surgeon.expert_parameters(block)]
@@ -270,7 +270,7 @@ def _reorder(surgeon: GenericSurgeon, block: Block, input_BSH: torch.Tensor) -> 
 
 
 def _silenced(surgeon: GenericSurgeon, block: Block) -> list[int]:
-    """The second half of every router group, as far as the rest can serve a token."""
+    """Experts to silence: the second half of every router group, if enough others remain for top-k."""
     info = surgeon.info(block, "block", 0)
     size = info.num_experts // info.router_groups
     kept = min(size, max(size // 2, -(-info.top_k // info.router_groups_used), 2))
@@ -298,7 +298,7 @@ def _prune_silent(surgeon: GenericSurgeon, block: Block, input_BSH: torch.Tensor
 
 
 class _Chosen:
-    """A watcher that keeps the routing of one call."""
+    """A watcher that records the routing of one call."""
 
     def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
         self.input_TH = input_TH
@@ -307,11 +307,11 @@ class _Chosen:
         self.index_TK, self.weights_TK = index_TK, weights_TK
 
     def expert(self, *routed: Any) -> None:
-        """What the experts compute does not matter here."""
+        """Ignore the outputs of the experts."""
 
 
 def _with_scoring(row: Architecture, block: Block) -> Architecture:
-    """Find the scoring whose scores the weights of each token are proportional to."""
+    """Find the scoring to whose scores the routing weights of each token are proportional."""
     surgeon = GenericSurgeon(row)
     copy, input_BSH = _random_copy(surgeon, block)
     chosen = _Chosen()
@@ -323,10 +323,10 @@ def _with_scoring(row: Architecture, block: Block) -> Architecture:
     weights_TK = chosen.weights_TK if scale_E is None else chosen.weights_TK / scale_E[chosen.index_TK]
     for scoring in (softmax, sigmoid):
         ratio_TK = weights_TK / scoring(None, logits_TN).gather(1, chosen.index_TK)
-        # With one expert a token there is nothing to compare but other tokens.
+        # With one expert per token, weights can only be compared between tokens.
         first = ratio_TK[:1] if ratio_TK.shape[1] == 1 else ratio_TK[:, :1]
         if bool(((ratio_TK - first).abs() <= 1e-3 * first.abs()).all()):
             return replace(row, scoring=scoring)
     if weights_TK.shape[1] == 1 and bool((weights_TK == weights_TK[:1]).all()):
         return replace(row, scoring=softmax)
-    raise ContractError("its weights follow from its logits neither by a softmax nor by a sigmoid; name its `scoring`")
+    raise ContractError("its weights are neither a softmax nor a sigmoid of its logits; name its `scoring`")

@@ -27,8 +27,8 @@ _ROW = Architecture(
 class PaddedPool(SwappedModule):
     """Mixin of a pool with fewer experts than its layer was built with.
 
-    The layer lays the logits of both pools into one tensor as wide as it was built; entries of experts that are gone
-    are the lowest number there is.
+    The layer writes the logits of both pools into one tensor of the original width; entries of removed experts are the
+    lowest value of the dtype.
     """
 
     logits_width: int
@@ -42,13 +42,13 @@ class PaddedPool(SwappedModule):
 
 
 class Ernie45VLSurgeon(GenericSurgeon):
-    """The generic surgeon on a pool, which may end up with another number of experts than the pool beside it."""
+    """The generic surgeon for one pool, whose number of experts may differ from that of the layer's other pool."""
 
     def __init__(self) -> None:
         super().__init__(_ROW)
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether it is a pool, padded or not."""
+        """Whether `module` is a pool, padded or not."""
         return any(cls.__name__ == _ROW.block for cls in type(module).__mro__)
 
     def objection(self, counts: Mapping[str, int]) -> str | None:
@@ -58,9 +58,9 @@ class Ernie45VLSurgeon(GenericSurgeon):
             # The text model by itself is saved tensor by tensor.
             if name.endswith(".text_moe") and "language_model." in name and counts.get(other, count) != count:
                 return (
-                    f"A checkpoint of Ernie 4.5 VL holds text and vision experts of a layer in two equal halves, and "
-                    f"{name} would keep {count} where {other} keeps {counts[other]}. Keep as many in both: calibrate "
-                    'with images, select both or neither with layers= and protect=, and use budget="uniform".'
+                    f"A checkpoint of Ernie 4.5 VL stores text and vision experts of a layer in two equal halves, but "
+                    f"{name} would keep {count} and {other} {counts[other]}. Keep the same number in both: calibrate "
+                    'with images, select both or neither with layers= and protect=, and use allocation="uniform".'
                 )
         return None
 

@@ -1,4 +1,4 @@
-"""The generic surgeon: every architecture whose experts are 3D tensors behind the common contract."""
+"""The generic surgeon for every architecture with 3D expert tensors that follows the common contract."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from optimum_moe.surgeons.base import Block, BlockWatcher
 from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon
 
 WATCHED = "optimum_moe_watched_"
-"""Experts implementations whose names begin so are those behind it, and report to a watcher what their experts do."""
+"""Prefix of experts implementations that run the stock one named after it, and report each expert to a watcher."""
 
 
 class GenericSurgeon(StackedSurgeon):
-    """Driven by one `Architecture` row and the flags that transformers stamps on the experts module."""
+    """Surgeon for one `Architecture` row; also uses the flags that transformers sets on the experts module."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
@@ -51,11 +51,11 @@ class GenericSurgeon(StackedSurgeon):
         self.remark = architecture.remark
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether the class of `module` is the row's, and this one is no dense layer of that class."""
+        """Whether `module` has the row's class, and is not a dense layer of that class."""
         return type(module).__name__ == self.architecture.block and hasattr(module, self.architecture.experts)
 
     def stacks(self, block: Block) -> list[ExpertStack]:
-        """The 3D tensors and their biases."""
+        """The 3D tensors of the experts and their biases."""
         experts = self._experts(block)
         return [
             ExpertStack(f"{self.architecture.experts}.{name}", partial(canonical_fields, experts, name))
@@ -63,11 +63,11 @@ class GenericSurgeon(StackedSurgeon):
         ]
 
     def scores(self, block: Block, logits_SN: torch.Tensor) -> torch.Tensor:
-        """As the row says."""
+        """The scores by the row's scoring."""
         return self.architecture.scores(self._router(block), logits_SN)
 
     def num_experts(self, block: Block) -> int:
-        """As the experts module says."""
+        """The count of the experts module."""
         return self._experts(block).num_experts
 
     def top_k(self, block: Block) -> int:
@@ -77,22 +77,22 @@ class GenericSurgeon(StackedSurgeon):
     def router_groups(self, block: Block) -> tuple[int, int]:
         """The attributes that the row names."""
         router, groups_field = self._router(block), self.architecture.router_groups
-        # Some configs say None for no groups.
+        # Some configs have None if there are no groups.
         groups = 1 if groups_field is None else getattr(router, groups_field) or 1
         return groups, getattr(router, self.architecture.router_groups_used, None) or groups
 
     def check(self, block: Block, plan: BlockPlan) -> None:
-        """Raise a `ValueError` for tables of token ids that would lose an expert, and for a dense rest."""
+        """Raise a `ValueError` if a table of token ids would lose an expert, or the block would become dense."""
         if plan.routing == "map":
             return
         if self.router_tensors(block, holds_ids=True) and -1 in plan.labels_E:
             raise ValueError(
-                f"{plan.name} of {self.name} chooses experts by a table of token ids, so that the tokens of a pruned "
-                f'expert have nowhere to go. Exclude this block with protect=["{plan.name}"], or merge experts.'
+                f"{plan.name} of {self.name} selects experts by a table of token ids, so tokens of a pruned expert "
+                f'cannot be rerouted. Exclude this block with protect=["{plan.name}"], or merge experts.'
             )
         if plan.num_groups < self.architecture.least_experts:
             raise ValueError(
-                f"transformers builds a dense layer where {self.name} has {plan.num_groups} experts. "
+                f"transformers builds a dense layer if {self.name} has {plan.num_groups} experts. "
                 f"Keep at least {self.architecture.least_experts}."
             )
 
@@ -109,20 +109,20 @@ class GenericSurgeon(StackedSurgeon):
             return
         self.add_map(block, num_groups)
         experts.num_experts = num_groups
-        # Repeats have sentinel ids.
+        # Repeated groups get sentinel ids.
         accept_sentinels(experts)
         experts.__class__ = swapped_class(MergedExpertLayer, type(experts))
         router.__class__ = swapped_class(MappedRouter, type(router))
         if getattr(type(block), "kernel_layer_name", None) is not None:
-            # A hub kernel for the whole block would call neither of the two.
+            # A hub kernel for the whole block would call neither router nor experts.
             block.__class__ = swapped_class(SwappedModule, type(block))
 
     def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
-        """The module's own gate function."""
+        """The activation of the experts module."""
         return native_activation(self._experts(block), gate_PI, up_PI)
 
     def finish(self, block: Block) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """The module's own norm."""
+        """The norm that the experts module applies to each output."""
         return native_finish(self._experts(block))
 
     def install_factors(self, block: Block, factors: FactorizedExperts) -> None:
@@ -130,19 +130,19 @@ class GenericSurgeon(StackedSurgeon):
         experts = self._experts(block)
         self.drop_stacks(block)
         experts.factors = factors
-        # Where experts were merged, this class does what that one did.
+        # This class also replaces the mixin of merged experts.
         stock = experts.original_class if isinstance(experts, MergedExpertLayer) else type(experts)
         experts.__class__ = swapped_class(FactorizedExpertLayer, stock)
         if getattr(type(block), "kernel_layer_name", None) is not None:
             block.__class__ = swapped_class(SwappedModule, type(block))
 
     def summing_module(self, block: Block) -> nn.Module:
-        """The experts: what a block adds or scales behind them differs."""
+        """The experts module, since blocks add or scale its output in different ways."""
         return self._experts(block)
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:
-        """Run the experts behind the watched implementation; works below the hooks of accelerate."""
+        """Run the experts with the watched implementation; works with the hooks of accelerate."""
         router, experts = self._router(block), self._experts(block)
         path = self.architecture.logits
 
@@ -168,7 +168,7 @@ class GenericSurgeon(StackedSurgeon):
 
 
 def lower_count(owner: Any, name: str, removed: int) -> None:
-    """Take `removed` off an integer attribute; `name` may be dotted."""
+    """Subtract `removed` from an integer attribute; `name` may be dotted."""
     first, _, rest = name.partition(".")
     if not rest:
         setattr(owner, first, getattr(owner, first) - removed)
@@ -195,7 +195,7 @@ def canonical_fields(experts: Any, name: str, tensor: torch.Tensor) -> dict[str,
 
 @contextmanager
 def implementation_of(experts: Any, name: str | None) -> Iterator[None]:
-    """While it is open, experts that share this config run by the experts implementation of that name."""
+    """Context in which experts that share this config use the experts implementation `name`."""
     config = experts.config
     previous = experts_implementation(config)
     set_experts_implementation(config, name)
@@ -206,7 +206,7 @@ def implementation_of(experts: Any, name: str | None) -> Iterator[None]:
 
 
 def watched_implementation(name: str | None) -> str:
-    """The watched implementation in front of another, or of the one in front of which this one is already."""
+    """Name of the watched variant of an experts implementation; a watched one is returned unchanged."""
     stock = name or "eager"
     if stock.startswith(WATCHED):
         return stock
@@ -217,10 +217,10 @@ def watched_implementation(name: str | None) -> str:
 def _watched_forward(
     stock: str, experts: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """The output of the stock implementation, bit for bit; what each expert does is computed beside it.
+    """The output of the stock implementation, bit for bit; the outputs of single experts are computed in addition.
 
-    In bfloat16 every implementation rounds in its own way, and the routers of the layers behind would choose other
-    experts for some tokens than they do when nobody watches.
+    Implementations round differently in bfloat16, so with another one the routers of later layers would select other
+    experts for some tokens than without a watcher.
     """
     watcher: BlockWatcher | None = getattr(experts, "optimum_moe_watcher", None)
     if watcher is not None:
@@ -228,5 +228,5 @@ def _watched_forward(
         with torch.no_grad():
             eager_experts_forward(experts, hidden_TH, index_TK, weights_TK, watch=watcher.expert)
     with implementation_of(experts, stock):
-        # That of the class: the hooks of accelerate, on the instance, are around this call already.
+        # Call the forward of the class, since accelerate's hooks on the instance already wrap this call.
         return type(experts).forward(experts, hidden_TH, index_TK, weights_TK)

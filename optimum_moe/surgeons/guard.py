@@ -1,8 +1,7 @@
-"""One number under the name of a stock expert that is gone, so that loading without this package fails.
+"""A guard is a tensor of one element under the name of a removed stock expert: loading without this package fails.
 
-transformers fills a tensor that a checkpoint lacks with random numbers and only warns; where a tensor has another shape
-than its class wants, every version raises. A guard is a buffer, so that it survives training, copies and
-`save_pretrained`.
+transformers initializes missing tensors randomly and only warns, but raises an error if a tensor has a wrong shape. A
+guard is a buffer, so it is kept by training, copies and `save_pretrained`.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ GUARD = "optimum_moe_guard"
 
 @contextmanager
 def guarded(model: PreTrainedModel, found: FoundBlock, needed: bool) -> Iterator[None]:
-    """Leave a guard in a block that loses stock experts meanwhile.
+    """Add a guard to a block that loses stock experts within this context.
 
-    It goes to the checkpoint under the name of the last expert tensor. Where a stock tensor keeps that name, because it
-    holds all experts, its own shape is one that no stock model wants, and the block needs no other guard.
+    It is saved under the name of the last expert tensor. If a stock tensor keeps that name, because it stacks all
+    experts, its shape does not fit a stock model, and the block needs no guard.
 
     Args:
         model: The model around the block.
         found: The block, with its stock experts.
-        needed: Whether the block becomes one that a stock model could take for its own.
+        needed: Whether a stock model could otherwise load the compressed block without an error.
     """
     block: Any = found.module(model)
     taken = {name for renaming in guard_renamings(model) for name in renaming.names}
@@ -49,7 +48,7 @@ def guarded(model: PreTrainedModel, found: FoundBlock, needed: bool) -> Iterator
     dtype = found.surgeon.expert_parameters(block)[-1].dtype
     yield
     if needed and last not in _stored_names(model, found):
-        # Experts may be on the meta device while they are copied from file to file; the router is there.
+        # Experts may be on the meta device while they are copied from file to file; the router is not.
         device = found.surgeon.router_rows(block).device
         block.register_buffer(GUARD, torch.zeros(1, dtype=dtype, device=device))
         _save_as(model, f"{found.info.name}.{GUARD}", last)
@@ -59,8 +58,8 @@ class GuardRenaming(WeightRenaming):
     """Renames guards between model and checkpoint, by whole names instead of patterns.
 
     Args:
-        names: From the name that is met to the name that it gets. Either may lack what stands in front of the other,
-            where the base of a model is loaded, or a model from its base.
+        names: New names by old name. Either may lack a prefix of the other, if the base of a model is loaded or a
+            model from its base.
     """
 
     def __init__(self, names: Mapping[str, str]) -> None:
@@ -70,7 +69,7 @@ class GuardRenaming(WeightRenaming):
         self._renamed = False
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """The new name, and what was found in the old one; the old name and None where it is not of a guard."""
+        """The new name and the matched old name; the old name and None if it is not the name of a guard."""
         if _end(source_key) not in self._ends:
             return source_key, None
         for old, new in sorted(self.names.items(), key=lambda item: item[0] != source_key):
@@ -83,21 +82,21 @@ class GuardRenaming(WeightRenaming):
         return source_key, None
 
     def was_used(self) -> bool:
-        """Whether a name was that of a guard."""
+        """Whether any name was that of a guard."""
         return self._renamed
 
     def reverse_transform(self) -> GuardRenaming:
-        """What renames them back."""
+        """The inverse renaming, for saving."""
         return GuardRenaming({new: old for old, new in self.names.items()})
 
 
 def guard_renamings(model: PreTrainedModel) -> list[GuardRenaming]:
-    """Of the guards in a model that have another name in its checkpoint."""
+    """Renamings of the guards in a model whose names in its checkpoint differ."""
     return [c for c in weight_conversions(model) or () if isinstance(c, GuardRenaming)]
 
 
 def as_stored(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a model, of which only the guards have the names of the checkpoint."""
+    """Tensors of a model with only the guards renamed to their names in the checkpoint."""
     guards = {name for name in state if name.rpartition(".")[2] == GUARD}
     kept = {name: tensor for name, tensor in state.items() if name not in guards}
     return kept | revert_weight_conversion(model, {name: state[name] for name in guards})
@@ -108,12 +107,12 @@ def _save_as(model: Any, name: str, stored: str) -> None:
     alias = next(iter(revert_weight_conversion(model, {name: torch.empty(1, device="meta")})))
     names = {old: new for renaming in guard_renamings(model) for old, new in renaming.names.items()}
     others = [conversion for conversion in _conversions(model) if not isinstance(conversion, GuardRenaming)]
-    # Ours is in front: the others happen on the side of the model.
+    # Guards are renamed first, since the other conversions use names of the model.
     set_weight_conversions(model, [GuardRenaming({**names, stored: alias}), *others])
 
 
 def _conversions(model: Any) -> list[Any]:
-    """As transformers chooses them when it saves a model."""
+    """The weight conversions that transformers uses to save a model."""
     loaded = weight_conversions(model)
     if loaded is not None:
         return loaded
@@ -121,12 +120,12 @@ def _conversions(model: Any) -> list[Any]:
 
 
 def _stored_names(model: PreTrainedModel, found: FoundBlock) -> list[str]:
-    """The names that expert tensors of a block have in the checkpoint of its model, those of the last expert last."""
+    """Names of a block's expert tensors in the checkpoint of its model, those of the last expert last."""
     block: Any = found.module(model)
     own = {id(parameter) for parameter in found.surgeon.expert_parameters(block)}
     named = {f"{found.info.name}.{path}": p for path, p in block.named_parameters() if id(p) in own}
     empty: dict[str, torch.Tensor] = {}
-    # The last one is enough; where every expert became empty there is none.
+    # The last tensor is enough; if all experts are empty there is none.
     for name, parameter in [*named.items()][-1:]:
         like = torch.empty(parameter.shape, device="meta")
         empty |= dict.fromkeys(_converted_with(model, name), like)
@@ -134,7 +133,7 @@ def _stored_names(model: PreTrainedModel, found: FoundBlock) -> list[str]:
 
 
 def _converted_with(model: PreTrainedModel, name: str) -> list[str]:
-    """A tensor of a model, and those that are converted together with it."""
+    """Names of a tensor of a model and of those that are converted together with it."""
     for conversion in _conversions(model):
         reverse = conversion.reverse_transform()
         pattern = reverse.rename_source_key(name)[1]
@@ -144,5 +143,5 @@ def _converted_with(model: PreTrainedModel, name: str) -> list[str]:
 
 
 def _end(name: str) -> str:
-    """Enough of a name to tell most others apart quickly."""
+    """The end of a name, for a fast comparison that excludes most other names."""
     return ".".join(name.split(".")[-3:])

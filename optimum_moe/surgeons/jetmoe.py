@@ -1,9 +1,9 @@
-"""JetMoE: feed-forward experts and attention experts, behind a router that sorts its (token, expert) pairs by expert.
+"""JetMoE: feed-forward experts and attention experts; the router sorts its (token, expert) pairs by expert.
 
-An attention expert is a pair of matrices around the attention that all experts share: one makes queries of a token,
-the other takes the attention's result back. Its channels meet the keys and values of all experts, so they cannot be
-permuted. Where two selected experts are merged into one, its projections run once with the sum of both weights; the
-attention still runs over K sets of queries, the repeated one being zeros that nothing reads.
+An attention expert is a pair of matrices before and after the attention that all experts share: the query and the
+output projection. Its channels are multiplied with keys and values that all experts share, so they cannot be permuted.
+If two selected experts are merged into one, its projections run once with the sum of both weights; the attention still
+runs over K sets of queries, and the repeated one consists of zeros that are not used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from optimum_moe.surgeons.stacked import ExpertStack, Fields, StackedSurgeon, do
 
 
 class MappedJetMoeRouter(SwappedModule):
-    """Maps the ids of the stock router and sorts the pairs again, without those of repeats."""
+    """Maps the ids of the stock router to groups, and sorts the pairs again without repeats."""
 
     expert_map: torch.Tensor
     num_groups: int
@@ -35,7 +35,7 @@ class MappedJetMoeRouter(SwappedModule):
         *topology, logits_TN = super().forward(hidden_states)
         index_TK, weights_TK = _selection(topology, self.top_k)
         groups_TK, summed_TK = map_routing(index_TK, weights_TK, self.expert_map)
-        # A graph has one number of pairs: there repeats run too, with weight 0.
+        # A compiled graph needs a fixed number of pairs, so there repeats run too, with weight 0.
         if torch.compiler.is_compiling():
             slot_P = torch.arange(summed_TK.numel(), device=summed_TK.device)
         else:
@@ -47,13 +47,13 @@ class MappedJetMoeRouter(SwappedModule):
 
 
 class FactorizedJetMoeInput(SwappedModule):
-    """The first linear layer with experts in compressed forms; the missing neurons of narrower ones are zeros."""
+    """The first linear layer with factorized experts; missing neurons of narrower experts are zeros."""
 
     shared: tuple[FactorizedExperts]
     output_size: int
 
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
-        """(P, 2 I) gate and up, or (P, I) where there is no gate, of pairs that lie by expert."""
+        """(P, 2 I) gate and up of pairs sorted by expert, or (P, I) without a gate."""
         factors = self.shared[0]
         width = self.output_size // (1 + factors.has_gate)
         outputs: list[torch.Tensor] = []
@@ -66,12 +66,12 @@ class FactorizedJetMoeInput(SwappedModule):
 
 
 class FactorizedJetMoeOutput(SwappedModule):
-    """The second linear layer with experts in compressed forms."""
+    """The second linear layer with factorized experts."""
 
     shared: tuple[FactorizedExperts]
 
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
-        """(P, H) outputs of pairs that lie by expert."""
+        """(P, H) outputs of pairs sorted by expert."""
         factors = self.shared[0]
         widths = factors.widths
         opened: Opened = {}
@@ -89,19 +89,19 @@ class JetMoeSurgeon(StackedSurgeon):
     remark = "feed-forward experts"
 
     def matches(self, module: nn.Module) -> bool:
-        """By the class of the block."""
+        """Whether `module` has the class of the block."""
         return type(module).__name__ == self.block
 
     def stacks(self, block: Block) -> tuple[ExpertStack, ...]:
-        """(E, 2 I, H) and (E, H, I)."""
+        """The stacks of gate and up (E, 2 I, H), and of down (E, H, I)."""
         return ExpertStack("input_linear.weight", gate_up_of), ExpertStack("output_linear.weight", down_of)
 
     def num_experts(self, block: Block) -> int:
-        """As its linear layers say."""
+        """The count of its linear layers."""
         return block.input_linear.num_experts
 
     def top_k(self, block: Block) -> int:
-        """As the router says."""
+        """The attribute of the router."""
         return block.router.top_k
 
     def install(self, block: Block, num_groups: int, routing: Routing) -> None:
@@ -131,7 +131,7 @@ class JetMoeSurgeon(StackedSurgeon):
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:
-        """Hooks on the router and on the second linear layer, which sees hidden neurons and gives outputs."""
+        """Watch with hooks on the router and on the second linear layer, whose inputs are the hidden neurons."""
         seen: dict[str, Any] = {}
 
         def after_router(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
@@ -157,7 +157,7 @@ class JetMoeSurgeon(StackedSurgeon):
 
 
 class JetMoeAttentionSurgeon(JetMoeSurgeon):
-    """The attention experts: `input_linear` makes queries, `output_linear` takes the attention's result back."""
+    """The attention experts: `input_linear` is the query projection, `output_linear` the output projection."""
 
     name = "jetmoe_attention"
     block = "JetMoeMoA"
@@ -165,7 +165,7 @@ class JetMoeAttentionSurgeon(JetMoeSurgeon):
     fixed_neurons = True
 
     def stacks(self, block: Block) -> tuple[ExpertStack, ...]:
-        """(E, I, H) and (E, H, I), I being the query channels of one expert."""
+        """The stacks of queries (E, I, H) and outputs (E, H, I), with I query channels per expert."""
         return ExpertStack("input_linear.weight", _up), ExpertStack("output_linear.weight", down_of)
 
     def install(self, block: Block, num_groups: int, routing: Routing) -> None:
@@ -179,7 +179,7 @@ def _up(tensor_EIH: torch.Tensor) -> Fields:
 
 
 def _selection(topology: Sequence[Any], top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(T, K) selected experts and weights of a stock router's sorted pairs, of which every slot has one."""
+    """(T, K) selected experts and weights from a stock router's sorted pairs, one for every slot."""
     slot_P, _, weight_P, sizes = topology
     sizes_E = torch.tensor(sizes, device=slot_P.device)
     expert_P = torch.arange(len(sizes), device=slot_P.device).repeat_interleave(sizes_E, output_size=len(slot_P))

@@ -1,9 +1,9 @@
-"""Llama 4: every expert runs on every token, on an input that the router's score scales before the expert.
+"""Llama 4: every expert runs on every token, and the router's score scales the input of the expert.
 
-Scores scale what goes into an expert, E(s x), and an expert is not linear: two selected experts that are merged into
-one give E(s1 x) + E(s2 x), which no single call gives. So the mapped router has K columns for each group, one for each
-selected expert, and a merged expert runs for each of them. Released models select one expert (K = 1): one column for
-each group.
+Scores scale the input of an expert, E(s x), and an expert is not linear: two selected experts that are merged into one
+give E(s1 x) + E(s2 x), which a single call cannot compute. So the mapped router has K columns for each group, one for
+each selected expert, and a merged expert runs for each of them. Released models select one expert (K = 1), which gives
+one column for each group.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class MappedLlama4Router(SwappedModule):
 
 
 class FactorizedLlama4Experts(SwappedModule):
-    """Runs each expert in its compressed form on the tokens that selected it: the inputs of others are zeros."""
+    """Runs each factorized expert only on the tokens that selected it; the inputs of other tokens are zeros."""
 
     factors: FactorizedExperts
     act_fn: Callable[[torch.Tensor], torch.Tensor]
     hidden_size: int
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(E * T, H) outputs of scaled inputs that lie by expert."""
+        """(E * T, H) outputs of scaled inputs sorted by expert."""
         inputs_ETH = hidden_states.view(self.factors.num_experts, -1, self.hidden_size)
         if is_traced():
-            # As the stock experts do, which run on the zeros too.
+            # The stock experts run on the zeros too.
             traced = partial(run_factorized, self.factors, partial(_activate, self), None)
             return torch.cat([traced(expert, input_TH)[1] for expert, input_TH in enumerate(inputs_ETH)])
         run = partial(run_factorized, self.factors, partial(_activate, self), None, opened={})
@@ -67,7 +67,7 @@ class FactorizedLlama4Experts(SwappedModule):
 
 
 class Llama4Surgeon(StackedSurgeon):
-    """The text model's MoE layers."""
+    """Surgeon for the MoE layers of the text model."""
 
     name = "llama4"
     count_fields = ("num_local_experts",)
@@ -80,19 +80,19 @@ class Llama4Surgeon(StackedSurgeon):
         return type(module).__name__ == "Llama4TextMoe"
 
     def stacks(self, block: Block) -> tuple[ExpertStack, ...]:
-        """(E, H, 2 I) and (E, I, H)."""
+        """The stacks of gate and up (E, H, 2 I), and of down (E, I, H)."""
         return ExpertStack("experts.gate_up_proj", _gate_up), ExpertStack("experts.down_proj", _down)
 
     def scores(self, block: Block, logits_SN: torch.Tensor) -> torch.Tensor:
-        """A sigmoid."""
+        """Sigmoid scores (S, N)."""
         return logits_SN.sigmoid()
 
     def num_experts(self, block: Block) -> int:
-        """As the experts module says."""
+        """The count of the experts module."""
         return block.experts.num_experts
 
     def top_k(self, block: Block) -> int:
-        """As the block says."""
+        """The attribute of the block."""
         return block.top_k
 
     def install(self, block: Block, num_groups: int, routing: Routing) -> None:
@@ -118,10 +118,10 @@ class Llama4Surgeon(StackedSurgeon):
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:
-        """Report scores as weights, E(s x) / s as output: what one unit of weight gives.
+        """Report scores as weights, and E(s x) / s as output.
 
-        With these, weight times output is what the expert adds to the block, as everywhere. Inputs and hidden neurons
-        are the scaled ones, which the matrices see.
+        So weight times output is the expert's contribution to the block's output, as in other architectures. Inputs
+        and hidden neurons are reported with the scaling, as the matrices see them.
         """
         experts = block.experts
         seen: dict[str, torch.Tensor] = {}

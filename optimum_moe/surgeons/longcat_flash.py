@@ -1,6 +1,6 @@
-"""LongCat-Flash: routed experts followed by zero experts, which give a token back as it is and stay untouched.
+"""LongCat-Flash: routed experts followed by zero experts, which return a token unchanged and are never compressed.
 
-`gate_up_proj` has rows for the zero experts too, which nothing reads; they keep their place behind the routed ones.
+`gate_up_proj` has unused rows for the zero experts too, which are kept after those of the routed experts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon, down_of, g
 
 
 class MergedLongcatExperts(SwappedModule):
-    """Runs a merged expert once a token: the stock loop computes repeats."""
+    """Runs a merged expert once per token; the stock loop would run it for every repeated id."""
 
     num_routed_experts: int
 
@@ -49,29 +49,29 @@ class LongcatFlashSurgeon(StackedSurgeon):
 
     name = "longcat_flash"
     count_fields = ("n_routed_experts", "num_local_experts")
-    remark = "zero experts stay"
+    remark = "zero experts are kept"
     tensors = (
         RouterTensor("classifier.weight", trailing=True),
-        # Upstream makes this bias where the config asks for it, and never adds it.
+        # transformers creates this bias if the config asks for it, but never adds it.
         RouterTensor("classifier.bias", trailing=True, optional=True, role="scale"),
         RouterTensor("e_score_correction_bias", trailing=True),
     )
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether `module` is the MoE block of a layer; one of zero experts only has nothing to cut."""
+        """Whether `module` is the MoE block of a layer with routed experts, and not only zero experts."""
         block: Any = module
         return type(module).__name__ == "LongcatFlashMoE" and block.experts.num_routed_experts > 0
 
     def stacks(self, block: Block) -> tuple[ExpertStack, ...]:
-        """(E + Z, 2 I, H) and (E, H, I)."""
+        """The stacks of gate and up (E + Z, 2 I, H), and of down (E, H, I)."""
         return ExpertStack("experts.gate_up_proj", gate_up_of), ExpertStack("experts.down_proj", down_of)
 
     def num_experts(self, block: Block) -> int:
-        """The routed ones."""
+        """The number of routed experts, without zero experts."""
         return block.experts.num_routed_experts
 
     def top_k(self, block: Block) -> int:
-        """Zero experts are among the selected ones."""
+        """The number of selected experts, which may include zero experts."""
         return block.router.top_k
 
     def install(self, block: Block, num_groups: int, routing: Routing) -> None:

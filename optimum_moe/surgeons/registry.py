@@ -1,4 +1,4 @@
-"""The registry: which surgeon is responsible for which block."""
+"""The registry of surgeons, and the search for a model's MoE blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optimum_moe.settings import nearest
 from optimum_moe.surgeons.architecture import ARCHITECTURES, Architecture
 from optimum_moe.surgeons.base import Surgeon
 from optimum_moe.surgeons.dbrx import DbrxSurgeon
-from optimum_moe.surgeons.discovery import discover, how_to, looks_like_moe, strangers
+from optimum_moe.surgeons.discovery import discover, how_to, looks_like_moe, unknown_blocks
 from optimum_moe.surgeons.ernie4_5_vl_moe import Ernie45VLSurgeon
 from optimum_moe.surgeons.generic import GenericSurgeon
 from optimum_moe.surgeons.jetmoe import JetMoeAttentionSurgeon, JetMoeSurgeon
@@ -29,13 +29,13 @@ _SURGEONS: dict[str, Surgeon] = {}
 
 
 def register_surgeon(surgeon: Surgeon | Architecture) -> None:
-    """Make an architecture known: a row for the generic surgeon, or a surgeon of its own.
+    """Register an architecture: a row for the generic surgeon, or a surgeon.
 
     Args:
         surgeon: An `Architecture` row, or an instance of a `Surgeon` subclass.
 
     Raises:
-        ValueError: If it is neither, or its name is taken.
+        ValueError: If it is neither, or its name is already registered.
     """
     if isinstance(surgeon, Architecture):
         surgeon = GenericSurgeon(surgeon)
@@ -50,7 +50,7 @@ def register_surgeon(surgeon: Surgeon | Architecture) -> None:
 
 
 def registered_surgeons() -> Mapping[str, Surgeon]:
-    """All surgeons by name."""
+    """All registered surgeons by name."""
     return dict(_SURGEONS)
 
 
@@ -58,7 +58,7 @@ def get_surgeon(name: str) -> Surgeon:
     """The surgeon of that name.
 
     Raises:
-        ValueError: If there is none; names the nearest match.
+        ValueError: If there is none; with the nearest match.
     """
     if name not in _SURGEONS:
         near = nearest(name, _SURGEONS)
@@ -82,28 +82,28 @@ class FoundBlock:
 def find_blocks(model: nn.Module) -> list[FoundBlock]:
     """All MoE blocks of a model, in module order; works on the meta device.
 
-    Blocks of an unknown class that follow the common contract are registered, with a warning, once they passed a
-    self-test on random weights.
+    Blocks of an unknown class that follow the common contract are registered with a warning after a self-test on random
+    weights.
 
     Raises:
-        ValueError: If there is none, or one that cannot be read or compressed.
+        ValueError: If the model has no MoE block, or one that cannot be read or compressed.
     """
     found = _known_blocks(model)
-    unknown = strangers(model, {block.info.name for block in found})
-    for stranger in unknown:
-        row = discover(stranger)
+    unread = unknown_blocks(model, {block.info.name for block in found})
+    for unknown in unread:
+        row = discover(unknown)
         register_surgeon(row)
         warnings.warn(
-            f"{row.block} is in no row of optimum_moe. It follows the common contract and passed the self-test.",
+            f"{row.block} has no row in optimum_moe. It follows the common contract and passed the self-test.",
             stacklevel=2,
         )
-    if unknown:
+    if unread:
         found = _known_blocks(model)
     if not found and (suspects := looks_like_moe(model)):
         raise ValueError(how_to(suspects[0], f"{type(model).__name__} has {', '.join(suspects)}"))
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no MoE blocks. See `optimum-cli moe inspect` for what is supported."
+            f"{type(model).__name__} has no MoE blocks. `optimum-cli moe inspect` lists the supported architectures."
         )
     return found
 

@@ -1,4 +1,4 @@
-"""What surgeons share whose experts lie in tensors with an expert axis: reading, cutting and rebuilding them."""
+"""Base of surgeons whose experts are stacked in tensors with an expert axis: reading, cutting and rebuilding them."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class ExpertStack:
 
     Args:
         path: Dotted path from the block.
-        fields: The fields of `ExpertTensors` in a tensor of that layout, experts first, as views.
-        flat: Whether the rows of all experts lie below each other in two dimensions.
+        fields: Function from a tensor of that layout, experts first, to the fields of `ExpertTensors`, as views.
+        flat: Whether the rows of all experts are stacked in two dimensions, (E * rows, columns).
     """
 
     path: str
@@ -51,28 +51,28 @@ class ExpertStack:
 
 
 def gate_up_of(tensor_EIH: torch.Tensor) -> Fields:
-    """Gate above up in one (E, 2 I, H)."""
+    """The fields of a stack with gate before up, (E, 2 I, H)."""
     gate_EIH, up_EIH = tensor_EIH.chunk(2, dim=1)
     return {"gate": gate_EIH, "up": up_EIH}
 
 
 def down_of(tensor_EHI: torch.Tensor) -> Fields:
-    """(E, H, I) as it is."""
+    """The field of a stack of down projections, (E, H, I)."""
     return {"down": tensor_EHI}
 
 
 def run_merged(experts: Any, mixin: type[SwappedModule]) -> None:
-    """Put `mixin` in front of the class of the experts, unless it is there."""
+    """Add `mixin` to the class of the experts, unless it has it."""
     if not isinstance(experts, mixin):
         experts.__class__ = swapped_class(mixin, type(experts))
 
 
 class StackedSurgeon(Surgeon):
-    """Cuts tensor by tensor; a subclass says which tensors there are and which classes and counts change.
+    """Cuts tensor by tensor; subclasses define the tensors, and the classes and counts that change.
 
     `router_name` is the attribute of the block that holds the router; `tensors` are those with an expert axis, the rows
-    of the last linear layer first; `fixed_neurons` and `scales_input` as in `ExpertTensors`. Rows of a stack beyond the
-    routed experts stay as they are.
+    of the last linear layer first; `fixed_neurons` and `scales_input` as in `ExpertTensors`. Rows of a stack after the
+    routed experts are kept.
     """
 
     router_name: str = "router"
@@ -83,29 +83,29 @@ class StackedSurgeon(Surgeon):
 
     @abstractmethod
     def stacks(self, block: Block) -> Sequence[ExpertStack]:
-        """Where the experts lie."""
+        """The tensors that hold the experts."""
 
     @abstractmethod
     def num_experts(self, block: Block) -> int:
-        """Routed experts of the block as it is."""
+        """Number of routed experts that the block has now."""
 
     @abstractmethod
     def top_k(self, block: Block) -> int:
-        """Experts that the router selects for a token."""
+        """Number of experts that the router selects for a token."""
 
     @abstractmethod
     def install(self, block: Block, num_groups: int, routing: Routing) -> None:
-        """Counts and classes, once the tensors have their new sizes."""
+        """Set counts and classes after the tensors have their new sizes."""
 
     def router_groups(self, block: Block) -> tuple[int, int]:
-        """Router groups, and how many of them a token may use."""
+        """Number of router groups, and how many of them a token may use."""
         return 1, 1
 
     def check(self, block: Block, plan: BlockPlan) -> None:
         """Raise a `ValueError` if the architecture cannot express the plan."""
 
     def info(self, block: Block, name: str, index: int) -> BlockInfo:
-        """Sizes from the modules, which transformers built from the config."""
+        """Sizes of the block, read from its modules."""
         view = self.experts(block)
         each = [self._experts_first(block, stack)[0] for stack in self.stacks(block)]
         groups, used = self.router_groups(block)
@@ -125,7 +125,7 @@ class StackedSurgeon(Surgeon):
         )
 
     def experts(self, block: Block) -> ExpertTensors:
-        """Views of the stacks, whatever their layout."""
+        """The experts as views of the stacks in any layout."""
         fields: dict[str, Any] = {}
         for stack in self.stacks(block):
             fields |= stack.fields(self._experts_first(block, stack))
@@ -138,18 +138,18 @@ class StackedSurgeon(Surgeon):
         )
 
     def finish(self, block: Block) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """What the experts do to the output of each, None for nothing."""
+        """Function that the experts module applies to each expert's output, None if there is none."""
         return None
 
     def expert_parameters(self, block: Block) -> list[nn.Parameter]:
-        """The stacks, or the compressed forms in their place."""
+        """Parameters of the stacks, or of the factorized experts that replaced them."""
         factors = self.factors(block)
         if factors is not None:
             return list(factors.parameters())
         return [attribute(block, stack.path) for stack in self.stacks(block)]
 
     def router_rows(self, block: Block) -> torch.Tensor:
-        """The first of `tensors`, without what trails the experts."""
+        """The first of `tensors`, without entries after the routed experts."""
         rows = attribute(block, self.path(self.tensors[0]))
         return rows[: self.num_experts(block)] if self.tensors[0].trailing else rows
 
@@ -159,7 +159,7 @@ class StackedSurgeon(Surgeon):
         return [(row, attribute(block, self.path(row))) for row in rows if not row.optional or self._has(block, row)]
 
     def expert_axes(self, block: Block) -> dict[str, ExpertAxis]:
-        """The stacks and the router's tensors."""
+        """Expert axes of the stacks and of the router's tensors."""
         num_experts, axes = self.num_experts(block), {}
         for stack in self.stacks(block):
             tensor = attribute(block, stack.path)
@@ -174,7 +174,7 @@ class StackedSurgeon(Surgeon):
         """Replace tensor by tensor, so that at most one old and one new tensor of a block exist together.
 
         Raises:
-            ValueError: If the architecture cannot express the plan; nothing was changed then.
+            ValueError: If the architecture cannot express the plan; the block is then unchanged.
         """
         self.check(block, plan)
         if plan.routing == "reduce":
@@ -194,7 +194,7 @@ class StackedSurgeon(Surgeon):
             getattr(block, self.router_name).expert_map[: plan.num_experts] = torch.tensor(plan.labels_E)
 
     def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:
-        """Empty tensors of the right size where the stock ones were."""
+        """Replace the stock tensors by empty ones of the compressed sizes."""
         removed = self.num_experts(block) - num_groups
         if routing == "reduce":
             for row, old in self.router_tensors(block):
@@ -210,18 +210,18 @@ class StackedSurgeon(Surgeon):
         return row.path if row.on_block else f"{self.router_name}.{row.path}"
 
     def add_map(self, block: Block, num_groups: int, others: int = 0) -> None:
-        """Give the router its buffer `expert_map`; ids of `others` that trail the experts follow the groups."""
+        """Add the router's buffer `expert_map`; the ids of `others` after the routed experts follow the groups."""
         ids_N = torch.zeros(self.num_experts(block) + others, dtype=torch.int64, device=self.router_rows(block).device)
         ids_N[self.num_experts(block) :] = torch.arange(num_groups, num_groups + others)
         getattr(block, self.router_name).register_buffer("expert_map", ids_N)
 
     def drop_stacks(self, block: Block) -> None:
-        """Take the stock tensors of the experts out of the block."""
+        """Remove the stock tensors of the experts from the block."""
         for stack in self.stacks(block):
             *path, last = stack.path.split(".")
             owner: Any = block.get_submodule(".".join(path))
             delattr(owner, last)
-            # transformers would look for the tensor to initialize it.
+            # transformers accesses the tensor to initialize it.
             mark_initialized(owner)
 
     def _experts_first(self, block: Block, stack: ExpertStack) -> torch.Tensor:
@@ -229,13 +229,13 @@ class StackedSurgeon(Surgeon):
         return tensor.view(num_experts, -1, *tensor.shape[1:]) if stack.flat else tensor[:num_experts]
 
     def _resized(self, block: Block, stack: ExpertStack, num_groups: int) -> torch.Tensor:
-        """An empty tensor for that many experts; on the meta device for one there."""
+        """An empty tensor of a stack for `num_groups` experts, on the same device."""
         old, num_experts = attribute(block, stack.path), self.num_experts(block)
         rows = len(old) // num_experts * num_groups if stack.flat else len(old) - num_experts + num_groups
         return torch.empty((rows, *old.shape[1:]), dtype=old.dtype, device=old.device)
 
     def _reduce_router(self, block: Block, plan: BlockPlan) -> None:
-        """Give the router one entry for each group wherever it has one for each expert."""
+        """Replace the router's entries of experts by one entry per group."""
         for row, old in self.router_tensors(block):
             rows_EX = old.movedim(row.axis, 0)
             parts = [merged_router_rows(rows_EX[: plan.num_experts], plan, row.role), rows_EX[plan.num_experts :]]
@@ -252,10 +252,10 @@ class StackedSurgeon(Surgeon):
 def at_first_activation(
     experts: nn.Module, activation: nn.Module, report: Callable[..., None]
 ) -> list[RemovableHandle]:
-    """Hooks that call `report` with the arguments of each call of `experts`, once its weights can be read.
+    """Hooks that call `report` with the arguments of each call of `experts`, when its weights can be read.
 
-    Weights that are offloaded are there only while the module runs, and the first thing in it that has hooks is the
-    activation function of an expert. A call that reaches no expert is reported when it ends.
+    Offloaded weights are only available while the module runs, and the first submodule with hooks is the activation
+    function of an expert. A call that reaches no expert is reported at its end.
     """
     waiting: list[tuple[Any, ...]] = []
 
@@ -282,9 +282,9 @@ def watch_loop(
     run: RunExpert,
     watcher: BlockWatcher,
 ) -> Iterator[None]:
-    """Watch experts that are called with `(hidden, index, weights)` and loop in a way of their own.
+    """Watch experts that are called with `(hidden, index, weights)` and have their own loop.
 
-    The experts run a second time on their tokens, for the watcher only.
+    The experts run a second time on their tokens, only for the watcher.
     """
 
     def after_router(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:

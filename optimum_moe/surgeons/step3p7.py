@@ -1,4 +1,4 @@
-"""Step 3.7: the common contract, but experts with a loop of their own that cannot be exchanged."""
+"""Step 3.7: the common contract, but with a loop over experts that has no other implementation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon, down_of, g
 
 
 class MergedStep3p7Experts(SwappedModule):
-    """Runs a merged expert once a token: the stock loop computes repeats."""
+    """Runs a merged expert once per token; the stock loop would run it for every repeated id."""
 
     num_experts: int
 
@@ -36,7 +36,7 @@ class MergedStep3p7Experts(SwappedModule):
 
 
 class Step3p7Surgeon(StackedSurgeon):
-    """Layers may clamp their neurons, which the module itself does."""
+    """Surgeon for Step 3.7; layers may clamp their hidden neurons, as the experts module does."""
 
     name = "step3p7"
     count_fields = ("n_routed_experts", "num_local_experts", "moe_num_experts")
@@ -48,19 +48,19 @@ class Step3p7Surgeon(StackedSurgeon):
         return type(module).__name__ == "Step3p7SparseMoeBlock"
 
     def stacks(self, block: Block) -> tuple[ExpertStack, ...]:
-        """(E, 2 I, H) and (E, H, I)."""
+        """The stacks of gate and up (E, 2 I, H), and of down (E, H, I)."""
         return ExpertStack("experts.gate_up_proj", gate_up_of), ExpertStack("experts.down_proj", down_of)
 
     def scores(self, block: Block, logits_SN: torch.Tensor) -> torch.Tensor:
-        """A sigmoid."""
+        """Sigmoid scores (S, N)."""
         return logits_SN.sigmoid()
 
     def num_experts(self, block: Block) -> int:
-        """As the experts module says."""
+        """The count of the experts module."""
         return block.experts.num_experts
 
     def top_k(self, block: Block) -> int:
-        """As the router says."""
+        """The attribute of the router."""
         return block.gate.top_k
 
     def install(self, block: Block, num_groups: int, routing: Routing) -> None:

@@ -1,4 +1,4 @@
-"""Switch Transformers: experts in a ModuleDict, a top-1 router with capacity that emits a one-hot mask."""
+"""Switch Transformers: experts in a ModuleDict, and a top-1 router with capacity that returns a one-hot mask."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ _ROUTER_TENSORS = (RouterTensor("classifier.weight"), RouterTensor("classifier.b
 
 
 class MappedSwitchRouter(SwappedModule):
-    """Moves each token's mark in the one-hot mask from its expert to its group.
+    """Moves each token's one in the one-hot mask from its expert to its group.
 
-    The mask keeps its N columns, of which G are used, because the block reshapes it by the router's count; capacity
-    is counted per original expert, as the model was trained.
+    The mask keeps its N columns, of which G are used, because the block reshapes it by the router's count. Capacity
+    applies to each original expert, as in training.
     """
 
     expert_map: torch.Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(mask (B, S, N), probability (B, S, 1), logits (B, S, N))."""
+        """Returns mask (B, S, N), probability (B, S, 1) and logits (B, S, N)."""
         mask, probability, logits = super().forward(*args, **kwargs)
         mapped = torch.zeros_like(mask).index_add_(-1, self.expert_map, mask)
         return mapped, probability, logits
 
 
 class FactorizedSwitchExperts(SwappedModule):
-    """Runs experts in compressed forms; `act` is the activation of the stock ones."""
+    """Runs factorized experts; `act` is the activation of the stock ones."""
 
     factors: FactorizedExperts
     act: nn.Module
@@ -73,19 +73,19 @@ class FactorizedSwitchExperts(SwappedModule):
 
 
 class SwitchTransformersSurgeon(Surgeon):
-    """The seed paper's model (M-SMoE, Li et al. 2024)."""
+    """Surgeon for the model of the M-SMoE paper (Li et al. 2024)."""
 
     name = "switch_transformers"
     count_fields = ("num_experts",)
     no_factors = ""
-    remark = "encoder and decoder; capacity is counted for each original expert"
+    remark = "encoder and decoder; capacity applies to each original expert"
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is a sparse feed-forward block of the encoder or decoder."""
         return type(module).__name__ == "SwitchTransformersSparseMLP"
 
     def info(self, block: Block, name: str, index: int) -> BlockInfo:
-        """Sizes; each token goes to one expert."""
+        """Sizes of the block, whose top-k is 1."""
         view = self.experts(block)
         classifier = block.router.classifier
         return BlockInfo(
@@ -116,17 +116,17 @@ class SwitchTransformersSurgeon(Surgeon):
         return list(block.experts.parameters())
 
     def router_rows(self, block: Block) -> torch.Tensor:
-        """Rows of the classifier."""
+        """(E, H) rows of the classifier."""
         return block.router.classifier.weight
 
     def router_tensors(self, block: Block, holds_ids: bool = False) -> list[tuple[RouterTensor, torch.Tensor]]:
-        """Rows and, where there is one, bias of the classifier."""
+        """Rows and, if present, bias of the classifier."""
         named = dict(block.router.named_parameters())
         return [(row, named[row.path]) for row in _ROUTER_TENSORS if row.path in named and not holds_ids]
 
     @torch.no_grad()
     def cut(self, block: Block, plan: BlockPlan) -> None:
-        """Write each merged expert over its dominant expert, whose neurons stay in place."""
+        """Overwrite each group's dominant expert with the merged expert, in the dominant's neuron order."""
         view = self.experts(block)
         matrices = {"up": view.up, "down": view.down}
         for group, dominant in enumerate(plan.references_G):
@@ -139,7 +139,7 @@ class SwitchTransformersSurgeon(Surgeon):
             replace_tensor(block.router, row.path, merged_router_rows(old, plan, row.role))
 
     def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:
-        """Keep the first G expert modules, whose tensors are empty anyway."""
+        """Keep the first G expert modules, whose tensors are empty."""
         self._install(block, list(block.experts.values())[:num_groups], routing)
         if routing == "reduce":
             for row, old in self.router_tensors(block):
@@ -158,7 +158,7 @@ class SwitchTransformersSurgeon(Surgeon):
         router.__class__ = swapped_class(MappedSwitchRouter, type(router))
 
     def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
-        """The activation that all experts have."""
+        """The activation of all experts."""
         return next(iter(block.experts.values())).act(up_PI)
 
     def install_factors(self, block: Block, factors: FactorizedExperts) -> None:
@@ -171,12 +171,12 @@ class SwitchTransformersSurgeon(Surgeon):
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:
-        """Hooks on the router, the experts and each expert; the block's own loop stays in charge."""
+        """Watch with hooks on the router, the experts and each expert; the block runs its own loop."""
         selected: dict[str, torch.Tensor] = {}
 
         def before_experts(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             hidden_TH, mask_T1N, weights_T1 = args
-            # Tokens beyond an expert's capacity have no mark: the id N counts as no expert.
+            # Tokens beyond an expert's capacity have an all-zero mask: the id N means no expert.
             dropped_T = mask_T1N.sum((1, 2)) == 0
             index_T1 = mask_T1N.argmax(-1).masked_fill(dropped_T.unsqueeze(-1), mask_T1N.shape[-1])
             selected.update(index_T1=index_T1, weights_T1=weights_T1)

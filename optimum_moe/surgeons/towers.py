@@ -1,4 +1,4 @@
-"""Towers: the sub models of a composite model, each with a config of its own that counts its experts."""
+"""Towers: the sub-models of a composite model, each with its own config and number of experts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from optimum_moe.surgeons.registry import FoundBlock
 
 
 def tower_of(model: PreTrainedModel, found: FoundBlock) -> str | None:
-    """Path of the config that counts the experts of a block, from the model's own config.
+    """Path from the model's config to the sub-config with the number of experts of a block.
 
     Returns:
-        For example `"text_config"` or `"thinker_config.text_config"`, `""` for the model's own config; None where no
-        single number in a config counts the experts of this block.
+        For example `"text_config"` or `"thinker_config.text_config"`, `""` for the model's config; None if no single
+        number in a config is the number of experts of this block.
     """
     field, nested = found.surgeon.count_fields[0], found.surgeon.count_config
     configs = dict(_configs(model.config))
@@ -29,9 +29,9 @@ def tower_of(model: PreTrainedModel, found: FoundBlock) -> str | None:
             if not isinstance(getattr(counting, field, None), int):
                 continue
         except RuntimeError:
-            # transformers refuses to read a field that differs from layer to layer.
+            # transformers raises an error for a field that differs between layers.
             return None
-        # Some models are built on a copy of their config.
+        # Some models use a copy of their config.
         same = [path for path, known in configs.items() if known is config] or [
             path for path, known in configs.items() if type(known) is type(config)
         ]
@@ -41,7 +41,7 @@ def tower_of(model: PreTrainedModel, found: FoundBlock) -> str | None:
 
 
 def config_at(config: Any, tower: str) -> Any:
-    """The config at a path that `tower_of` gave."""
+    """The config at a path that `tower_of` returned."""
     for name in filter(None, tower.split(".")):
         config = getattr(config, name)
     return config
@@ -56,7 +56,7 @@ def _configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The modules around a block, the nearest first, the model last."""
+    """The parent modules of a block, from the nearest one to the model."""
     parts = name.split(".")
     for length in range(len(parts), -1, -1):
         yield model.get_submodule(".".join(parts[:length]))

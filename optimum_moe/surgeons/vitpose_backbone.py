@@ -1,7 +1,7 @@
-"""ViTPose: no router, the data set that an image comes from selects its expert.
+"""ViTPose: there is no router; the index of an image's data set selects its expert.
 
-An expert is one linear layer behind a hidden layer that all share: it makes the last channels of the block's output,
-and its neurons cannot be permuted. Statistics get one-hot logits: the data set is all that there is to route by.
+An expert is one linear layer after a hidden layer that all experts share. It computes the last channels of the block's
+output, and its neurons cannot be permuted. Statistics use one-hot logits of the data set index.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MappedVitPoseExperts(SwappedModule):
     expert_map: torch.Tensor
 
     def forward(self, hidden_state: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """(B, S, O) output of each image's expert.
+        """The (B, S, O) output of each image's expert.
 
         Args:
             hidden_state: (B, S, I).
@@ -40,19 +40,19 @@ class MappedVitPoseExperts(SwappedModule):
 
 
 class VitPoseBackboneSurgeon(Surgeon):
-    """Experts can be merged, but not pruned: every data set needs one."""
+    """Surgeon for ViTPose, whose experts can be merged but not pruned, since every data set needs one."""
 
     name = "vitpose_backbone"
     count_fields = ("num_experts",)
     fixed_router = _NO_ROUTER
-    no_factors = "its experts are one linear layer each behind a hidden layer that all share"
+    no_factors = "each of its experts is one linear layer after a hidden layer that all share"
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is an MoE block of the backbone."""
         return type(module).__name__ == "VitPoseBackboneMoeMLP"
 
     def info(self, block: Block, name: str, index: int) -> BlockInfo:
-        """Sizes; all tokens of an image go to one expert."""
+        """Sizes of the block; all tokens of an image use one expert."""
         view, first = self.experts(block), block.experts[0]
         return BlockInfo(
             name=name,
@@ -70,7 +70,7 @@ class VitPoseBackboneSurgeon(Surgeon):
         )
 
     def experts(self, block: Block) -> ExpertTensors:
-        """The shared hidden layer for each expert, and its linear layer."""
+        """The experts, each with the shared hidden layer and its own linear layer."""
         modules, shared = list(block.experts), block.fc1
         return ExpertTensors(
             up=[shared.weight] * len(modules),
@@ -81,7 +81,7 @@ class VitPoseBackboneSurgeon(Surgeon):
         )
 
     def expert_parameters(self, block: Block) -> list[nn.Parameter]:
-        """Of the linear layers; the hidden layer is shared."""
+        """Parameters of the experts' linear layers, without the shared hidden layer."""
         return list(block.experts.parameters())
 
     def router_rows(self, block: Block) -> torch.Tensor:
@@ -90,15 +90,15 @@ class VitPoseBackboneSurgeon(Surgeon):
         return torch.eye(len(block.experts), dtype=weight.dtype, device=weight.device)
 
     def router(self, block: Block) -> RouterView:
-        """The one-hot rows."""
+        """A router view of one-hot rows."""
         return RouterView(self.router_rows(block), len(block.experts), partial(self.scores, block))
 
     @torch.no_grad()
     def cut(self, block: Block, plan: BlockPlan) -> None:
-        """Write each merged expert over its dominant expert.
+        """Overwrite each group's dominant expert with the merged expert.
 
         Raises:
-            ValueError: If the plan shrinks the router, which there is none of; nothing was changed then.
+            ValueError: If the plan shrinks the router, since there is none; the block is then unchanged.
         """
         if plan.routing == "reduce":
             raise ValueError(f'{plan.name} of {self.name} has no router: {_NO_ROUTER}. Merge with routing="map".')
@@ -110,7 +110,7 @@ class VitPoseBackboneSurgeon(Surgeon):
         block.experts.expert_map.copy_(torch.tensor(plan.labels_E))
 
     def rebuild(self, block: Block, num_groups: int, routing: Routing) -> None:
-        """Keep the first G experts, whose tensors are empty anyway."""
+        """Keep the first G experts, whose tensors are empty."""
         self._install(block, list(block.experts)[:num_groups])
 
     def _install(self, block: Block, kept: list[nn.Module]) -> None:
@@ -124,7 +124,7 @@ class VitPoseBackboneSurgeon(Surgeon):
 
     @contextmanager
     def watch(self, block: Block, watcher: BlockWatcher) -> Iterator[None]:
-        """Hooks on the experts, which the block runs on all images."""
+        """Watch with hooks on the experts, which the block runs on all images."""
         seen: dict[str, torch.Tensor] = {}
 
         def before_block(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:

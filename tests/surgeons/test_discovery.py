@@ -13,16 +13,16 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen
 
 from optimum_moe import CalibrationConfig, MoECompressor, MSMoE
 from optimum_moe.surgeons import find_blocks, registry
-from optimum_moe.surgeons.discovery import discover, strangers
+from optimum_moe.surgeons.discovery import discover, unknown_blocks
 from optimum_moe.surgeons.generic import GenericSurgeon
 from tests.tiny_models import Target, build, every_target, inputs_for, logits_of
 
 UNREADABLE = {
     "gemma4": "2 of its children",
     "diffusion_gemma": "none of the attributes top_k",
-    "deepseek_v4": "neither by a softmax nor by a sigmoid",
+    "deepseek_v4": "neither a softmax nor a sigmoid",
     "deepseek_v4-hash": "calling its router and its experts failed",
-    "phimoe": "neither by a softmax nor by a sigmoid",
+    "phimoe": "neither a softmax nor a sigmoid",
     "inkling": "reading the rows of its router failed",
     "muse_spark": "calling its router and its experts failed",
     "zaya": "0 of its children",
@@ -36,12 +36,12 @@ def test_discovery_finds_what_the_table_says_or_refuses(target: Target) -> None:
     surgeon = find_blocks(model)[0].surgeon
     if not isinstance(surgeon, GenericSurgeon):
         pytest.skip("has a surgeon of its own, because it does not follow the contract")
-    stranger = strangers(model, set())[0]
+    unknown = unknown_blocks(model, set())[0]
     if target.name in UNREADABLE:
         with pytest.raises(ValueError, match=UNREADABLE[target.name]):
-            discover(stranger)
+            discover(unknown)
         return
-    row, known = discover(stranger), surgeon.architecture
+    row, known = discover(unknown), surgeon.architecture
     assert (row.block, row.router, row.experts) == (known.block, known.router, known.experts)
     present = {tensor.path for tensor, _ in surgeon.router_tensors(find_blocks(model)[0].module(model))}
     wanted = {(t.path, t.axis, t.on_block, t.role) for t in known.tensors if t.path in present}
@@ -95,7 +95,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_block_is_compressed_saved_and_loaded(tmp_path: Path) -> None:
     data = CalibrationConfig([inputs_for("qwen3_moe", rows=4, length=32)])
-    with pytest.warns(UserWarning, match=r"AcmeBlock is in no row .* passed the self-test"):
+    with pytest.warns(UserWarning, match=r"AcmeBlock has no row .* passed the self-test"):
         compressor = MoECompressor.from_pretrained(acme(), MSMoE(num_experts=4), data, progress=False)
     assert [found.info.num_experts for found in compressor.source.blocks] == [8, 8]
     model = compressor.apply()
@@ -157,7 +157,7 @@ class NoRouter(AcmeBlock):
     ("block", "reason"),
     [
         (AnotherContract, "merging copies of experts"),
-        (NumberedExperts, "neither by a softmax nor by a sigmoid"),
+        (NumberedExperts, "neither a softmax nor a sigmoid"),
         (NoRouter, "0 of its children"),
     ],
 )
