@@ -166,7 +166,7 @@ def test_a_block_that_breaks_the_contract_is_refused_with_the_way_to_describe_it
         find_blocks(acme(block))
     assert f"{block.__name__} (model.layers.0.mlp)" in str(raised.value)
     assert f"register_surgeon(Architecture('{block.__name__}'" in str(raised.value) or block is NoRouter
-    assert "CONTRIBUTING.md" in str(raised.value)
+    assert "docs/source/extending.md" in str(raised.value)
 
 
 class HomemadeMoE(nn.Module):
@@ -182,6 +182,6 @@ class HomemadeMoE(nn.Module):
 
 def test_experts_without_the_stamp_are_not_taken_for_a_dense_model() -> None:
     with pytest.raises(
-        ValueError, match=r"HomemadeMoE is no MoE block .*(?s:.)*subclass of optimum_moe.surgeons.Surgeon"
+        ValueError, match=r"HomemadeMoE is not an MoE block .*(?s:.)*subclass of optimum_moe.surgeons.Surgeon"
     ):
         find_blocks(acme(HomemadeMoE))
