@@ -95,7 +95,8 @@ class ExpertProjection(nn.Module):
                 else:
                     self._places[name] = self.place_C
                     self._lengths[name] = [self._length(form, name, sizes[expert]) for expert in self.order_C]
-        self._slices = {name: _slices(lengths) for name, lengths in self._lengths.items()}
+        cuts = {name: _slices(lengths) for name, lengths in self._lengths.items()}
+        self._slices = {name: [cuts[name][place] for place in places] for name, places in self._places.items()}
 
     def _length(self, form: MatrixFormat, name: str, size: int | None) -> int:
         return 0 if size is None else form.tensors(size, self.outputs, self.inputs)[name].shape[0]
@@ -141,23 +142,22 @@ class ExpertProjection(nn.Module):
 
     def piece(self, name: str, expert: int, opened: Opened | None = None) -> torch.Tensor:
         """What an expert has in the stacked tensor `name`."""
-        place = self._places[name][expert]
         stacked = own_parameter(self, name)
         if stacked is not None and not (stacked.requires_grad and torch.is_grad_enabled()):
-            return stacked[self._slices[name][place]]
+            return stacked[self._slices[name][expert]]
         if opened is None or name in self._buffer_names:
-            return getattr(self, name)[self._slices[name][place]]
+            return getattr(self, name)[self._slices[name][expert]]
         # The gradient of a split is one stack, that of selections a full-sized tensor for each. A parametrized tensor
         # (an adapter) is computed anew at each access.
         key = (id(self), name)
         if key not in opened:
             opened[key] = getattr(self, name).split(self._lengths[name])
-        return opened[key][place]
+        return opened[key][self._places[name][expert]]
 
     def run_of(self, name: str, first: int, last: int) -> torch.Tensor:
         """What experts that lie beside each other have in the stacked tensor `name`."""
-        places, slices = self._places[name], self._slices[name]
-        return getattr(self, name)[slices[places[first]].start : slices[places[last]].stop]
+        slices = self._slices[name]
+        return getattr(self, name)[slices[first].start : slices[last].stop]
 
     def _one(self, expert: int, input_PX: torch.Tensor, with_shared: bool, opened: Opened | None) -> torch.Tensor:
         bias_O = self.piece("bias", expert, opened)[0] if self.has_bias else None
@@ -222,7 +222,7 @@ class ExpertProjection(nn.Module):
         row_index = keep_rows(part, mask)
         flat = mask.to(row_index.device, torch.bool)
         self.row_index = (row_index % self.outputs).to(torch.int32)
-        counts = [int(flat[self._slices["rows"][place]].sum()) for place in self.place_C]
+        counts = [int(flat[part].sum()) for part in self._slices["rows"]]
         without = [{n: size for n, size in own.items() if n != _ROWS} for own in self.parts_C]
         if not sum(counts):
             # What is built from the sizes has neither of the two.

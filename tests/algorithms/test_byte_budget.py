@@ -8,6 +8,7 @@ import torch
 
 from optimum_moe.algorithms.byte_budget import Candidate, Point, allocate, hull
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
+from optimum_moe.algorithms.expert_fitter import ExpertFitter, HeldOutEstimate
 from optimum_moe.formats import budget_formats, build_expert, candidates, choose
 
 HIDDEN, INNER, TOKENS = 24, 32, 200
@@ -112,6 +113,19 @@ def test_points_are_what_build_makes_of_them(gated, bias, inner, gradient):
         lost_held, lost_seen = measured(expert, held, factors), measured(expert, fitted, factors)
         expected = TOKENS * (0.75 * lost_held / len(held) + 0.25 * lost_seen / len(fitted))
         assert expected == pytest.approx(point.damage, rel=1e-3, abs=1e-5 * points[0].damage)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("inner", [HIDDEN - 8, INNER])
+def test_the_damage_of_outputs_is_that_of_the_candidate_that_gives_them(inner, gradient):
+    expert, tokens = make_expert(inner=inner, bias=True), make_tokens(draws=2, gradient=gradient)
+    fitted, held_out = tokens.halves()
+    estimate = HeldOutEstimate(ExpertFitter(expert, fitted), held_out, TOKENS)
+    points = candidates(expert, tokens)
+    for point in points:
+        stored = build_expert(expert, fitted, point.candidate)
+        damage = estimate.of_outputs(lambda input_PH, stored=stored: stored.run(expert, input_PH))
+        assert damage == pytest.approx(point.damage, rel=1e-3, abs=1e-5 * points[0].damage)
 
 
 @pytest.mark.parametrize("tokens", [128, 512])
