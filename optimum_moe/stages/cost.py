@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.plan import Routing
 
-INDEX_BYTES = 4
-"""Bytes of the index of a sparse row."""
-
 
 @dataclass(frozen=True)
 class BlockCost:
@@ -23,6 +20,7 @@ class BlockCost:
             experts may have been merged into one.
         multiply_adds: Minimum and maximum number of multiply-adds per token.
         indices: Number of sparse row indices, which are not among the parameters.
+        index_bytes: Bytes of these indices.
         routing: How the router reaches the experts; None while the routing is the original one.
         stock: Whether stock transformers classes can store them.
     """
@@ -33,6 +31,7 @@ class BlockCost:
     active: tuple[int, int]
     multiply_adds: tuple[float, float]
     indices: float = 0.0
+    index_bytes: float = 0.0
     routing: Routing | None = None
     stock: bool = True
 
@@ -65,7 +64,7 @@ class BlockCost:
             block: The block before the first stage.
         """
         gone = self.original_experts - self.experts
-        saved = block.bytes_of_experts(gone, self.removed_parameters(block)) - self.indices * INDEX_BYTES
+        saved = block.bytes_of_experts(gone, self.removed_parameters(block)) - self.index_bytes
         return saved + self.removed_router_parameters(block) * block.router_itemsize
 
     def removed_parameters(self, block: BlockInfo) -> float:

@@ -17,7 +17,10 @@ from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.low_rank import Spectrum
 from optimum_moe.algorithms.ranks import STEP, rank_from_energy, rank_from_number, rank_from_ratio
 from optimum_moe.algorithms.structured_sparse import rows_from_density
-from optimum_moe.formats import PROJECTIONS, StoredExperts
+from optimum_moe.formats import PROJECTIONS, MatrixFormat, StoredExperts, TensorSpec
+from optimum_moe.formats.base import get_format
+from optimum_moe.formats.low_rank import LowRank
+from optimum_moe.formats.sparse_rows import SparseRows
 from optimum_moe.formats.uniform import factorize_expert
 from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, keep_all
@@ -194,7 +197,8 @@ class LowRankSparse(FormattingStage):
                 before,
                 parameters=experts * (most + biases),
                 multiply_adds=(before.active[0] * least, before.active[1] * most),
-                indices=experts * indices,
+                indices=experts * sum(spec.numbers for spec in indices),
+                index_bytes=experts * sum(spec.bytes(0) for spec in indices),
                 stock=False,
             )
         kept, selected = before.original_experts, block.top_k
@@ -204,25 +208,37 @@ class LowRankSparse(FormattingStage):
             parameters=experts * dense + kept * (most + biases),
             active=(selected, selected),
             multiply_adds=(dense + selected * least, min(selected, experts) * dense + selected * most),
-            indices=kept * indices,
+            indices=kept * sum(spec.numbers for spec in indices),
+            index_bytes=kept * sum(spec.bytes(0) for spec in indices),
             routing=None,
             stock=False,
         )
 
-    def _numbers(self, block: BlockInfo) -> tuple[float, float, float]:
-        """The fewest and the most numbers that one expert's matrices store, and its indices of sparse rows."""
+    def _numbers(self, block: BlockInfo) -> tuple[float, float, Sequence[TensorSpec]]:
+        """The fewest and the most weights that one expert's matrices store, and its index tensors."""
         matrices = round(block.expert_multiply_adds / (block.intermediate_size * block.hidden_size))
         shapes = [(block.intermediate_size, block.hidden_size)] * (matrices - 1)
         shapes.append((block.hidden_size, block.intermediate_size))
-        factored, indices = 0, 0
+        specs: list[TensorSpec] = []
         for shape in shapes:
             rank = self._unless_larger(shape, STEP) if self.energy is not None else self._rank(shape)
-            rows = 0 if rank is None else self._rows(shape[0])
-            factored += shape[0] * shape[1] if rank is None else rank * sum(shape) + rows * shape[1]
-            indices += rows
+            specs += self._tensors(shape, rank)
+        stored = sum(spec.numbers for spec in specs if spec.dtype is None)
         if self.energy is not None:
-            return factored, block.expert_multiply_adds, 0.0
-        return factored, factored, indices
+            return stored, block.expert_multiply_adds, ()
+        return stored, stored, [spec for spec in specs if spec.dtype is not None]
+
+    def _tensors(self, shape: tuple[int, int], rank: int | None) -> list[TensorSpec]:
+        """What a matrix stores with a rank; None for a dense matrix."""
+        if rank is None:
+            return [TensorSpec(shape)]
+        outputs, inputs = shape
+        parts = {LowRank.name: rank, SparseRows.name: self._rows(outputs)}
+        return [
+            spec
+            for name, size in parts.items()
+            for spec in get_format(name, MatrixFormat).tensors(size, outputs, inputs).values()
+        ]
 
     def _rank(self, shape: tuple[int, int]) -> int | None:
         if self.rank_ratio is not None:
@@ -240,8 +256,8 @@ class LowRankSparse(FormattingStage):
         """The rank, None where factors and sparse rows together are no smaller than the matrix: it then stays dense."""
         if rank is None:
             return None
-        numbers = rank * sum(shape) + self._rows(shape[0]) * (shape[1] + 1)
-        return rank if numbers < shape[0] * shape[1] else None
+        stored = sum(spec.numbers for spec in self._tensors(shape, rank))
+        return rank if stored < shape[0] * shape[1] else None
 
     def _rows(self, outputs: int) -> int:
         return 0 if self.density is None else rows_from_density(outputs, self.density)
