@@ -17,8 +17,8 @@ from optimum_moe.checkpoint.compatibility import check_plan, check_statistics, m
 from optimum_moe.checkpoint.destination import check_destination, check_space, owned, written_beside
 from optimum_moe.checkpoint.identity import identity, same_model
 from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp
-from optimum_moe.checkpoint.origin import all_in_memory
 from optimum_moe.checkpoint.push import push
+from optimum_moe.checkpoint.refusals import all_in_memory
 from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.stored import StoredModel
 from optimum_moe.checkpoint.streamed import align

@@ -13,12 +13,12 @@ from transformers import AutoConfig, PreTrainedModel
 from optimum_moe.checkpoint.checkpoint_tensors import CheckpointTensors, built, raw_config
 from optimum_moe.checkpoint.checksums import side_file_failures
 from optimum_moe.checkpoint.comparison import Comparison
+from optimum_moe.checkpoint.config_checks import config_failures
 from optimum_moe.checkpoint.factor_comparison import compare_factors
 from optimum_moe.checkpoint.headers import Headers, read_headers
 from optimum_moe.checkpoint.identity import first_difference, identity
 from optimum_moe.checkpoint.mtp import COUNT_FIELDS, MTPLayers, MTPOption, block_with, is_benign, is_mtp
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader, take_dtypes
-from optimum_moe.checkpoint.settings import config_failures
 from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.stored import rounded
 from optimum_moe.formats import ExpertsSpec
@@ -61,11 +61,11 @@ def verify(
             lists which do. By default a checkpoint that needs this package tells by itself whether it was saved again.
 
     Raises:
-        ValueError: If `out` is no folder, or `against` no checkpoint that can be compressed.
+        ValueError: If `out` is not a folder, or `against` no checkpoint that can be compressed.
     """
     directory = Path(out)
     if not directory.is_dir():
-        raise ValueError(f"{directory} is no folder. Give the folder of a compressed checkpoint.")
+        raise ValueError(f"{directory} is not a folder. Give the folder of a compressed checkpoint.")
     source = None if against is None else open_source(against, dequantize=_is_quantized(against))
     names = ["files", "side files", "plan", "config", "keys", "counts", "shapes"]
     names += ["experts", "routers", "other tensors", "mtp layers"] if source is not None else []

@@ -27,7 +27,7 @@ from optimum_moe import CalibrationConfig, MoECompressor, MSMoE, verify
 from tests.tiny_models import inputs_for
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-REFUSALS = ("Another run is writing to", "is not empty", "was made by something else")
+REFUSALS = ("Another run is writing to", "is not empty", "was created by another program")
 REFUSED, BROKEN = 3, 4
 ENGINES = {"memory": ("memory",), "streaming": ("streaming",), "both": ("memory", "streaming")}
 

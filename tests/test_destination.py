@@ -131,7 +131,7 @@ def test_what_appears_meanwhile_is_not_replaced(
 
     at_first_cut(monkeypatch, appear)
     with pytest.raises(
-        ValueError, match=r"out was made by something else while .* not replaced without overwrite=True"
+        ValueError, match=r"out was created by another program during .* not replaced without overwrite=True"
     ):
         compress(checkpoint, out, engine)
     assert (out / "mine.txt" if what == "folder" else out).read_text(encoding="utf-8") == "mine"
@@ -397,7 +397,7 @@ def test_overwriting_never_reaches_the_original(engine: str, checkpoint: Path, t
     for out in (source, real, tmp_path / "to source", source / "..", real / ".." / "real"):
         with pytest.raises(ValueError, match="holds the original checkpoint, which would be replaced"):
             compress(source, out, engine, overwrite=True)
-    with pytest.raises(ValueError, match="lies in the folder of the original checkpoint and is not empty"):
+    with pytest.raises(ValueError, match="is in the folder of the original checkpoint and is not empty"):
         compress(source, source / "original", engine, overwrite=True)
     compress(source, tmp_path / "out", engine, overwrite=True)
     compress(source, source / "smaller", engine)

@@ -43,12 +43,12 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-@failing(ValueError, "is full; nothing was left of the attempt. Free some space")
+@failing(ValueError, "is full; the incomplete result was removed. Free some space")
 def full_disk() -> None:
     raise OSError(28, "No space left on device")
 
 
-@failing(ValueError, "is full; nothing was left of the attempt. Free some space")
+@failing(ValueError, "is full; the incomplete result was removed. Free some space")
 def full_disk_by_safetensors() -> None:
     raise SafetensorError("I/O error: No space left on device (os error 28)")
 
@@ -132,11 +132,11 @@ def test_overwriting_replaces_everything(original: Path, tmp_path: Path) -> None
 
 def test_a_disk_that_is_really_too_small(original: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compressor = pruning(original, output_dir=small_disk / "out")
-    with pytest.raises(ValueError, match=r"disk has [\d,]+ bytes left, the checkpoint takes [\d,]+. Free some space"):
+    with pytest.raises(ValueError, match=r"disk has [\d,]+ bytes left, the checkpoint needs [\d,]+. Free some space"):
         compressor.apply()
     assert compressor.model is None
     monkeypatch.setattr(compressor_module, "check_space", lambda *_: None)
-    with pytest.raises(ValueError, match=r"The disk of .* is full; nothing was left of the attempt"):
+    with pytest.raises(ValueError, match=r"The disk of .* is full; the incomplete result was removed"):
         compressor.apply()
     assert list(small_disk.iterdir()) == []
 
@@ -315,5 +315,5 @@ def test_verification_names_what_a_result_lacks(original: Path, method: Any, gon
 
 
 def test_space_is_checked(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="bytes left, the checkpoint takes 1,000,000,000,000,000,000"):
+    with pytest.raises(ValueError, match="bytes left, the checkpoint needs 1,000,000,000,000,000,000"):
         destination.check_space(tmp_path / "a" / "b", 10**18)

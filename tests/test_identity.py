@@ -210,7 +210,7 @@ def longer_file(folder: Path) -> None:
     [
         (new_values, CONTENT),
         (new_settings, "config.json of .* was changed since it was opened: norm_topk_prob was true and is false"),
-        (no_file, r"model.safetensors is gone since it was opened. Copy it again, or make a new MoECompressor"),
+        (no_file, r"model.safetensors was removed since it was opened. Copy it again, or make a new MoECompressor"),
         (longer_file, r"model.safetensors was changed since it was opened. Make a new MoECompressor"),
     ],
 )

@@ -178,5 +178,5 @@ def test_a_plan_that_was_read_has_no_factors_to_carry_out(tmp_path: Path) -> Non
     compressor.save_pretrained(tmp_path / "out")
     plan = CompressionPlan.from_pretrained(tmp_path / "out")
     other = MoECompressor.from_pretrained(build("qwen3_moe"), METHODS["uniform"], progress=False)
-    with pytest.raises(ValueError, match=r"the factors themselves lie in the checkpoint .* or pass statistics="):
+    with pytest.raises(ValueError, match=r"the factors themselves are in the checkpoint .* or pass statistics="):
         other.apply(plan=plan)

@@ -172,7 +172,7 @@ def test_a_disk_that_is_really_full(
     method: Any, checkpoint: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = small_disk / "out"
-    with pytest.raises(ValueError, match=r"disk has [\d,]+ bytes left, the checkpoint takes [\d,]+. Free some space"):
+    with pytest.raises(ValueError, match=r"disk has [\d,]+ bytes left, the checkpoint needs [\d,]+. Free some space"):
         stream(checkpoint, out, method)
     monkeypatch.setattr(streaming, "check_space", lambda *_: None)
     with pytest.raises(ValueError, match=r"The disk is full; [12] parts are finished and kept in .*out.stream"):

@@ -116,7 +116,7 @@ def test_every_setting(changed: Any, tmp_path: Path) -> None:
     told = changed(lambda out: edit_config(out, rope_theta=5000.0))["config"].failures
     assert told == ("rope_theta is 5000.0, rope_parameters say 10000.0",)
     told = changed(lambda out: edit_config(out, dtype="float16"))["config"].failures
-    assert told == ("dtype is float16, most numbers are stored in float32",)
+    assert told == ("dtype is float16, most elements are stored in float32",)
     told = changed(lambda out: edit_config(out, attention_sinks=4))["config"].failures
     assert told == ("attention_sinks is 4, the original has no such setting",)
 
@@ -144,7 +144,7 @@ def test_every_file_beside_the_weights(changed: Any) -> None:
     assert report["side files"].failures == ("tokenizer.json is missing",)
     report = changed(lambda out: (out / "checksums.json").unlink())
     assert report["side files"].failures == (
-        "checksums.json is missing, so that nothing says what stood beside the weights",
+        "checksums.json is missing, so the files beside the weights cannot be checked",
     )
     if changed.kind != "plain":
         report = changed(lambda out: edit_config(out, auto_map={"AutoModelForCausalLM": "mine.Model"}))
@@ -217,7 +217,7 @@ def test_rows_that_training_dropped(folders: Path, tmp_path: Path) -> None:
     out = trained_copy(folders, "factors", tmp_path / "out", callbacks=[RowPruning(0.1, warmup_steps=1)])
     report = verify(out, folders / "original")
     assert report.passed, str(report)
-    assert any(".row_index is not what the plan's digest says" in text for text in report.trained)
+    assert any(".row_index does not match the digest in the plan" in text for text in report.trained)
 
 
 def test_a_trained_plain_checkpoint_has_to_be_called_so(folders: Path, tmp_path: Path) -> None:

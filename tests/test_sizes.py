@@ -171,7 +171,7 @@ def write_header(file: Path, header: Any, size: int = 4) -> None:
 @pytest.mark.parametrize("case", HEADERS)
 def test_headers_that_are_none(case: str, tmp_path: Path) -> None:
     write_header(tmp_path / "model.safetensors", HEADERS[case])
-    with pytest.raises(ValueError, match=r"model\.safetensors is no readable safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
         read_headers(tmp_path)
 
 

@@ -103,7 +103,7 @@ def test_both_engines_take_what_transformers_takes(
 
 def test_two_checkpoints_in_one_folder_are_told_apart(sources: tuple[Path, Path], tmp_path: Path) -> None:
     single_beside_index(*sources, tmp_path / "model")
-    with pytest.warns(UserWarning, match=r"model.safetensors, so that is what is compressed. Remove it if the shards"):
+    with pytest.warns(UserWarning, match=r"model.safetensors, so that file is compressed. Remove it to use the shards"):
         opened(tmp_path / "model")
 
 
@@ -177,11 +177,11 @@ def copied(**how: Any) -> Callable[[Path, Path], dict[str, Any]]:
         ),
         (
             stale_index,
-            r"names shards that are not there: model-1.safetensors. .*or remove the index where it is a stale",
+            r"names shards that do not exist: model-1.safetensors. .*or remove the index if it is outdated",
         ),
         (unasked_variant, r"has neither .* It has the variants fp16: pass variant='fp16' for one of them"),
         (ranks, r"holds shards of single ranks \(shard-00000-model-00001-of-00002.safetensors, ...\), .* save it with"),
-        (outside, r"transformers_weights='../one/model.safetensors', which is no safetensors file. Correct it"),
+        (outside, r"transformers_weights='../one/model.safetensors', not a safetensors file. Correct it"),
         (unnamed_subfolder, r"has no config.json. .* It has the folders inner: pass subfolder='inner'"),
         (copied(variant="bf16"), r"has neither model.bf16.safetensors nor model.safetensors.index.bf16.json"),
         (

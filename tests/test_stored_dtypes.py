@@ -207,7 +207,7 @@ def test_experts_of_several_dtypes(tmp_path: Path, routing: str, engine: str) ->
 def test_experts_of_several_dtypes_have_no_factors(tmp_path: Path) -> None:
     source = mixed_checkpoint(tmp_path / "source", lambda name: ".experts.3." in name)
     with pytest.raises(
-        ValueError, match=r'stored in several dtypes, and factors have one; dtype="bfloat16" or another'
+        ValueError, match=r'stored in several dtypes, but factors have one; dtype="bfloat16" or another'
     ):
         MoECompressor.from_pretrained(source, ByteBudget(share=0.5), TEXTS)
     after, _ = compressed(source, tmp_path / "out", LowRankSparse(rank=8), dtype="bfloat16")

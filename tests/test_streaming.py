@@ -415,7 +415,7 @@ def test_broken_sources_are_refused(checkpoints: Any, tmp_path: Path) -> None:
     (broken / "model.safetensors").rename(broken / "model-00001-of-00002.safetensors")
     index = {"metadata": {}, "weight_map": {"a": "model-00002-of-00002.safetensors"}}
     (broken / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"names shards that are not there: model-00002-of-00002"):
+    with pytest.raises(ValueError, match=r"names shards that do not exist: model-00002-of-00002"):
         compressed(broken, METHODS["prune"], None, tmp_path / "out", "streaming")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 

@@ -265,7 +265,7 @@ def test_shards(folders: Path, tmp_path: Path) -> None:
     assert verify(out, folders / "original").passed
     sorted(out.glob("model-*.safetensors"))[1].unlink()
     report = verify(out, folders / "original")
-    assert "names shards that are not there: model-00002" in report["files"].failures[0]
+    assert "names shards that do not exist: model-00002" in report["files"].failures[0]
     assert [check.name for check in report.checks if check.ran] == ["files"]
 
 
@@ -276,7 +276,7 @@ def test_another_original(folders: Path, tmp_path: Path) -> None:
     assert "plan" in failed(verify(folders / "map", tmp_path / "smaller"))
     with pytest.raises(ValueError, match=r"already compressed by optimum_moe"):
         verify(folders / "map", folders / "map")
-    with pytest.raises(ValueError, match=r"is no folder. Give the folder of a compressed checkpoint"):
+    with pytest.raises(ValueError, match=r"is not a folder. Give the folder of a compressed checkpoint"):
         verify(tmp_path / "nothing")
 
 

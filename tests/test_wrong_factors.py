@@ -110,7 +110,7 @@ def test_a_plan_without_its_factors(original: Path, tmp_path: Path, request: pyt
     request.getfixturevalue("never_loaded")
     for plan in (first.plan, CompressionPlan.from_pretrained(tmp_path / "out")):
         second = MoECompressor.from_pretrained(original, METHODS["map"], progress=False)
-        with pytest.raises(ValueError, match=r"factors themselves lie in the checkpoint .* or pass statistics="):
+        with pytest.raises(ValueError, match=r"factors themselves are in the checkpoint .* or pass statistics="):
             second.apply(plan=replace(plan, source={}))
 
 

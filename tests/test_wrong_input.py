@@ -293,14 +293,14 @@ def no_config(checkpoint: Path) -> None:
     ("damage", "message"),
     [
         (cut_off, r"model.safetensors is truncated or corrupt: its header describes [\d,]+ bytes, it has [\d,]+"),
-        (empty_shard, r"model.safetensors is no readable safetensors file \(0 bytes\). Copy or download it again"),
-        (corrupt_header, r"model.safetensors is no readable safetensors file"),
-        (huge_header, r"model.safetensors is no readable safetensors file"),
-        (odd_header, r"model.safetensors is no readable safetensors file"),
-        (pickles_only, r"It has pytorch_model.bin, which would have to be unpickled. Give a checkpoint in safetensors"),
-        (missing_shard, r"shards that are not there: model-00002-of-00002.safetensors. Copy or download them"),
-        (missing_tensor, r"promises 1 tensors that no shard has \(weight\). They would be random"),
-        (corrupt_index, r"is no readable index of shards. Copy or download it again"),
+        (empty_shard, r"model.safetensors is not a readable safetensors file \(0 bytes\). Copy or download it again"),
+        (corrupt_header, r"model.safetensors is not a readable safetensors file"),
+        (huge_header, r"model.safetensors is not a readable safetensors file"),
+        (odd_header, r"model.safetensors is not a readable safetensors file"),
+        (pickles_only, r"It has pytorch_model.bin, which would need unpickling. Give a checkpoint in safetensors"),
+        (missing_shard, r"shards that do not exist: model-00002-of-00002.safetensors. Copy or download them"),
+        (missing_tensor, r"lists 1 tensors that no shard has \(weight\). They would be random"),
+        (corrupt_index, r"is not a readable index of shards. Copy or download it again"),
         (no_config, r"has no config.json. Give the folder of a checkpoint"),
     ],
 )
@@ -311,7 +311,7 @@ def test_broken_checkpoints(checkpoint: Path, damage: Callable[[Path], None], me
 
 
 def test_names_that_lead_nowhere(original: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no folder. Give a Hub id"):
+    with pytest.raises(ValueError, match=r"is not a folder. Give a Hub id"):
         opened(tmp_path / "missing")
     with pytest.raises(ValueError, match="'no/model' is neither a local folder nor a Hub model that could be fetched"):
         opened("no/model", local_files_only=True)

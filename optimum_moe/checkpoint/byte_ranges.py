@@ -1,4 +1,4 @@
-"""Where stored tensors lie in their files: bytes that are read into memory once, or copied without a tensor."""
+"""Byte ranges of stored tensors in their files, which are read into memory or copied without a tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from optimum_moe.checkpoint.system import expect_reading, read_at
 
 _CHUNK = 1 << 20
-"""Bytes that are copied at a time: what was read is still in the processor's cache when it is written."""
+"""Bytes copied at a time, few enough that they are still in the processor's cache when they are written."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class ByteRange:
     size: int
 
     def expect(self) -> None:
-        """Have the system fetch the bytes meanwhile."""
+        """Ask the system to prefetch the bytes."""
         expect_reading(self.descriptor, self.start, self.size)
 
     def read_into(self, buffer: memoryview) -> None:
-        """Fill a buffer of `size` bytes.
+        """Read the range into a buffer of `size` bytes.
 
-        Unlike a mapped file this takes no page fault for every few pages, and no second copy to align it.
+        Unlike a mapped file this causes few page faults, and needs no second copy for alignment.
 
         Raises:
-            ValueError: If the file ends before.
+            ValueError: If the file ends before the range does.
         """
         done = 0
         while done < self.size:
@@ -51,7 +51,7 @@ class ByteRange:
             done += count
 
     def chunks(self) -> Iterator[memoryview]:
-        """The bytes in order; each chunk is gone when the next one is asked for."""
+        """Yield the bytes in order; each chunk is only valid until the next one."""
         buffer = memoryview(bytearray(min(self.size, _CHUNK)))
         for start in range(0, self.size, _CHUNK):
             part = ByteRange(self.file, self.descriptor, self.start + start, min(_CHUNK, self.size - start))

@@ -1,7 +1,7 @@
-"""What a compressed checkpoint takes over from its original byte for byte: tokenizer, templates, parsers, license.
+"""Files that are copied from the original checkpoint byte for byte: tokenizer, templates, parsers, license.
 
-Saving a tokenizer anew would change its files: transformers 5 writes class names that transformers 4 does not know,
-and leaves out what it does not use itself.
+Saving a tokenizer again would change its files: transformers 5 writes class names that transformers 4 does not know,
+and drops entries that it does not use.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _PICTURES = {
 }
 _LEGAL = ("*licen[cs]e*", "*notice*", "*copying*", "*use_policy*", "*usage_policy*")
 _NOT_CARRIED = (
-    # Written anew, or about other weights.
+    # Written again, or about other weights.
     *("config.json", "params.json", "readme*", "adapter_*", "*.index.json"),
-    # Quantization that was undone; vLLM and TensorRT-LLM would apply these again.
+    # Configs of a quantization that was undone, which vLLM and TensorRT-LLM would apply again.
     *("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json"),
-    # What a trainer left, with the paths of somebody's machine in it.
+    # Training state, which contains local paths.
     *("trainer_state.json", "training_args.*", "*_results.json", "events.out.tfevents*"),
 )
 _TOKENIZER = (
@@ -46,13 +46,14 @@ _PROCESSOR = ("processor_config.json", "*preprocessor_config.json")
 def carried_files(directory: Path) -> list[Path]:
     """Files of a checkpoint that describe the compressed one as well, as paths relative to its folder.
 
-    Everything on the top level that is no weight, picture, adapter or leftover of training; below, code and templates.
+    These are all files of the top level except weights, pictures, adapters and training state, and code and templates
+    in subfolders.
     """
     found = []
     for folder, below, names in os.walk(directory):
         place = Path(folder).relative_to(directory)
         if place.parts and any(_is_weight(name) for name in names):
-            # Another model, such as an adapter or a checkpoint of a trainer.
+            # The subfolder holds another model, such as an adapter or a checkpoint of a trainer.
             below.clear()
             continue
         below[:] = sorted(name for name in below if not name.startswith(".") and name != "__pycache__")
@@ -62,13 +63,13 @@ def carried_files(directory: Path) -> list[Path]:
 
 
 def carry_files(original: Path | None, tokenizer: Any, load: Callable[[Path], Any], directory: Path) -> None:
-    """Copy what `carried_files` finds, and write the tokenizer.
+    """Copy the files of `carried_files`, and write the tokenizer.
 
     Args:
         original: Folder of the original, None for a model in memory.
-        tokenizer: Tokenizer or processor that the user gave, None for the original's.
-        load: What loads the tokenizer or processor of a folder.
-        directory: The new checkpoint, whose weights and configs are written.
+        tokenizer: Tokenizer or processor of the user, None for the original's.
+        load: Function that loads the tokenizer or processor of a folder.
+        directory: The new checkpoint, with weights and configs already written.
     """
     files = [] if original is None else carried_files(original)
     if tokenizer is not None and (original is None or not _is_unchanged(tokenizer, original, load)):
@@ -80,7 +81,7 @@ def carry_files(original: Path | None, tokenizer: Any, load: Callable[[Path], An
 
 
 def _write_tokenizer(tokenizer: Any, load: Callable[[Path], Any], directory: Path) -> None:
-    """A tokenizer of another folder is copied from there, unless it was changed since it was loaded."""
+    """Write a tokenizer: the files of its folder are copied, unless it was changed after loading."""
     home = getattr(getattr(tokenizer, "tokenizer", tokenizer), "name_or_path", "")
     if not home or not Path(home).is_dir() or not _is_unchanged(tokenizer, Path(home), load):
         with utf8_path(directory) as beside:
@@ -92,12 +93,12 @@ def _write_tokenizer(tokenizer: Any, load: Callable[[Path], Any], directory: Pat
 
 
 def _files_of(tokenizer: Any) -> tuple[str, ...]:
-    """Patterns of the files that a tokenizer or processor is made from."""
+    """Patterns of the files that a tokenizer or processor is loaded from."""
     return _TOKENIZER + (_PROCESSOR if isinstance(tokenizer, ProcessorMixin) else ())
 
 
 def _is_unchanged(tokenizer: Any, folder: Path, load: Callable[[Path], Any]) -> bool:
-    """Whether a tokenizer or processor is what the files of a folder give: both write the same."""
+    """Whether a tokenizer or processor equals the one in a folder, which is so if both save the same files."""
     try:
         loaded = load(folder)
     except (OSError, ValueError, ImportError):
@@ -116,7 +117,7 @@ def _written_by(tokenizer: Any) -> dict[str, bytes]:
 
 def _copy(file: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    # The content alone: the copy gets the permissions of a new file.
+    # Copy only the content, so that the copy has the permissions of a new file.
     shutil.copyfile(file, place)
 
 

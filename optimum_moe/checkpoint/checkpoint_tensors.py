@@ -1,4 +1,4 @@
-"""What a checkpoint holds, seen as the tensors of its model: sizes from the headers, numbers a few at a time."""
+"""A checkpoint as the tensors of its model: shapes come from the headers, and values are read on demand."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from optimum_moe.surgeons import FoundBlock, find_blocks, owning_configs, regist
 _WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _COUNTS = {name for surgeon in registered_surgeons().values() for name in surgeon.count_fields}
 Parts = tuple[tuple[tuple[str, torch.dtype], ...], ...]
-"""The stored tensors that make each entry of a tensor's first axis, with their dtypes."""
+"""By entry of a tensor's first axis: the stored tensors that it consists of, with their dtypes."""
 
 
 class CheckpointTensors:
-    """A checkpoint as its model sees it.
+    """The tensors of a checkpoint by their names in the model.
 
     Args:
-        reader: Of the checkpoint.
-        headers: Of the checkpoint.
-        get: Reads a stored tensor.
+        reader: Reader of the checkpoint.
+        headers: Headers of the checkpoint.
+        get: Function that reads a stored tensor.
     """
 
     def __init__(self, reader: CheckpointReader, headers: Headers, get: Get) -> None:
@@ -40,9 +40,9 @@ class CheckpointTensors:
         self.headers = headers
         self.get = get
         self.tensors: dict[str, torch.Tensor] = {}
-        """Every tensor of the model that the checkpoint gives, on the meta device."""
+        """Every tensor of the model that is in the checkpoint, on the meta device."""
         self.broken: dict[str, str] = {}
-        """What cannot be put together, with the reason."""
+        """Names of the tensors that cannot be converted, with the reason."""
         self._target: dict[str, str] = {}
 
         def empty(name: str) -> torch.Tensor:
@@ -58,15 +58,15 @@ class CheckpointTensors:
             self._target |= dict.fromkeys(made, target)
 
     def inside(self, module: str) -> list[str]:
-        """Names of the tensors of a module."""
+        """Names of all tensors in a module."""
         return [name for name in self.tensors if name.startswith(f"{module}.")]
 
     def beside(self, name: str) -> list[str]:
-        """Names of all tensors that are read together with one."""
+        """Names of all tensors that the same conversion reads as the tensor `name`."""
         return [other for other, target in self._target.items() if target == self._target[name]]
 
     def entries(self, name: str) -> Entries | None:
-        """The stored tensors whose bytes, one behind the other, are those of a tensor; None where there are none."""
+        """The stored tensors whose concatenated bytes are those of a tensor; None if there are no such tensors."""
         entries = self.reader.entries(self._target[name])
         if entries is None or len(self.beside(name)) > 1:
             return None
@@ -77,10 +77,10 @@ class CheckpointTensors:
         return entries if same and whole else None
 
     def mixed(self) -> dict[str, Parts]:
-        """Tensors whose stored parts have different dtypes, which are saved again as they are stored.
+        """Tensors whose stored parts have different dtypes, which are saved in the same dtypes again.
 
         Raises:
-            ValueError: If such parts are not put one behind the other, so that none of them is saved again.
+            ValueError: If such parts are not simply concatenated, so that they cannot be separated for saving.
         """
         found: dict[str, Parts] = {}
         for name, target in self._target.items() if not self.reader.cast else ():
@@ -91,14 +91,14 @@ class CheckpointTensors:
             entries = self.reader.entries(target)
             if entries is None or len(self.beside(name)) > 1:
                 raise ValueError(
-                    f"{name} is made of stored tensors in {' and '.join(sorted(map(str, kinds)))}, which could not be "
-                    'told apart again. Pass dtype="bfloat16" or another to have all of them in one.'
+                    f"{name} consists of stored tensors in {' and '.join(sorted(map(str, kinds)))}, which could not be "
+                    'separated again. Pass dtype="bfloat16" or another dtype to read all of them in one.'
                 )
             found[name] = tuple(tuple((part, stored[part]) for part in entry) for entry in entries)  # type: ignore[misc]
         return found
 
     def itemsize(self, name: str, tensor: torch.Tensor) -> float:
-        """Bytes of one number of a tensor as it is stored; of the smallest entry, where they differ."""
+        """Bytes per element of a tensor as stored; of the smallest entry, if entries differ."""
         if name not in self.tensors:
             return tensor.element_size()
         parts = self.mixed().get(name)
@@ -107,20 +107,20 @@ class CheckpointTensors:
         return min(sum(dtype.itemsize for _, dtype in entry) / len(entry) for entry in parts)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors of the model with their numbers; those that the checkpoint lacks are left out."""
+        """Read tensors of the model; those that the checkpoint lacks are left out."""
         wanted = [name for name in names if name in self._target]
         made = self.reader.read_targets(sorted({self._target[name] for name in wanted}), self.get)
         return {name: made[name] for name in wanted}
 
 
 def refuse_larger_than_file(config: PreTrainedConfig, headers: Headers) -> None:
-    """Raise a `ValueError` where a config names sizes that its checkpoint cannot hold, before its modules are made."""
+    """Raise a `ValueError` if sizes in a config exceed its checkpoint, before modules are created."""
     counted = {"num_hidden_layers": len(headers.tensors), "num_layers": len(headers.tensors)}
-    # A quantized file may hold two numbers in a byte.
+    # A quantized file may store two elements per byte.
     counted |= dict.fromkeys((*_WIDTHS, *_COUNTS), 2 * headers.bytes)
     for owner in owning_configs(config):
         for name, most in counted.items():
-            # Asked for as an attribute, some configs say that it differs between layers.
+            # Attribute access raises an error in some configs whose value differs between layers.
             value = vars(owner).get(name)
             if isinstance(value, int) and value > most:
                 raise ValueError(
@@ -130,12 +130,12 @@ def refuse_larger_than_file(config: PreTrainedConfig, headers: Headers) -> None:
 
 
 def refuse_incomplete(name: str, model: PreTrainedModel, headers: Headers, blocks: Sequence[FoundBlock]) -> None:
-    """Raise a `ValueError` where a checkpoint lacks tensors of its model, or has some of another shape.
+    """Raise a `ValueError` if a checkpoint lacks tensors of its model, or has tensors of another shape.
 
     Args:
-        name: Of the checkpoint.
+        name: Name of the checkpoint in errors.
         model: The model, on the meta device.
-        headers: Of the checkpoint, unquantized.
+        headers: Headers of the checkpoint, dequantized.
         blocks: The MoE blocks of the model.
     """
     reader = CheckpointReader(model, headers.tensors)
@@ -150,13 +150,13 @@ def refuse_incomplete(name: str, model: PreTrainedModel, headers: Headers, block
     refuse_lacking(name, {*as_saved(model, gone, headers.tensors), *incomplete})
     if wrong:
         raise ValueError(
-            f"{name} has {wrong[0]} of shape {tuple(given[wrong[0]].shape)}, and {type(model).__name__} wants "
+            f"{name} has {wrong[0]} of shape {tuple(given[wrong[0]].shape)}, but {type(model).__name__} needs "
             f"{tuple(state[wrong[0]].shape)} by its config.json. Restore the config that belongs to these weights."
         )
 
 
 def no_numbers(name: str) -> torch.Tensor:
-    """For `CheckpointTensors` of which only sizes are wanted."""
+    """The `get` of `CheckpointTensors` whose values must not be read."""
     raise AssertionError(f"{name} was read before the input was checked")
 
 
@@ -166,12 +166,12 @@ def with_itemsizes(
     itemsize: Callable[[str, torch.Tensor], float],
     mixed: Collection[str] = (),
 ) -> tuple[FoundBlock, ...]:
-    """Blocks with the bytes that one number of their experts and routers is stored in.
+    """Blocks with the stored bytes per element of their experts and routers.
 
     Args:
         blocks: Blocks of the model.
         model: The model.
-        itemsize: Bytes of one number of a tensor of the model, given its name too.
+        itemsize: Function from name and tensor to bytes per element.
         mixed: Names of tensors that are stored in parts of several dtypes.
     """
     found = []
@@ -188,22 +188,25 @@ def with_itemsizes(
             sizes.append(taken / max(1, sum(tensor.numel() for tensor in tensors)))
         info = replace(each.info, expert_itemsize=sizes[0], bias_itemsize=sizes[1], router_itemsize=sizes[2])
         if any(names[id(tensor)] in mixed for tensor in experts):
-            odd = 'they are stored in several dtypes, and factors have one; dtype="bfloat16" or another has all in one'
+            odd = (
+                'they are stored in several dtypes, but factors have one; dtype="bfloat16" or another reads all in one'
+            )
             info = replace(info, no_factors=info.no_factors or odd)
         found.append(replace(each, info=info))
     return tuple(found)
 
 
 def meta_tensor(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor that a header describes, on the meta device."""
+    """A tensor on the meta device with the dtype and shape in a header."""
     return torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
 
 
 def built(directory: Path, headers: Headers | None = None) -> tuple[PreTrainedModel, list[FoundBlock]]:
-    """The model that a folder's config describes, on the meta device, and its blocks as they were before the cut.
+    """The model of a folder's config on the meta device, and its blocks before compression.
 
     Raises:
-        ValueError: If the config describes no model, a structure that the model cannot have, or more than the headers.
+        ValueError: If the config has no known model, a structure that the model cannot have, or larger sizes than the
+            headers.
     """
     config, structure = compressed_config(directory)
     if headers is not None:
@@ -235,17 +238,17 @@ def compressed_config(directory: Path) -> tuple[PreTrainedConfig, MoEStructureCo
         record = record.to_dict()
     if record.get("quant_method") != METHOD:
         raise ValueError(
-            f"{directory} is quantized ({record.get('quant_method')}), and optimum_moe did not do that. "
-            "Verify the checkpoint before it is quantized."
+            f"{directory} was quantized ({record.get('quant_method')}) with another tool. "
+            "Verify the checkpoint from before the quantization."
         )
     return config, MoEStructureConfig(**record)
 
 
 def raw_config(directory: Path) -> dict[str, Any]:
-    """`config.json` as it stands.
+    """The unmodified content of `config.json`.
 
     Raises:
-        ValueError: If there is none, or it is no JSON object.
+        ValueError: If the file is missing or not a JSON object.
     """
     path = directory / "config.json"
     try:
@@ -253,5 +256,5 @@ def raw_config(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}). Give the folder of a checkpoint.") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{path} is no JSON object. Copy it again.")
+        raise ValueError(f"{path} is not a JSON object. Copy it again.")
     return record

@@ -1,4 +1,4 @@
-"""Digests of what stands beside the weights of a checkpoint, so that a changed or lost file is noticed."""
+"""Digests of the files beside the weights of a checkpoint, to detect changed and missing files."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from optimum_moe.plan import PLAN_NAME
 CHECKSUMS_FILE = "checksums.json"
 _CHECKED_OTHERWISE = {"config.json", INDEX_FILE, CHECKSUMS_FILE, f"{PLAN_NAME}.json"}
 _FREE = {"README.md", ".gitattributes"}
-"""What the Hub and its users edit."""
+"""Files that the Hub and its users edit."""
 _SAVED_AGAIN = (
     *("generation_config.json", "*token*.json", "vocab*", "merges.txt", "chat_template*", "*processor_config.json"),
     *(f"{CARRIED_MODULE}.py", ARCHIVE),
 )
-"""What saving a loaded model, its tokenizer or its processor writes anew."""
+"""Files that saving a loaded model, its tokenizer or its processor writes again."""
 
 
 def write_checksums(directory: Path) -> None:
-    """Write the digests of all files of a finished checkpoint that nothing else vouches for."""
+    """Write the digests of all files of a finished checkpoint that no other check covers."""
     record = {"auto_map": raw_config(directory).get("auto_map"), "files": dict(_digests(directory))}
     (directory / CHECKSUMS_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def side_file_failures(directory: Path, saved_again: bool) -> tuple[list[str], str]:
-    """What is no longer as it was written beside the weights, and how much was looked at.
+    """Failures for changed files beside the weights, and a description of what was checked.
 
     Args:
         directory: The checkpoint.
-        saved_again: Whether the model was loaded and saved since, which writes some files anew and others not at all.
+        saved_again: Whether the model was loaded and saved since, which writes some files again and drops others.
     """
     path = directory / CHECKSUMS_FILE
     if not path.is_file():
         if saved_again:
             return [], f"no {CHECKSUMS_FILE}: it was saved again without"
-        return [f"{CHECKSUMS_FILE} is missing, so that nothing says what stood beside the weights"], ""
+        return [f"{CHECKSUMS_FILE} is missing, so the files beside the weights cannot be checked"], ""
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         auto_map, files = record["auto_map"], dict(record["files"])

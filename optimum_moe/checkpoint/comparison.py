@@ -1,4 +1,4 @@
-"""Comparing tensors bit for bit: a zero with another sign differs, and a NaN is equal to itself."""
+"""Comparison of tensors bit for bit: zeros of different sign differ, and a NaN is equal to itself."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from optimum_moe.plan import BlockPlan
 
 _NAMED = 3
-"""How many of the experts that differ are named."""
+"""Number of differing experts that a message names."""
 
 
 @dataclass
 class Comparison:
-    """What was found where tensors were compared.
+    """Results of comparing tensors.
 
     Args:
-        may_be_trained: Whether floating numbers may differ, because the model was trained since it was written.
-        failures: What is wrong.
-        trained: What differs, where that may be.
-        count: Tensors that were looked at.
+        may_be_trained: Whether floating-point values may differ, because the model was trained since.
+        failures: Messages of failures.
+        trained: Messages of differences that are allowed.
+        count: Number of compared tensors.
     """
 
     may_be_trained: bool = False
@@ -34,16 +34,16 @@ class Comparison:
         """Compare one tensor.
 
         Args:
-            name: What it is called.
-            actual: What is stored, None if nothing is.
-            expected: What should be.
-            plan: The plan of its block, whose groups are its first axis.
+            name: Name of the tensor in messages.
+            actual: The stored tensor, None if it is missing.
+            expected: The expected tensor.
+            plan: The plan of its block, if the groups are its first axis.
         """
         self.count += 1
         if actual is None:
             self.failures.append(f"{name} is missing")
         elif actual.shape != expected.shape:
-            self.failures.append(f"{name} is {tuple(actual.shape)}, and should be {tuple(expected.shape)}")
+            self.failures.append(f"{name} has shape {tuple(actual.shape)}, and should have {tuple(expected.shape)}")
         elif actual.dtype != expected.dtype:
             self.failures.append(f"{name} is stored in {actual.dtype}, and should be in {expected.dtype}")
         elif not same_bits(actual, expected):
@@ -51,7 +51,7 @@ class Comparison:
             self.differs(text) if actual.is_floating_point() else self.failures.append(text)
 
     def differs(self, text: str) -> None:
-        """Note floating numbers that are not what they were."""
+        """Record a difference of floating-point values."""
         (self.trained if self.may_be_trained else self.failures).append(text)
 
 
@@ -61,7 +61,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """(numbers, bytes of one) of a tensor."""
+    """The bytes of a tensor, (elements, itemsize) uint8."""
     return tensor.detach().contiguous().view(-1, 1).view(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""What has to fit before and after a run: folders, statistics, plans and configs to their checkpoint."""
+"""Checks that folders, statistics, plans and configs match a checkpoint, before and after a run."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from optimum_moe.statistics import Statistics
 
 
 def refuse_original(directory: Path, source: ModelSource) -> None:
-    """Raise a `ValueError` where the result would replace the original, or a part of it."""
+    """Raise a `ValueError` if the result would replace the original, or a part of it."""
     folder = source.directory
     if folder is None and source.live is not None and source.live.name_or_path:
-        # Where a model in memory came from.
+        # The folder that a model in memory was loaded from.
         folder = Path(source.live.name_or_path)
     if folder is None or not folder.is_dir():
         return
-    # Its files may be links to other places.
+    # Files of the checkpoint may be links to other folders.
     originals = {path.resolve() for path in (folder, *folder.iterdir()) if path == folder or path.is_file()}
     if any(original == directory or directory in original.parents for original in originals):
         raise ValueError(f"{directory} holds the original checkpoint, which would be replaced. Choose another folder.")
     if folder.resolve() in directory.parents and directory.is_dir() and any(directory.iterdir()):
         raise ValueError(
-            f"{directory} lies in the folder of the original checkpoint and is not empty, so that a part of the "
-            "original could be replaced. Choose another folder."
+            f"{directory} is in the folder of the original checkpoint and is not empty, so a part of the original "
+            "could be replaced. Choose another folder."
         )
 
 
 def check_belongs(what: str, made_from: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` where statistics or a plan belong to another model than the one with this identity."""
+    """Raise a `ValueError` if statistics or a plan belong to another model than the one with this identity."""
     difference = first_difference(made_from, here)
     if difference is not None:
         raise ValueError(
@@ -51,24 +51,24 @@ def check_belongs(what: str, made_from: Mapping[str, Any], here: Mapping[str, An
 
 
 def check_statistics(statistics: Statistics, here: Mapping[str, Any], recipe: Recipe) -> None:
-    """Raise a `ValueError` where statistics belong to another model, or lack what a recipe needs."""
+    """Raise a `ValueError` if statistics belong to another model, or lack observations that a recipe needs."""
     check_belongs("statistics", statistics.source, here)
     statistics.check_complete(here["num_experts"], recipe.needs)
 
 
 def check_plan(plan: CompressionPlan, here: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` where a plan belongs to another model, or lacks the factors that it speaks of."""
+    """Raise a `ValueError` if a plan belongs to another model, or lacks its factors."""
     check_belongs("plan", plan.source, here)
     lacking = [block.name for block in plan.blocks.values() if block.sizes is not None and block.factors is None]
     if lacking:
         raise ValueError(
-            f"The plan says which sizes the factors of {lacking[0]} have; the factors themselves lie in the checkpoint "
-            "that it was made for. Load that checkpoint, or pass statistics= to decide anew."
+            f"The plan has the sizes of the factors of {lacking[0]}, but the factors themselves are in the checkpoint "
+            "that it was made for. Load that checkpoint, or pass statistics= to decide again."
         )
 
 
 def mark_structure(model: PreTrainedModel, source: ModelSource, plan: CompressionPlan) -> None:
-    """Make config and model agree, so that `model.save_pretrained` writes what loads again."""
+    """Update the model's config to its compressed structure, so that `model.save_pretrained` output loads again."""
     if plan.is_plain:
         set_expert_counts(model, source.blocks, {name: block.num_groups for name, block in plan.blocks.items()})
     elif plan.structure():
@@ -76,10 +76,10 @@ def mark_structure(model: PreTrainedModel, source: ModelSource, plan: Compressio
 
 
 def refresh_structure(model: nn.Module) -> None:
-    """Bring the config of a live model up to date with the sizes of its experts, where sparse rows were dropped.
+    """Update the config of a model in memory with the sizes of its experts, after sparse rows were dropped.
 
     Args:
-        model: A `PreTrainedModel`, or a wrapper of one (PEFT); nothing happens to any other.
+        model: A `PreTrainedModel`, or a wrapper of one (PEFT); other modules are not changed.
     """
     owner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     structure = getattr(getattr(owner, "config", None), "quantization_config", None)

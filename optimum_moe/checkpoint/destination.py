@@ -1,11 +1,11 @@
-"""The folder that a result goes to: one run at a time owns it, and the result takes its place as a whole or not at all.
+"""The output folder: one run at a time owns it, and a result replaces it as a whole or not at all.
 
-Beside a destination `out` lie, while a run goes on or after one was killed,
+During a run, or after one was killed, these are beside a destination `out`:
 
 | `.out.lock` | held by the run that owns `out` |
-| `.out.writing` | what a run in memory has written so far |
-| `.out.streaming` | what a streaming run has finished; it stays when the run is interrupted, to go on from there |
-| `.out.replaced` | what was in `out`, while its successor takes its place |
+| `.out.writing` | the incomplete result of a run in memory |
+| `.out.streaming` | the finished layers of a streaming run; kept after an interruption, so that the run can resume |
+| `.out.replaced` | the former content of `out`, while the result replaces it |
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def check_destination(directory: str | Path, overwrite: bool = False) -> Path:
-    """Make sure that a checkpoint can be written to `directory`, before any work is done.
+    """Check that a checkpoint can be written to `directory`, before any work is done.
 
     Raises:
-        ValueError: If it holds something and `overwrite` is not set, it cannot be written, or another run writes to it.
+        ValueError: If it is not empty and `overwrite` is not set, it cannot be written, or another run writes to it.
     """
-    # A link stays, and the checkpoint goes where it points.
+    # A link is kept, and the checkpoint is written to its target.
     directory = Path(native_path(directory)).expanduser().resolve()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file. Give a folder.")
@@ -42,12 +42,12 @@ def check_destination(directory: str | Path, overwrite: bool = False) -> Path:
         raise ValueError(f"{directory} is a mount point, which cannot be replaced. Give a folder inside it.")
     parent = _existing_parent(directory)
     if not parent.is_dir():
-        raise ValueError(f"{parent} is a file, so {directory} cannot be made. Choose another folder.")
+        raise ValueError(f"{parent} is a file, so {directory} cannot be created. Choose another folder.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"No permission to write in {parent}. Choose another folder, or change its permissions.")
     traces = (_beside(directory, "lock"), _writing(directory), _replaced(directory), working_folder(directory))
     if any(os.path.lexists(trace) for trace in traces):
-        # Another run is at work, or one was killed.
+        # Another run is active, or one was killed.
         with owned(directory, overwrite):
             pass
     _check_free(directory, overwrite)
@@ -60,56 +60,56 @@ def check_space(directory: Path, size: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < size:
         raise ValueError(
-            f"{parent} has {free:,} bytes left, the checkpoint takes {size:,}. Free some space, or choose another disk."
+            f"{parent} has {free:,} bytes left, the checkpoint needs {size:,}. Free some space, or choose another disk."
         )
 
 
 def working_folder(directory: Path) -> Path:
-    """Where a streaming run to `directory` keeps what is finished; its shards are in `PARTS` there until the end."""
+    """Folder of the finished parts of a streaming run to `directory`; its shards are in the subfolder `PARTS`."""
     return _beside(directory, "streaming")
 
 
 @contextmanager
 def owned(directory: Path | None, overwrite: bool = False) -> Iterator[None]:
-    """Be the only run that writes to `directory`; what a killed run left there is finished or removed first.
+    """Lock `directory` for one run; a replacement that a killed run had started is first completed or removed.
 
-    Meanwhile SIGTERM ends the block as Ctrl-C does, so that it can clear up.
+    In this context SIGTERM raises an exception like Ctrl-C, so that files are cleaned up.
 
     Args:
-        directory: What `check_destination` gave; None where nothing is to be written.
-        overwrite: It may hold something.
+        directory: Result of `check_destination`; None if nothing is written.
+        overwrite: Whether the folder may have content.
 
     Raises:
-        ValueError: If another run owns it, or it holds something and `overwrite` is not set.
+        ValueError: If another run owns it, or it is not empty and `overwrite` is not set.
     """
     if directory is None:
         yield
         return
     with ended_like_an_interrupt(), _parents(directory), _locked(directory):
-        _settle(directory)
+        _recover(directory)
         _check_free(directory, overwrite)
         yield
 
 
 @contextmanager
 def written_beside(directory: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, which takes the place of an `owned` one when the block ends and vanishes when it fails.
+    """A new folder that replaces an `owned` one on success, and is removed after an error.
 
     Raises:
-        ValueError: If the disk is full, or something appeared in `directory` meanwhile.
+        ValueError: If the disk is full, or something appeared in `directory` in the meantime.
     """
     beside = _writing(directory)
     try:
         beside.mkdir()
         yield beside
         take_place(beside, directory, overwrite)
-        # What a streaming run to this folder has finished can no longer become its content.
+        # The finished parts of an earlier streaming run to this folder are no longer needed.
         remove(working_folder(directory))
     except Exception as error:
         if disk_is_full(error):
             raise ValueError(
-                f"The disk of {directory.parent} is full; nothing was left of the attempt. Free some space, or choose "
-                "another disk."
+                f"The disk of {directory.parent} is full; the incomplete result was removed. Free some space, or "
+                "choose another disk."
             ) from error
         raise
     finally:
@@ -117,7 +117,7 @@ def written_beside(directory: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def take_place(beside: Path, directory: Path, overwrite: bool = False) -> None:
-    """Rename a complete folder to an `owned` one, whose content it replaces only with `overwrite`.
+    """Rename a complete folder to an `owned` one, and replace its content only with `overwrite`.
 
     Raises:
         ValueError: If something appeared there that must not be replaced.
@@ -128,7 +128,7 @@ def take_place(beside: Path, directory: Path, overwrite: bool = False) -> None:
             directory.rename(replaced)
         _rename_to_free(beside, directory)
     except BaseException:
-        # Also on Ctrl-C between the two.
+        # Undo also after Ctrl-C between the two renames.
         if os.path.lexists(replaced) and not os.path.lexists(directory):
             replaced.rename(directory)
         raise
@@ -138,15 +138,15 @@ def take_place(beside: Path, directory: Path, overwrite: bool = False) -> None:
 
 
 def disk_is_full(error: Exception) -> bool:
-    """Whether an error says that there is no space left."""
+    """Whether an error means that the disk is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors and tokenizers report it as an error of their own, with the cause in its text only.
+    # safetensors and tokenizers raise their own errors, which have the cause only in their text.
     return "No space left" in str(error) or f"os error {errno.ENOSPC}" in str(error)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with everything in it, if it is there; what links point to stays."""
+    """Remove a file, a link or a folder with its content, if it exists; targets of links are kept."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -179,7 +179,7 @@ def _check_free(directory: Path, overwrite: bool) -> None:
 
 def _rename_to_free(beside: Path, directory: Path) -> None:
     if os.name == "nt" and directory.is_dir():
-        # Elsewhere renaming replaces an empty folder.
+        # On other systems, renaming replaces an empty folder.
         with suppress(OSError):
             directory.rmdir()
     try:
@@ -188,28 +188,28 @@ def _rename_to_free(beside: Path, directory: Path) -> None:
         if error.errno not in _OCCUPIED:
             raise
         raise ValueError(
-            f"{directory} was made by something else while this run went on, and is not replaced without "
+            f"{directory} was created by another program during this run, and is not replaced without "
             "overwrite=True (--overwrite). Move it away and repeat the same command, or choose another folder."
         ) from error
 
 
-def _settle(directory: Path) -> None:
-    """Finish what a killed run had nearly done, and remove what it left half done."""
+def _recover(directory: Path) -> None:
+    """Complete a replacement that a killed run had started, and remove its incomplete files."""
     writing, replaced, working = _writing(directory), _replaced(directory), working_folder(directory)
     if os.path.lexists(replaced) and not os.path.lexists(directory):
-        # Killed between two renames: what was to come was complete, and of one run only.
+        # The run was killed between two renames, so the new folder is complete.
         complete = next((path for path in (writing, working / PARTS) if path.is_dir()), replaced)
         complete.rename(directory)
     remove(replaced)
     remove(writing)
     if directory.is_dir() and not (working / PARTS).is_dir():
-        # Killed after the last rename.
+        # The run was killed after the last rename.
         remove(working)
 
 
 @contextmanager
 def _explained(directory: Path) -> Iterator[None]:
-    """Say what an error of the system while the folder is prepared means for the user."""
+    """Convert system errors during the preparation of the folder into a `ValueError` with a remedy."""
     try:
         yield
     except OSError as error:
@@ -221,7 +221,7 @@ def _explained(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _parents(directory: Path) -> Iterator[None]:
-    """Make the folders above; those that stay empty go again."""
+    """Create the parent folders; those that are empty on exit are removed again."""
     top, made = _existing_parent(directory), []
     for folder in directory.parents:
         if folder == top:
@@ -239,7 +239,7 @@ def _parents(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold the lock file of `directory`, and remove it at the end."""
+    """Lock the lock file of `directory`, and remove it on exit."""
     file = _beside(directory, "lock")
     with _explained(directory):
         descriptor = _lock(file)
@@ -248,24 +248,24 @@ def _locked(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # First the name and then the lock, so that nobody locks a file that is about to lose its name unnoticed.
+        # Remove the name before the lock, so that no other run locks a file that is about to be removed.
         with suppress(PermissionError):
             file.unlink(missing_ok=True)
         unlock_descriptor(descriptor)
         os.close(descriptor)
         if os.name == "nt":
-            # There no name goes while the file is open, not even by another run.
+            # On Windows a name cannot be removed while any run has the file open.
             with suppress(OSError):
                 file.unlink(missing_ok=True)
 
 
 def _lock(file: Path) -> int | None:
-    """The descriptor of a lock file that is locked now, None where another one holds it."""
+    """Lock a lock file and return its descriptor, None if another run has it locked."""
     while True:
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            # The run before removed the folder again that it had made for its result.
+            # Another run removed the parent folder that it had created.
             file.parent.mkdir(parents=True, exist_ok=True)
             continue
         try:
@@ -279,8 +279,8 @@ def _lock(file: Path) -> int | None:
         except OSError as error:
             os.close(descriptor)
             raise ValueError(
-                f"The file system of {file.parent} cannot lock files ({error}), so that another run could write to the "
-                "same folder unnoticed. Choose a folder elsewhere."
+                f"The file system of {file.parent} cannot lock files ({error}), so another run could write to the same "
+                "folder unnoticed. Choose a folder elsewhere."
             ) from error
-        # The run before removed the file between the opening and the locking: its name is another file's now.
+        # Another run removed the file between opening and locking, so the name may belong to a new file.
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of compressed experts, against its plan and the original."""
+"""Comparison of a checkpoint's factorized experts with its plan and the original."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def compare_factors(
     result: Comparison,
     sizes: ExpertsSpec | None = None,
 ) -> None:
-    """Compare the compressed experts of one block: what keeps its bits with the original, all with the plan's digests.
+    """Compare the compressed experts of one block: all with the plan's digests, exact parts with the original.
 
     Args:
         found: The block.
-        block: It as merging or pruning left it, with the original's numbers; gets the stored experts.
+        block: The block after merging or pruning, with the original's values; the stored experts are put into it.
         plan: Its plan, with sizes.
-        stored: What the checkpoint has of the block, by the model's names.
-        result: Takes what was found.
-        sizes: Those that are left where training dropped rows; None for the plan's.
+        stored: Tensors of the block in the checkpoint, by the model's names.
+        result: Collects the results.
+        sizes: Sizes after training dropped rows; None for those of the plan.
     """
     assert plan.sizes is not None
     resized = sizes is not None and sizes != plan.sizes
@@ -54,8 +54,8 @@ def compare_factors(
     found_digests, told = factors_digest(held), plan.digest or {}
     for key in [*found_digests, *(key for key in told if key not in found_digests)]:
         if found_digests.get(key) != told.get(key):
-            text = f"{prefix}{key} is not what the plan's digest says"
-            # Indices change only where rows were dropped.
+            text = f"{prefix}{key} does not match the digest in the plan"
+            # Indices change only if rows were dropped.
             changes = resized or (key in state and state[key].is_floating_point())
             result.differs(text) if changes else result.failures.append(text)
     for expert in range(held.num_experts):
@@ -81,7 +81,7 @@ def _dense_failures(held: Any, expert: int, plan: BlockPlan, originals: Mapping[
         expected = originals[projection][expert]
         expected = expected if kept is None else expected[kept]
         if not same_bits(held.densified(expert)[projection], expected):
-            failures.append(f"{prefix}{projection} of expert {expert} is kept dense, and differs from the original")
+            failures.append(f"{prefix}{projection} of expert {expert} is kept dense, but differs from the original")
     return failures
 
 

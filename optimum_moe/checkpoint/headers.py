@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of itself without reading a tensor: safetensors headers and sizes."""
+"""The safetensors headers of a checkpoint: names, dtypes, shapes and sizes, read without any tensor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VARIANT = re.compile(r"model\.(?:safetensors\.index\.(\w+)\.json|(\w+)\.safeten
 # {"NAME":{"dtype":"BF16","shape":[128,2048,4096],"data_offsets":[1234567890,1234567890]}, and what begins a file.
 _ENTRY, _FILE = 90, 48
 LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors reads none that is longer."""
+"""Maximum bytes of a header that safetensors reads."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -40,7 +40,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The torch dtypes of those that a header names."""
+"""Torch dtypes by their names in headers."""
 _RUNNING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -60,7 +60,7 @@ class Headers:
 
     @property
     def parameters(self) -> int:
-        """Numbers stored."""
+        """Number of stored elements."""
         return sum(prod(shape) for _, shape, _ in self.tensors.values())
 
     @property
@@ -70,20 +70,20 @@ class Headers:
 
     @property
     def itemsize(self) -> float:
-        """Bytes of one number in the dtype that most numbers have: that of the experts."""
+        """Bytes per element of the most frequent dtype, which is that of the experts."""
         dtype = DTYPES.get(self._counts().most_common(1)[0][0])
         return 1.0 if dtype is None else float(dtype.itemsize)
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The floating dtype that most numbers have; None where none is one that a model can run in."""
+        """The most frequent floating dtype in which a model can run; None if there is none."""
         counts = self._counts()
         running = [name for name, _ in counts.most_common() if DTYPES.get(name) in _RUNNING]
         return DTYPES[running[0]] if running else None
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """All floating dtypes."""
+        """All floating-point dtypes of the tensors."""
         found = {DTYPES.get(dtype) for dtype, _, _ in self.tensors.values()}
         return {dtype for dtype in found if dtype is not None and dtype.is_floating_point}
 
@@ -95,7 +95,7 @@ class Headers:
 
 
 def header_bytes(names: Iterable[str], num_files: int = 1) -> int:
-    """What headers take at most that describe tensors of these names, in so many files or one for each layer."""
+    """Maximum bytes of the headers for tensors of these names, in `num_files` files or one file per layer."""
     entries = list(names)
     layers = {match[0] for name in entries if (match := re.match(r".*?\.\d+\.", name))}
     return sum(len(name) for name in entries) + _ENTRY * len(entries) + _FILE * max(num_files, len(layers) + 2)
@@ -125,8 +125,8 @@ def read_headers(directory: str | Path, variant: str | None = None) -> Headers:
     lacking = sorted(set(index.get("weight_map", ())) - set(tensors))
     if lacking:
         raise ValueError(
-            f"The index of {directory} promises {len(lacking)} tensors that no shard has ({', '.join(lacking[:3])}). "
-            "They would be random. Copy or download the checkpoint again, or remove the index where it is a stale one."
+            f"The index of {directory} lists {len(lacking)} tensors that no shard has ({', '.join(lacking[:3])}). "
+            "They would be random. Copy or download the checkpoint again, or remove the index if it is outdated."
         )
     shards = set(index.get("weight_map", {}).values())
     if shards == {file.name for file in files} and not isinstance(index.get("metadata"), dict):
@@ -138,7 +138,7 @@ def read_headers(directory: str | Path, variant: str | None = None) -> Headers:
 
 
 def headers_from_metadata(metadata: SafetensorsRepoMetadata) -> Headers:
-    """The headers of a Hub repository, as `huggingface_hub` fetches them."""
+    """Convert the headers of a Hub repository, as fetched by `huggingface_hub`."""
     tensors = {
         name: (tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0])
         for file in metadata.files_metadata.values()
@@ -149,10 +149,10 @@ def headers_from_metadata(metadata: SafetensorsRepoMetadata) -> Headers:
 
 
 def weight_files(directory: Path, variant: str | None = None) -> tuple[tuple[Path, ...], Mapping[str, Any]]:
-    """The files that transformers loads the weights from, and what an index says of them.
+    """The files that transformers loads the weights from, and the content of their index.
 
-    That is the file that the config names, else a single file, else the shards of an index. What else lies in the
-    folder is no part of the checkpoint.
+    These are the file that the config names, else a single file, else the shards of an index. Other files in the folder
+    are not part of the checkpoint.
 
     Args:
         directory: The folder.
@@ -173,11 +173,11 @@ def weight_files(directory: Path, variant: str | None = None) -> tuple[tuple[Pat
         single, index = (index, named) if named.name.endswith(".index.json") else (named, index)
     if single.is_file() and single != index:
         if named is None and index.is_file():
-            # An index that is wrong says that something of this checkpoint is missing or stale.
+            # A wrong index means that the checkpoint is incomplete or outdated.
             _, record = _indexed(directory, index)
             warnings.warn(
-                f"{directory} has {single.name} and {index.name}. transformers loads {single.name}, so that is what is "
-                f"compressed. Remove it if the shards are meant, else {index.name}.",
+                f"{directory} has {single.name} and {index.name}. transformers loads {single.name}, so that file is "
+                f"compressed. Remove it to use the shards, else remove {index.name}.",
                 stacklevel=2,
             )
             return (single,), record
@@ -185,7 +185,7 @@ def weight_files(directory: Path, variant: str | None = None) -> tuple[tuple[Pat
     if index.is_file():
         return _indexed(directory, index)
     others = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt"))
-    found = f" It has {', '.join(others[:3])}, which would have to be unpickled." if others else ""
+    found = f" It has {', '.join(others[:3])}, which would need unpickling." if others else ""
     found_variants = (_VARIANT.match(path.name) for path in sorted(directory.iterdir()))
     variants = [found[1] or found[2] for found in found_variants if found]
     if variants:
@@ -201,15 +201,15 @@ def _indexed(directory: Path, index: Path) -> tuple[tuple[Path, ...], Mapping[st
         names = sorted(set(dict(record["weight_map"]).values()))
         outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index} is no readable index of shards. Copy or download it again.") from error
+        raise ValueError(f"{index} is not a readable index of shards. Copy or download it again.") from error
     if outside:
         raise ValueError(f"{index} names {outside[0]}, outside of {directory}. Do not use this checkpoint.")
     files = tuple(directory / name for name in names)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(
-            f"{index} names shards that are not there: {', '.join(missing)}. Copy or download them, or remove the "
-            "index where it is a stale one."
+            f"{index} names shards that do not exist: {', '.join(missing)}. Copy or download them, or remove the "
+            "index if it is outdated."
         )
     return files, record
 
@@ -225,7 +225,7 @@ def _named_weights(directory: Path) -> Path | None:
     path = Path(os.path.normpath(directory / str(name)))
     inside = path.is_relative_to(os.path.normpath(directory))
     if not inside or not path.name.endswith((".safetensors", ".safetensors.index.json")):
-        raise ValueError(f"config.json names transformers_weights={name!r}, which is no safetensors file. Correct it.")
+        raise ValueError(f"config.json has transformers_weights={name!r}, not a safetensors file. Correct it.")
     if not path.is_file():
         raise ValueError(
             f"config.json names transformers_weights={name!r}, which is not in {directory}. Copy it there."
@@ -234,22 +234,22 @@ def _named_weights(directory: Path) -> Path | None:
 
 
 def _varied(name: str, variant: str | None) -> str:
-    """The name of a file with that variant, as transformers forms it."""
+    """The file name of a variant, as transformers forms it."""
     stem, _, ending = name.rpartition(".")
     return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def data_start(file: Path) -> int:
-    """Where in a shard, whose header was read before, the bytes begin that its offsets count from."""
+    """Position in a shard at which its tensor offsets start; its header must have been read before."""
     with file.open("rb") as stream:
         return 8 + int(struct.unpack("<Q", stream.read(8))[0])
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """The entries of one shard.
+    """The header entries of one shard.
 
     Raises:
-        ValueError: If it is corrupt or truncated.
+        ValueError: If the shard is corrupt or truncated.
     """
     size = file.stat().st_size
     try:
@@ -262,7 +262,7 @@ def read_header(file: Path) -> dict[str, Any]:
         end = _end_of_tensors(header)
     except (struct.error, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{file} is no readable safetensors file ({size:,} bytes). Copy or download it again."
+            f"{file} is not a readable safetensors file ({size:,} bytes). Copy or download it again."
         ) from error
     expected = 8 + length + end
     if size != expected:
@@ -274,10 +274,10 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def _end_of_tensors(header: Mapping[str, Any]) -> int:
-    """Where the last tensor ends: they lie one behind the other, each as long as its shape and dtype say.
+    """End of the last tensor, after a check that tensors are contiguous and as long as their shapes and dtypes require.
 
     Raises:
-        ValueError: If they do not.
+        ValueError: If they are not.
     """
     end = 0
     for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):

@@ -1,4 +1,4 @@
-"""What tells a model from another: its architecture, its settings and its values, not where they lie."""
+"""The identity of a model: its architecture, settings and values, independent of its path."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _NOT_SETTINGS = {
     *("transformers_version", "architectures", "dtype", "torch_dtype", "auto_map", "quantization_config"),
     *("fusion_config", "use_cache", "return_dict", "output_attentions", "output_hidden_states", "trust_remote_code"),
 }
-"""What transformers rewrites whenever it saves, what says how a model is called and not what it computes, and what has
-checks of its own."""
+"""Settings that transformers rewrites when it saves, that do not change what the model computes, or that have their own
+checks."""
 
 
 def identity(source: ModelSource) -> dict[str, Any]:
-    """What statistics, plans and unfinished runs remember of the model they were made from.
+    """The identity of a model that statistics, plans and unfinished runs record.
 
-    `values` are digests: of the values that are stored, and of those that are loaded where these are others. Two models
-    are the same if they share one.
+    `values` are digests of the stored values, and of the loaded values if these differ. Two models are the same if they
+    share a digest.
 
     Raises:
-        ValueError: If the checkpoint was changed since it was opened, as far as its config and sizes go.
+        ValueError: If the config or the sizes of the checkpoint changed since it was opened.
     """
     return {
         "name": source.title,
@@ -47,13 +47,13 @@ def identity(source: ModelSource) -> dict[str, Any]:
 
 
 def same_model(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an identity that a run goes on with, however its path is spelled."""
+    """The part of an identity that must match to resume a run; it does not contain the path."""
     config = hashlib.sha256(json.dumps(found["config"], sort_keys=True).encode()).hexdigest()
     return {"architecture": found["architecture"], "config": config, "values": found["values"]}
 
 
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """In what a remembered model is another one; None if they are the same. What was not remembered says nothing."""
+    """The first difference of two identities, None if they are the same; missing entries are not compared."""
     for key in ("architecture", "num_experts"):
         if there.get(key) is not None and there[key] != here[key]:
             return key
@@ -66,7 +66,7 @@ def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str |
 
 
 def differing_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The settings that both have and that differ, by dotted names; another version of transformers may name more."""
+    """Dotted names and both values of settings that differ; settings that only one side has are ignored."""
     for key in sorted(there.keys() & here.keys()):
         before, now = there[key], here[key]
         if before == now:
@@ -80,7 +80,7 @@ def differing_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> Ite
 
 
 def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """All settings of a config that say what the model computes, defaults among them."""
+    """All settings of a config that affect what the model computes, including defaults."""
     return _settings_in(json.loads(config.to_json_string(use_diff=False)))
 
 
@@ -93,7 +93,7 @@ def _settings_in(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(source: ModelSource) -> dict[str, Any]:
-    """The settings that a run has, with those that were passed to it."""
+    """The settings of a run's model, including those passed as arguments."""
     found = settings_of(source.config)
     if source.directory is not None:
         arguments = {"trust_remote_code": source.load_arguments.get("trust_remote_code", False)}
@@ -107,7 +107,7 @@ def _settings(source: ModelSource) -> dict[str, Any]:
 
 
 def _loaded_dtype(source: ModelSource) -> str:
-    """The dtype that a run loads in: `"auto"` for the one that is stored, or its name."""
+    """The dtype that a run loads the model in: `"auto"` for the stored one, or its name."""
     if source.as_stored:
         return "auto"
     dtype = source.load_arguments.get("dtype") if source.live is None else source.live.dtype
@@ -121,7 +121,7 @@ def _values(source: ModelSource) -> list[str]:
     assert source.headers is not None
     gone = [file for file in source.headers.files if isinstance(source.location, Path) and not file.is_file()]
     if gone:
-        raise ValueError(f"{gone[0]} is gone since it was opened. Copy it again, or make a new MoECompressor.")
+        raise ValueError(f"{gone[0]} was removed since it was opened. Copy it again, or make a new MoECompressor.")
     with source.shards() as shards:
         if source.quantization is not None:
             return values_packed(source.headers, shards)
@@ -133,9 +133,9 @@ def _values(source: ModelSource) -> list[str]:
 
 
 def _counting(source: ModelSource) -> set[str]:
-    """The tensors whose values count: parameters, and what else an MoE block stores.
+    """The tensors that the digest covers: parameters, and buffers of MoE blocks.
 
-    Not the other buffers: a class computes them by itself where a checkpoint lacks them.
+    Other buffers are not covered, since their class computes them if a checkpoint lacks them.
     """
     prefixes = tuple(f"{found.info.name}." for found in source.blocks)
     parameters = {name for name, _ in source.skeleton.named_parameters(remove_duplicate=False)}
@@ -143,7 +143,7 @@ def _counting(source: ModelSource) -> set[str]:
 
 
 def _loaded_dtypes(source: ModelSource, checkpoint_tensors: CheckpointTensors) -> dict[str, torch.dtype]:
-    """The dtypes that loading gives, where it may change some."""
+    """The dtypes of loaded tensors, if loading may change some."""
     asked = source.load_arguments.get("dtype")
     asked = getattr(source.config, "dtype", None) if asked in ("auto", None) else asked
     name = str(asked).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What a checkpoint lacks of its model: transformers only warns, and fills it with random numbers."""
+"""Tensors that a checkpoint lacks; transformers only warns and initializes them randomly."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _NUMBER = re.compile(r"\d+")
 
 
 def lacking(model: PreTrainedModel, given: Collection[str], blocks: Iterable[str]) -> list[str]:
-    """The tensors of a model that would be random.
+    """The tensors of a model that loading would initialize randomly.
 
-    Not among them are tensors tied to one that is given, what the architecture says may be missing, buffers outside of
-    the MoE blocks that no layer has in the checkpoint (their class computes them), and the head of a class for another
-    task than the checkpoint's.
+    Not among them are tensors tied to a given one, tensors that the architecture allows to be missing, buffers outside
+    of the MoE blocks that no layer has in the checkpoint (their class computes them), and the head of a class for
+    another task than the checkpoint's.
 
     Args:
         model: The model, on any device.
-        given: Names of its tensors that the checkpoint gives.
+        given: Names of its tensors that are in the checkpoint.
         blocks: Module paths of its MoE blocks.
     """
     patterns = patterns_that_may_be_missing(model)
@@ -47,22 +47,22 @@ def lacking(model: PreTrainedModel, given: Collection[str], blocks: Iterable[str
 
 
 def refuse_lacking(what: str, names: Collection[str]) -> None:
-    """Raise a `ValueError` where there are names of tensors that would be random."""
+    """Raise a `ValueError` if `names` has any tensors, which would be random."""
     if names:
         shown = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
         raise ValueError(
             f"{what} lacks {len(names)} tensors ({shown}). They would be random. Copy or download the missing files, "
-            "or make the checkpoint again."
+            "or create the checkpoint again."
         )
 
 
 def as_saved(model: PreTrainedModel, names: Iterable[str], stored: Collection[str]) -> list[str]:
-    """The tensors that a checkpoint lacks, by the names that it would have them under.
+    """The tensors that a checkpoint lacks, by the names that they would have in it.
 
     Args:
         model: The model.
-        names: Tensors of the model that cannot be made of what is stored.
-        stored: What is stored.
+        names: Tensors of the model that cannot be converted from stored ones.
+        stored: Names of the stored tensors.
     """
     state, found = model.state_dict(), []
     for name in names:
@@ -70,14 +70,14 @@ def as_saved(model: PreTrainedModel, names: Iterable[str], stored: Collection[st
         try:
             saved = set(revert_weight_conversion(model, empty)) - set(stored)
         except ValueError:
-            # Some are saved together with others.
+            # Some tensors are saved together with others.
             saved = set()
         found += sorted(saved) or [name]
     return found
 
 
 def _with_tied(model: Any, given: set[str]) -> set[str]:
-    """With the names of all tensors that are tied to one that is given."""
+    """The given names, and those of all tensors tied to one of them."""
     pairs = [{target, other} for target, other in (getattr(model, "all_tied_weights_keys", None) or {}).items()]
     known, before = given, -1
     while len(known) > before:
@@ -87,7 +87,7 @@ def _with_tied(model: Any, given: set[str]) -> set[str]:
 
 
 def _head_for_another_task(model: PreTrainedModel) -> str:
-    """What names of the base model begin with, where the model has a head that the checkpoint's class has not."""
+    """Name prefix of the base model, if the model has a head that the checkpoint's class does not have."""
     saved_as = getattr(model.config, "architectures", None) or []
     if not saved_as or type(model).__name__ in saved_as or model.base_model is model:
         return ""

@@ -1,4 +1,4 @@
-"""Multi-token-prediction layers: tensors of a checkpoint that the model does not load, and that saving would lose."""
+"""Multi-token-prediction layers, whose tensors the model does not load, so that saving would lose them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ MTP_FILE = "model-mtp.safetensors"
 
 _NAMED = re.compile(r"(^|\.)mtp[^.]*\.")
 _LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")
-# Buffers that transformers computes, and scales of a quantized key-value cache, which bf16 values do not need.
+# Buffers that transformers computes, and scales of a quantized KV cache, which are not needed with bf16 values.
 _BENIGN = re.compile(r"(rotary_emb\.(original_)?inv_freq|(^|\.)position_ids|\.[kv]_scale|\.input_scale)$")
 
 
 @dataclass(frozen=True)
 class MTPLayers:
-    """The multi-token-prediction (MTP) layers of a checkpoint, and what becomes of them.
+    """The multi-token-prediction (MTP) layers of a checkpoint, and the option that handles them.
 
     Args:
         source: The checkpoint.
         option: `"copy"`, `"cut"` (like the last MoE block) or `"drop"`.
-        names: Their tensors, as stored; none where the checkpoint has no such layers.
+        names: Names of their stored tensors; empty if the checkpoint has no such layers.
     """
 
     source: ModelSource
@@ -52,31 +52,31 @@ class MTPLayers:
 
     @property
     def has_experts(self) -> bool:
-        """Whether they have routed experts."""
+        """Whether the layers have routed experts."""
         return any(".experts." in name for name in self.names)
 
     def check_plan(self, plan: CompressionPlan) -> None:
-        """`check_counts` of what a plan says."""
+        """Call `check_counts` with the counts of a plan."""
         counts = {name: block.num_groups for name, block in plan.blocks.items()}
         self.check_counts(counts, "reduce" if plan.is_plain else "map")
 
     def check_counts(self, counts: Mapping[str, int], routing: Routing) -> None:
-        """Raise a `ValueError` where copied layers would contradict the expert count of the config."""
+        """Raise a `ValueError` if copied layers would contradict the expert count in the config."""
         before = {found.info.name: found.info.num_experts for found in self.source.blocks}
         plain = routing == "reduce" and len(set(counts.values())) == 1 and counts != before
         if self.option == "copy" and plain and self.has_experts:
             raise ValueError(
-                f'mtp="copy" would leave {max(before.values())} experts in the multi-token-prediction layers, and the '
-                f'config would say {max(counts.values())} for the whole model. Pass mtp="cut" to cut them alike, or '
+                f'mtp="copy" would keep {max(before.values())} experts in the multi-token-prediction layers, but the '
+                f'config would have {max(counts.values())} for the whole model. Pass mtp="cut" to cut them too, or '
                 'mtp="drop".'
             )
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Raise a `ValueError` if the layers are to be cut like experts that the stock classes cannot hold."""
+        """Raise a `ValueError` if the layers are to be cut by a recipe that factorizes their experts."""
         info = self.source.info
         costs = recipe.costs(info)
         if not recipe.is_adaptive:
-            # An adaptive allocation gives its average here, and its real counts with the plan.
+            # For an adaptive allocation this is the average; `check_plan` checks the final counts.
             self.check_counts({name: cost.experts for name, cost in costs.items()}, recipe.routing)
         last = info.blocks[-1].name
         if self.option == "cut" and self.names and not costs[last].stock:
@@ -86,14 +86,14 @@ class MTPLayers:
             )
 
     def size(self, counts: Mapping[str, int], routing: Routing) -> tuple[int, int]:
-        """Parameters and bytes of the layers that are written when the blocks keep `counts` experts."""
+        """Parameters and bytes of the written layers if the blocks keep `counts` experts."""
         if self.option == "drop":
             return 0, 0
         before, gone = self._stored_size(), self.removed(counts, routing)
         return before[0] - gone[0], before[1] - gone[1]
 
     def removed(self, counts: Mapping[str, int], routing: Routing) -> tuple[int, int]:
-        """Parameters and bytes that the layers lose when the blocks keep `counts` experts."""
+        """Parameters and bytes removed from the layers if the blocks keep `counts` experts."""
         if self.option == "drop":
             return self._stored_size()
         if self.option != "cut" or not self.names:
@@ -117,7 +117,7 @@ class MTPLayers:
         return numbers, sum(size for _, _, size in found)
 
     def update_config(self, config: PreTrainedConfig) -> None:
-        """Say in the config that there are no such layers, if they are dropped."""
+        """Set the number of such layers in the config to zero, if they are dropped."""
         if self.option != "drop" or not self.names:
             return
         for owner in owning_configs(config):
@@ -126,10 +126,10 @@ class MTPLayers:
                     setattr(owner, field, 0)
 
     def write(self, directory: Path, model: PreTrainedModel, plan: CompressionPlan) -> None:
-        """Add the layers to a checkpoint that was just written, as a shard that its index names.
+        """Add the layers to a written checkpoint as another shard of its index.
 
         Raises:
-            ValueError: If their experts are not like those of the last MoE block and are to be cut.
+            ValueError: If they are to be cut and their experts differ from those of the last MoE block.
         """
         if self.option == "drop" or not self.names:
             return
@@ -148,10 +148,10 @@ class MTPLayers:
         index.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def tensors(self, model: PreTrainedModel, plan: CompressionPlan) -> dict[str, torch.Tensor]:
-        """The tensors to write: copied (dequantized where the checkpoint is quantized) or cut.
+        """The tensors to write: copied (dequantized if the checkpoint is quantized) or cut.
 
         Args:
-            model: The compressed model, which gives dtypes and the names that are saved.
+            model: The compressed model, for the dtypes and the saved names.
             plan: How its blocks were cut.
         """
         found = self.source.blocks[-1]
@@ -169,7 +169,7 @@ class MTPLayers:
             return self._copied(set(self.names) - inside, get) | cut
 
     def stored(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors that are copied or cut, as they are stored."""
+        """The stored tensors that are copied or cut."""
         if self.names and self.option in ("copy", "cut"):
             with self.source.shards() as get:
                 for name in self.names:
@@ -183,11 +183,11 @@ class MTPLayers:
         return read_dequantized(names, get, quantizer_of(quantization), dtype)
 
     def _relative(self, reader: CheckpointReader) -> list[str]:
-        """Names of the last block's tensors without their layer."""
+        """Names of the last block's tensors without the prefix of their layer."""
         return [_layer(name)[1] for name in reader.names(self.source.blocks[-1].info.name)]
 
     def _prefixes(self, reader: CheckpointReader) -> list[str]:
-        """What stands in place of the last block's layer in the MTP layers that have such a block."""
+        """Prefixes of the MTP layers that have a block like the last one."""
         relative = self._relative(reader)
         known = set(self.names)
         ends = [name[: -len(relative[0])] for name in self.names if name.endswith(f".{relative[0]}")]
@@ -198,11 +198,11 @@ class MTPLayers:
         sizes = self.source.headers.tensors
         layer = _layer(reader.names(self.source.blocks[-1].info.name)[0])[0]
         strange += [p + n for p in prefixes for n in relative if sizes[p + n][1] != sizes[layer + n][1]]
-        # One expert more than the block has would be in a tensor of its own.
+        # With individual tensors per expert, one expert more than the block has would be a separate tensor.
         strange += [n for n in found if re.search(rf"\.experts\.{self.source.blocks[-1].info.num_experts}\.", n)]
         if strange:
             raise ValueError(
-                f'mtp="cut" cuts layers whose experts are like those of {self.source.blocks[-1].info.name}, and '
+                f'mtp="cut" needs layers whose experts are like those of {self.source.blocks[-1].info.name}, but '
                 f'{strange[0]} is not. Pass mtp="copy" or mtp="drop".'
             )
         return prefixes
@@ -213,7 +213,7 @@ class MTPLayers:
         found = self.source.blocks[-1]
         state = reader.read(found.info.name, lambda name: get(prefix + _layer(name)[1]))
         block = block_with(found, self.source.skeleton, state)
-        # Groups and weights are those of the block below; neurons and router rows are these layers' own.
+        # Groups and weights come from the last block; neuron alignment and router rows from these layers.
         plan = replace(plan, router_fit=None)
         if plan.permutations_EI is not None:
             labels_E = torch.tensor(plan.labels_E)
@@ -226,19 +226,19 @@ class MTPLayers:
 
 
 def find_mtp(source: ModelSource, option: MTPOption = "error") -> MTPLayers:
-    """Look for tensors of a checkpoint that the model does not load.
+    """Find the tensors of a checkpoint that the model does not load.
 
     Args:
         source: The checkpoint.
-        option: What becomes of multi-token-prediction layers; `"error"` refuses a checkpoint that has some.
+        option: Handling of multi-token-prediction layers; `"error"` refuses a checkpoint that has some.
 
     Raises:
-        ValueError: If there are MTP layers and no option says what becomes of them, or other such tensors.
+        ValueError: If there are MTP layers and the option is `"error"`, or other tensors that are not loaded.
     """
     choose_one("mtp", option, ("error", "copy", "cut", "drop"))
     if source.headers is None:
         if option != "error":
-            raise ValueError(f"mtp={option!r} is for a checkpoint, and this model is in memory. Give its path instead.")
+            raise ValueError(f"mtp={option!r} needs a checkpoint, but this model is in memory. Pass its path instead.")
         return MTPLayers(source, option)
     unloaded = [name for name in source.reader().unloaded if not is_benign(name)]
     names = [name for name in unloaded if is_mtp(name, source.config)]
@@ -247,7 +247,7 @@ def find_mtp(source: ModelSource, option: MTPOption = "error") -> MTPLayers:
         raise ValueError(
             f"{source.name} has {len(others)} tensors that {type(source.skeleton).__name__} does not load "
             f"({', '.join(others[:3])}), and the compressed checkpoint would lack them. Pass auto_class= with "
-            "the class that has them, or take them out of the checkpoint."
+            "the class that has them, or remove them from the checkpoint."
         )
     if names and option == "error":
         kinds = sorted({_kind(name) for name in names})
@@ -270,16 +270,16 @@ def is_mtp(name: str, config: PreTrainedConfig) -> bool:
 
 
 def is_benign(name: str) -> bool:
-    """Whether a tensor that the model does not load is one that nobody misses."""
+    """Whether a tensor that the model does not load can be dropped without loss."""
     return _BENIGN.search(name) is not None
 
 
 def block_with(found: FoundBlock, skeleton: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> Any:
-    """A block by itself that holds tensors.
+    """A copy of a single block with given tensors.
 
     Args:
         found: The block.
-        skeleton: Its model on the meta device, which stays as it is.
+        skeleton: Its model on the meta device, which is not changed.
         state: The tensors by their names in the model.
     """
     block = deepcopy(found.module(skeleton))
@@ -289,7 +289,7 @@ def block_with(found: FoundBlock, skeleton: PreTrainedModel, state: Mapping[str,
 
 
 def _layer(name: str) -> tuple[str, str]:
-    """A name up to its layer, and the rest."""
+    """Split a tensor name after its layer index."""
     found = _LAYER.match(name)
     assert found is not None, name
     return found[0], name[found.end() :]

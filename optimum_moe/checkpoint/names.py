@@ -1,6 +1,6 @@
-"""Names of checkpoints and data sets: paths and Hub ids, told apart without the network.
+"""Names of checkpoints and datasets: paths and Hub ids are distinguished without the network.
 
-Standard library only, so that the command line answers to a mistyped name before it imports anything heavy.
+Uses only the standard library, so that the command line refuses a mistyped name before heavy imports.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ _HUB_ID = re.compile(r"(\b[\w\-.]+\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a Hub id, of a model or of a data set."""
+    """Whether a name has the form of a Hub id of a model or dataset."""
     return _HUB_ID.fullmatch(name) is not None and "--" not in name and ".." not in name
 
 
 def check_checkpoint_name(name: str, cache_dir: str | Path | None = None) -> None:
-    """Refuse what can only be a mistyped path.
+    """Refuse a name that can only be a mistyped path.
 
     Args:
         name: Folder of a checkpoint, or Hub id.
-        cache_dir: Where models from the Hub are kept; by default the cache of huggingface_hub.
+        cache_dir: Folder of downloaded Hub models; by default the cache of huggingface_hub.
 
     Raises:
-        ValueError: If there is no such folder, and the name is no Hub id, or lies in a folder that does exist, and is
-            no model that was fetched from the Hub before.
+        ValueError: If there is no such folder, and the name is either not a Hub id, or starts with an existing folder
+            and is not a downloaded Hub model.
     """
     place = Path(name)
     if name and place.is_dir():
@@ -42,13 +42,13 @@ def check_checkpoint_name(name: str, cache_dir: str | Path | None = None) -> Non
         if (Path(cache_dir or HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
             return
     raise ValueError(
-        f"{name} is no folder{_nearest(place)} Give a Hub id such as 'org/model', or the folder of a checkpoint."
+        f"{name} is not a folder{_nearest(place)} Give a Hub id such as 'org/model', or the folder of a checkpoint."
         f"{_how_to_fetch(name, place)}"
     )
 
 
 def _nearest(place: Path) -> str:
-    """The folder beside a missing one whose name is most like it."""
+    """Hint with the most similar name beside a missing folder."""
     try:
         names = [entry.name for entry in place.parent.iterdir() if entry.is_dir()]
     except OSError:
@@ -64,9 +64,9 @@ def _how_to_fetch(name: str, place: Path) -> str:
 
 
 def data_set_name(source: str) -> tuple[str, str | None, str] | None:
-    """Repository, config and split of a data set on the Hub; None for anything else, such as the path of a file.
+    """Repository, config and split of a Hub dataset; None for anything else, such as the path of a file.
 
-    A name that ends like a file, or lies in a folder of this machine, is a mistyped path rather than on the Hub.
+    A name with the suffix of a file, or that starts with an existing folder, counts as a mistyped path.
     """
     name, *rest = source.split(":")
     if "/" not in name or not is_hub_id(name) or name.lower().endswith(_FILES) or len(rest) > 2 or not all(rest):

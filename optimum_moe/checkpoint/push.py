@@ -1,4 +1,4 @@
-"""Uploading a finished checkpoint."""
+"""Upload of a finished checkpoint to the Hub."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import huggingface_hub
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise a `ValueError` where the Hub has no repository of such a name, before any work is done."""
+    """Raise a `ValueError` if a name cannot be that of a Hub repository, before any work is done."""
     try:
         huggingface_hub.utils.validate_repo_id(repo_id)
     except ValueError as error:
-        raise ValueError(f"repo_id={repo_id!r} names no repository. Write it as 'name' or 'user/name'.") from error
+        raise ValueError(f"repo_id={repo_id!r} is not a repository name. Use 'name' or 'user/name'.") from error
 
 
 def push(directory: Path, repo_id: str | None, token: str | None, name_card: Callable[[str], None]) -> str:
-    """Upload a folder to a repository, which is made where there is none.
+    """Upload a folder to a repository, which is created if it does not exist.
 
     Args:
         directory: The checkpoint.
-        repo_id: The repository; by default one of the user's with the name of the folder.
-        token: Of the Hub; by default that of `hf auth login`.
-        name_card: Writes the card of a checkpoint of that name into the folder.
+        repo_id: The repository; by default one of the user with the name of the folder.
+        token: Token of the Hub; by default that of `hf auth login`.
+        name_card: Function that writes the model card for a repository name into the folder.
 
     Returns:
         The repository's full name.
 
     Raises:
-        ValueError: If the Hub cannot be reached or refuses; the checkpoint is left complete where it is.
+        ValueError: If the Hub cannot be reached or refuses; the local checkpoint remains complete.
     """
     wanted = repo_id or directory.name
     try:
@@ -37,7 +37,7 @@ def push(directory: Path, repo_id: str | None, token: str | None, name_card: Cal
         wanted = api.create_repo(wanted, exist_ok=True).repo_id
         name_card(wanted)
         api.upload_folder(repo_id=wanted, folder_path=directory)
-    # What the HTTP client raises differs by version: whatever it is, hours of work must not seem lost.
+    # Exceptions of the HTTP client differ between versions; for any of them, say that the checkpoint is complete.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(

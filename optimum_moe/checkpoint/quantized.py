@@ -1,4 +1,4 @@
-"""Checkpoints as they are released: FP8 and MXFP4, dequantized while they are loaded."""
+"""FP8 and MXFP4 checkpoints, which are dequantized while they are loaded."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ _SCALES = (
     (re.compile(r"\.qscale_weight$"), ".weight"),
     (re.compile(r"_scales$"), "_blocks"),
 )
-"""How the name of a scale gives that of the tensor it scales."""
+"""Patterns that turn the name of a scale into that of the tensor it scales."""
 
 
 def accepted_quantization(config: PreTrainedConfig, dequantize: bool) -> dict[str, Any] | None:
-    """The quantization of a checkpoint that is to be dequantized; None where it has none.
+    """The quantization config of a checkpoint to dequantize; None if it is not quantized.
 
     Raises:
-        ValueError: If it is quantized and `dequantize` is not set or impossible, or the reverse.
+        ValueError: If it is quantized and `dequantize` is False or not supported, or if it is not and `dequantize` is
+            True.
     """
     for owner in owning_configs(config):
         quantization = getattr(owner, "quantization_config", None)
@@ -64,7 +65,7 @@ def accepted_quantization(config: PreTrainedConfig, dequantize: bool) -> dict[st
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the dequantized model; bfloat16 where it names no dtype."""
+    """The config of the dequantized model; its dtype is bfloat16 if the original has none."""
     config = deepcopy(config)
     _forget(config)
     if getattr(config, "dtype", None) is None:
@@ -73,7 +74,7 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def quantizer_of(quantization: Mapping[str, Any]) -> HfQuantizer:
-    """What dequantizes such a checkpoint."""
+    """The transformers quantizer that dequantizes such a checkpoint."""
     return AutoHfQuantizer.from_config(_loading_record(quantization), pre_quantized=True)
 
 
@@ -90,10 +91,10 @@ def load_dequantized(
     Args:
         cls: Model class.
         location: Folder or Hub id.
-        config: As `plain_config` gives it.
-        quantization: As `accepted_quantization` gives it.
-        headers: Of the checkpoint.
-        arguments: For `from_pretrained`.
+        config: Result of `plain_config`.
+        quantization: Result of `accepted_quantization`.
+        headers: Headers of the checkpoint.
+        arguments: Keyword arguments for `from_pretrained`.
 
     Returns:
         The model and the loading report.
@@ -102,23 +103,23 @@ def load_dequantized(
     config.quantization_config = _loading_record(quantization)
     model, report = cls.from_pretrained(location, config=config, output_loading_info=True, **arguments)
     _forget(model.config)
-    # Saving reverts the conversions of loading, and these would quantize again.
+    # Saving reverts the conversions of loading, which would quantize again, so drop them.
     set_weight_conversions(model, CheckpointReader(model, unpacked(headers).tensors).used_conversions)
     return model, report
 
 
 def unpacked(headers: Headers, itemsize: int = 2) -> Headers:
-    """What the headers of the dequantized checkpoint would say: no scales, packed numbers at their full count.
+    """The headers of the dequantized checkpoint: without scales, and with unpacked shapes.
 
     Args:
-        headers: Of the quantized checkpoint.
-        itemsize: Bytes of one number.
+        headers: Headers of the quantized checkpoint.
+        itemsize: Bytes per dequantized element.
     """
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for name, (scaled, _) in scaled_parts(headers.tensors).items():
         dtype, shape, _ = headers.tensors[scaled]
         if scaled.endswith("_blocks"):
-            # (E, rows, blocks, bytes) of two numbers each, the rows being the model's last axis.
+            # (E, rows, blocks, bytes) with two elements per byte; the rows are the model's last axis.
             experts, rows, blocks, packed = shape
             shape = (experts, blocks * packed * 2, rows)
         elif dtype == "I8":
@@ -132,7 +133,7 @@ def unpacked(headers: Headers, itemsize: int = 2) -> Headers:
 
 
 def scaled_parts(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """`(stored tensor, its scales)` by the name of the dequantized tensor."""
+    """Names of each stored tensor and its scales, by the name of the dequantized tensor."""
     known = set(names)
     parts = {}
     for name in known:
@@ -145,13 +146,13 @@ def scaled_parts(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def read_dequantized(names: Iterable[str], get: Get, quantizer: HfQuantizer, dtype: torch.dtype) -> dict[str, Any]:
-    """Tensors that no model loads, dequantized by themselves.
+    """Dequantize tensors that the model does not load.
 
     Args:
-        names: As stored, scales among them.
-        get: Gives a stored tensor.
-        quantizer: Of an FP8 checkpoint.
-        dtype: Of the result.
+        names: Stored names, including scales.
+        get: Function that reads a stored tensor.
+        quantizer: Quantizer of an FP8 checkpoint.
+        dtype: Dtype of the result.
     """
     names = set(names)
     operation = BlockFp8Dequantize(quantizer)

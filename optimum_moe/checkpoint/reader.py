@@ -1,4 +1,4 @@
-"""Reading parts of a checkpoint as the model would hold them, through transformers' own conversions."""
+"""Reads parts of a checkpoint as tensors of the model, with the weight conversions of transformers."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from optimum_moe.hf.compat import (
 from optimum_moe.surgeons import guard_renamings
 
 Entries = tuple[tuple[str, ...], ...]
-"""The stored tensors that make each entry of a tensor's first axis; their bytes in this order are the tensor's."""
+"""By entry of a tensor's first axis: names of the stored tensors that make up its bytes, in this order."""
 
 Get = Callable[[str], torch.Tensor]
 
 
 class CheckpointReader:
-    """Which tensors of a checkpoint make which tensors of a model, and how.
+    """Maps the tensors of a checkpoint to those of a model, and converts them.
 
     Args:
-        model: The model, on any device; its dtypes are those that are read.
+        model: The model, on any device; tensors are read in its dtypes.
         names: Names of the tensors in the checkpoint.
-        quantizer: Dequantizes what it reads; None for an unquantized checkpoint.
-        cast: Read in the dtypes of the model; else in those that are stored.
+        quantizer: Quantizer to dequantize with; None for an unquantized checkpoint.
+        cast: Read in the dtypes of the model; else in the stored dtypes.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class CheckpointReader:
         return target, pattern
 
     def names(self, module: str) -> list[str]:
-        """The tensors of the checkpoint that make those of a module."""
+        """Names of the checkpoint's tensors that those of a module are converted from."""
         return [name for target, parts in self._parts.items() if _inside(target, module) for name, _ in parts]
 
     def read(self, module: str, get: Get) -> dict[str, torch.Tensor]:
@@ -82,20 +82,20 @@ class CheckpointReader:
 
         Args:
             module: Path of the module.
-            get: Gives a tensor of the checkpoint; meta tensors give the shapes without reading.
+            get: Function that returns a tensor of the checkpoint; with meta tensors only shapes are computed.
         """
         return self.read_targets([target for target in self._parts if _inside(target, module)], get)
 
     def targets(self) -> list[str]:
-        """What `read_targets` takes: one tensor of the model for each conversion."""
+        """Arguments of `read_targets`: one tensor of the model for each conversion."""
         return list(self._parts)
 
     def parts(self, target: str) -> list[str]:
-        """The stored tensors that make one of `targets()`."""
+        """Names of the stored tensors that one of `targets()` is converted from."""
         return [name for name, _ in self._parts[target]]
 
     def read_targets(self, targets: Iterable[str], get: Get) -> dict[str, torch.Tensor]:
-        """Like `read`, for some of `targets()`."""
+        """Read some of `targets()`, like `read`."""
         tensors: dict[str, torch.Tensor] = {}
         for target in targets:
             for name, tensor in self._convert(target, get).items():
@@ -104,10 +104,10 @@ class CheckpointReader:
         return tensors
 
     def entries(self, target: str) -> Entries | None:
-        """What makes one of `targets()`, where its bytes are those of stored tensors, one behind the other.
+        """The stored tensors whose concatenated bytes are those of one of `targets()`.
 
-        That is a renamed tensor, or a stack of one tensor (or several below each other) for each expert. None where
-        bytes are moved or changed in any other way; dtypes are not compared.
+        This applies to a renamed tensor, and to a stack with one tensor (or several concatenated by rows) per expert.
+        None if bytes are moved or changed in another way; dtypes are not compared.
         """
         if self.quantizer is not None:
             return None
@@ -141,7 +141,7 @@ class ShardReader:
 
     Args:
         homes: The shard of each tensor.
-        local: Gives the local file of a shard.
+        local: Function from a shard to its local file.
     """
 
     def __init__(self, homes: Mapping[str, Path], local: Callable[[Path], Path] = lambda file: file) -> None:
@@ -161,14 +161,14 @@ class ShardReader:
         self._stack.close()
 
     def __call__(self, name: str) -> torch.Tensor:
-        """The tensor."""
+        """Read a tensor by its stored name."""
         file = self._homes[name]
         if file not in self._open:
             self._open[file] = self._stack.enter_context(safe_open(self._local(file), "pt"))
         return self._open[file].get_tensor(name)
 
     def byte_range(self, name: str) -> ByteRange:
-        """Where the bytes of the tensor are."""
+        """The byte range of a stored tensor."""
         file = self._homes[name]
         if file not in self._byte_ranges:
             local = self._local(file)
@@ -184,7 +184,7 @@ class ShardReader:
 
 
 def _only_stacks(operations: Sequence[Any]) -> bool:
-    """Whether they put tensors one behind the other, as they are, along a first axis."""
+    """Whether the operations only concatenate or stack tensors along the first axis."""
     kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
     return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
@@ -194,7 +194,7 @@ def _inside(target: str, module: str) -> bool:
 
 
 def take_dtypes(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Give the tensors of a model on the meta device the dtypes of the named ones, which a reader of it then reads."""
+    """Set the dtypes of named tensors in a model on the meta device, so that its reader reads them."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta and name in dtypes:
             tensor.data = tensor.data.to(dtypes[name])

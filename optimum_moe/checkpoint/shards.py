@@ -1,4 +1,4 @@
-"""Shards in safetensors format, written tensor by tensor and put in place only when they are complete."""
+"""Shards in safetensors format, written tensor by tensor under a temporary name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import torch
 
 from optimum_moe.checkpoint.byte_ranges import ByteRange
 from optimum_moe.checkpoint.headers import DTYPES
-from optimum_moe.checkpoint.system import begin_writing, make_last
+from optimum_moe.checkpoint.system import begin_writing, sync_to_disk
 
 _BEHIND = 32 << 20
-"""Bytes that are written before the disk is told to begin."""
+"""Bytes written between hints to start writing to the disk."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_shard(file: Path, tensors: Mapping[str, torch.Tensor], copied: Mapping[str, ByteRange] | None = None) -> int:
-    """Write a shard beside its place, make it last, and rename it; returns its bytes.
+    """Write a shard under a temporary name, sync it to the disk, and rename it; returns its bytes.
 
-    Unlike `save_file` of safetensors it holds the bytes of one tensor at a time.
+    Unlike `save_file` of safetensors it needs memory for only one tensor at a time.
 
     Args:
         file: The shard.
-        tensors: What it holds.
-        copied: Where the bytes of those tensors are that are on the meta device.
+        tensors: Its tensors by name.
+        copied: Byte ranges of the tensors that are on the meta device.
 
     Raises:
-        OSError: If the disk is full or refuses; nothing is left then.
+        OSError: If the disk is full or refuses; the temporary file is then removed.
     """
-    # Wide numbers first: every tensor starts at a multiple of its item's size.
+    # Wide dtypes come first, so that every tensor starts at a multiple of its itemsize.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -51,7 +51,7 @@ def write_shard(file: Path, tensors: Mapping[str, torch.Tensor], copied: Mapping
                 for chunk in (copied or {})[name].chunks() if tensor.is_meta else _chunks(tensor):
                     write_all(stream.fileno(), chunk)
                 if stream.tell() - begun > _BEHIND:
-                    # The disk gets to work while the rest is read, and little is left for the end.
+                    # Start writing to the disk while the rest is read, so that the final sync is short.
                     begin_writing(stream.fileno(), begun, stream.tell() - begun)
                     begun = stream.tell()
             os.fsync(stream.fileno())
@@ -72,7 +72,7 @@ def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace a small file at once."""
+    """Replace a small text file atomically."""
     part = file.with_name(f".{file.name}.part")
     try:
         with part.open("wb", buffering=0) as stream:
@@ -84,12 +84,12 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
-    """Write all of it, which one call to the system need not do."""
+    """Write all bytes, since one system call may write only a part."""
     while data:
         data = data[os.write(descriptor, data) :]
 
 
 def put_in_place(part: Path, place: Path) -> None:
-    """Rename, and make the rename last."""
+    """Rename a complete file, and sync the rename to the disk."""
     part.replace(place)
-    make_last(place.parent)
+    sync_to_disk(place.parent)

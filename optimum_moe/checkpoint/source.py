@@ -1,4 +1,4 @@
-"""The model to compress, before and after its weights are read."""
+"""The model to compress: its config and headers are opened first, and its weights loaded later."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ from optimum_moe.checkpoint.headers import (
 )
 from optimum_moe.checkpoint.missing import lacking, refuse_lacking
 from optimum_moe.checkpoint.names import check_checkpoint_name, is_hub_id
-from optimum_moe.checkpoint.origin import check_model, refuse_adapter, refuse_arguments
 from optimum_moe.checkpoint.quantized import (
     accepted_quantization,
     load_dequantized,
@@ -51,6 +50,7 @@ from optimum_moe.checkpoint.quantized import (
     unpacked,
 )
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, ShardReader
+from optimum_moe.checkpoint.refusals import check_model, refuse_adapter, refuse_arguments
 from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
 from optimum_moe.hf.compat import auto_class_knows, model_from_config
 from optimum_moe.model_info import ModelInfo
@@ -69,26 +69,26 @@ _AUTO_CLASSES = (
     "AutoModelForPoseEstimation",
     "AutoModel",
 )
-"""Where a config.json names no architecture: whole models before their parts."""
+"""Auto classes to try if config.json names no architecture: whole models before their parts."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A checkpoint, or a model in memory, whose config and headers were read and checked.
+    """A checkpoint, or a model in memory, with checked config and headers.
 
     Args:
         name: Hub id, path, or class name of a model in memory.
         config: Its config.
-        skeleton: The model on the meta device (the model itself where it is in memory).
+        skeleton: The model on the meta device (the model itself if it is in memory).
         blocks: Its MoE blocks.
-        info: Sizes.
-        headers: Of the checkpoint; None for a model in memory.
-        live: The model in memory that was given.
+        info: Sizes of the model.
+        headers: Headers of the checkpoint; None for a model in memory.
+        live: The model in memory, None for a checkpoint.
         directory: Local folder with the config and the tokenizer.
-        location: What `from_pretrained` loads the weights from: that folder, or the Hub id where it lacks them.
-        load_arguments: Keyword arguments for it.
-        quantization: How the checkpoint is quantized, where it is dequantized while it is loaded.
-        as_stored: Whether each tensor is written in the dtype that it is stored in; else in the one that was asked for.
+        location: Source of the weights for `from_pretrained`: that folder, or the Hub id if it lacks them.
+        load_arguments: Keyword arguments for `from_pretrained`.
+        quantization: Quantization config of a checkpoint that is dequantized while it is loaded.
+        as_stored: Whether each tensor is written in its stored dtype; else in the requested one.
     """
 
     name: str
@@ -126,28 +126,28 @@ class ModelSource:
         return model
 
     def read_in(self, dtype: str) -> ModelSource:
-        """What a run with that `dtype` reads: `"auto"` for each tensor as it is stored, else one for all."""
+        """The source for a run with `dtype`: `"auto"` for the stored dtype of each tensor, else one for all."""
         if dtype == "auto":
             return self
         return replace(self, as_stored=False, load_arguments={**self.load_arguments, "dtype": dtype})
 
     def reader(self, cast: bool = True) -> CheckpointReader:
-        """What reads parts of the checkpoint, in the dtypes of the skeleton; or as they are stored and written."""
+        """A reader of parts of the checkpoint, with `cast` in the dtypes of the skeleton, else in the stored ones."""
         assert self.headers is not None
         quantizer = None if self.quantization is None else quantizer_of(self.quantization)
         return CheckpointReader(self.skeleton, self.headers.tensors, quantizer, cast or not self.as_stored)
 
     def checkpoint_tensors(self, get: Get) -> CheckpointTensors:
-        """What the checkpoint holds, as its tensors are written.
+        """The checkpoint as tensors of the model, in the dtypes that are written.
 
         Args:
-            get: Reads a stored tensor.
+            get: Function that reads a stored tensor.
         """
         assert self.headers is not None
         return CheckpointTensors(self.reader(cast=False), self.headers, get)
 
     def shards(self) -> ShardReader:
-        """What reads single tensors as they are stored; a context manager."""
+        """A reader of single stored tensors; a context manager."""
         assert self.headers is not None
         return ShardReader(self.headers.homes, self._local)
 
@@ -158,16 +158,16 @@ class ModelSource:
         return Path(hf_hub_download(str(self.location), file.name, **arguments))
 
     def load_tokenizer(self, name: str | Path) -> Any:
-        """The processor or tokenizer of a folder or of the Hub, whose code is run where that of the model is.
+        """Load the processor or tokenizer of a folder or the Hub; trusts remote code if the model's is trusted.
 
         Raises:
-            ValueError: If there is none, and it was not looked for in a folder of its own.
+            ValueError: If a given folder has none, or it cannot be loaded.
         """
         trusted = bool(self.load_arguments.get("trust_remote_code"))
         if Path(name).is_dir():
             found = load_tokenizer(Path(name), trusted)
             if found is None and Path(name) != self.directory:
-                raise ValueError(f"tokenizer={str(name)!r} has no files of a tokenizer. Give a folder with some.")
+                raise ValueError(f"tokenizer={str(name)!r} has no tokenizer files. Give the folder of a tokenizer.")
             return found
         check_checkpoint_name(str(name), self.load_arguments.get("cache_dir"))
         try:
@@ -180,7 +180,7 @@ class ModelSource:
 
     @property
     def hub_id(self) -> str | None:
-        """Name of the original on the Hub, None where it has none: a folder, unless it lies in the Hub's cache."""
+        """Hub id of the original, None for a folder outside of the Hub's cache."""
         if isinstance(self.location, str):
             return self.location
         name = str(self.config.name_or_path if self.live is not None else self.location)
@@ -189,12 +189,12 @@ class ModelSource:
                 return place.parents[1].name.removeprefix("models--").replace("--", "/")
         if self.live is None or not is_hub_id(name) or Path(name).exists():
             return None
-        # The name that a model in memory was loaded by may as well have been a folder that is gone.
+        # The name of a model in memory may be a folder that no longer exists.
         return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
 
     @property
     def title(self) -> str:
-        """What others may read: the Hub id, or the name of a folder without where it lies, or of a class."""
+        """A title to publish: the Hub id, or the name of a folder without its path, or of a class."""
         if self.hub_id is not None:
             return self.hub_id
         return self.name if self.live is not None else readable_path(Path(native_path(self.name)).resolve().name)
@@ -207,12 +207,12 @@ def open_source(
     dequantize: bool = False,
     **kwargs: Any,
 ) -> ModelSource:
-    """Read config and headers of a checkpoint, or look at a model in memory; no weight is read.
+    """Open a checkpoint by its config and headers, or a model in memory; no weight is read.
 
     Args:
         model: Hub id, local path, or a `PreTrainedModel`.
         auto_class: Auto class or model class to load with; by default the architecture that the config names.
-        dtype: As in `from_pretrained`; `"auto"` keeps the checkpoint's.
+        dtype: As in `from_pretrained`; `"auto"` keeps the checkpoint's dtypes.
         dequantize: Read an FP8 or MXFP4 checkpoint as its bf16 values.
         kwargs: Passed to `from_pretrained`; `revision`, `token`, `cache_dir`, `local_files_only` also to the download.
 
@@ -223,7 +223,7 @@ def open_source(
     if not isinstance(model, str | os.PathLike):
         live = check_model(model)
         if dequantize:
-            raise ValueError("dequantize=True is for a checkpoint, and this model is in memory. Give its path instead.")
+            raise ValueError("dequantize=True needs a checkpoint, but this model is in memory. Pass its path instead.")
         return _from_memory(live)
     refuse_arguments(kwargs)
     name, model = readable_path(model), native_path(model)
@@ -237,14 +237,14 @@ def open_source(
     blocks = tuple(find_blocks(skeleton))
     as_stored = quantization is None and dtype in ("auto", None)
     if as_stored:
-        # What the config says may differ, and decides nothing.
+        # The dtype in the config may differ from the stored ones, and is ignored.
         dtype = headers.dtype or "auto"
     itemsize, plain = headers.itemsize, headers
     if not as_stored:
         itemsize = _dtype(config.dtype if dtype in ("auto", None) else dtype).itemsize
     if quantization is not None:
         plain = unpacked(headers, int(itemsize))
-    # With other names of its own choice the checkpoint is checked when it is loaded.
+    # With the user's renaming of tensors the checkpoint is checked when it is loaded.
     if not kwargs.get("key_mapping"):
         refuse_incomplete(name, skeleton, plain, blocks)
     size = headers.bytes if as_stored else int(plain.parameters * itemsize)
@@ -257,11 +257,11 @@ def open_source(
     arguments: dict[str, Any] = {**kwargs, "dtype": dtype}
     location: str | Path = model
     if is_local:
-        # The files that were looked at are those that are loaded, also where they lie in the cache of a Hub model.
+        # Load the files that were checked, even if they are in the Hub's cache.
         arguments = {k: v for k, v in arguments.items() if k not in (*_HUB_ARGUMENTS, "subfolder")}
         location = directory
     elif directory.parent.name == "snapshots":
-        # A branch may move on before the weights are loaded.
+        # Use the commit, since a branch may change before the weights are loaded.
         arguments["revision"] = directory.name
     return ModelSource(
         name,
@@ -314,13 +314,13 @@ def _from_memory(model: PreTrainedModel) -> ModelSource:
 
 
 def _names_when_saved(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> list[str]:
-    """Names that a model has when it is saved, or longer ones: stacked experts may be saved one by one."""
+    """Upper bound of the tensor names that saving writes, since stacked experts may be saved one by one."""
     singles = [f"{found.info.name}.experts.{e}" for found in blocks for e in range(found.info.num_experts)] * 3
     return [*dict(model.named_parameters()), *singles]
 
 
 def config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Headers, bool]:
-    """A local folder with everything but the weights, the headers of the weights, and whether it has these too."""
+    """Local folder with all files but the weights, headers of the weights, and whether it has the weights too."""
     subfolder, variant = str(kwargs.get("subfolder") or ""), kwargs.get("variant")
     if Path(name).is_dir():
         directory = Path(name) / subfolder
@@ -340,7 +340,7 @@ def config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Head
         refuse_adapter(directory)
         if kwargs.get("local_files_only") or is_offline_mode() or _has_weights(directory, variant):
             return directory, read_headers(directory, variant), True
-        # The headers are fetched by themselves: a preview must not download a checkpoint.
+        # Fetch only the headers, since a preview must not download the weights.
         if subfolder or variant is not None:
             raise ValueError(
                 f"Weights with subfolder={subfolder!r} and variant={variant!r} are only read once they are downloaded. "
@@ -358,7 +358,7 @@ def config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Head
 
 
 def _has_weights(directory: Path, variant: str | None) -> bool:
-    """Whether all files of the weights are in a folder."""
+    """Whether a folder has all files of the weights."""
     try:
         weight_files(directory, variant)
     except ValueError:

@@ -1,7 +1,7 @@
-"""The dtypes that a checkpoint stores its tensors in, which need not be the one that its model runs in.
+"""The stored dtypes of a checkpoint's tensors, which may differ from the dtype that its model runs in.
 
-transformers loads every tensor in one dtype. A float32 router in a bfloat16 checkpoint would come out of that with
-fewer bits than it had, so tensors are cut and written as they are stored, and run as transformers loads them.
+transformers loads all tensors in one dtype, which would round a float32 router of a bfloat16 checkpoint. So tensors are
+cut and written in their stored dtypes, and run in those that transformers loads.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from optimum_moe.plan import BlockPlan
 
 
 class StoredModel:
-    """A model in memory with what it lost when it was loaded.
+    """A loaded model, with the stored values of tensors that were rounded when it was loaded.
 
     Args:
-        model: The model, as it was loaded.
-        source: Where it was loaded from; a model that was in memory is stored in the dtypes that it has.
+        model: The loaded model.
+        source: Its source; for a model in memory the stored dtypes are the present ones.
     """
 
     def __init__(self, model: PreTrainedModel, source: ModelSource) -> None:
@@ -36,7 +36,7 @@ class StoredModel:
         self._saved_in: dict[str, torch.dtype] = {}
         self._itemsizes: dict[str, float] = {}
         headers = source.headers
-        # Of several dtypes each may be that of other tensors than in the checkpoint.
+        # The same set of dtypes may be assigned to other tensors than in the checkpoint.
         in_one_dtype = (
             headers is not None and headers.dtypes == set(self._runs_in.values()) and len(headers.dtypes) == 1
         )
@@ -48,32 +48,32 @@ class StoredModel:
             given = {name: t.dtype for name, t in checkpoint_tensors.tensors.items() if name in self._dtypes}
             self._dtypes |= given
             lost = [name for name, dtype in given.items() if not _holds(self._runs_in[name], dtype)]
-            # What lies in a mapped file would go with it.
+            # Copy, since tensors in a mapped file become invalid with it.
             self._exact = {name: tensor.clone() for name, tensor in checkpoint_tensors.read(lost).items()}
-        self.settle({})
+        self.record_dtypes({})
 
     @contextmanager
     def as_stored(self, module: str) -> Iterator[None]:
-        """While it is open the tensors of a module are those that are stored, to be cut; then they run again."""
+        """Context in which a module has its stored tensors, to be cut; on exit they are cast to run again."""
         runs_in: dict[torch.dtype, torch.dtype] = {}
         for name, tensor in self._tensors(module):
             dtype = self._dtypes.get(name, tensor.dtype)
             runs_in[dtype] = self._runs_in.get(name, dtype)
             exact = self._exact.pop(name, None)
-            # Some routers change their dtype when they first run, which brings nothing back.
+            # Some routers change their dtype at the first run, which does not restore rounded values.
             tensor.data = tensor.data.to(dtype) if exact is None else exact.to(tensor.device)
         yield
         for name, tensor in self._tensors(module):
             stored = self._dtypes[name] = tensor.dtype
-            # Tensors of a compressed expert run in what the experts that they were made of ran in.
+            # Tensors of compressed experts run in the dtype of the original experts.
             runs = self._runs_in.setdefault(name, runs_in.get(stored, stored))
             if runs != stored:
                 if not _holds(runs, stored):
                     self._exact[name] = tensor.data
                 tensor.data = tensor.data.to(runs)
 
-    def settle(self, plans: Mapping[str, BlockPlan]) -> None:
-        """Remember which of the experts of different dtypes remain where."""
+    def record_dtypes(self, plans: Mapping[str, BlockPlan]) -> None:
+        """Record the dtype of each remaining expert, for stacks whose experts have different dtypes."""
         for name, parts in self._mixed.items():
             plan = plan_of(name, plans)
             if plan is not None or not plans:
@@ -82,7 +82,7 @@ class StoredModel:
                 self._itemsizes[name] = sum(dtype.itemsize for dtype in saved.values()) / len(saved)
 
     def state(self) -> dict[str, torch.Tensor] | None:
-        """All tensors as they are saved, by the names of the checkpoint; None where the model holds them like that."""
+        """All tensors to save by their names in the checkpoint; None if the model's own tensors can be saved."""
         state = dict(self.model.state_dict())
         odd = {name for name, t in state.items() if t.dtype != self._dtypes.get(name, t.dtype)}
         changed = {name: t for name, t in state.items() if name in odd or name in self._exact}
@@ -95,14 +95,14 @@ class StoredModel:
         return in_dtypes(revert_weight_conversion(self.model, state), self._saved_in)
 
     def itemsize(self, name: str, tensor: torch.Tensor) -> float:
-        """Bytes of one number of a tensor of the model, as it is saved."""
+        """Bytes per element of a tensor of the model, as saved."""
         return self._itemsizes.get(name, self._dtypes.get(name, tensor.dtype).itemsize)
 
     def _stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         exact = self._exact.get(name)
         if exact is not None and torch.equal(_bits(exact.to(self._runs_in[name]).to(tensor)), _bits(tensor)):
             return exact
-        # Somebody trained it since.
+        # The tensor was trained since.
         return tensor.to(self._dtypes[name])
 
     def _tensors(self, module: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -114,12 +114,12 @@ class StoredModel:
 
 
 def plan_of(name: str, plans: Mapping[str, BlockPlan]) -> BlockPlan | None:
-    """The plan of the block that a tensor is in."""
+    """The plan of the block that contains a tensor, None if there is none."""
     return next((plan for block, plan in plans.items() if name.startswith(f"{block}.")), None)
 
 
 def slot_dtypes(parts: Parts, plan: BlockPlan | None) -> dict[str, torch.dtype]:
-    """The dtype of each stored tensor of a stack, once a plan has put the dominant experts in the first places."""
+    """The dtype of each stored tensor of a stack after the plan, which moves dominant experts to the first slots."""
     kept = range(len(parts)) if plan is None else [*plan.references_G, *range(plan.num_experts, len(parts))]
     return {
         name: dtype
@@ -131,7 +131,7 @@ def slot_dtypes(parts: Parts, plan: BlockPlan | None) -> dict[str, torch.dtype]:
 def rounded(
     tensors: Mapping[str, torch.Tensor], mixed: Mapping[str, Parts], plan: BlockPlan | None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a block that was cut, as they are read again once stacks are saved in parts of several dtypes."""
+    """The tensors of a cut block, rounded as by saving stacks in parts of several dtypes."""
     return {name: _rounded(t, mixed[name], plan) if name in mixed else t for name, t in tensors.items()}
 
 
@@ -145,12 +145,12 @@ def _rounded(stack: torch.Tensor, parts: Parts, plan: BlockPlan | None) -> torch
 
 
 def in_dtypes(tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-    """Tensors by name, those that are named in the dtypes given."""
+    """Tensors by name, with the named ones cast to the given dtypes."""
     return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
 
 
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a dtype holds all numbers of another."""
+    """Whether a dtype represents all values of another exactly."""
     return torch.promote_types(dtype, other) == dtype
 
 

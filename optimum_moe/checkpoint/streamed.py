@@ -1,4 +1,4 @@
-"""A model whose tensors stay in the checkpoint until they are needed, and leave memory again."""
+"""A model whose tensors are read from the checkpoint on demand, and freed again."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _LOCAL: dict[str, Any] = {
 }
 _ALIGNMENT = 64
 _AHEAD = 1 << 30
-"""Bytes that are fetched ahead at most: far less than the memory that is free."""
+"""Maximum bytes to prefetch, far less than the free memory."""
 
 
 class StreamedModel:
-    """The model of a checkpoint on the meta device; parts of it are loaded and freed.
+    """The model of a checkpoint on the meta device, whose parts are loaded and freed.
 
-    What the checkpoint lacks (buffers that transformers computes) is there all the time, made as `from_pretrained`
-    makes it. Tensors have the dtypes that are stored; while `runs` is set they are loaded in those that the model runs
-    in.
+    Tensors that the checkpoint lacks (buffers that transformers computes) are always in memory, with the values that
+    `from_pretrained` computes. Tensors are loaded in their stored dtypes, or in those that the model runs in while
+    `runs` is set.
 
     Args:
         source: The checkpoint.
-        device: Where loaded tensors go.
+        device: Device of loaded tensors.
     """
 
     def __init__(self, source: ModelSource, device: torch.device) -> None:
@@ -79,23 +79,23 @@ class StreamedModel:
         self.buffers = Buffers()
 
     def close(self) -> None:
-        """Close the files of the checkpoint, and let its memory go."""
+        """Close the files of the checkpoint, and free its buffers."""
         self._stack.close()
         self.buffers = Buffers()
 
     def names(self, module: str) -> list[str]:
-        """What the checkpoint gives of a module's tensors, in the order of the model."""
+        """Names of a module's tensors that are in the checkpoint, in the order of the model."""
         inside = [f"{module}.{name}" for name, _ in unloaded_tensors(self.model.get_submodule(module))]
         return [name for name in inside if name in self._aliases]
 
     def load(self, names: Iterable[str]) -> None:
-        """Read tensors of the model, all that are still on the meta device."""
+        """Read the named tensors that are still on the meta device."""
         wanted = sorted({self._aliases[name][0] for name in names if self.at(name).is_meta})
         whole = {name: entries for name in wanted if (entries := self.entries(name)) is not None}
         for name, entries in whole.items():
             self._set(name, self._as_asked(name, self._in_one(name, entries)).to(self.device))
         for name, tensor in self.checkpoint_tensors.read(name for name in wanted if name not in whole).items():
-            # What no conversion made anew lies in the file, at any address there.
+            # Tensors without a conversion are views of the file at unaligned addresses.
             mapped = tensor.untyped_storage().data_ptr() in self._mapped
             self._set(name, self._as_asked(name, tensor.clone() if mapped else tensor).to(self.device))
         self._mapped.clear()
@@ -105,13 +105,13 @@ class StreamedModel:
 
     @contextmanager
     def as_stored(self, module: str, names: Sequence[str] = ()) -> Iterator[None]:
-        """While it is open the tensors of a module, or those that are named, are those that are stored, to be cut."""
+        """Context in which the tensors of a module, or the named ones, are the stored ones, to be cut."""
         runs, self.runs = self.runs, False
         runs_in: dict[torch.dtype, torch.dtype] = {}
         for name in names or self.names(module):
             tensor, stored = self.at(name), self._dtypes.get(name)
             running = self._runs_in.get(name, stored)
-            # Some routers change their dtype when they first run, which brings nothing back.
+            # Some routers change their dtype at the first run, which does not restore rounded values.
             if stored is not None and (running != stored or tensor.dtype != stored):
                 runs_in[stored] = running or stored
                 self._set(name, torch.empty_like(tensor, dtype=stored, device="meta"))
@@ -123,13 +123,13 @@ class StreamedModel:
         for name, tensor in [] if names else unloaded_tensors(self.model.get_submodule(module)):
             path = f"{module}.{name}"
             stored = self._dtypes[path] = tensor.dtype
-            # Tensors of a compressed expert run in what the experts that they were made of ran in.
+            # Tensors of compressed experts run in the dtype of the original experts.
             running = self._runs_in.get(path, runs_in.get(stored, stored))
             if runs and not tensor.is_meta and running != stored:
                 tensor.data = tensor.data.to(running)
 
     def entries(self, name: str) -> Entries | None:
-        """The stored tensors that a tensor of the model consists of, one behind the other; None where it does not."""
+        """The stored tensors whose concatenated bytes are a tensor of the model; None if there are no such tensors."""
         if name not in self._aliases:
             return None
         first = self._aliases[name][0]
@@ -138,7 +138,7 @@ class StreamedModel:
         return self._entries[first]
 
     def expect(self, names: Iterable[str]) -> None:
-        """Have the system fetch tensors of the model while something else is done, to where it may drop them again."""
+        """Ask the system to prefetch tensors of the model into its page cache."""
         begun = 0
         for entries in (self.entries(name) for name in names):
             for place in (self.byte_range(stored) for entry in entries or () for stored in entry):
@@ -147,11 +147,11 @@ class StreamedModel:
                 begun += place.size
 
     def byte_range(self, stored: str) -> ByteRange:
-        """Where the bytes of a stored tensor are."""
+        """The byte range of a stored tensor."""
         return self._shards.byte_range(stored)
 
     def _in_one(self, name: str, entries: Entries) -> torch.Tensor:
-        """Read stored tensors to where they belong, without a copy on the way."""
+        """Read stored tensors directly into one stack, without an intermediate copy."""
         like = self.checkpoint_tensors.tensors[name]
         tensor, done = self.buffers.empty(like.shape, like.dtype), 0
         if tensor.numel():
@@ -162,23 +162,23 @@ class StreamedModel:
         return tensor
 
     def free(self, module: str) -> None:
-        """Put every tensor of a module back on the meta device, also those that a cut made."""
+        """Free every tensor of a module, including those that a cut created; they become meta tensors."""
         for name, tensor in list(unloaded_tensors(self.model.get_submodule(module))):
             self._empty(f"{module}.{name}", tensor)
 
     def free_named(self, names: Iterable[str]) -> None:
-        """Put tensors back on the meta device."""
+        """Free the named tensors, which become meta tensors."""
         for name in names:
             self._empty(name, self.at(name))
 
     def free_lent(self) -> None:
-        """Free what was loaded at its first use."""
+        """Free the tensors that were loaded at first use."""
         self.free_named(self._lent)
         self._lent.clear()
 
     @contextmanager
     def loading_at_first_use(self) -> Iterator[None]:
-        """Load each tensor when the model first asks for it, whichever way; `free_lent` lets it go."""
+        """Context in which each tensor is loaded at its first use; `free_lent` frees them."""
         self.runs = True
         try:
             with load_at_first_use(self.model, self._lend):
@@ -200,7 +200,7 @@ class StreamedModel:
         return self.at(name)
 
     def _tie_equal_pairs(self) -> None:
-        """Tie tensors that the config ties and the checkpoint holds twice, if they are equal, as loading does."""
+        """Tie tensors that the config ties and the checkpoint stores twice, if they are equal, as loading does."""
         for target, origin in list(self.model.all_tied_weights_keys.items()):
             both = target in self.checkpoint_tensors.tensors and origin in self.checkpoint_tensors.tensors
             if not both or self.at(target) is self.at(origin):
@@ -213,7 +213,7 @@ class StreamedModel:
                 self.model.all_tied_weights_keys.pop(target, None)
 
     def _find_aliases(self) -> dict[str, list[str]]:
-        """All names of each tensor that the checkpoint gives, the one that it is read by first."""
+        """All names of each tensor in the checkpoint, first the one that it is read by."""
         by_tensor: dict[int, list[str]] = {}
         for name, tensor in unloaded_tensors(self.model):
             by_tensor.setdefault(id(tensor), []).append(name)
@@ -226,7 +226,7 @@ class StreamedModel:
         return aliases
 
     def at(self, name: str) -> torch.Tensor:
-        """A tensor as it is, perhaps on the meta device."""
+        """The present tensor of that name, which may be on the meta device."""
         return unloaded_tensor(self.model, name)
 
     def _set(self, name: str, tensor: torch.Tensor) -> None:
@@ -243,7 +243,7 @@ class StreamedModel:
 
 
 def empty_model(source: ModelSource) -> PreTrainedModel:
-    """The model as `from_pretrained` makes it, with every tensor on the meta device; no number is read."""
+    """The model of `from_pretrained` with every tensor on the meta device; no weight is read."""
     assert source.headers is not None
     cls: Any = type(source.skeleton)
     given = {name: meta_tensor(dtype, shape) for name, (dtype, shape, _) in source.headers.tensors.items()}
@@ -273,7 +273,7 @@ def empty_model(source: ModelSource) -> PreTrainedModel:
 
 
 def align(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy the tensors of a model that lie in mapped files, at addresses where some CPU kernels round otherwise."""
+    """Copy tensors of mapped files to aligned memory, since some CPU kernels round differently without alignment."""
     for _, tensor in unloaded_tensors(model):
         if tensor.device.type == "cpu" and type(tensor.data) is torch.Tensor and tensor.data_ptr() % _ALIGNMENT:
             tensor.data = tensor.data.clone()
@@ -281,13 +281,13 @@ def align(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _initialize(model: PreTrainedModel, given: set[str], device: torch.device) -> set[str]:
-    """Compute what the checkpoint does not give; returns the names."""
+    """Initialize tensors that are not in the checkpoint; returns their names."""
     lacking = {name for name, tensor in unloaded_tensors(model) if tensor.is_meta and name not in given}
     for name in lacking:
         old = unloaded_tensor(model, name)
         real = torch.empty_like(old, device="cpu")
         put_tensor(model, name, nn.Parameter(real, old.requires_grad) if isinstance(old, nn.Parameter) else real)
-    # The empty model was initialized as a whole.
+    # The empty model is marked as initialized; clear the marks, so that these tensors are computed.
     forget_initialized(model)
     initialize: Any = model.initialize_weights
     initialize()

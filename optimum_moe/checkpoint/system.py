@@ -1,4 +1,4 @@
-"""What operating systems do differently: each call works everywhere, and is faster or surer where the system helps."""
+"""Portable wrappers of system calls: each works on all systems, with optimizations where they are supported."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 _BINARY: int = getattr(os, "O_BINARY", 0)
-"""Windows translates line ends without it."""
+"""Flag without which Windows translates line ends; 0 on other systems."""
 
 
 def open_binary(file: Path) -> int:
-    """A descriptor that reads a file; close it with `os.close`."""
+    """Open a file for reading and return its descriptor; close it with `os.close`."""
     return os.open(file, os.O_RDONLY | _BINARY)
 
 
 def read_at(descriptor: int, buffer: memoryview, start: int) -> int:
-    """Read bytes at a position of a file, at most as many as the buffer takes; returns how many, 0 at the end."""
+    """Read from a position of a file, at most the size of the buffer; returns the number of bytes, 0 at the end."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [buffer], start)
     os.lseek(descriptor, start, os.SEEK_SET)
@@ -34,26 +34,26 @@ def read_at(descriptor: int, buffer: memoryview, start: int) -> int:
 
 
 def expect_reading(descriptor: int, start: int, size: int) -> None:
-    """Have the system fetch a part of a file meanwhile, where it can."""
+    """Ask the system to prefetch a part of a file, if supported."""
     _advise("POSIX_FADV_WILLNEED", descriptor, start, size)
 
 
 def begin_writing(descriptor: int, start: int, size: int) -> None:
-    """Have the disk begin with what was written to a part of a file, where the system can."""
+    """Ask the system to start writing a part of a file to the disk, if supported."""
     _advise("POSIX_FADV_DONTNEED", descriptor, start, size)
 
 
 def _advise(advice: str, descriptor: int, start: int, size: int) -> None:
-    # macOS and Windows have no such call, and no result depends on it.
+    # macOS and Windows do not have this call; it affects only speed.
     advise: Any = getattr(os, "posix_fadvise", None)
     if advise is not None:
         advise(descriptor, start, size, getattr(os, advice))
 
 
-def make_last(path: Path) -> None:
-    """Return when the disk has a file, or the names in a folder, so that a power failure does not lose them."""
+def sync_to_disk(path: Path) -> None:
+    """Sync a file, or the names in a folder, to the disk, so that a power failure does not lose them."""
     if sys.platform == "win32" and path.is_dir():
-        # There a folder cannot be opened; the file system itself keeps names in order.
+        # Windows cannot open folders; its file system keeps names consistent itself.
         return
     descriptor = os.open(path, (os.O_RDWR if sys.platform == "win32" else os.O_RDONLY) | _BINARY)
     try:
@@ -63,7 +63,7 @@ def make_last(path: Path) -> None:
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Take `size` bytes on the disk for an empty file, so that writing to it through a mapping cannot fail.
+    """Reserve `size` bytes on the disk for an empty file, so that writing through a mapping cannot fail.
 
     Raises:
         OSError: If the disk is full.
@@ -72,22 +72,22 @@ def reserve(descriptor: int, size: int) -> None:
     if allocate is not None:
         allocate(descriptor, 0, size)
         return
-    # Zeros take their place like anything else, only slower.
+    # Writing zeros reserves the space too, but takes longer.
     zeros = memoryview(bytes(min(size, 1 << 20)))
     while size:
         size -= os.write(descriptor, zeros[:size])
 
 
 def private_memory(size: int) -> mmap.mmap:
-    """Fresh memory of this process, from the start of a page."""
+    """New page-aligned memory of this process."""
     if sys.platform == "win32":
         return mmap.mmap(-1, size)
-    # Private, so that it counts as memory of this process.
+    # A private mapping is counted as memory of this process.
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def return_freed() -> None:
-    """Give the system back what was freed; every thread that ran the model keeps some for itself otherwise."""
+    """Return freed memory to the system; otherwise the allocator keeps some for every thread."""
     if sys.platform != "linux":
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -97,9 +97,9 @@ def return_freed() -> None:
 
 @contextmanager
 def ended_like_an_interrupt() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP raise `SystemExit`, as Ctrl-C raises an error: by themselves they end a process at once.
+    """Make SIGTERM and SIGHUP raise `SystemExit`, so that files are cleaned up; by default they kill the process.
 
-    Whoever set up something else for a signal keeps it. Only the main thread can do this; in others nothing changes.
+    Handlers that were set before are kept. Only the main thread can set handlers; in other threads nothing changes.
     """
     names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -108,11 +108,11 @@ def ended_like_an_interrupt() -> Iterator[None]:
 
     def end(number: int, frame: Any) -> None:
         if os.getpid() != process:
-            # A fork has nothing to clear up.
+            # A forked process has no files to clean up.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         for other in numbers:
-            # Once is enough: clearing up is not to be disturbed.
+            # Ignore further signals, so that cleanup is not interrupted.
             signal.signal(other, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
@@ -126,7 +126,7 @@ def ended_like_an_interrupt() -> Iterator[None]:
 
 
 def native_path(path: str | os.PathLike[str]) -> str:
-    """A path as the locale spells it: letters that it does not have stand for the bytes that they are in UTF-8."""
+    """A path in the encoding of the locale; characters that it lacks are replaced by their UTF-8 bytes."""
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
@@ -135,13 +135,13 @@ def native_path(path: str | os.PathLike[str]) -> str:
 
 
 def readable_path(path: str | os.PathLike[str]) -> str:
-    """A path as text that can be written, also where the locale cannot spell it."""
+    """A path as printable text, even if the locale cannot encode it."""
     return os.fsencode(native_path(path)).decode("utf-8", "replace")
 
 
 @contextmanager
 def utf8_path(path: Path) -> Iterator[Path]:
-    """A path to the same file or folder for libraries that take every path for UTF-8, whatever the locale says."""
+    """A path to the same file or folder for libraries that assume UTF-8 paths in every locale."""
     if readable_path(path) == str(path):
         yield path
         return

@@ -1,9 +1,8 @@
-"""A digest of a model's values that is cheap to make and the same however they are stored.
+"""A digest of a model's values that is cheap to compute and independent of how they are stored.
 
-It is taken of a seeded sample of every tensor as the model holds it, so that one file, shards, one tensor for each
-expert and a model in memory give the same, and so do two dtypes where both hold the same numbers. Small tensors count
-as a whole; of a large one a thousand numbers here and there, at least two such runs for each entry of a stack of
-experts.
+It covers a seeded sample of every tensor of the model, so it is the same for one file, shards, one tensor per expert
+and a model in memory, and for two dtypes that represent the same values. Small tensors are covered completely, large
+ones by runs of a thousand elements at random positions, at least two runs for each entry of a stack of experts.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ from optimum_moe.checkpoint.reader import ShardReader
 from optimum_moe.checkpoint.shards import bytes_of
 
 WHOLE = 1 << 21
-"""Numbers of a tensor that is taken as a whole."""
+"""Maximum elements of a tensor that is covered completely."""
 SPAN = 1 << 19
-"""Numbers of a larger one among which one run is taken, fewer where there are many experts."""
+"""Elements per run in a larger tensor, fewer if there are many experts."""
 RUN = 1 << 10
-"""Numbers of a run."""
+"""Number of elements in a run."""
 
 Runs = Sequence[tuple[int, int]]
 
 
 def sample_runs(name: str, shape: Sequence[int]) -> Runs:
-    """The first number and the count of each run of a tensor's sample, in the order of its flat numbers."""
+    """Start and length of each run of a tensor's sample, in the order of the flattened tensor."""
     numel = prod(shape)
     if numel <= WHOLE:
         return [(0, numel)]
-    # Gate and up of an expert lie one behind the other.
+    # Gate and up of an expert follow each other.
     span = min(SPAN, numel // (2 * shape[0])) if len(shape) >= 3 else SPAN
     if span <= RUN:
         return [(0, numel)]
@@ -58,8 +57,8 @@ def values_in_memory(model: nn.Module, names: Collection[str], tied: Mapping[str
 
     Args:
         model: The model.
-        names: Its tensors that count.
-        tied: Those that are another one, by their names.
+        names: Names of the covered tensors.
+        tied: Names of tied tensors, with the name of the tensor that they share.
     """
     found = {}
     for path, module in model.named_modules():
@@ -79,17 +78,17 @@ def values_stored(
     tied: Mapping[str, str],
     dtypes: Mapping[str, torch.dtype],
 ) -> list[str]:
-    """The digest of a checkpoint's values as they are stored, and of those that a run loads where these are others.
+    """The digest of a checkpoint's stored values, and of the loaded values if they differ.
 
     Args:
-        checkpoint_tensors: The checkpoint, read in the dtypes that are stored.
-        shards: Where its tensors are.
-        names: The tensors of the model that count.
-        tied: Those that are another one, by their names.
-        dtypes: Those that tensors are loaded in, where they may differ from those that are stored.
+        checkpoint_tensors: The checkpoint, read in its stored dtypes.
+        shards: Reader of its shards.
+        names: Names of the covered tensors of the model.
+        tied: Names of tied tensors, with the name of the tensor that they share.
+        dtypes: Dtypes of loaded tensors, if they may differ from the stored ones.
 
     Raises:
-        ValueError: If a shard is no longer what its header said.
+        ValueError: If a shard no longer matches its header.
     """
     stored, loaded = {}, {}
     for name, like in checkpoint_tensors.tensors.items():
@@ -97,7 +96,7 @@ def values_stored(
             continue
         entries = checkpoint_tensors.entries(name)
         if entries is None:
-            # What a conversion moves or changes has no place of its own in the file.
+            # A tensor that a conversion moves or changes is not one byte range of the file.
             numbers = _sample(name, checkpoint_tensors.read([name])[name])
         else:
             places = [shards.byte_range(part) for entry in entries for part in entry]
@@ -109,7 +108,7 @@ def values_stored(
 
 
 def values_packed(headers: Headers, shards: ShardReader) -> list[str]:
-    """The digest of a quantized checkpoint: of the bytes that are stored, for its values would all have to be made."""
+    """The digest of a quantized checkpoint's stored bytes, since its values would all need dequantization."""
     found = {}
     for name, (_, shape, size) in headers.tensors.items():
         item = size // max(prod(shape), 1)
@@ -124,7 +123,7 @@ def _sample(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _read(places: Sequence[ByteRange], name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """The sample of a tensor whose bytes lie in several places, one behind the other."""
+    """The sample of a tensor whose bytes are the concatenation of several byte ranges."""
     runs = sample_runs(name, shape)
     if prod(shape) * dtype.itemsize != sum(place.size for place in places):
         raise ValueError(f"{places[0].file} was changed since it was opened. Make a new MoECompressor.")
@@ -153,7 +152,7 @@ def _pieces(places: Sequence[ByteRange], runs: Runs, item: int) -> Iterator[Byte
 
 
 def _digest(shape: Sequence[int], numbers: torch.Tensor) -> str:
-    """SHA-256 of a shape and of numbers, floating ones in the one dtype that holds all of the narrower."""
+    """SHA-256 of a shape and of values; floating-point values are cast to one wide dtype first."""
     if numbers.is_complex():
         numbers = torch.view_as_real(numbers)
     if numbers.is_floating_point() and numbers.dtype != torch.float64:
@@ -165,7 +164,7 @@ def _digest(shape: Sequence[int], numbers: torch.Tensor) -> str:
 
 
 def _total(found: Mapping[str, str], tied: Mapping[str, str]) -> str:
-    """SHA-256 of all tensors; one that is another counts once, under the name of the other."""
+    """SHA-256 of all tensor digests; tied tensors are covered once."""
     kept = dict(found)
     for name in found:
         root = name

@@ -1,4 +1,4 @@
-"""Writing the files of a compressed checkpoint."""
+"""Writes weights and config of a compressed checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_moe.checkpoint.origin import all_in_memory
+from optimum_moe.checkpoint.refusals import all_in_memory
 from optimum_moe.checkpoint.stored import StoredModel
 from optimum_moe.hf.carried_code import carry_code
 from optimum_moe.stages.counts import parse_size
@@ -20,10 +20,10 @@ from optimum_moe.surgeons import FoundBlock, config_at, tower_of
 
 
 def choose_shard_size(size: str | int | None, streams: bool) -> str | int:
-    """How large the files of weights may be.
+    """The maximum size of weight files.
 
     Raises:
-        ValueError: If it is no size, or given to a run that writes one file a layer.
+        ValueError: If it is not a size, or is given for a streaming run, which writes one file per layer.
     """
     if size is None:
         return "5GB"
@@ -41,29 +41,29 @@ def write_model(
     max_shard_size: str | int,
     stored: StoredModel | None = None,
 ) -> None:
-    """Weights, and config in every spelling that readers of this architecture know.
+    """Write weights and config, with all equivalent config settings that readers of the architecture know.
 
     Args:
         model: The model.
-        directory: Where to.
-        blocks: Its MoE blocks as they were.
+        directory: Output folder.
+        blocks: Its original MoE blocks.
         max_shard_size: As in transformers.
-        stored: What is to be saved of its tensors; None for what they are.
+        stored: Stored dtypes and values of its tensors; None to save the model's own tensors.
 
     Raises:
         ValueError: If some of its weights are offloaded.
     """
     all_in_memory(model)
     state = None if stored is None else stored.state()
-    # What has the names of a checkpoint already is not to be given them again.
+    # These tensors already have their names in the checkpoint, so skip the renaming.
     save: Any = model.save_pretrained
     save(directory, state_dict=state, max_shard_size=max_shard_size, save_original_format=state is None)
     _spell_out_config(directory, blocks)
 
 
 def describe_model(model: PreTrainedModel, directory: Path, blocks: Sequence[FoundBlock]) -> None:
-    """`write_model` without the weights, for a model whose shards are written already."""
-    # Its first tensor, after which transformers names the dtype, may be stored in another one than the rest.
+    """Write the config as `write_model` does, for a model whose shards are already written."""
+    # transformers takes the config's dtype from the first tensor, which may be stored in another one than the rest.
     dtype = model.config.dtype
     with TemporaryDirectory(dir=directory) as beside, without_bars():
         model.save_pretrained(beside, state_dict={})
@@ -71,7 +71,7 @@ def describe_model(model: PreTrainedModel, directory: Path, blocks: Sequence[Fou
         model.config.save_pretrained(beside)
         carry_code(Path(beside), model.config)
         for path in Path(beside).iterdir():
-            # Only the empty file of weights is of no use.
+            # Remove only the empty file of weights.
             if path.suffix != ".safetensors":
                 path.rename(directory / path.name)
     _spell_out_config(directory, blocks)
@@ -79,7 +79,7 @@ def describe_model(model: PreTrainedModel, directory: Path, blocks: Sequence[Fou
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Keep transformers from showing bars of its own."""
+    """Context without the progress bars of transformers."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -99,9 +99,9 @@ def _spell_out_config(directory: Path, blocks: Sequence[FoundBlock]) -> None:
 
 
 def spell_out(config: Mapping[str, Any], count_fields: set[tuple[str, ...]]) -> dict[str, Any]:
-    """Add the spellings that other versions and runtimes read: every name of the expert count, flat `rope_theta`.
+    """Add the settings that other versions and runtimes read: every name of the expert count, and flat `rope_theta`.
 
-    transformers 5 writes one spelling; transformers 4 then assumes the class's default, with wrong shapes.
+    transformers 5 writes only one name; transformers 4 would then use the class's default and so wrong shapes.
     """
     spelled = {
         key: spell_out(value, count_fields) if isinstance(value, Mapping) and key.endswith("_config") else value
@@ -118,7 +118,7 @@ def spell_out(config: Mapping[str, Any], count_fields: set[tuple[str, ...]]) -> 
 
 
 def set_expert_counts(model: PreTrainedModel, blocks: Sequence[FoundBlock], counts: Mapping[str, int]) -> None:
-    """Tell the configs of a plain model how many experts their blocks have."""
+    """Set the expert counts in the configs of a model with stock classes."""
     towers = {found.info.name: tower_of(model, found) for found in blocks}
     for found in blocks:
         tower = towers[found.info.name]

@@ -142,7 +142,7 @@ class CompressCommand(MoESubcommand):
         args = self.args
         check_text(args.calibration, "--calibration")
         if args.statistics is not None and not Path(args.statistics).is_dir():
-            raise ValueError(f"--statistics {args.statistics} is no folder. Give one that --save-statistics wrote.")
+            raise ValueError(f"--statistics {args.statistics} is not a folder. Give one that --save-statistics wrote.")
         observing = ("calibration", *_CALIBRATION, "save_statistics")
         spelled = {"packing": "--no-packing"}
         given = [

@@ -68,7 +68,7 @@ class MemoryStore:
         self._finished.add(layer.name)
         self._plans |= plans
         if self._stored is not None:
-            self._stored.settle(plans)
+            self._stored.record_dtypes(plans)
 
     def restore(self, layer: Layer) -> None:
         """Do nothing, since a cut layer remains in memory."""

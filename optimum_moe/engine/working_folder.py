@@ -11,7 +11,7 @@ from typing import Any
 
 from optimum_moe.checkpoint.destination import PARTS, owned, remove, working_folder
 from optimum_moe.checkpoint.shards import put_in_place, write_text
-from optimum_moe.checkpoint.system import make_last
+from optimum_moe.checkpoint.system import sync_to_disk
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.statistics import BlockStatistics, Statistics
 
@@ -126,7 +126,7 @@ class WorkingFolder:
             if observed is not None:
                 Statistics(observed).save_pretrained(part)
             for file in part.rglob("*"):
-                make_last(file)
+                sync_to_disk(file)
             put_in_place(part, place)
         finally:
             remove(part)

@@ -398,7 +398,7 @@ def test_a_tokenizer_may_be_named(checkpoint: Path, tmp_path: Path) -> None:
     assert observed(build("qwen3_moe", vocab_size=300), [words(600)], tokenizer=tmp_path).blocks
     assert observed(checkpoint, [words(600)], tokenizer=str(tmp_path)).blocks
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"tokenizer=.*empty' has no files of a tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer=.*empty' has no tokenizer files"):
         observed(checkpoint, [words(600)], tokenizer=str(tmp_path / "empty"))
 
 

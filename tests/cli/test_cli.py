@@ -370,7 +370,7 @@ def test_verify_prints_the_checks_and_says_by_its_status_whether_they_passed(
     assert "config      FAILED (" in text
     status, _, error = run("verify", tmp_path / "nothing")
     assert status == 2
-    assert "is no folder" in error
+    assert "is not a folder" in error
 
 
 def test_released_checkpoints(run: Run, tmp_path: Path):

@@ -66,11 +66,11 @@ def test_arguments_of_the_api_are_named_as_flags(message: str, said: str) -> Non
         (("--text-column", "body"), "Set --text-column."),
         (("--max-shard-size", "huge"), "error: --max-shard-size huge is not a size."),
         (("--max-shard-size", "1GB", "--streaming"), "error: --max-shard-size 1GB is for a run without --streaming"),
-        (("--tokenizer", "nowhere"), "error: nowhere is no folder"),
+        (("--tokenizer", "nowhere"), "error: nowhere is not a folder"),
         (("--max-memory", "1GB"), "error: --max-memory 1GB is for --streaming;"),
         (
             ("--push-to-hub", "a/b/c"),
-            "--push-to-hub a/b/c names no repository. Write it as 'name' or 'user/name'.",
+            "--push-to-hub a/b/c is not a repository name. Use 'name' or 'user/name'.",
         ),
         (("--share", 0.5), "error: --share is no size for the recipe 'reap', which takes"),
     ],
@@ -164,12 +164,12 @@ assert not {{"torch", "transformers"}} & set(sys.modules)
     lines = done.stdout.splitlines()
     assert len(lines) == len(MISTYPED)
     assert all(line.startswith("2 1 error: ") for line in lines), done.stdout
-    assert "tini is no folder" in lines[0]
-    assert "models/tini is no folder; did you mean 'models/tiny'? Give a Hub id such as" in lines[1]
+    assert "tini is not a folder" in lines[0]
+    assert "models/tini is not a folder; did you mean 'models/tiny'? Give a Hub id such as" in lines[1]
     assert "fetch a Hub model of that name first: hf download models/tini" in lines[1]
     assert "No recipe file none.yaml" in lines[3]
     assert f"--calibration corpus.txt: there is no such file (the working directory is {tmp_path})" in lines[5]
-    assert "--statistics nowhere is no folder" in lines[8]
+    assert "--statistics nowhere is not a folder" in lines[8]
 
 
 def test_names_of_models_and_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_names_of_models_and_data_sets(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("here", "org/model", "org/model-v1.2_x"):
         check_checkpoint_name(name)
     for name in ("here/model", "model", "org/a/b", "~/model", "file.txt", "org/model/", "a b/c", "org/..", ""):
-        with pytest.raises(ValueError, match="is no folder"):
+        with pytest.raises(ValueError, match="is not a folder"):
             check_checkpoint_name(name, tmp_path)
     # What was fetched before is known, also beside a folder of that name.
     (tmp_path / "models--here--model").mkdir()
@@ -287,7 +287,7 @@ def test_evaluate_another_column_with_another_tokenizer(run: Run, checkpoint: Pa
     assert status == 0, err
     assert "perplexity" in out
     status, _, err = run(*common, "--text-column", "body", "--tokenizer", tmp_path / "tokenzer")
-    assert (status, f"tokenzer is no folder; did you mean '{tmp_path / 'tokenizer'}'?" in err) == (2, True)
+    assert (status, f"tokenzer is not a folder; did you mean '{tmp_path / 'tokenizer'}'?" in err) == (2, True)
 
 
 def test_calibration_that_nothing_reads_is_said(run: Run, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:

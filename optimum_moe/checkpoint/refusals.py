@@ -1,4 +1,4 @@
-"""Models and arguments whose weights are not those of the checkpoint that is looked at: refused by name."""
+"""Refusal of models and arguments whose weights would differ from those in the safetensors files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from optimum_moe.hf.compat import is_compiled, is_compiled_wrapper
 ADAPTER_CONFIG = "adapter_config.json"
 _MERGE = "merge_and_unload()"
 _OTHER_WEIGHTS = {
-    "gguf_file": "it names a GGUF file. Give the checkpoint in safetensors format that it was made from.",
+    "gguf_file": "it names a GGUF file. Give the safetensors checkpoint that it was converted from.",
     "state_dict": "weights come from the checkpoint. Load them into a model, and pass the model instead of its path.",
-    "config": "the checkpoint's own is read. Change its config.json, or load the model and pass that.",
+    "config": "the config comes from the checkpoint. Change its config.json, or load the model and pass that.",
     "quantization_config": "it quantizes while loading. Compress the unquantized weights, and quantize the result.",
     "adapter_kwargs": f"it loads an adapter. Merge it into the weights first, with PEFT's {_MERGE}.",
     "torch_dtype": "transformers 5 calls it dtype=. Pass that.",
 }
-"""Arguments of `from_pretrained` that take weights from elsewhere or make others of them, and what to do instead."""
+"""Remedies by argument of `from_pretrained`, for arguments that replace or change the checkpoint's weights."""
 
 
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` for arguments of `from_pretrained` that give other weights than the safetensors files."""
+    """Raise a `ValueError` for arguments of `from_pretrained` that load other weights than the safetensors files."""
     for name, remedy in _OTHER_WEIGHTS.items():
         if arguments.get(name) is not None:
             raise ValueError(f"{name}= cannot be used to compress a checkpoint: {remedy}")
@@ -39,7 +39,7 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Raise a `ValueError` for a folder with a PEFT adapter, alone or beside the weights that it changes."""
+    """Raise a `ValueError` for a folder with a PEFT adapter, with or without base weights."""
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
         return
@@ -58,10 +58,10 @@ def refuse_adapter(directory: Path) -> None:
 
 
 def check_model(model: Any) -> PreTrainedModel:
-    """The model in memory, if it can be cut as it is and saved as what it computes.
+    """Return a model in memory, if it can be cut and saved.
 
     Raises:
-        ValueError: If it is wrapped, compiled, has an adapter in it, or is no model of transformers at all.
+        ValueError: If it is wrapped, compiled, contains an adapter, or is not a transformers model.
     """
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -76,8 +76,8 @@ def check_model(model: Any) -> PreTrainedModel:
     for name, module in model.named_modules():
         if _is_adapter(module):
             raise ValueError(
-                f"The model in memory has an adapter in it ({name} is a {type(module).__name__}), which saving would "
-                f"keep apart from the weights. Merge it first, with PEFT's {_MERGE}, or load the model without it."
+                f"The model in memory has an adapter in it ({name} is a {type(module).__name__}), which would be saved "
+                f"apart from the weights. Merge it first, with PEFT's {_MERGE}, or load the model without it."
             )
         if is_compiled(module):
             raise ValueError(
@@ -88,15 +88,15 @@ def check_model(model: Any) -> PreTrainedModel:
 
 
 def all_in_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, if all of its weights are in memory: a cut would not reach them elsewhere.
+    """Return a model, if all of its weights are in memory, since offloaded weights cannot be cut.
 
     Raises:
-        ValueError: If some are offloaded.
+        ValueError: If some weights are offloaded.
     """
     away = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if away:
         raise ValueError(
-            f"{len(away)} tensors of the model are offloaded to CPU or disk or have no numbers ({away[0]}, ...), and "
+            f"{len(away)} tensors of the model are offloaded to CPU or disk or have no values ({away[0]}, ...), and "
             "only weights that are in memory can be cut and saved. Leave out device_map= and max_memory= if it fits, "
             'or pass engine="streaming" with output_dir=, which reads one layer at a time.'
         )

@@ -1,4 +1,4 @@
-"""Whether `config.json` of a compressed checkpoint says what its plan and its original say."""
+"""Checks that `config.json` of a compressed checkpoint matches its plan and its original."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def config_failures(
     tensors: Mapping[str, torch.Tensor],
     saved_again: bool,
 ) -> list[str]:
-    """Every setting against plan and original, every spelling of one number, and the structure against the plan.
+    """Check all settings against plan and original, equivalent settings against each other, and the structure.
 
     Args:
-        raw: `config.json` as it stands.
-        config: What transformers makes of it.
+        raw: Content of `config.json`.
+        config: The config as parsed by transformers.
         blocks: The MoE blocks of the model.
-        plan: How they were cut.
-        original: The config of the original, where it is compared with.
-        tensors: The tensors of the model that the checkpoint gives.
-        saved_again: Whether transformers wrote the config since, in its one spelling.
+        plan: The plan of the blocks.
+        original: The config of the original; None if it is not compared.
+        tensors: The tensors of the model that are in the checkpoint.
+        saved_again: Whether transformers saved the config since, which writes only one of the equivalent settings.
     """
     counted = {found.surgeon.count_fields for found in blocks}
     failures = list(_other_spellings(raw, counted, saved_again))
@@ -72,12 +72,12 @@ def _structure_failures(raw: Mapping[str, Any], plan: CompressionPlan, saved_aga
     expected = {} if plan.is_plain else plan.structure()
     stored = dict((structure or {}).get("blocks", {}))
     if saved_again:
-        # Training may drop rows.
+        # Training may drop sparse rows.
         stored, expected = ({name: _without_rows(entry) for name, entry in d.items()} for d in (stored, expected))
     if stored != expected:
         yield "the blocks of quantization_config are not those of the plan"
     if bool(structure) != bool(raw.get("fusion_config")):
-        yield "quantization_config and fusion_config must stand together: stock transformers stops at it"
+        yield "quantization_config and fusion_config must occur together, so that stock transformers refuses to load"
 
 
 def _without_rows(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _setting_failures(
     original: PreTrainedConfig | None,
 ) -> Iterator[str]:
     here, told = settings_of(config), set()
-    # Their own checks know what becomes of these.
+    # These settings have their own checks.
     others = {name for names in counted for name in names} | set(COUNT_FIELDS)
     bases = {"the plan": plan.source.get("config"), "the original": None if original is None else settings_of(original)}
     for what, base in bases.items():
@@ -109,7 +109,7 @@ def _setting_failures(
         if value != read[key] and not isinstance(value, list | Mapping) and key.rpartition(".")[2] not in others:
             yield f"{key} is {json.dumps(value)}, and is read as {json.dumps(read[key])}"
     if original is not None:
-        # One version of transformers names the settings of both.
+        # Both configs come from the same version of transformers, so both have all of its settings.
         known = _flat(spell_out(settings_of(original), counted))
         for key in sorted(read.keys() - known.keys()):
             yield f"{key} is {json.dumps(read[key])}, the original has no such setting"
@@ -131,7 +131,7 @@ def _name_failures(
     said = raw.get("dtype", raw.get("torch_dtype"))
     possible = {name for name, _ in numbers.most_common(1)} | {_name(getattr(original, "dtype", None))}
     if said is not None and _name(said) not in possible:
-        yield f"dtype is {_name(said)}, most numbers are stored in {numbers.most_common(1)[0][0]}"
+        yield f"dtype is {_name(said)}, most elements are stored in {numbers.most_common(1)[0][0]}"
 
 
 def _name(dtype: Any) -> str:
