@@ -327,7 +327,7 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink])
 @pytest.mark.parametrize(
-    "what", ["checkpoint/model-00001-of-00004.safetensors", "state/unit-00000/plan/tensors.safetensors"]
+    "what", ["checkpoint/model-00001-of-00004.safetensors", "state/layer-00000/plan/tensors.safetensors"]
 )
 def test_what_was_damaged_since_is_made_again(
     what: str,
@@ -427,7 +427,7 @@ def test_folders_above_are_made_and_go_again_with_a_failure(tmp_path: Path) -> N
         (beside / "new").touch()
     assert names(out.parent) == ["out"]
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file is a file, so .* cannot be made"):
+    with pytest.raises(ValueError, match=r"file is a file, so .* cannot be created"):
         check_destination(tmp_path / "file" / "out")
 
 

@@ -188,7 +188,7 @@ def test_mtp_layers_that_are_not_like_the_last_block_cannot_be_cut(tmp_path: Pat
     tensors = load_file(file)
     name = "model.layers.3.mlp.experts.7.up_proj.weight"
     save_file({k: t for k, t in tensors.items() if k != name}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"like those of model.layers.2.mlp, and model.layers.3.mlp.experts.* is not"):
+    with pytest.raises(ValueError, match=r"like those of model.layers.2.mlp, but model.layers.3.mlp.experts.* is not"):
         opened(tmp_path / "in", mtp="cut")
     save_file(tensors | {name.replace(".7.", ".8."): tensors[name].clone()}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model.layers.3.mlp.experts.8.up_proj.weight is not"):

@@ -315,7 +315,7 @@ def test_damaged_finished_layers_are_made_again(
     elif damage == "gone":
         shard.unlink()
     else:
-        shutil.rmtree(working / "state" / "unit-00000")
+        shutil.rmtree(working / "state" / "layer-00000")
     assert contents(stream(checkpoint, out)) == undisturbed
 
 

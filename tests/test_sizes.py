@@ -139,7 +139,7 @@ def test_a_config_larger_than_its_weights(folders: Path, name: str, tmp_path: Pa
 def test_a_config_that_belongs_to_other_weights(folders: Path, tmp_path: Path) -> None:
     broken = edited(folders / "original", tmp_path / "broken", lambda config: config.update(moe_intermediate_size=32))
     with pytest.raises(
-        ValueError, match=r"down_proj of shape \(8, 64, 24\), and Qwen3MoeForCausalLM wants \(8, 64, 32\)"
+        ValueError, match=r"down_proj of shape \(8, 64, 24\), but Qwen3MoeForCausalLM needs \(8, 64, 32\)"
     ):
         MoECompressor.from_pretrained(broken, ExpertPruning(num_experts=4, saliency="random"))
 
@@ -184,10 +184,10 @@ def test_a_header_without_tensors(tmp_path: Path) -> None:
 
 
 INDICES: dict[str, tuple[Any, str]] = {
-    "number": ({"a": 5}, "no readable index"),
-    "list": (["a"], "no readable index"),
-    "null": (None, "no readable index"),
-    "nested": ({"a": {"b": 1}}, "no readable index"),
+    "number": ({"a": 5}, "not a readable index"),
+    "list": (["a"], "not a readable index"),
+    "null": (None, "not a readable index"),
+    "nested": ({"a": {"b": 1}}, "not a readable index"),
     "above": ({"a": "../model.safetensors"}, "outside of"),
     "absolute": ({"a": "/model.safetensors"}, "outside of"),
     "empty": ({}, "hold no tensor"),

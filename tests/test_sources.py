@@ -186,7 +186,7 @@ def copied(**how: Any) -> Callable[[Path, Path], dict[str, Any]]:
         (copied(variant="bf16"), r"has neither model.bf16.safetensors nor model.safetensors.index.bf16.json"),
         (
             copied(gguf_file="x.gguf"),
-            r"gguf_file= cannot be used .* GGUF file. Give the checkpoint in safetensors format",
+            r"gguf_file= cannot be used .* GGUF file. Give the safetensors checkpoint",
         ),
         (copied(use_safetensors=False), r"use_safetensors=False loads pickled weights, .* Leave it out"),
         (copied(torch_dtype="bfloat16"), r"torch_dtype= cannot be used .*: transformers 5 calls it dtype=. Pass that"),
