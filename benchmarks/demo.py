@@ -2,7 +2,7 @@
 
     python benchmarks/demo.py [--output out/demo]
 
-Prints one table: bytes on disk, parameters, FLOPs a token and the scores of `optimum_moe.evaluate` for the original,
+Prints one table: bytes on disk, parameters, FLOPs per token and the scores of `optimum_moe.evaluate` for the original,
 the byte budget, M-SMoE and baselines at 50% and 25% of the experts, and a few generated words.
 """
 
@@ -102,7 +102,7 @@ def report(folders: dict[str, Path]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for row in rows:
         print("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
-    print("\nMFLOPs a token; KL and top-1 against the original; choice: the true continuation among four;")
+    print("\nMFLOPs per token; KL and top-1 against the original; choice: the true continuation among four;")
     print("generation: agreement with the original's greedy continuation; loops: share of looping continuations.")
     print(f'\nGreedy continuations of "{PROMPT}":')
     prompt = tokenizer(PROMPT, return_tensors="pt")

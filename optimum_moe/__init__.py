@@ -1,7 +1,7 @@
 """Compress any Mixture-of-Experts model that transformers can load.
 
-Importing this package imports the standard library only; it installs an import hook, so that
-`AutoModel...from_pretrained` loads compressed checkpoints, and gives the public names on first use.
+Importing this package only imports the standard library and installs an import hook, so that
+`AutoModel...from_pretrained` loads compressed checkpoints. Public names are imported on first use.
 """
 
 from __future__ import annotations

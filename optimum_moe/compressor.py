@@ -1,4 +1,4 @@
-"""`MoECompressor`: observe, decide, cut and write, behind four calls."""
+"""`MoECompressor`: preview, calibrate, apply and save, in four calls."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from optimum_moe.statistics import OBSERVATIONS, Statistics
 
 
 class MoECompressor:
-    """Compresses one Mixture-of-Experts model. Make it with `from_pretrained`.
+    """Compresses one Mixture-of-Experts model; create it with `from_pretrained`.
 
     Example:
         ```python
@@ -110,36 +110,37 @@ class MoECompressor:
         progress: bool = True,
         **kwargs: Any,
     ) -> MoECompressor:
-        """Check everything that can be checked from config and headers; no weight is read yet.
+        """Open a model and check all settings against its config and headers; no weight is read yet.
 
         Args:
             model: Hub id, local path, or a `PreTrainedModel` in memory (which is then changed in place).
             recipe: A stage such as `MSMoE(num_experts=8)`, a list of stages, a preset, or the path of a YAML recipe.
             calibration: A `CalibrationConfig`, path of a .txt/.jsonl/.parquet file, list of strings or chats,
-                `datasets.Dataset`, or iterable of model inputs; None for data-free methods.
+                `datasets.Dataset`, or iterable of model inputs; None for data-free recipes.
             engine: `"memory"`, or `"streaming"` for checkpoints larger than memory: layer by layer, interruptible, to
-                `output_dir`; `"auto"` (default) streams with `output_dir` what is larger than the free memory.
+                `output_dir`; `"auto"` (default) streams if `output_dir` is given and the model exceeds the free memory.
             output_dir: Folder that `apply()` writes the checkpoint to; it then returns the path.
-            seed: Seed of the calibration sample (unless `calibration` has its own) and of everything random; default
+            seed: Seed of the calibration sample (unless `calibration` has its own) and of all random choices; default
                 the recipe's, else 0.
             auto_class: Auto class or model class; by default the architecture that the config names.
             tokenizer: Tokenizer or processor, or the folder or Hub id of one; by default the checkpoint's.
-            dtype: Of the weights; `"auto"` (default) keeps the checkpoint's.
+            dtype: Dtype of the weights; `"auto"` (default) keeps the checkpoint's.
             device_map: As in `from_pretrained`.
             dequantize: Compress the bf16 values of an FP8 or MXFP4 checkpoint; the result is not quantized.
-            mtp: What becomes of multi-token-prediction layers, which transformers does not load: `"copy"`, `"cut"`
-                (their experts like those of the last MoE block) or `"drop"`; `"error"` (default) refuses a checkpoint
-                that has some.
-            error_propagation: Observe each layer behind those that are cut already.
-            max_memory: Bytes or a size such as `"20GB"` that tensors may take with streaming; else as in
+            mtp: Handling of multi-token-prediction layers, which transformers does not load: `"copy"`, `"cut"` (their
+                experts like those of the last MoE block) or `"drop"`; `"error"` (default) refuses a checkpoint that
+                has some.
+            error_propagation: Observe each layer on the outputs of the compressed layers before it.
+            max_memory: Maximum bytes for tensors with streaming, or a size such as `"20GB"`; else as in
                 `from_pretrained`.
-            max_shard_size: Of the files that `apply()` writes, default "5GB"; streaming writes one for each layer.
-            overwrite: Allow `output_dir` to be replaced; a streaming run starts anew.
+            max_shard_size: Maximum size of a file that `apply()` writes, default "5GB"; streaming writes one file per
+                layer.
+            overwrite: Allow `output_dir` to be replaced; a streaming run starts again.
             progress: Show progress bars.
-            kwargs: Everything else goes to `from_pretrained` of the model class.
+            kwargs: Further arguments for `from_pretrained` of the model class.
 
         Raises:
-            ValueError: If the model, the settings of a stage, the calibration data or the output folder do not fit.
+            ValueError: If the model, the settings of a stage, the calibration data or the output folder are invalid.
         """
         choose_one("engine", engine, ("auto", "memory", "streaming"))
         recipe = coerce_recipe(recipe)
@@ -155,7 +156,9 @@ class MoECompressor:
         if max_memory is not None and streaming is None:
             source = replace(source, load_arguments={**source.load_arguments, "max_memory": max_memory})
         if error_propagation and not recipe.needs:
-            raise ValueError(f"error_propagation=True is for observed layers, and {recipe.name} needs no data.")
+            raise ValueError(
+                f"error_propagation=True needs a recipe that observes layers, but {recipe.name} needs no data."
+            )
         layers = find_mtp(source, mtp)
         if destination is not None:
             refuse_original(destination, source)
@@ -180,13 +183,13 @@ class MoECompressor:
         return compressor
 
     def preview(self) -> Preview:
-        """Parameters, bytes and FLOPs a token before and after, from config and headers."""
+        """Expected parameters, bytes and FLOPs per token before and after, from config and headers."""
         return description.expected_preview(self.source, self.recipe, self.mtp)
 
     def calibrate(self) -> Statistics:
-        """Observe everything on the calibration data, so that the result serves other recipes too.
+        """Collect all statistics on the calibration data, so that they can be reused with other recipes.
 
-        Gradients are observed where the recipe reads them. `apply()` alone observes only what the recipe reads.
+        Gradients are only collected if the recipe reads them. `apply()` alone only collects what the recipe reads.
 
         Raises:
             ValueError: If there are no calibration data, or they do not fit the model.
@@ -211,14 +214,14 @@ class MoECompressor:
         return batches_for(self.source.skeleton, self.calibration, self.tokenizer)
 
     def apply(self, statistics: Statistics | None = None, plan: CompressionPlan | None = None) -> Any:
-        """Decide and cut.
+        """Compress the model.
 
         Args:
-            statistics: Of an earlier `calibrate()`; by default this calibrates.
+            statistics: Statistics of an earlier `calibrate()`; by default they are collected first.
             plan: Carry out this plan instead of deciding one.
 
         Returns:
-            The compressed model in eval mode, or the path of the checkpoint where `output_dir` was given.
+            The compressed model in eval mode, or the path of the checkpoint if `output_dir` was given.
 
         Raises:
             ValueError: If statistics or plan belong to another model, or weights are offloaded.
@@ -244,7 +247,7 @@ class MoECompressor:
             try:
                 self.plan, observed = run.decide(self.statistics if self.recipe.needs else None, plan)
             except BaseException:
-                # Some blocks may be cut by now: a checkpoint is read again next time, a model in memory is lost.
+                # Some blocks may be cut already: a checkpoint can be read again, a model in memory is lost.
                 if run.has_cut:
                     self._partly_cut, self.model = self.source.live is not None, None
                 raise
@@ -265,13 +268,13 @@ class MoECompressor:
     ) -> Path:
         """Write weights, config, tokenizer or processor, plan, recipe, report and model card.
 
-        Everything is written beside `directory` and renamed at the end.
+        All files are written beside `directory` and renamed at the end.
 
         Args:
-            directory: Where to; must be empty or new unless `overwrite`.
-            overwrite: Replace what is there.
+            directory: Output folder; must be empty or new unless `overwrite`.
+            overwrite: Replace the content of the folder.
             max_shard_size: As in transformers.
-            push_to_hub: Also upload the folder; what was already written to `directory` is only uploaded.
+            push_to_hub: Also upload the folder; a checkpoint that `apply()` wrote to `directory` is only uploaded.
             repo_id: Hub repository, by default the name of the folder.
             token: Hub token.
 
@@ -279,7 +282,7 @@ class MoECompressor:
             The folder.
 
         Raises:
-            ValueError: If `apply()` was not called, or the folder cannot be written.
+            ValueError: If `apply()` was not called before, or the folder cannot be written.
         """
         if self.model is None or self.plan is None:
             raise ValueError("Nothing to save yet. Call apply() first.")
@@ -297,7 +300,7 @@ class MoECompressor:
         return directory
 
     def _write(self, directory: Path, overwrite: bool, max_shard_size: str | int) -> Path:
-        """Write the model to a folder that is owned."""
+        """Write the model to a folder that this run has locked."""
         assert self.model is not None
         check_space(directory, sum(p.numel() * p.element_size() for p in self.model.parameters()))
         with written_beside(directory, overwrite) as beside:
@@ -307,7 +310,7 @@ class MoECompressor:
         return directory
 
     def _describe(self, beside: Path, name: str) -> None:
-        """Write what stands beside the weights in a checkpoint called `name`."""
+        """Write the files beside the weights of a checkpoint called `name`."""
         assert self.plan is not None
         assert self.model is not None
         if self.streaming is not None:
@@ -322,7 +325,7 @@ class MoECompressor:
         return description.card_facts(self.source, self.recipe, self.plan, self.measured(), type(self.model).__name__)
 
     def _stream(self, batches: CalibrationBatches | None, plan: CompressionPlan | None) -> Path:
-        """`apply()` layer by layer, to the destination."""
+        """Run `apply()` layer by layer, and write to the destination."""
         assert self.streaming is not None
         assert self.output_dir is not None
         used = self.statistics if self.recipe.needs else None
@@ -345,11 +348,11 @@ class MoECompressor:
                 job.complete(self._describe)
             self._written = self.output_dir
         except BaseException:
-            # What is finished lies in the working folder: the next call goes on there.
+            # Finished layers are in the working folder, where the next call resumes.
             self.plan, self.model, self._measured = None, None, None
             raise
         finally:
-            # What was observed in this run lay there too.
+            # Statistics of this run were in the working folder too.
             self.statistics = used
         return self.output_dir
 
@@ -369,7 +372,7 @@ class MoECompressor:
         )
 
     def measured(self) -> Preview:
-        """Like `preview()`, after `apply()`: actual counts, and FLOPs with repeats as they were observed."""
+        """Like `preview()` but after `apply()`: actual counts, and FLOPs with repeated experts counted as observed."""
         if self._measured is not None:
             return self._measured
         assert self.plan is not None

@@ -1,4 +1,4 @@
-"""What is known of an MoE block before any weight is read."""
+"""Sizes of a model and its MoE blocks, from config and headers, before any weight is read."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ class BlockInfo:
         index: Position among the MoE blocks of the model, from 0.
         num_experts: Routed experts (E).
         top_k: Experts that the router selects for a token (K).
-        router_groups: Router groups that the experts are divided into (1 where there is no such limit).
+        router_groups: Number of router groups (1 if there are none).
         intermediate_size: Neurons of one expert (I).
         hidden_size: Width of the residual stream (H).
         expert_parameters: Parameters of one routed expert.
         expert_multiply_adds: Multiply-adds of one routed expert on one token.
-        router_parameters: Parameters that the router holds for one expert.
-        router_groups_used: Router groups that one token may choose experts from.
-        stack: Which input's padding mask belongs to the tokens of this block.
-        fixed_router: Why the block cannot choose from fewer ids than it does; empty where it can.
-        no_factors: Why its experts cannot be kept in factors; empty where they can.
-        expert_itemsize: Bytes of one number of a matrix of a routed expert, as stored; of the smallest expert where
-            they differ.
-        bias_itemsize: Bytes of one number of its biases, likewise.
-        router_itemsize: Bytes of one number of the router, as stored.
+        router_parameters: Parameters of the router per expert.
+        router_groups_used: Number of router groups from which a token may select experts.
+        stack: Whether the block sees tokens of the encoder or the decoder, and so its padding mask.
+        fixed_router: Reason why ids cannot be removed from the router; empty if they can.
+        no_factors: Reason why its experts cannot be factorized; empty if they can.
+        expert_itemsize: Stored bytes per element of a routed expert's matrices; of the smallest expert if they differ.
+        bias_itemsize: Stored bytes per element of a routed expert's biases, likewise.
+        router_itemsize: Stored bytes per element of the router.
     """
 
     name: str
@@ -51,21 +50,21 @@ class BlockInfo:
     router_itemsize: float = 0.0
 
     def bytes_of_experts(self, number: float, parameters: float) -> float:
-        """Bytes that a number of experts take whose matrices and biases store so many parameters."""
+        """Bytes of `number` experts whose matrices and biases have `parameters` parameters in total."""
         biases = number * (self.expert_parameters - self.expert_multiply_adds)
         return (parameters - biases) * self.expert_itemsize + biases * self.bias_itemsize
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model before any weight is read.
+    """Sizes of a model, known before any weight is read.
 
     Args:
         blocks: Its MoE blocks.
         parameters: Parameters of the whole model, tied ones once.
         bytes: Bytes of the whole checkpoint.
-        header_bytes: What the headers of its files take at most, however they are cut into shards.
-        before: The model before the first stage of a recipe; None for that one itself.
+        header_bytes: Maximum bytes of the headers of its files, for any number of shards.
+        before: The model before the first stage of a recipe; None if this is that model.
     """
 
     blocks: tuple[BlockInfo, ...]
@@ -80,7 +79,7 @@ class ModelInfo:
         return self.before or self
 
     def with_experts(self, counts: Mapping[str, int], removed_bytes: float = 0.0) -> ModelInfo:
-        """The model whose blocks have these numbers of experts, `removed_bytes` smaller than the original."""
+        """The model with these expert counts by block, `removed_bytes` smaller than the original."""
         blocks = tuple(replace(block, num_experts=counts[block.name]) for block in self.blocks)
         original = self.original
         return replace(self, blocks=blocks, bytes=int(original.bytes - removed_bytes), before=original)

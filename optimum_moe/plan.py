@@ -1,8 +1,8 @@
-"""The plan: what was decided for every MoE block, as frozen data.
+"""The plan: the decisions for every MoE block, as frozen data.
 
-A plan is all that a surgeon needs to cut a block, and all that reload, verification and reports need to know about
-a cut. On disk it is `plan.json` (structure, labels, dominant experts, the stages) and `plan/tensors.safetensors` (merge
-weights, permutations, router weights, kept neurons). The factors of matrices lie in the checkpoint and nowhere else.
+A plan contains all that a surgeon needs to cut a block, and all that loading, verification and reports need to know
+about the cut. On disk it is `plan.json` (structure, labels, dominant experts, stages) and `plan/tensors.safetensors`
+(merge weights, permutations, router weights, kept neurons). The factors of matrices are only in the checkpoint.
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ _FITTED = tuple(f.name for f in fields(RouterFit))
 class BlockPlan:
     """The decision for one MoE block of E routed experts, of which G remain.
 
-    Groups are numbered by ascending index of their reference expert, so that a plan that keeps everything is the
-    identity and the experts of one router group stay together.
+    Groups are numbered by ascending index of their reference expert, so that a plan that keeps all experts is the
+    identity, and the experts of one router group remain together.
 
     Args:
         name: Module path of the block.
         labels_E: Group of each expert, -1 for a pruned expert.
-        dominants_G: The dominant expert of each group: the most frequent one, which its members are aligned to. None
-            where no expert of a group counts more than the others; the first one is the reference then.
+        dominants_G: The dominant expert of each group: the most frequent one, to which its members are aligned. None if
+            groups have no dominant expert; the first expert of a group is then its reference.
         routing: `"map"` keeps the router and maps its E ids to the groups; `"reduce"` gives the router G rows.
         merge_weights_E: (E,) float64, sums to 1 in every group, 0 for pruned experts.
         permutations_EI: (E, I) int64; expert e enters the merge with its neurons in the order `permutations_EI[e]`.
-            None leaves every expert as it is.
+            None for no permutation.
         router_weights_E: (E,) float64, weight of each expert's router row in its group's row; `"reduce"` only.
-        router_fit: Router entries that were fitted, in place of the weighted ones; `"reduce"` only.
-        factors: The G experts in the formats that they are stored in, None where they stay as they are.
-        sizes: Their specification; what a plan that was read back knows of them.
-        neurons: Neurons that each expert keeps (None for all of them); likewise.
-        digest: Of each tensor that no original gives (factors, sparse rows, shared bases), by its name; likewise.
-        stable_rank: Mean stable rank of the experts' matrices before and after they were merged, where both are known.
+        router_fit: Fitted router entries, which replace the weighted ones; `"reduce"` only.
+        factors: The G experts in their stored formats; None for dense experts, and for a plan that was read from disk.
+        sizes: Specification of the stored formats, which is also on disk.
+        neurons: Indices of the neurons that each expert keeps (None for all), which are also on disk.
+        digest: SHA-256 by name of each tensor that the original does not have (factors, sparse rows, shared bases),
+            also on disk.
+        stable_rank: Mean stable rank of the experts' matrices before and after merging, if both are known.
     """
 
     name: str
@@ -71,7 +72,7 @@ class BlockPlan:
             object.__setattr__(self, "neurons", tuple(expert.neurons for expert in self.factors.experts))
         if self.sizes is not None and len(self.sizes.widths) != self.num_groups:
             raise ValueError(
-                f"Plan for {self.name}: {len(self.sizes.widths)} experts have sizes, and {self.num_groups} remain."
+                f"Plan for {self.name}: {len(self.sizes.widths)} experts have sizes, but {self.num_groups} remain."
             )
         if self.routing not in ("map", "reduce"):
             raise ValueError(f"Plan for {self.name}: routing must be 'map' or 'reduce', got {self.routing!r}.")
@@ -94,7 +95,7 @@ class BlockPlan:
     def _check_tensors(self) -> None:
         experts, weights_E = self.num_experts, self.merge_weights_E
         if weights_E.shape != (experts,) or not bool(((weights_E >= 0) & weights_E.isfinite()).all()):
-            raise ValueError(f"Plan for {self.name}: merge_weights_E must hold {experts} numbers from 0.")
+            raise ValueError(f"Plan for {self.name}: merge_weights_E must hold {experts} nonnegative values.")
         slots_E = torch.tensor(self.labels_E).where(torch.tensor(self.labels_E) >= 0, self.num_groups)
         sums_G = torch.zeros(self.num_groups + 1, dtype=torch.float64).index_add_(0, slots_E, weights_E.double())
         wanted_G = torch.ones_like(sums_G).index_fill_(0, torch.tensor([self.num_groups]), 0.0)
@@ -114,24 +115,24 @@ class BlockPlan:
         if self.routing == "reduce" and self.router_weights_E is None and not self.keeps_all:
             raise ValueError(f'Plan for {self.name}: routing="reduce" needs router_weights_E.')
         if self.router_weights_E is not None and self.router_weights_E.shape != (experts,):
-            raise ValueError(f"Plan for {self.name}: router_weights_E must hold {experts} numbers.")
+            raise ValueError(f"Plan for {self.name}: router_weights_E must hold {experts} values.")
         ranks = self.stable_rank
         if ranks is not None and (len(ranks) != 2 or any(not 0 <= float(rank) < float("inf") for rank in ranks)):
-            raise ValueError(f"Plan for {self.name}: stable_rank must hold two numbers from 0, got {ranks!r:.80}.")
+            raise ValueError(f"Plan for {self.name}: stable_rank must hold two nonnegative values, got {ranks!r:.80}.")
 
     @property
     def num_experts(self) -> int:
-        """Routed experts before the cut (E)."""
+        """Number of routed experts before the cut (E)."""
         return len(self.labels_E)
 
     @property
     def num_groups(self) -> int:
-        """Routed experts after the cut (G)."""
+        """Number of routed experts after the cut (G)."""
         return max(self.labels_E, default=-1) + 1 if self.dominants_G is None else len(self.dominants_G)
 
     @property
     def references_G(self) -> tuple[int, ...]:
-        """The expert of each group that its members are aligned to: the dominant one, else the first."""
+        """The expert to which the members of each group are aligned: the dominant one, else the first."""
         if self.dominants_G is not None:
             return self.dominants_G
         return tuple(self.labels_E.index(group) for group in range(self.num_groups))
@@ -143,17 +144,17 @@ class BlockPlan:
 
     @property
     def is_identity(self) -> bool:
-        """True if every expert stays as it is."""
+        """True if the block is not changed at all."""
         return self.keeps_all and self.sizes is None
 
     @property
     def needs_guard(self) -> bool:
-        """True if a stock model could take what is stored of the block for its own, and fill in the rest at random."""
+        """True if a stock model could load the stored block without an error and initialize the rest randomly."""
         return self.sizes is not None or (self.routing == "map" and not self.keeps_all)
 
     @property
     def keeps_experts(self) -> bool:
-        """True if every expert that remains is one of the originals, unmixed and with its neurons in their order."""
+        """True if every remaining expert is an original one, neither merged nor permuted."""
         if self.sizes is not None:
             return False
         alone_E = torch.zeros(self.num_experts, dtype=torch.float64)
@@ -166,12 +167,12 @@ class BlockPlan:
         return torch.equal(kept_GI, torch.arange(kept_GI.shape[-1]).expand_as(kept_GI))
 
     def members(self, group: int) -> list[int]:
-        """The experts of a group, its reference first."""
+        """The experts of a group, with its reference first."""
         reference = self.references_G[group]
         return [reference] + [e for e, label in enumerate(self.labels_E) if label == group and e != reference]
 
     def with_forms_of(self, following: BlockPlan) -> BlockPlan:
-        """This plan, followed by one that keeps all experts that it leaves, in other forms.
+        """This plan, followed by one that keeps all remaining experts in other formats.
 
         Raises:
             ValueError: If the other plan merges or removes experts.
@@ -192,12 +193,12 @@ class BlockPlan:
 
 
 def is_expressible(counts: Mapping[str, int], unchanged: Collection[str], towers: Mapping[str, str | None]) -> bool:
-    """Whether configs can say how many experts each block has.
+    """Whether configs can express the number of experts of each block.
 
     Args:
-        counts: Experts that remain, by block.
-        unchanged: Blocks that keep all of theirs.
-        towers: Path of the config that counts the experts of each block, None for none; `{}` for one and the same.
+        counts: Number of remaining experts by block.
+        unchanged: Blocks that keep all experts.
+        towers: Path of the config with the expert count of each block, None for none; `{}` if all have the same.
     """
     by_tower: dict[str | None, set[int]] = {}
     for name, count in counts.items():
@@ -209,7 +210,7 @@ def is_expressible(counts: Mapping[str, int], unchanged: Collection[str], towers
 
 
 def keep_all(name: str, num_experts: int, routing: Routing = "reduce") -> BlockPlan:
-    """The plan that leaves a block as it is."""
+    """The plan of an unchanged block."""
     every = tuple(range(num_experts))
     ones_E = torch.ones(num_experts, dtype=torch.float64)
     return BlockPlan(name, every, every, routing, ones_E, router_weights_E=ones_E if routing == "reduce" else None)
@@ -217,14 +218,14 @@ def keep_all(name: str, num_experts: int, routing: Routing = "reduce") -> BlockP
 
 @dataclass(frozen=True, eq=False)
 class CompressionPlan:
-    """The decisions for all MoE blocks of one checkpoint, with what they were made from.
+    """The plans of all MoE blocks of one checkpoint, and the record of how they were decided.
 
     Args:
         blocks: One `BlockPlan` for each MoE block, by module path.
-        stages: Name and settings of each stage that decided, in order.
+        stages: Name and settings of each stage of the recipe, in order.
         source: Identity of the checkpoint: architecture, name, number of experts of each block.
-        calibration: Record of the calibration data (None for data-free methods).
-        seed: Seed of everything random in the decision.
+        calibration: Record of the calibration data (None for data-free recipes).
+        seed: Seed of all random choices.
     """
 
     blocks: Mapping[str, BlockPlan]
@@ -235,7 +236,7 @@ class CompressionPlan:
 
     @property
     def is_plain(self) -> bool:
-        """True if stock transformers classes can hold the result: no map or factors, one count for all of a config."""
+        """True if stock transformers classes can load the result: no map, no factors, one count per config."""
         if any(plan.sizes is not None for plan in self.blocks.values()):
             return False
         mapped = any(plan.routing == "map" and not plan.keeps_all for plan in self.blocks.values())
@@ -244,7 +245,7 @@ class CompressionPlan:
         return not mapped and is_expressible(counts, unchanged, self.source.get("towers", {}))
 
     def structure(self) -> dict[str, dict[str, Any]]:
-        """Sizes and routing of every changed block: what rebuilds the model without its weights."""
+        """Sizes and routing of every changed block, from which the model is rebuilt without its weights."""
         return {
             name: {"num_experts": plan.num_experts, "num_groups": plan.num_groups, "routing": plan.routing}
             | ({} if plan.sizes is None else {"factors": plan.sizes.to_dict()})
@@ -291,17 +292,17 @@ class CompressionPlan:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> CompressionPlan:
-        """Read a plan back.
+        """Read a plan from a folder.
 
         Raises:
-            ValueError: If the folder has no plan, or a broken one, or one of another format version.
+            ValueError: If the folder has no plan, a broken one, or one of another format version.
         """
         record, tensors = read_record(Path(directory), PLAN_NAME)
         try:
             blocks = {block["name"]: _read_block(block, index, tensors) for index, block in enumerate(record["blocks"])}
             return cls(blocks, record["stages"], record["source"], record["calibration"], record["seed"])
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"The plan in {directory} is broken ({error}). Copy it again, or make it anew.") from error
+            raise ValueError(f"The plan in {directory} is broken ({error}). Copy or create it again.") from error
 
 
 def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torch.Tensor]) -> BlockPlan:

@@ -1,4 +1,4 @@
-"""Recipes: stages in order, each with its settings, and calibration settings, as a preset name or a YAML file."""
+"""Recipes: an ordered list of stages and calibration settings, as a preset or a YAML file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from optimum_moe.statistics import NO_SAMPLE
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do, as it is written beside the weights.
+    """A recipe, which is also saved with the compressed checkpoint.
 
     Args:
         stages: The stages, in order.
-        calibration: Settings of `CalibrationConfig`, without the source where the user gives it.
+        calibration: Settings of `CalibrationConfig`; the source is left out if the user gives it.
         seed: Seed of the run.
 
     Raises:
@@ -45,7 +45,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Names of the stages."""
+        """Names of the stages, joined by plus signs."""
         return " + ".join(stage.name for stage in self.stages)
 
     @property
@@ -55,36 +55,36 @@ class Recipe:
 
     @property
     def gradient_draws(self) -> int:
-        """Backward passes over the calibration data: one where a stage needs gradients.
+        """Number of backward passes over the calibration data: one if a stage needs gradients, else none.
 
-        Four gave hardly better choices, and take four times the backward passes and the memory.
+        Four passes hardly improved the results, at four times the cost in time and memory.
         """
         return int("gradients" in self.needs)
 
     @property
     def sample_size(self) -> int:
-        """Tokens of each block that are to be sampled."""
+        """Number of tokens to sample at each block."""
         sizes = [stage.sample_size for stage in self.stages if "sample" in stage.needs]
         return max(sizes, default=self.stages[0].sample_size)
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether all blocks have to be observed before the first one is decided."""
+        """Whether all blocks must be observed before the first one is decided."""
         return any(stage.is_adaptive for stage in self.stages)
 
     @property
     def reads_experts(self) -> bool:
-        """Whether deciding a block takes the weights of its experts."""
+        """Whether the decision on a block reads the weights of its experts."""
         return len(self.stages) > 1 or self.stages[0].reads_experts
 
     @property
     def knows_size(self) -> bool:
-        """Whether `costs` says what will be stored, and not only what may be."""
+        """Whether `costs` is exact; otherwise it gives an upper bound."""
         return all(stage.knows_size for stage in self.stages)
 
     @property
     def routing(self) -> Routing:
-        """How the router reaches what remains."""
+        """How the router reaches the remaining experts."""
         return next((stage.routing for stage in self.stages if stage.routing is not None), "map")
 
     def settings(self) -> tuple[Mapping[str, Any], ...]:
@@ -95,13 +95,13 @@ class Recipe:
         """Check all settings against a model, before any weight is read.
 
         Raises:
-            ValueError: If one is impossible.
+            ValueError: If a setting is impossible for the model.
         """
         for stage, entering, _ in self.walk(model):
             stage.check(entering)
 
     def walk(self, model: ModelInfo) -> Iterator[tuple[Stage, ModelInfo, Mapping[str, BlockCost]]]:
-        """Each stage with the model as it enters it, as far as config and headers tell, and what its experts cost."""
+        """Yield each stage with the model before it and the cost of its experts, from config and headers."""
         costs = {block.name: BlockCost.of(block) for block in model.blocks}
         entering = model
         for stage in self.stages:
@@ -112,14 +112,14 @@ class Recipe:
             entering = model.with_experts(counts, removed_bytes=saved)
 
     def costs(self, model: ModelInfo) -> Mapping[str, BlockCost]:
-        """What the routed experts of each block cost after the last stage."""
+        """Cost of the routed experts of each block after the last stage."""
         stage, entering, costs = list(self.walk(model))[-1]
         return {block.name: stage.cost(entering, block, costs[block.name]) for block in entering.blocks}
 
     def as_used(self, plan: CompressionPlan) -> Recipe:
-        """The recipe to write beside a checkpoint: with the sample and seed of its plan, without folders of the user's.
+        """The recipe to save with a checkpoint: with the calibration and seed of its plan, without local paths.
 
-        What was sampled may be other than the recipe says: from a `CalibrationConfig`, or from earlier statistics.
+        The calibration may differ from the recipe's, if it came from a `CalibrationConfig` or earlier statistics.
         """
         calibration = {key: value for key, value in self.calibration.items() if key != "source"}
         if "source" in self.calibration:
@@ -127,12 +127,12 @@ class Recipe:
         record = plan.calibration or {}
         calibration |= {name: record[name] for name in _SAMPLED if record.get(name) is not None}
         if record.get("sequence_length") is not None and record.get("max_tokens") is None:
-            # No limit is not the default.
+            # None (no limit) differs from the default, so it must be written.
             calibration["max_tokens"] = None
         return dataclasses.replace(self, calibration=calibration, seed=plan.seed)
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML document, only settings that differ from their defaults."""
+        """The recipe as a YAML document with only the settings that differ from their defaults."""
         described = [dict(stage.described()) for stage in self.stages]
         record: dict[str, Any] = described[0] if len(described) == 1 else {"stages": described}
         if self.calibration:
@@ -143,11 +143,11 @@ class Recipe:
 
 
 _SAMPLED = ("num_samples", "max_tokens", "sequence_length", "batch_size", "packing", "seed")
-"""What the record of calibration data says of their sample, by the names of `CalibrationConfig`."""
+"""Fields of `CalibrationConfig` that the record of calibration data contains."""
 
 
 def _without_folders(source: Any) -> Any:
-    """A source of calibration data, or a mixture of several, whose files are named without where they lie."""
+    """A source of calibration data, or a mixture, with file names instead of paths."""
     if isinstance(source, Mapping):
         return {_without_folders(part): weight for part, weight in source.items()}
     if isinstance(source, list | tuple):
@@ -167,7 +167,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Args:
         name: Name of a preset (`"m-smoe"`), or path of a `.yaml` file.
         overrides: Settings that replace the recipe's. Each goes to the first stage that has it, or to the one that it
-            names (`"low-rank-sparse.rank"`); one way of saying how much remains replaces the others of its stage.
+            names (`"low-rank-sparse.rank"`); a size setting replaces the other size settings of its stage.
 
     Raises:
         ValueError: If there is no such preset or file, or it has an unknown field.
@@ -176,10 +176,10 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def recipe_record(name: str | Path) -> Mapping[str, Any]:
-    """What a preset or a YAML file says, not yet checked.
+    """The unchecked content of a preset or a YAML file.
 
     Raises:
-        ValueError: If there is no such preset or file, or it holds no mapping.
+        ValueError: If there is no such preset or file, or it is not a YAML mapping.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -192,7 +192,7 @@ def recipe_record(name: str | Path) -> Mapping[str, Any]:
     try:
         record = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"Recipe {name} is no valid YAML: {error}. Correct it.") from error
+        raise ValueError(f"Recipe {name} is not valid YAML: {error}. Correct it.") from error
     if not isinstance(record, Mapping):
         raise ValueError(
             f"Recipe {name} must be a mapping with a field 'stage' or 'stages', got {type(record).__name__}."
@@ -201,7 +201,7 @@ def recipe_record(name: str | Path) -> Mapping[str, Any]:
 
 
 def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from the mapping that its YAML holds; see `load_recipe`."""
+    """A recipe from the mapping in its YAML; see `load_recipe`."""
     rest = dict(record)
     calibration = rest.pop("calibration", None) or {}
     seed = plain(rest.pop("seed", None))
@@ -217,14 +217,14 @@ def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None 
 
 
 def _written_stages(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings of each stage that a recipe has: a list of them, or one that is written flat."""
+    """The settings of each stage of a recipe, which has a list of stages or a single flat one."""
     if "stages" not in record:
         return [record]
     stages = record.pop("stages")
     if record:
         raise ValueError(
-            f"A recipe with 'stages' has no other settings, got {', '.join(map(repr, record))}. Write them with the "
-            "stage that they belong to."
+            f"A recipe with 'stages' has no other settings, got {', '.join(map(repr, record))}. Move them to the stage "
+            "that they belong to."
         )
     if not isinstance(stages, list | tuple) or not stages or not all(isinstance(stage, Mapping) for stage in stages):
         raise ValueError(
@@ -243,7 +243,7 @@ def _stage_class(settings: Mapping[str, Any]) -> type[Stage]:
 
 
 def size_fields(name: str | Path) -> frozenset[str]:
-    """Settings of the stages of a preset or YAML file that say how much remains; empty where a stage is unknown."""
+    """Size settings of the stages of a preset or YAML file; empty if a stage is unknown."""
     known = registered_stages()
     stages = [str(settings.get("stage")) for settings in _written_stages(dict(recipe_record(name)))]
     return frozenset(size for stage in stages if stage in known for size in known[stage].size_fields)
@@ -261,7 +261,7 @@ def _stage(settings: dict[str, Any]) -> Stage:
 
 
 def _override(written: list[dict[str, Any]], overrides: Mapping[str, Any]) -> None:
-    """Replace settings of the stages that they belong to; a size replaces the other sizes that a recipe says."""
+    """Replace settings in the stages that they belong to; a size replaces the other sizes of its stage."""
     found = [(_stage_with(written, name), name.rpartition(".")[2], value) for name, value in overrides.items()]
     for settings, setting, _ in found:
         sizes = _stage_class(settings).size_fields
@@ -273,12 +273,12 @@ def _override(written: list[dict[str, Any]], overrides: Mapping[str, Any]) -> No
 
 
 def _stage_with(written: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The settings of the first stage that has a setting, or of the one that `name` names in front of a dot."""
+    """The settings of the first stage that has the setting `name`, or of the stage named before a dot in it."""
     wanted, _, setting = name.rpartition(".")
     candidates = [settings for settings in written if wanted in ("", settings.get("stage"))]
     if not candidates:
         names = ", ".join(str(settings.get("stage")) for settings in written)
-        raise ValueError(f"{name!r} names the stage {wanted!r}, and the recipe has {names}. Name one of those.")
+        raise ValueError(f"{name!r} names the stage {wanted!r}, but the recipe has {names}. Name one of those.")
     for settings in candidates:
         if setting in _settings_of(_stage_class(settings)):
             return settings
@@ -286,14 +286,14 @@ def _stage_with(written: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def check_fields(given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise a `ValueError` with the nearest match for a field that is not known."""
+    """Raise a `ValueError` with the nearest match for an unknown field."""
     for name in given:
         if name not in known:
             raise unknown_field(name, known)
 
 
 def unknown_field(name: str, known: Sequence[str]) -> ValueError:
-    """The error about a field that is not known, with the nearest match."""
+    """The error for an unknown field, with the nearest match."""
     near = nearest(name, known)
     hint = f"; did you mean {near!r}?" if near else f". Known: {', '.join(sorted(set(known)))}."
     return ValueError(f"Unknown field {name!r}{hint}")
@@ -303,7 +303,7 @@ def coerce_recipe(recipe: Any) -> Recipe:
     """A recipe from a stage, a list of stages, the name of a preset or a path.
 
     Raises:
-        ValueError: If it is none of them.
+        ValueError: If the recipe is none of these.
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -326,7 +326,7 @@ def run_seed(recipe: Recipe, seed: Any) -> int:
     """The user's seed, else the recipe's, else 0.
 
     Raises:
-        ValueError: If it is no integer of at least 0, or too large.
+        ValueError: If it is not an integer of at least 0, or too large.
     """
     seed = next((s for s in (plain(seed), recipe.seed) if s is not None), 0)
     check_seed(seed)
@@ -334,17 +334,18 @@ def run_seed(recipe: Recipe, seed: Any) -> int:
 
 
 def calibration_config(recipe: Recipe, calibration: Any, seed: Any = None) -> CalibrationConfig | None:
-    """How to calibrate: what the user says, completed by the recipe and by the sample that its stages want.
+    """The calibration config of a run: the user's settings, completed by the recipe and the needs of its stages.
 
-    The seed is the user's: of the config, else of the run; else the recipe's: of its calibration, else its own; else 0.
+    The seed is that of the user's config, of the user's run, of the recipe's calibration, of the recipe, or 0, in this
+    order.
 
     Args:
         recipe: The recipe.
         calibration: The user's source or config, None for the recipe's.
-        seed: That the user gives for the run.
+        seed: The user's seed of the run.
 
     Returns:
-        None where there is no source.
+        The config, None if there is no source.
 
     Raises:
         ValueError: If a field is unknown or out of range.

@@ -16,8 +16,8 @@ FORMAT_VERSION = 1
 
 
 def tensors_file(directory: Path, name: str) -> Path:
-    """Where the tensors of a record lie: in a folder of their own, because quantizers and servers take every
-    safetensors file beside a model for its weights.
+    """Path of a record's tensors: in a subfolder, because quantizers and servers take every safetensors file beside a
+    model for its weights.
     """
     return directory / name / "tensors.safetensors"
 
@@ -33,7 +33,7 @@ def write_record(directory: Path, name: str, record: Mapping[str, Any], tensors:
 
 
 def share_as_new(folder: Path) -> None:
-    """Give every file in a folder the permissions that new files have; safetensors makes its own the owner's only."""
+    """Give all files in a folder the default permissions; safetensors creates files that only the owner can read."""
     probe = folder / ".permissions"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -44,7 +44,7 @@ def share_as_new(folder: Path) -> None:
 
 
 def digest(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of everything that a record says."""
+    """SHA-256 of the whole content of a record."""
     found = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for key, tensor in sorted(tensors.items()):
         found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -53,33 +53,33 @@ def digest(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> st
 
 
 def read_digest(directory: Path, name: str) -> str:
-    """What `digest` gave when the record was written."""
+    """The digest that was saved with the record."""
     return str(json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))["digest"])
 
 
 def read_record(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read what `write_record` wrote.
+    """Read a record that `write_record` wrote.
 
     Raises:
-        ValueError: If a file is missing or broken, was changed by hand, or written in another format version.
+        ValueError: If a file is missing, broken, changed, or of another format version.
     """
     path = directory / f"{name}.json"
     if not path.is_file():
-        raise ValueError(f"No {path.name} in {directory}. Give a folder that optimum_moe wrote one to.")
+        raise ValueError(f"No {path.name} in {directory}. Give a folder with one that optimum_moe wrote.")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version, written = record["format_version"], record.pop("digest")
         tensors = load_file(tensors_file(directory, name))
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"The {name} in {directory} is broken ({error}). Copy it again, or make it anew.") from error
+        raise ValueError(f"The {name} in {directory} is broken ({error}). Copy or create it again.") from error
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version={version}, this version of optimum_moe reads {FORMAT_VERSION}. "
-            "Install the version that wrote it, or make it anew."
+            "Install the version that wrote it, or create it again."
         )
     if written != digest(record, tensors):
         raise ValueError(
-            f"The {name} in {directory} is not what was written there: a file was changed or replaced. Restore "
+            f"The {name} in {directory} does not match its digest: a file was changed or replaced. Restore "
             f"{path.name} and {name}/tensors.safetensors."
         )
     return record, tensors

@@ -1,4 +1,4 @@
-"""`Statistics`: what was observed on calibration data, reusable over ratios and methods."""
+"""`Statistics`: observations on calibration data, reusable with other sizes and recipes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ OBSERVATIONS: Mapping[str, tuple[str, ...]] = {
     "sample": ("reservoir",),
     "gradients": (),
 }
-"""What can be observed of a block, and the fields of `BlockStatistics` with it; gradients are part of the sample."""
+"""Fields of `BlockStatistics` by observation; gradients are part of the sample."""
 OBSERVATION_OF: Mapping[str, str] = {
     field: name for name, fields_ in OBSERVATIONS.items() for field in fields_ if field != "reservoir"
 }
-"""The observation that a field belongs to."""
+"""Observation by field of `BlockStatistics`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +39,11 @@ class Reservoir:
 
     Args:
         router_input_SH: (S, H) input of the router.
-        experts_input_SH: (S, H) input of the experts; the same tensor where the two are equal.
-        index_SK: (S, K) selected experts; an id >= E is no routed expert.
+        experts_input_SH: (S, H) input of the experts; the same tensor if the two are equal.
+        index_SK: (S, K) selected experts; an id >= E is not a routed expert.
         weights_SK: (S, K) routing weights.
-        gradient_SJH: (S, J, H) gradient of the loss, summed over tokens, at the weighted sum of the selected experts,
-            for each of J draws of the labels from the model's own predictions; None where no backward pass ran.
+        gradient_SJH: (S, J, H) gradient of the loss, summed over tokens, with respect to the weighted sum of the
+            selected experts, for each of J draws of labels from the model's predictions; None without backward passes.
     """
 
     router_input_SH: torch.Tensor
@@ -91,12 +91,12 @@ class BlockStatistics:
 
     @property
     def sums(self) -> list[str]:
-        """Names of the fields that were observed, without the sample."""
+        """Names of the observed fields, without the sample."""
         return [name for name in _SUMS if getattr(self, name) is not None]
 
     @property
     def num_experts(self) -> int:
-        """Routed experts (E)."""
+        """Number of routed experts (E)."""
         return len(self.token_count_E)
 
     @property
@@ -110,7 +110,7 @@ class BlockStatistics:
         return tuple((self.token_count_E == 0).nonzero()[:, 0].tolist())
 
     def broken(self, gradients: bool) -> str | None:
-        """Which gradients, or which sums, are NaN or infinite, the first on the way through the block; or None."""
+        """Description of the first gradients or sums in the block that are NaN or infinite; None if all are finite."""
         sums: dict[str, torch.Tensor | None]
         if gradients:
             sums = {"gradients of the loss": self._gradient_sum_E}
@@ -143,15 +143,15 @@ class BlockStatistics:
 
     @property
     def silent(self) -> tuple[int, ...]:
-        """Experts that gave zeros for all their tokens."""
+        """Experts whose outputs are zero for all their tokens."""
         return tuple(((self.token_count_E > 0) & (self.output_sq_sum_E == 0)).nonzero()[:, 0].tolist())
 
     def mean_distinct(self, labels_E: tuple[int, ...]) -> float:
-        """Mean number of distinct groups a token runs when experts map to `labels_E`, from the reservoir's tokens."""
+        """Mean number of distinct groups per sampled token, if experts map to `labels_E`."""
         return self.mean_of_distinct(labels_E, [1] * (max(labels_E, default=-1) + 1))
 
     def mean_of_distinct(self, labels_E: tuple[int, ...], values_G: Sequence[float]) -> float:
-        """Mean over the reservoir's tokens of the sum of a value over the distinct groups that a token runs."""
+        """Mean over the sampled tokens of the sum of `values_G` over the distinct groups of a token."""
         padded = torch.tensor([*labels_E, -1])
         groups_SK = padded[self.reservoir.index_SK.clamp(max=len(labels_E))].sort(dim=-1).values
         new_SK = groups_SK >= 0
@@ -161,8 +161,8 @@ class BlockStatistics:
 
 
 NO_SAMPLE = (
-    "The method looks at tokens of each block as they are, and reservoir_tokens=0 keeps none. Calibrate with "
-    "reservoir_tokens=None for as many as it wants."
+    "The recipe needs sampled tokens of each block, but reservoir_tokens=0 keeps none. Calibrate with "
+    "reservoir_tokens=None for the number that it needs."
 )
 
 _SUMS = tuple(f.name for f in fields(BlockStatistics) if f.name not in ("num_tokens", "reservoir"))
@@ -174,11 +174,11 @@ class Statistics:
     """Statistics of all MoE blocks of one model on one set of calibration data.
 
     Args:
-        blocks: By module path.
+        blocks: Statistics of each block by module path.
         calibration: Record of the data: sources, token count, hash, seed.
-        source: Identity of the observed model; methods refuse statistics of another one.
-        unseen: What to do about experts without tokens.
-        memo: What methods computed from them and the model, so that another size does not compute it again; not saved.
+        source: Identity of the observed model; statistics of another model are refused.
+        unseen: Policy for experts without tokens.
+        memo: Cached profiles of stages, so that another size does not compute them again; not saved.
     """
 
     blocks: Mapping[str, BlockStatistics]
@@ -188,8 +188,8 @@ class Statistics:
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def check_finite(self) -> None:
-        """Raise a `ValueError` that names block and experts if something observed is NaN or infinite."""
-        # Where activations overflow in one block, gradients are NaN in those before.
+        """Raise a `ValueError` with block and experts if any observation is NaN or infinite."""
+        # If activations overflow in one block, gradients are NaN in the blocks before it.
         for gradients in (False, True):
             found = ((name, block.broken(gradients)) for name, block in self.blocks.items())
             broken = {name: what for name, what in found if what is not None}
@@ -198,7 +198,7 @@ class Statistics:
             (name, what), behind = next(iter(broken.items())), len(broken) - 1
             more = f", and in {behind} other blocks" if behind else ""
             raise ValueError(
-                f"Observation gave NaN or infinity in the {what} of {name}{more}, which says nothing of its experts. "
+                f"Observation gave NaN or infinity in the {what} of {name}{more}, so its statistics cannot be used. "
                 'Check the calibration data; if the model runs in float16, load it with dtype="bfloat16" or "float32", '
                 "whose range is larger."
             )
@@ -211,11 +211,11 @@ class Statistics:
         return f'Calibration gave no token to {self._counted(missing)}. Add data, or set unseen="keep" or "prune".'
 
     def silent_report(self) -> str | None:
-        """One sentence that names blocks and experts that gave nothing but zeros, None if there are none."""
+        """One sentence that names blocks and experts whose outputs are all zero, None if there are none."""
         silent = {name: block.silent for name, block in self.blocks.items() if block.silent}
         if not silent:
             return None
-        return f"Nothing but zeros came from {self._counted(silent)}. Check their weights if that is not meant so."
+        return f"All outputs are zero for {self._counted(silent)}. Check their weights if this is not intended."
 
     def _counted(self, experts: Mapping[str, Sequence[int]]) -> str:
         total = sum(block.num_experts for block in self.blocks.values())
@@ -228,16 +228,16 @@ class Statistics:
         return f"{count} of {total} experts ({'; '.join(shown)}{more})"
 
     def check_complete(self, num_experts: Mapping[str, int], needs: Collection[str]) -> None:
-        """Raise a `ValueError` unless everything is there that a recipe reads.
+        """Raise a `ValueError` unless the statistics have all that a recipe reads.
 
         Args:
-            num_experts: Experts of each block of the model.
-            needs: Names of the observations that are read, see `OBSERVATIONS`.
+            num_experts: Number of experts of each block of the model.
+            needs: Names of the observations that the recipe reads, see `OBSERVATIONS`.
         """
         for name, experts in num_experts.items():
             if name not in self.blocks:
                 raise ValueError(
-                    f"The statistics lack {name}: they hold {len(self.blocks)} blocks, and the model has "
+                    f"The statistics lack {name}: they hold {len(self.blocks)} blocks, but the model has "
                     f"{len(num_experts)}. Observe the model again with calibrate()."
                 )
             block = self.blocks[name]
@@ -246,7 +246,7 @@ class Statistics:
             if lacking or block.num_experts != experts:
                 found = f"no {', '.join(lacking)}" if lacking else f"{block.num_experts} experts"
                 raise ValueError(
-                    f"The statistics of {name} have {found}, and the recipe reads {', '.join(wanted)} of its {experts} "
+                    f"The statistics of {name} have {found}, but the recipe reads {', '.join(wanted)} of its {experts} "
                     "experts. Observe the model again with calibrate()."
                 )
             if "sample" in needs and block.num_tokens and not len(block.reservoir.index_SK):
@@ -268,7 +268,7 @@ class Statistics:
         write_record(directory, STATISTICS_NAME, record, self._tensors())
 
     def digest(self) -> str:
-        """SHA-256 of all that a method sees of them."""
+        """SHA-256 of all data that a recipe reads."""
         record = {"calibration": dict(self.calibration), "unseen": self.unseen, "blocks": list(self.blocks)}
         return digest(record, self._tensors())
 
@@ -285,10 +285,10 @@ class Statistics:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Statistics:
-        """Read statistics back.
+        """Read statistics from a folder.
 
         Raises:
-            ValueError: If the folder has none, or broken ones, or of another format version.
+            ValueError: If the folder has no statistics, broken ones, or ones of another format version.
         """
         record, tensors = read_record(Path(directory), STATISTICS_NAME)
         blocks = {}

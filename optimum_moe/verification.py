@@ -1,4 +1,4 @@
-"""Verify a compressed checkpoint: against itself, and against the original and the plan it was made with."""
+"""Verification of a compressed checkpoint: its consistency, and its tensors against its plan and the original."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from optimum_moe.surgeons import FoundBlock, owning_configs
 
 @dataclass
 class _Work:
-    """What is known so far while a checkpoint is verified."""
+    """State of a verification, shared by its checks."""
 
     directory: Path
     headers: Headers
@@ -51,17 +51,17 @@ def verify(
     inputs: Mapping[str, torch.Tensor] | None = None,
     trained: bool | None = None,
 ) -> VerificationReport:
-    """Check a compressed checkpoint tensor by tensor; one block is in memory at a time, and the model to run it.
+    """Check a compressed checkpoint tensor by tensor, with one block in memory at a time; then load and run it.
 
     Args:
         out: Folder of the checkpoint.
-        against: The original, a folder or a Hub id: then every tensor is compared with what plan and original give.
-        inputs: What the model is run on; by default a few token ids.
-        trained: Whether weights may differ from what the plan gives, because they were trained since; the report then
-            lists which do. By default a checkpoint that needs this package tells by itself whether it was saved again.
+        against: The original, a folder or a Hub id, to compare every tensor with the result of the plan.
+        inputs: Inputs to run the model on; by default a few token ids.
+        trained: Whether weights may differ from the result of the plan, because they were trained since; the report
+            then lists those that differ. By default this is detected for a checkpoint that needs this package.
 
     Raises:
-        ValueError: If `out` is not a folder, or `against` no checkpoint that can be compressed.
+        ValueError: If `out` is not a folder, or `against` is not a checkpoint that can be compressed.
     """
     directory = Path(out)
     if not directory.is_dir():
@@ -72,7 +72,7 @@ def verify(
     names.append("reload")
     checks = _run(directory, source, inputs, trained)
     order = {name: i for i, name in enumerate(names)}
-    missing = [Check(name, note="needs what failed above", ran=False) for name in names if name not in checks]
+    missing = [Check(name, note="needs a check that failed", ran=False) for name in names if name not in checks]
     ordered = sorted([*checks.values(), *missing], key=lambda check: order[check.name])
     return VerificationReport(str(directory), tuple(ordered), None if against is None else str(against))
 
@@ -135,13 +135,13 @@ def _run(
 
 
 def _can_be_cut(source: ModelSource, plan: CompressionPlan) -> bool:
-    """Whether the original has the blocks of the plan, so that its tensors can be compared."""
+    """Whether the plan fits the blocks of the original, so that tensors can be compared."""
     experts = {name: block.num_experts for name, block in plan.blocks.items()}
     return experts == {found.info.name: found.info.num_experts for found in source.blocks}
 
 
 def _attempt(add: Callable[..., None], name: str, action: Callable[[], Any]) -> Any:
-    """The result of an action; None and a failed check where it finds something wrong."""
+    """The result of an action; None and a failed check if it raises an error."""
     try:
         return action()
     except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -159,7 +159,7 @@ def _is_quantized(against: str | Path) -> bool:
 
 
 def _plan_failures(work: _Work) -> list[str]:
-    """The plan belongs to these blocks, to this original, and to the maps that are stored."""
+    """Check that the plan belongs to the blocks, the original, and the stored maps."""
     names = [found.info.name for found in work.blocks]
     if set(names) != set(work.plan.blocks):
         odd = sorted(set(names) ^ set(work.plan.blocks))
@@ -169,7 +169,7 @@ def _plan_failures(work: _Work) -> list[str]:
         maps = [key for key in work.checkpoint_tensors.inside(name) if key.endswith("expert_map")]
         mapped = block.routing == "map" and not block.keeps_all
         if bool(maps) != mapped:
-            failures.append(f"{name}: {'no' if mapped else 'an'} expert_map is stored, and routing={block.routing!r}")
+            failures.append(f"{name}: {'no' if mapped else 'an'} expert_map is stored, but routing={block.routing!r}")
         for key, tensor in work.checkpoint_tensors.read(maps).items():
             if tensor[: block.num_experts].tolist() != list(block.labels_E):
                 failures.append(f"{key} says {tensor.tolist()}, the plan's labels are {list(block.labels_E)}")
@@ -181,7 +181,7 @@ def _plan_failures(work: _Work) -> list[str]:
 
 
 def _key_failures(work: _Work) -> list[str]:
-    """The checkpoint has every tensor of the model, and no other."""
+    """Check that the checkpoint has every tensor of the model, and no other."""
     given = set(work.checkpoint_tensors.tensors)
     tied: dict[str, str] = getattr(work.model, "all_tied_weights_keys", {})
     failures = []
@@ -199,7 +199,7 @@ def _key_failures(work: _Work) -> list[str]:
 
 
 def _count_failures(work: _Work) -> list[str]:
-    """Plan, config and tensors agree on the number of experts of each block."""
+    """Check that plan, config and tensors have the same number of experts for each block."""
     failures = []
     for found in work.blocks:
         plan = work.plan.blocks.get(found.info.name)
@@ -221,18 +221,18 @@ def _count_failures(work: _Work) -> list[str]:
 
 
 def _shape_failures(work: _Work) -> list[str]:
-    """Every tensor has the shape that the model wants."""
+    """Check that every tensor has the shape that the model needs."""
     state = work.model.state_dict()
     wrong = [f"{name} cannot be read: {reason}" for name, reason in work.checkpoint_tensors.broken.items()]
     return wrong + [
-        f"{name} is {tuple(tensor.shape)}, the model wants {tuple(state[name].shape)}"
+        f"{name} has shape {tuple(tensor.shape)}, the model needs {tuple(state[name].shape)}"
         for name, tensor in work.checkpoint_tensors.tensors.items()
         if name in state and tensor.shape != state[name].shape
     ]
 
 
 def _dtype_failures(work: _Work, source: ModelSource) -> list[str]:
-    """Floating tensors have the dtype of the original, or the one that they were loaded in."""
+    """Check that floating-point tensors have the dtype of the original, or the one that they were loaded in."""
     if source.quantization is not None:
         return []
     assert source.headers is not None
@@ -252,7 +252,7 @@ def _dtype_failures(work: _Work, source: ModelSource) -> list[str]:
 
 
 def _compared(work: _Work) -> dict[str, Comparison]:
-    """Every tensor against what the plan makes of the original, one block or conversion at a time."""
+    """Compare every tensor with the result of the plan on the original, one block or conversion at a time."""
     assert work.original is not None
     assert work.source is not None
     results = {name: Comparison(work.trained) for name in ("experts", "routers", "other tensors")}
@@ -279,7 +279,7 @@ def _compared(work: _Work) -> dict[str, Comparison]:
 def _expected_block(
     work: _Work, found: FoundBlock, plan: BlockPlan, factors: Comparison
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a block that plan and original give, and what each one belongs to; compares its factors."""
+    """The expected tensors of a block, and the check that each belongs to; also compares its factors."""
     assert work.original is not None
     assert work.source is not None
     name = found.info.name
@@ -310,15 +310,15 @@ def _expert_names(found: FoundBlock, block: Any) -> list[str]:
 
 
 def _router_prefix(found: FoundBlock, block: Any) -> str:
-    """The child of the block that the router's rows are in, which has the other router tensors too."""
+    """Name prefix of the block's child that contains the router's rows and other router tensors."""
     storage = found.surgeon.router_rows(block).untyped_storage().data_ptr()
     names = [name for name, p in block.named_parameters() if p.untyped_storage().data_ptr() == storage]
-    # Experts that are chosen by an input of the model have no router.
+    # Experts that are selected by an input of the model have no router.
     return f"{found.info.name}.{names[0].partition('.')[0]}." if names else "no router"
 
 
 def _mtp_failures(work: _Work) -> tuple[list[str], str]:
-    """Multi-token-prediction layers were copied, cut or dropped as a whole."""
+    """Check that multi-token-prediction layers were copied, cut or dropped completely."""
     assert work.original is not None
     assert work.source is not None
     names = [n for n in work.original.reader.unloaded if is_mtp(n, work.source.config)]
@@ -327,7 +327,7 @@ def _mtp_failures(work: _Work) -> tuple[list[str], str]:
         return [f"{name} is not in the original" for name in stored], "none in the original"
     if not stored:
         fields = {f: getattr(o, f, 0) for o in owning_configs(work.model.config) for f in COUNT_FIELDS}
-        said = [f"{key} is {value}, and no tensor of such layers is stored" for key, value in fields.items() if value]
+        said = [f"{key} is {value}, but no tensor of such layers is stored" for key, value in fields.items() if value]
         return said, f"{len(names)} tensors, dropped"
     option, expected = _nearest_option(work, work.source, names, set(stored))
     odd = sorted(set(expected) ^ set(stored))
@@ -341,7 +341,7 @@ def _mtp_failures(work: _Work) -> tuple[list[str], str]:
 def _nearest_option(
     work: _Work, source: ModelSource, names: list[str], stored: set[str]
 ) -> tuple[MTPOption, dict[str, torch.Tensor]]:
-    """How the layers were treated: no record says so, but the names that are stored do."""
+    """The option that the layers were handled with, derived from the stored names, and the expected tensors."""
     copied = MTPLayers(source, "copy", tuple(names)).tensors(work.model, work.plan)
     if set(copied) == stored:
         return "copy", copied
@@ -354,7 +354,7 @@ def _nearest_option(
 
 @torch.no_grad()
 def _reload_failures(work: _Work) -> tuple[list[str], str]:
-    """The checkpoint loads twice, with the same finite outputs."""
+    """Check that the checkpoint loads twice, with the same finite outputs."""
     outputs = []
     try:
         for _ in range(2):
@@ -363,7 +363,7 @@ def _reload_failures(work: _Work) -> tuple[list[str], str]:
             if report["missing_keys"]:
                 return [f"{name} was missing, and is random" for name in sorted(report["missing_keys"])], ""
             for parameter in model.parameters():
-                # At the addresses that tensors have in a mapped file some kernels round in another way.
+                # Some kernels round differently at the unaligned addresses of a mapped file.
                 parameter.data = parameter.data.clone()
             result = model.eval()(**(work.inputs or _inputs(model)))
             outputs.append(_first_tensor(result))
@@ -377,7 +377,7 @@ def _reload_failures(work: _Work) -> tuple[list[str], str]:
 
 
 def _first_tensor(output: Any) -> torch.Tensor:
-    """Logits, or what a model without a head for text gives first: hidden states, feature maps, heatmaps."""
+    """Logits, or the first output of a model without a text head: hidden states, feature maps, heatmaps."""
     if "logits" in output:
         return output.logits
     found = next(value for value in output.values() if isinstance(value, torch.Tensor | tuple))

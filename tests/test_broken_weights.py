@@ -134,7 +134,7 @@ def test_dead_experts_and_router_rows_are_named_and_harm_nothing(method: str) ->
 def test_an_expert_that_gives_zeros_is_named() -> None:
     model = build("qwen3_moe")
     model.state_dict()[f"{MLP}.experts.down_proj"][4] = 0
-    with pytest.warns(UserWarning, match=rf"Nothing but zeros came from 1 of 24 experts \({MLP}: 4\)\. Check their"):
+    with pytest.warns(UserWarning, match=rf"All outputs are zero for 1 of 24 experts \({MLP}: 4\)\. Check their"):
         compressor_of(model, METHODS["reap"]).calibrate()
 
 

@@ -187,7 +187,7 @@ def test_wrong_settings_for_a_model() -> None:
     model = build("mixtral")
     with pytest.raises(ValueError, match=r"target_size=1000 cannot be reached: without any expert"):
         compressor_for(model, ByteBudget(target_size=1000), "mixtral")
-    with pytest.raises(ValueError, match=r'base="group" keeps experts as differences to merged ones'):
+    with pytest.raises(ValueError, match=r'base="group" keeps experts as differences from merged ones'):
         compressor_for(model, LowRankSparse(rank=8, base="group"), "mixtral")
     with pytest.raises(ValueError, match=r"base=\"group\" keeps every expert, and expert-pruning"):
         compressor_for(model, [ExpertPruning(num_experts=4), LowRankSparse(rank=8, base="group")], "mixtral")

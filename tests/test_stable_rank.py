@@ -72,14 +72,17 @@ def test_merging_noisy_copies_lowers_the_stable_rank_as_computed_by_hand(tmp_pat
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     shown = f"{report['stable_rank']['before']:.2f} before merging, {report['stable_rank']['after']:.2f} after."
     assert f"Mean stable rank of the experts' matrices: {shown}" in card
-    assert "experts were merged and kept in smaller forms." in card
+    assert "experts were merged and stored in smaller formats." in card
     plan = CompressionPlan.from_pretrained(tmp_path / "out")
     assert [b.stable_rank for b in plan.blocks.values()] == [b.stable_rank for b in compressor.plan.blocks.values()]
 
 
 @pytest.mark.parametrize(
     ("method", "sentence"),
-    [(MSMoE(num_experts=4), "experts were merged."), (LowRankSparse(rank=8), "experts were kept in smaller forms.")],
+    [
+        (MSMoE(num_experts=4), "experts were merged."),
+        (LowRankSparse(rank=8), "experts were stored in smaller formats."),
+    ],
 )
 def test_without_both_steps_nothing_is_said(method, sentence: str, tmp_path: Path) -> None:
     compressor = compressor_for(build("qwen3_moe"), method, "qwen3_moe")

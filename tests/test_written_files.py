@@ -254,7 +254,7 @@ def test_the_license_and_language_of_the_original(
         **(inherited or {}),
     }
     assert "The original" not in (out / "README.md").read_text(encoding="utf-8")
-    warned = [str(w.message) for w in recwarn if "README.md are no YAML" in str(w.message)]
+    warned = [str(w.message) for w in recwarn if "README.md are not valid YAML" in str(w.message)]
     assert len(warned) == (inherited is None)
 
 

@@ -133,7 +133,9 @@ def test_mtp_layers_beside_factors(option: str, tmp_path: Path) -> None:
 
 def test_architectures_without_factors(never_loaded: None) -> None:
     model = build("vitpose_backbone")
-    with pytest.raises(ValueError, match=r"cannot be kept in factors: its experts are one linear layer .* Merge them"):
+    with pytest.raises(
+        ValueError, match=r"cannot be factorized: each of its experts is one linear layer .* Merge them"
+    ):
         MoECompressor.from_pretrained(model, LowRankSparse(rank=8), progress=False)
 
 
@@ -227,6 +229,6 @@ def test_out_of_memory_in_the_svd(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_error_propagation_needs_an_observed_method(original: Path, never_loaded: None, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(original, tmp_path / "copy"))
     with pytest.raises(
-        ValueError, match=r"error_propagation=True is for observed layers, and low-rank-sparse needs no"
+        ValueError, match=r"error_propagation=True needs a recipe that observes layers, but low-rank-sparse needs no"
     ):
         MoECompressor.from_pretrained(folder, LowRankSparse(rank=8, whiten=False), error_propagation=True)

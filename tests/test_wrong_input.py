@@ -171,7 +171,7 @@ def test_smallest_target_size_that_is_named_works(models) -> None:
         ("stage: m-smo\nkeep_ratio: 0.5\n", r"stage='m-smo' is unknown; did you mean 'm-smoe'"),
         ("keep_ratio: 0.5\n", r"A recipe needs a field 'stage', one of byte-budget, expert-merging, expert-pruning"),
         ("- m-smoe\n", r"must be a mapping with a field 'stage' or 'stages', got list"),
-        ("stage: [m-smoe\n", r"(?s)is no valid YAML: .*Correct it"),
+        ("stage: [m-smoe\n", r"(?s)is not valid YAML: .*Correct it"),
         (
             "stage: m-smoe\nkeep_ratio: 0.5\ncalibration: corpus.txt\n",
             r"'calibration' must be a mapping, got 'corpus.txt'",

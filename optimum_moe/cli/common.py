@@ -1,6 +1,7 @@
-"""What the commands share: arguments, their parsing, tables, and how errors end a run.
+"""Common parts of the commands: arguments, their parsing, tables, and the handling of errors.
 
-Standard library only besides optimum's base class, so that `optimum-cli --help` stays fast; `execute` imports the rest.
+Imports only the standard library and optimum's base class, so that `optimum-cli --help` is fast; `execute` imports the
+rest.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ SIZES = ("num_experts", "keep_ratio", "target_size", "share")
 
 
 class MoESubcommand(BaseOptimumCLICommand):
-    """One command; subclasses say which arguments it takes and what it does."""
+    """Base class of a command; subclasses define its arguments and `execute`."""
 
     args: Namespace
 
     def execute(self) -> None:
-        """Do what the command is for."""
+        """Run the command with the parsed arguments."""
         raise NotImplementedError
 
     def run(self) -> None:
-        """Execute; what goes wrong ends in one line, see `errors`."""
+        """Call `execute`; errors are printed in one line, see `errors`."""
         with ending_in_one_line(self.parse_args, self.args.debug), _plain_warnings(self.parse_args):
             self.execute()
 
 
 @contextmanager
 def _plain_warnings(parse_args: ParseArgs) -> Iterator[None]:
-    """Show warnings without the line of code that gave them."""
+    """Show warnings without the line of code that raised them."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {name_flags(str(message), parse_args)}\n"
     try:
@@ -52,22 +53,22 @@ def _plain_warnings(parse_args: ParseArgs) -> Iterator[None]:
 
 
 def prepare(parser: ArgumentParser) -> None:
-    """What all commands have in common."""
+    """Add the arguments that all commands have."""
     parser.allow_abbrev = False
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
 
 def add_model_argument(parser: ArgumentParser, what: str = "Hub id, or folder of a checkpoint.") -> None:
-    """The model, in its place or by its name."""
+    """Add the model, as a positional argument or as a flag."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help=what)
     parser.add_argument("--model", dest="named_model", help=argparse.SUPPRESS)
 
 
 def model_of(args: Namespace) -> str:
-    """The model that was given, whose name is no mistyped path.
+    """The given model, after a check that its name is not a mistyped path.
 
     Raises:
-        ValueError: If there is none, or two, or it can only be a mistyped path.
+        ValueError: If none or two models are given, or the name can only be a mistyped path.
     """
     given = [name for name in (args.model, args.named_model) if name is not None]
     if len(given) != 1:
@@ -78,17 +79,17 @@ def model_of(args: Namespace) -> str:
 
 
 def add_checkpoint_arguments(parser: ArgumentParser) -> None:
-    """How to find and read a checkpoint, beside its name."""
+    """Add the arguments that find and read a checkpoint, beside its name."""
     parser.add_argument("--revision", help="Branch, tag or commit of a Hub model.")
     parser.add_argument("--subfolder", help="Folder of the checkpoint inside of MODEL.")
     parser.add_argument("--variant", help='Which weights, such as "fp16" for model.fp16.safetensors.')
     parser.add_argument("--trust-remote-code", action="store_true", help="Run the modeling code of the checkpoint.")
     parser.add_argument("--dequantize", action="store_true", help="Read an FP8 or MXFP4 checkpoint as its bf16 values.")
-    parser.add_argument("--dtype", default="auto", help='Of the weights, such as "bfloat16"; default as stored.')
+    parser.add_argument("--dtype", default="auto", help='Dtype of the weights, such as "bfloat16"; default as stored.')
 
 
 def add_recipe_arguments(parser: ArgumentParser) -> None:
-    """What is done to which model."""
+    """Add the model and the arguments of a recipe."""
     add_model_argument(parser, "Hub id, or folder of a checkpoint in safetensors format.")
     parser.add_argument(
         "--recipe",
@@ -96,32 +97,32 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
         help="Preset (`optimum-cli moe inspect --list` shows them) or YAML file; by default the byte budget.",
     )
     parser.add_argument("--share", type=share, help="Share of the experts' bytes that remains: 0.5, or 50%%.")
-    parser.add_argument("--num-experts", type=int, help="Experts that remain in each block, instead of the recipe's.")
+    parser.add_argument("--num-experts", type=int, help="Experts that remain in each block, overrides the recipe.")
     parser.add_argument("--keep-ratio", type=share, help="Share of experts that remain: 0.5, or 50%%.")
     parser.add_argument("--target-size", help='Size of the checkpoint, such as "16GB", "900MiB" or "50%%".')
     parser.add_argument(
         "--mtp",
         default="error",
         choices=("error", "copy", "cut", "drop"),
-        help="What becomes of multi-token-prediction layers; by default a checkpoint that has some is refused.",
+        help="Handling of multi-token-prediction layers; by default a checkpoint that has some is refused.",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="Another setting of a stage, the value in YAML; may be repeated. With several stages the first one that "
-        "has the setting is meant, or the one that is named: --set layers=[0,1], --set low-rank-sparse.rank=16",
+        help="Another setting of a stage, with a YAML value; may be repeated. It applies to the first stage that has "
+        "the setting, or to a named one: --set layers=[0,1], --set low-rank-sparse.rank=16",
     )
 
 
 def share(text: str) -> float:
-    """A share that is written as a number or in percent, for argparse."""
+    """Parse a share, written as a number or in percent, for argparse."""
     return float(percent(text))
 
 
 def checkpoint_arguments(args: Namespace) -> dict[str, Any]:
-    """Keyword arguments for `from_pretrained` of the arguments that were given."""
+    """The given arguments as keyword arguments for `from_pretrained`."""
     given: dict[str, Any] = {"dtype": args.dtype}
     for name in ("revision", "subfolder", "variant"):
         if getattr(args, name) is not None:
@@ -137,7 +138,7 @@ def recipe_of(args: Namespace) -> Recipe:
     """The recipe that the arguments describe.
 
     Raises:
-        ValueError: If there is no such recipe, or a setting is unknown, given twice or no YAML.
+        ValueError: If there is no such recipe, or a setting is unknown, given twice or not YAML.
     """
     import yaml
 
@@ -158,14 +159,14 @@ def recipe_of(args: Namespace) -> Recipe:
             overrides[field] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(
-                f"--set {setting!r}: {text!r} is no YAML value. Quote text that has special characters, "
+                f"--set {setting!r}: {text!r} is not a YAML value. Quote text that has special characters, "
                 f"for example --set 'protect=[\"*.layers.0.*\"]'."
             ) from error
     return load_recipe(args.recipe, overrides)
 
 
 def check_recipe_file(name: str) -> None:
-    """Raise a `ValueError` for a YAML file that is not there."""
+    """Raise a `ValueError` if a YAML file does not exist."""
     if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
         raise ValueError(
             f"No recipe file {name}. Give an existing one, or a preset of `optimum-cli moe inspect --list`."
@@ -173,7 +174,7 @@ def check_recipe_file(name: str) -> None:
 
 
 def _check_sizes(recipe: str, given: Sequence[str]) -> None:
-    """Raise a `ValueError` for a size that no stage of the recipe has, with the recipes that do."""
+    """Raise a `ValueError` for a size setting that no stage of the recipe has, with the recipes that have it."""
     from optimum_moe.recipe import preset_names, size_fields
 
     own = size_fields(recipe)
@@ -181,8 +182,8 @@ def _check_sizes(recipe: str, given: Sequence[str]) -> None:
         taken = ", ".join(_flag(size) if size in SIZES else f"--set {size}=" for size in sorted(own))
         others = ", ".join(preset for preset in preset_names() if name in size_fields(preset))
         raise ValueError(
-            f"{_flag(name)} is no size for the recipe {recipe!r}, which takes {taken}. Give one of these, or another "
-            f"recipe as well: --recipe, one of {others}."
+            f"{_flag(name)} is not a setting of the recipe {recipe!r}, which takes {taken}. Give one of these, or also "
+            f"another recipe: --recipe, one of {others}."
         )
 
 
@@ -191,22 +192,22 @@ def _flag(name: str) -> str:
 
 
 def check_text(values: Sequence[str] | None, flag: str) -> None:
-    """Refuse text that is not there, before anything heavy is imported, also where nothing would read it.
+    """Refuse missing text files before heavy imports, even if the text is not used.
 
     Raises:
-        ValueError: If a value is no file of text, and no data set on the Hub.
+        ValueError: If a value is neither a text file nor the name of a Hub dataset.
     """
     for path in (_weighted(value)[0] for value in values or ()):
         if Path(path).is_file() or data_set_name(path) is not None:
             continue
         raise ValueError(
             f"{flag} {path}: there is no such file (the working directory is {Path.cwd()}). Give a .txt, .jsonl or "
-            ".parquet file, or a data set of the Hub as org/name:split."
+            ".parquet file, or a Hub dataset as org/name:split."
         )
 
 
 def text_source(values: Sequence[str] | None) -> Any:
-    """A source of text: one path, or a mixture where there are several or one has a weight ("PATH:WEIGHT")."""
+    """A source of text: one path, or a mixture if there are several or one has a weight ("PATH:WEIGHT")."""
     pairs = [_weighted(value) for value in values or ()]
     if len(pairs) == 1 and pairs[0][1] is None:
         return pairs[0][0]
@@ -224,7 +225,7 @@ def _weighted(value: str) -> tuple[str, float | None]:
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows as aligned text, the first one being the header; numbers are flushed right."""
+    """Rows as aligned text with the first one as header; numbers are right-aligned."""
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(rows[0]))]
     right = [all(isinstance(row[column], int) for row in rows[1:]) for column in range(len(rows[0]))]

@@ -33,7 +33,7 @@ _CALIBRATION = (
 
 
 class CompressCommand(MoESubcommand):
-    """Observe, decide, cut and write; prints the sizes before it starts and as measured at the end."""
+    """Compress a checkpoint; prints the expected sizes at the start and the measured ones at the end."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -42,22 +42,22 @@ class CompressCommand(MoESubcommand):
         add_recipe_arguments(parser)
         add_checkpoint_arguments(parser)
         parser.add_argument("--output", required=True, help="Folder that the checkpoint is written to.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace what is in --output; start anew.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace the content of --output; start again.")
         parser.add_argument(
             "--streaming",
             action="store_true",
-            help="Layer by layer, for checkpoints larger than memory; the same command goes on after an interruption.",
+            help="Layer by layer, for checkpoints larger than memory; the same command resumes an interrupted run.",
         )
-        parser.add_argument("--max-memory", help='What tensors may take with --streaming, such as "20GB".')
+        parser.add_argument("--max-memory", help='Maximum memory for tensors with --streaming, such as "20GB".')
         parser.add_argument(
-            "--error-propagation", action="store_true", help="Observe each layer behind those that are cut already."
+            "--error-propagation", action="store_true", help="Observe each layer on outputs of compressed layers."
         )
         _add_calibration_arguments(parser)
         parser.add_argument("--statistics", metavar="FOLDER", help="Reuse statistics that --save-statistics wrote.")
-        parser.add_argument("--save-statistics", metavar="FOLDER", help="Keep the statistics for other runs.")
-        parser.add_argument("--seed", type=int, help="Of the calibration sample and everything random; default 0.")
-        parser.add_argument("--device-map", help='Where the weights go, such as "auto" or "cuda:0"; default the CPU.')
-        parser.add_argument("--max-shard-size", help='Of the files of weights, such as "2GB"; default "5GB".')
+        parser.add_argument("--save-statistics", metavar="FOLDER", help="Save the statistics for other runs.")
+        parser.add_argument("--seed", type=int, help="Seed of the calibration sample and all choices; default 0.")
+        parser.add_argument("--device-map", help='Device of the weights, such as "auto" or "cuda:0"; default the CPU.')
+        parser.add_argument("--max-shard-size", help='Maximum size of a weight file, such as "2GB"; default "5GB".')
         parser.add_argument(
             "--push-to-hub",
             nargs="?",
@@ -65,7 +65,7 @@ class CompressCommand(MoESubcommand):
             metavar="REPO",
             help="Upload the result to this repository; by default to one with the name of the folder.",
         )
-        parser.add_argument("--quiet", action="store_true", help="Print nothing but the folder that was written.")
+        parser.add_argument("--quiet", action="store_true", help="Print only the path of the output folder.")
 
     def execute(self) -> None:
         """See `MoESubcommand`."""
@@ -129,16 +129,16 @@ class CompressCommand(MoESubcommand):
             print(path)
 
     def _check_apart(self, kept: Path | None) -> None:
-        """Make sure that statistics do not lie where the checkpoint is written later."""
+        """Check that statistics are not saved inside the output folder."""
         output = Path(self.args.output).expanduser().resolve()
         if kept is not None and (kept == output or output in kept.parents):
             raise ValueError(
-                f"--save-statistics {kept} lies in --output {output}, which is written as a whole. Give it another "
+                f"--save-statistics {kept} is in --output {output}, which is replaced as a whole. Give it another "
                 "folder."
             )
 
     def _check_arguments(self) -> None:
-        """What can be said before anything heavy is imported."""
+        """Check the arguments before heavy imports."""
         args = self.args
         check_text(args.calibration, "--calibration")
         if args.statistics is not None and not Path(args.statistics).is_dir():
@@ -149,7 +149,7 @@ class CompressCommand(MoESubcommand):
             spelled.get(name, f"--{name.replace('_', '-')}") for name in observing if getattr(args, name) is not None
         ]
         if args.statistics is not None and given:
-            raise ValueError(f"--statistics takes the place of observing the model. Drop it, or {', '.join(given)}.")
+            raise ValueError(f"--statistics replaces the observation of the model. Drop it, or {', '.join(given)}.")
 
     def _recipe(self) -> Recipe:
         recipe = recipe_of(self.args)
@@ -159,31 +159,31 @@ class CompressCommand(MoESubcommand):
 
 
 def _add_calibration_arguments(parser: ArgumentParser) -> None:
-    """What the model is observed on, and how."""
+    """Add the arguments of calibration."""
     parser.add_argument(
         "--calibration",
         action="append",
         metavar="TEXT[:WEIGHT]",
-        help="Text to observe the model on: a .txt, .jsonl or .parquet file, or a data set of the Hub as org/name, "
+        help="Text to observe the model on: a .txt, .jsonl or .parquet file, or a Hub dataset as org/name, "
         "org/name:split or org/name:config:split; repeat it for a mixture by weight.",
     )
     parser.add_argument("--text-column", help='Column of the text; default "text", else "messages".')
     parser.add_argument("--tokenizer", help="Hub id, or folder; default the checkpoint's.")
-    parser.add_argument("--num-samples", type=int, help="At most so many calibration rows.")
-    parser.add_argument("--max-tokens", type=int, help="At most so many calibration tokens; default 65536.")
-    parser.add_argument("--sequence-length", type=int, help="Tokens of a calibration row; default 512.")
-    parser.add_argument("--batch-size", type=int, help="Calibration rows of a forward pass; default 8.")
+    parser.add_argument("--num-samples", type=int, help="Maximum number of calibration rows.")
+    parser.add_argument("--max-tokens", type=int, help="Maximum number of calibration tokens; default 65536.")
+    parser.add_argument("--sequence-length", type=int, help="Tokens per calibration row; default 512.")
+    parser.add_argument("--batch-size", type=int, help="Calibration rows per forward pass; default 8.")
     parser.add_argument(
         "--no-packing",
         dest="packing",
         action="store_false",
         default=None,
-        help="One document a row, padded, instead of rows cut from joined documents.",
+        help="One padded row per document, instead of rows cut from joined documents.",
     )
     parser.add_argument(
         "--unseen",
         choices=("warn", "error", "keep", "prune"),
-        help="What happens to experts that no calibration token reached; default warn.",
+        help="Policy for experts that no calibration token reached; default warn.",
     )
 
 
@@ -196,5 +196,5 @@ def _how_to_load(compressor: MoECompressor, path: Path) -> str:
         f'    model = {cls}.from_pretrained("{path}")',
     ]
     if not compressor.measured().plain:
-        lines[0] = f"Saved to {path}. Where optimum-moe is installed, load it with"
+        lines[0] = f"Saved to {path}. With optimum-moe installed, load it with"
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How errors end a command: one line, in the words of the command line."""
+"""Error handling of the commands: one line on standard error, with flags instead of API arguments."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 ParseArgs: TypeAlias = Callable[[ArgumentParser], None]
-"""What adds the arguments of a command to a parser."""
+"""Function that adds the arguments of a command to a parser."""
 
 SYSTEM_ERROR = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
 _PACKAGE = str(Path(__file__).parents[1])
-_UNEXPECTED = "Repeat the command with --debug for the traceback, and report it if it is a fault of optimum_moe."
+_UNEXPECTED = "Repeat the command with --debug for the traceback, and report it if it is a bug in optimum_moe."
 _ALIASES = {"output_dir": "output", "repo_id": "push_to_hub"}
-"""Arguments of the API that are called otherwise on the command line."""
+"""Arguments of the API that have another name on the command line."""
 _ENGINES = {'engine="streaming"': "--streaming", 'engine="memory"': "a run without --streaming"}
 _VALUE = r"""True|False|None|"[^"]*"|'[^']*'|\[[^\]]*\]|\.{3}|(?:[\w%/-]+(?:[.:]+[\w%/-]+)*)?"""
 
@@ -31,10 +31,10 @@ _WORD = re.compile(r"[\w.:/-]+")
 
 @contextmanager
 def ending_in_one_line(parse_args: ParseArgs, debug: bool) -> Iterator[None]:
-    """Exit with 2 on an error of the user's, 1 on any other, 130 on Ctrl-C; with `debug` errors are raised as they are.
+    """Exit with 2 on a user error, 1 on any other, 130 on Ctrl-C; with `debug` errors are raised unchanged.
 
-    A `ValueError` of ours states a rule, the actual values and a remedy, an `OSError` what the system refused: neither
-    needs a traceback.
+    A `ValueError` of this package states a rule, the actual values and a remedy, and an `OSError` the refusal of the
+    system, so neither needs a traceback.
     """
     try:
         yield
@@ -50,19 +50,19 @@ def ending_in_one_line(parse_args: ParseArgs, debug: bool) -> Iterator[None]:
 
 
 def in_one_line(error: Exception, parse_args: ParseArgs) -> str:
-    """What went wrong and what helps, with flags in place of arguments of the API."""
+    """An error and its remedy as one line, with flags instead of API arguments."""
     said = " ".join(str(error).split())
     if isinstance(error, ValueError) and _is_ours(error.__traceback__):
         return name_flags(said, parse_args)
     if isinstance(error, OSError):
         return f"{said.removesuffix('.')}. {_UNEXPECTED}"
-    # Some libraries put a list of all their models into one message.
+    # Some libraries list all their models in one message.
     short = said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
     return f"{type(error).__name__}: {short.removesuffix('.')}. {_UNEXPECTED}"
 
 
 class _Recorder(ArgumentParser):
-    """Keeps the arguments that are added to it, of which argparse has no public list."""
+    """Records the arguments that are added, since argparse has no public list of them."""
 
     def __init__(self) -> None:
         self.arguments: list[Action] = []
@@ -75,16 +75,16 @@ class _Recorder(ArgumentParser):
 
 
 def flags_of(parse_args: ParseArgs) -> dict[str, Action]:
-    """The arguments of a command that are flags, by the names that they have in Python."""
+    """The flags of a command, by their names in Python."""
     recorder = _Recorder()
     parse_args(recorder)
     return {action.dest: action for action in recorder.arguments if action.option_strings}
 
 
 def name_flags(message: str, parse_args: ParseArgs) -> str:
-    """A message of the API in the words of the command line: `max_tokens=5` is `--max-tokens 5` here.
+    """A message with flags instead of API arguments: `max_tokens=5` becomes `--max-tokens 5`.
 
-    Settings of a method that have no flag of their own are given with --set.
+    Settings of a stage without a flag are written with --set.
     """
     flags = flags_of(parse_args)
     flags |= {name: flags[dest] for name, dest in _ALIASES.items() if dest in flags}
@@ -115,7 +115,7 @@ def _spelled(action: Action) -> str:
 
 
 def _settings() -> set[str]:
-    """Settings of all stages; an error that names one comes after the stages were imported."""
+    """Settings of all stages; an error about one is raised after the stages are imported."""
     if "optimum_moe.stages" not in sys.modules:
         return set()
     from dataclasses import fields
@@ -126,7 +126,7 @@ def _settings() -> set[str]:
 
 
 def _is_ours(trace: TracebackType | None) -> bool:
-    """Whether an error was raised by this package, which words what it raises for users."""
+    """Whether an error was raised by this package, whose messages are written for users."""
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE)

@@ -1,4 +1,4 @@
-"""`optimum-cli moe evaluate`: measure models on held-out text."""
+"""`optimum-cli moe evaluate`: evaluate models on held-out text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SETTINGS = (
 
 
 class EvaluateCommand(MoESubcommand):
-    """Print a table of scores with their intervals, one row a model."""
+    """Print a table of scores with their intervals, one row per model."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -37,7 +37,7 @@ class EvaluateCommand(MoESubcommand):
             "models",
             nargs="*",
             metavar="MODEL",
-            help="Models to measure side by side: Hub ids or folders, as NAME=MODEL with a name for the table.",
+            help="Models to evaluate side by side: Hub ids or folders, as NAME=MODEL with a name for the table.",
         )
         parser.add_argument("--model", dest="named_models", action="append", default=[], help=argparse.SUPPRESS)
         parser.add_argument(
@@ -45,24 +45,24 @@ class EvaluateCommand(MoESubcommand):
         )
         parser.add_argument(
             "--reference",
-            help="The original model, for agreement with it; give it as a MODEL too for a row of its own.",
+            help="The original model, for agreement scores; give it as a MODEL too for its own row.",
         )
         parser.add_argument(
             "--calibration",
             action="append",
             metavar="TEXT[:WEIGHT]",
-            help="What the models were calibrated on: a file, or org/name:split; checked to have none of --text.",
+            help="Calibration data of the models: a file, or org/name:split; checked for overlap with --text.",
         )
         parser.add_argument("--text-column", help='Column of the text; default "text", else "messages".')
         parser.add_argument("--tokenizer", help="Hub id, or folder; default that of the first model.")
         parser.add_argument("--tasks", nargs="+", help="Some of: perplexity agreement choice generation. Default all.")
-        parser.add_argument("--max-tokens", type=int, help="At most so many tokens of text; default 65536.")
-        parser.add_argument("--sequence-length", type=int, help="Tokens of a window; default 256.")
-        parser.add_argument("--batch-size", type=int, help="Windows of a forward pass; default 8.")
+        parser.add_argument("--max-tokens", type=int, help="Maximum number of tokens of text; default 65536.")
+        parser.add_argument("--sequence-length", type=int, help="Tokens per window; default 256.")
+        parser.add_argument("--batch-size", type=int, help="Windows per forward pass; default 8.")
         parser.add_argument("--num-questions", type=int, help="Multiple-choice questions; default 200.")
         parser.add_argument("--num-prompts", type=int, help="Prompts to continue; default 32.")
         parser.add_argument("--new-tokens", type=int, help="Tokens of a continuation; default 32.")
-        parser.add_argument("--seed", type=int, help="Of everything drawn at random; default 0.")
+        parser.add_argument("--seed", type=int, help="Seed of all random choices; default 0.")
         parser.add_argument(
             "--output",
             metavar="FILE",
@@ -106,13 +106,13 @@ class EvaluateCommand(MoESubcommand):
 
 
 def named_models(values: list[str]) -> dict[str, str]:
-    """Paths or Hub ids by name; one without a name gets its last part.
+    """Paths or Hub ids by name; the default name is the last part of the path.
 
     Raises:
         ValueError: If two have the same name.
     """
     if not values:
-        raise ValueError("A MODEL is needed, got none. Give Hub ids or folders, with names where you like: a=out.")
+        raise ValueError("A MODEL is needed, got none. Give Hub ids or folders, with optional names: a=out.")
     models: dict[str, str] = {}
     for value in values:
         name, separator, path = value.partition("=")
@@ -130,7 +130,7 @@ def _output_files(output: Path, names: list[str]) -> dict[str, Path]:
     if output.is_dir():
         raise ValueError(f"{output} is a folder. Give a file, such as {output / 'result.json'}.")
     if not output.absolute().parent.is_dir():
-        raise ValueError(f"There is no folder {output.absolute().parent}. Make it, or choose another file.")
+        raise ValueError(f"There is no folder {output.absolute().parent}. Create it, or choose another file.")
     if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
         raise ValueError(f"No permission to write in {output.absolute().parent}. Choose another folder.")
     if len(names) == 1:

@@ -1,4 +1,4 @@
-"""`optimum-cli moe inspect`: what a checkpoint holds, or what is supported."""
+"""`optimum-cli moe inspect`: show the content of a checkpoint, or what is supported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from optimum_moe.cli.common import (
 
 
 class InspectCommand(MoESubcommand):
-    """Show the MoE blocks of a checkpoint, from config and headers; without one, everything that is supported."""
+    """Show the MoE blocks of a checkpoint from config and headers; without a checkpoint, list what is supported."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -40,7 +40,7 @@ class InspectCommand(MoESubcommand):
 
 
 def inspected(model: str, **arguments: Any) -> dict[str, Any]:
-    """JSON-able facts of a checkpoint; of a compressed one also how it was made.
+    """Facts of a checkpoint as JSON values, with recipe and calibration of a compressed one.
 
     Raises:
         ValueError: See `optimum_moe.checkpoint.source.open_source`.
@@ -81,7 +81,7 @@ def inspected(model: str, **arguments: Any) -> dict[str, Any]:
 
 
 def supported() -> dict[str, Any]:
-    """JSON-able listing of architectures, presets, stages and saliencies, each with a short description."""
+    """Architectures, presets, stages and saliencies with short descriptions, as JSON values."""
     from optimum_moe.recipe import load_recipe, preset_names
     from optimum_moe.reporting.support import support
     from optimum_moe.stages import registered_stages
@@ -111,7 +111,7 @@ def _show_inspected(record: dict[str, Any]) -> str:
         table([headers, *(tuple(block.values()) for block in record["blocks"])]),
         "",
         f"{record['parameters']:,} parameters, {record['bytes']:,} bytes, "
-        f"{record['flops_per_token']:,.0f} FLOPs a token",
+        f"{record['flops_per_token']:,.0f} FLOPs per token",
     ]
     made = record.get("compressed")
     if made:

@@ -1,4 +1,4 @@
-"""`optimum-cli moe`."""
+"""The command group `optimum-cli moe`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from optimum_moe.cli.verify import VerifyCommand
 
 
 class MoECommand(BaseOptimumCLICommand):
-    """The command group; alone it prints its help."""
+    """The command group; without a command it prints its help."""
 
     COMMAND = CommandInfo(name="moe", help="Compress Mixture-of-Experts models.")
     SUBCOMMANDS = (
         CommandInfo("inspect", "Show the MoE blocks of a checkpoint, or what is supported.", InspectCommand),
-        CommandInfo("preview", "Show what a recipe would give, without reading a weight.", PreviewCommand),
+        CommandInfo("preview", "Show the expected sizes of a recipe, without reading a weight.", PreviewCommand),
         CommandInfo("compress", "Compress a checkpoint.", CompressCommand),
-        CommandInfo("evaluate", "Measure models on held-out text.", EvaluateCommand),
+        CommandInfo("evaluate", "Evaluate models on held-out text.", EvaluateCommand),
         CommandInfo("verify", "Check a compressed checkpoint tensor by tensor.", VerifyCommand),
     )

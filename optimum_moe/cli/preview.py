@@ -1,4 +1,4 @@
-"""`optimum-cli moe preview`: what a recipe would give, from config and headers."""
+"""`optimum-cli moe preview`: show the expected sizes of a recipe, from config and headers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from optimum_moe.cli.common import (
 
 
 class PreviewCommand(MoESubcommand):
-    """Print parameters, bytes and FLOPs a token before and after; no weight is read."""
+    """Print parameters, bytes and FLOPs per token before and after; no weight is read."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:

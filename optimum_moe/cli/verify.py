@@ -21,12 +21,12 @@ class VerifyCommand(MoESubcommand):
         parser.add_argument(
             "--against",
             metavar="ORIGINAL",
-            help="The original, a Hub id or a folder: compare every tensor with what plan and original give.",
+            help="The original, a Hub id or a folder: compare every tensor with the result of the plan.",
         )
         parser.add_argument(
             "--trained",
             action="store_true",
-            help="Weights were trained since the checkpoint was written: list which differ, and do not fail for them.",
+            help="Weights were trained since the checkpoint was written: list those that differ, but do not fail.",
         )
         parser.add_argument("--quiet", action="store_true", help="Show no progress.")
 

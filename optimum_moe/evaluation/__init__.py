@@ -1,4 +1,4 @@
-"""Measuring what compression did: perplexity, agreement with the original, multiple choice, generation, overlap."""
+"""Quality of compressed models: perplexity, agreement with the original, multiple choice, generation, text overlap."""
 
 from optimum_moe.evaluation.disjoint import check_disjoint
 from optimum_moe.evaluation.evaluate import evaluate, evaluate_many

@@ -1,4 +1,4 @@
-"""How far a compressed model's next-token distributions are from the original's, on the same windows.
+"""KL divergence and top-1 agreement of next-token distributions with the original model, on the same windows.
 
 Shape letters: B windows, S tokens, V vocabulary.
 """
@@ -15,7 +15,7 @@ def window_agreement(reference_BSV: Tensor, logits_BSV: Tensor, predicted_BS: Te
     Args:
         reference_BSV: logits of the original model, all S positions.
         logits_BSV: logits of the compressed model.
-        predicted_BS: (B, S-1) positions that count, from `predicted_positions`: the same as for the perplexity.
+        predicted_BS: (B, S-1) bool, positions to use, from `predicted_positions` as for the perplexity.
 
     Returns:
         KL sums in nats, (B,), and numbers of positions where both have the same most likely token, (B,); float64, CPU.
@@ -26,7 +26,7 @@ def window_agreement(reference_BSV: Tensor, logits_BSV: Tensor, predicted_BS: Te
     if reference_BSV.shape != logits_BSV.shape:
         raise ValueError(
             f"The reference has a vocabulary of {reference_BSV.shape[-1]} and the model one of {logits_BSV.shape[-1]}: "
-            "their distributions cannot be compared. Pass the model it was made from."
+            "their distributions cannot be compared. Pass the original of the compressed model."
         )
     divergences, agreements = [], []
     for reference_SV, logits_SV, predicted_S in zip(reference_BSV, logits_BSV, predicted_BS, strict=True):

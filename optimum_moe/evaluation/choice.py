@@ -1,6 +1,6 @@
-"""A multiple-choice task made from held-out text: which of four continuations is the one the text goes on with.
+"""A multiple-choice task from held-out text: the model must find the true continuation among four.
 
-Needs no data set and no license beyond the text's own, and every model with the same tokenizer sees the same questions.
+It needs no dataset and no license beyond those of the text. Models with the same tokenizer get the same questions.
 
 Shape letters: Q questions, C choices, L tokens of a row, T tokens of a choice.
 """
@@ -27,7 +27,7 @@ _ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class ChoiceQuestions:
-    """Questions with their choices appended: all choices have the same length, so sums of log-probabilities compare.
+    """Questions with appended choices of equal length, so that sums of log-probabilities are comparable.
 
     Args:
         rows: int64 (Q, C, L), prefix + prompt + choice.
@@ -43,8 +43,8 @@ class ChoiceQuestions:
 def make_questions(held_out: HeldOut, num_questions: int, seed: int) -> ChoiceQuestions:
     """Draw questions: a prompt of 64 tokens, its true continuation of 16, and three continuations from elsewhere.
 
-    Wrong continuations come from other documents where there are any, else from places of the same document that do
-    not overlap the question.
+    Wrong continuations come from other documents if there are any, else from parts of the same document that do not
+    overlap the question.
 
     Raises:
         ValueError: the held-out text is too short, or too repetitive for four different choices.

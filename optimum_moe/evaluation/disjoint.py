@@ -1,4 +1,4 @@
-"""Checking that nothing a model was calibrated on is also what it is measured on."""
+"""Check that calibration text and evaluation text do not overlap."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def check_disjoint(
     if share > threshold:
         raise ValueError(
             f"{share:.1%} of the evaluation text's {ngram}-word sequences occur in the calibration text (at most "
-            f"{threshold:.1%} may), for instance {example!r}. Scores on seen text flatter the model: evaluate on text "
-            "that was held out."
+            f"{threshold:.1%} may), for instance {example!r}. Scores on seen text are too good: evaluate on held-out "
+            "text."
         )
     return share
 

@@ -1,9 +1,9 @@
-"""Measuring models on held-out text, side by side with the original.
+"""Evaluation of models on held-out text, side by side with the original.
 
-Perplexity alone hides damage and multiple choice overstates compressed models, so all of it is measured: perplexity
-(exponential of the mean negative log-likelihood over windows without overlap); KL(reference || model) in nats a token
-and top-1 agreement; accuracy at picking the true continuation among four; agreement of greedy continuations with the
-reference's, and how many of them end in a loop. Every score has a 95% bootstrap interval.
+Perplexity alone hides damage and multiple choice overstates compressed models, so several scores are measured:
+perplexity (exponential of the mean negative log-likelihood over windows without overlap); KL(reference || model) in
+nats per token and top-1 agreement; accuracy of finding the true continuation among four; agreement of greedy
+continuations with the reference's, and the share of them that end in a loop. Every score has a 95% bootstrap interval.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def evaluate_many(
     """Measure several models on the same held-out text; the reference runs once for all of them.
 
     Args:
-        models: by name, decoder-only models or paths (loaded with `AutoModelForCausalLM`); all are held at once.
-        text: held-out text, anything that `CalibrationConfig.source` takes, or such a config (of which only the source
-            and the text column are used). A stream is read to its end.
+        models: by name, decoder-only models or paths (loaded with `AutoModelForCausalLM`); all are in memory at once.
+        text: held-out text, any `CalibrationConfig.source`, or such a config (of which only the source and the text
+            column are used). A stream is read to its end.
         reference: the original model, or its path. Without it there are no agreement scores.
         tokenizer: tokenizer or a path to one; by default the one saved at the first path among models and reference.
-        calibration: what the models were calibrated on; with it, all of `text`, not only the part that is measured, is
-            checked to be disjoint from all of that.
+        calibration: calibration data of the models; if given, all of `text`, and not only the measured part, is checked
+            for overlap with it.
         progress: show progress bars.
         settings: fields of `EvaluationSettings`.
 
@@ -83,7 +83,7 @@ def evaluate_many(
         A result for each model, in order.
 
     Raises:
-        ValueError: an unknown or invalid setting, "agreement" asked for without a reference, an encoder-decoder model,
+        ValueError: an unknown or invalid setting, "agreement" without a reference, an encoder-decoder model,
             no tokenizer, too little text, or text that overlaps with the calibration data.
     """
     chosen = EvaluationSettings.of(settings, with_reference=reference is not None)
@@ -91,7 +91,7 @@ def evaluate_many(
         raise ValueError("There is no model to evaluate. Pass at least one.")
     tokenizer = find_tokenizer(tokenizer, [*models.values(), reference])
     if isinstance(text, Iterator):
-        # Read several times below, and a stream can be read once.
+        # The text is read several times below, but a stream can only be read once.
         text = list(text)
     held_out = prepare(
         text,

@@ -1,4 +1,4 @@
-"""Greedy continuations: how long a compressed model keeps to the original's words, and how often it falls into a loop.
+"""Greedy continuations: their agreement with those of the original model, and how often they end in a loop.
 
 Shape letters: B prompts, P prompt tokens, T new tokens.
 """
@@ -33,8 +33,8 @@ def make_prompts(held_out: HeldOut, num_prompts: int, seed: int) -> Tensor:
 def continue_greedily(model: PreTrainedModel, prompts_BP: Tensor, new_tokens: int) -> Tensor:
     """Exactly `new_tokens` greedy tokens after each prompt, int64 (B, T) on the CPU, with the model's KV cache.
 
-    The EOS token is a token like any other and ends nothing, so that all continuations have one length. The model's
-    own generation config (sampling, penalties, EOS) does not apply.
+    The EOS token does not end a continuation, so that all have the same length. The model's generation config
+    (sampling, penalties, EOS) is not used.
 
     Raises:
         ValueError: the model cannot generate.
@@ -43,7 +43,7 @@ def continue_greedily(model: PreTrainedModel, prompts_BP: Tensor, new_tokens: in
         raise ValueError(f"{type(model).__name__} cannot generate. Pass tasks=... without 'generation'.")
     prompts_BP = prompts_BP.to(model.device)
     own = model.generation_config
-    # generate() fills what a config leaves open from the model's own one, so its penalties would come back in.
+    # generate() takes unset fields from the model's generation config, which would restore its penalties.
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens, use_cache=True, pad_token_id=0, eos_token_id=None
     )
@@ -68,8 +68,8 @@ def share_of_prefix(reference_BT: Tensor, tokens_BT: Tensor) -> Tensor:
 def is_loop(tokens_BT: Tensor) -> Tensor:
     """Whether each continuation ends in a loop, (B,) float64 of 0 and 1.
 
-    It does when one of the 4-grams that lie within its last 8 tokens occurs at least 3 times in the whole continuation
-    (occurrences may overlap). With 32 new tokens that catches loops of up to 14 tokens.
+    It does if one of the 4-grams within its last 8 tokens occurs at least 3 times in the whole continuation
+    (occurrences may overlap). With 32 new tokens this detects loops of up to 14 tokens.
     """
     grams_BNG = tokens_BT.unfold(1, LOOP_NGRAM, 1)
     tail_BMG = grams_BNG[:, -(LOOP_TAIL - LOOP_NGRAM + 1) :]

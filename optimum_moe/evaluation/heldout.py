@@ -1,4 +1,4 @@
-"""The held-out text in the forms that the tasks need: packed windows, and seeded spans of documents."""
+"""Held-out text, tokenized for the tasks: packed windows, and seeded spans of documents."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class HeldOut:
 
     Args:
         windows: rows of sequence_length tokens without overlap, as batches.
-        documents: token ids of the documents behind them (of long documents: parts), without special tokens.
-        prefix: special tokens that the tokenizer puts before a text, often BOS or none.
+        documents: token ids of the documents in the windows (parts, for long documents), without special tokens.
+        prefix: special tokens that the tokenizer adds before a text, often BOS or none.
     """
 
     windows: CalibrationBatches
@@ -78,7 +78,7 @@ def prepare(
         documents = tuple(tuple(row) for row in _rows(windows))
         return HeldOut(windows, documents, ())
     if tokenizer is None:
-        # Rows of token ids need none, and no text follows a prefix.
+        # Rows of token ids need no tokenizer, and get no prefix.
         return HeldOut(windows, tuple(tuple(ids) for ids in draw_documents(config, None)), ())
     if isinstance(tokenizer, ProcessorMixin):
         tokenizer = tokenizer.tokenizer
@@ -87,7 +87,7 @@ def prepare(
 
 
 def texts_of(value: Any, tokenizer: Any = None) -> Iterator[str]:
-    """The plain texts of any source, for comparing two of them; chats as their contents, model inputs decoded.
+    """The plain texts of any source, for comparison; chats give their contents, and model inputs are decoded.
 
     Raises:
         ValueError: model inputs without a tokenizer to decode them.

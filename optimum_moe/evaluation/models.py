@@ -1,4 +1,4 @@
-"""Loading the models under test, and running them alike: eval mode, no gradients, only the logits that are needed."""
+"""Loads the models to evaluate, and runs them in the same way: eval mode, no gradients, only the needed logits."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def load_models(models: Iterable[tuple[str, ModelOrPath]]) -> list[PreTrainedMod
         if model.config.is_encoder_decoder:
             raise ValueError(
                 f"{name} ({type(model).__name__}) is an encoder-decoder model, which no choice of tasks=... supports: "
-                "held-out text gives its decoder no input of its own, and fed the text itself it only copies. Measure "
-                "it on pairs of input and target with a metric of your own, or pass a decoder-only model."
+                "plain text has no separate decoder input, and with the same text as input the decoder only copies. "
+                "Measure it on pairs of input and target with your own metric, or pass a decoder-only model."
             )
         loaded.append(model)
     return loaded
@@ -61,7 +61,7 @@ def _saved_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def measuring(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Eval mode and inference mode inside; every module's training flag is put back afterwards."""
+    """Context with eval mode and inference mode; every module's training flag is restored on exit."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()
@@ -76,7 +76,7 @@ def measuring(models: Sequence[PreTrainedModel]) -> Iterator[None]:
 def logits_of(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, last: int = 0) -> Tensor:
     """Logits of the last `last` positions, (B, last, V), in the model's dtype; of all positions for 0.
 
-    Models that can are asked for those positions only: the whole row's logits are the largest tensor of a forward.
+    If a model supports it, only these positions are computed, since the logits are the largest tensor of a forward.
     """
     extra: dict[str, Any] = {"logits_to_keep": last} if last and _keeps_logits(model) else {}
     if attention_mask is not None:

@@ -1,4 +1,4 @@
-"""What an evaluation gives back: scores with intervals, the units behind them, a table, and paired differences."""
+"""Results of an evaluation: scores with intervals, the scores of single units, a table, and paired differences."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class EvaluationResult:
     """Scores of one model.
 
     Args:
-        scores: by name, in this order where computed: `perplexity`; `kl` (nats a token) and `top1_agreement` against
+        scores: by name, in this order if computed: `perplexity`; `kl` (nats per token) and `top1_agreement` against
             the reference; `choice_accuracy`; `generation_agreement` and `prefix_agreement` with the reference's
             continuation; `loop_rate`.
         units: by the same names, the scores of single windows, questions or prompts.
-        data: JSON-able record of the text, settings, and the overlap with calibration data where it was checked.
+        data: record of the text, settings, and the overlap with calibration data if checked, as JSON values.
     """
 
     scores: dict[str, Score]
@@ -34,11 +34,11 @@ class EvaluationResult:
 
     @classmethod
     def of(cls, units: Mapping[str, UnitScores], data: Mapping[str, Any], seed: int) -> EvaluationResult:
-        """From units, with bootstrap intervals of the given seed."""
+        """Compute scores from units, with bootstrap intervals of the given seed."""
         return cls({name: unit.summary(seed) for name, unit in units.items()}, dict(units), dict(data))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-able data."""
+        """All fields as JSON values."""
         return dataclasses.asdict(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -47,14 +47,14 @@ class EvaluationResult:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EvaluationResult:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            ValueError: the file is something else.
+            ValueError: the file has other content.
         """
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(raw, dict) or set(raw) != {"scores", "units", "data"}:
-            raise ValueError(f"{path} is no saved EvaluationResult. Pass a file written by EvaluationResult.save.")
+            raise ValueError(f"{path} is not a saved EvaluationResult. Pass a file written by EvaluationResult.save.")
         units = {
             name: UnitScores(tuple(unit["total"]), tuple(unit["weight"]), unit["exponential"])
             for name, unit in raw["units"].items()
@@ -67,19 +67,19 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Difference a - b of one score, with a 95% interval from resampling the units that both models were scored on.
 
-    Much narrower than comparing the two intervals, since what makes a text hard is hard for both models.
+    This is much narrower than a comparison of the two intervals, since the same texts are hard for both models.
 
     Args:
-        result_a: one model's result.
-        result_b: another's, on the same text with the same settings.
+        result_a: result of one model.
+        result_b: result of another model, on the same text with the same settings.
         score: name of the score.
-        seed: of the bootstrap, default 0.
+        seed: seed of the bootstrap, default 0.
 
     Returns:
         (difference, low, high).
 
     Raises:
-        ValueError: a result lacks the score, or they were measured on different text.
+        ValueError: a result lacks the score, or the results are from different text.
     """
     for result in (result_a, result_b):
         if score not in result.units:
@@ -88,17 +88,17 @@ def paired_difference(
     for key in ("hash", "seed", "sequence_length", "num_questions", "num_prompts", "new_tokens"):
         if result_a.data.get(key) != result_b.data.get(key):
             raise ValueError(
-                f"The results differ in {key} ({result_a.data.get(key)} and {result_b.data.get(key)}): their units do "
-                "not pair up. Evaluate both on the same text with the same settings."
+                f"The results differ in {key} ({result_a.data.get(key)} and {result_b.data.get(key)}), so their units "
+                "cannot be paired. Evaluate both on the same text with the same settings."
             )
     return paired_interval(result_a.units[score], result_b.units[score], seed)
 
 
 def format_results(results: Mapping[str, EvaluationResult]) -> str:
-    """A plain text table: one row a model, one column a score with its 95% interval, n units in the header.
+    """A plain text table: one row per model, one column per score with its 95% interval, n units in the header.
 
     Raises:
-        ValueError: no result.
+        ValueError: there is no result.
     """
     if not results:
         raise ValueError("There is no result to print. Pass at least one.")

@@ -1,7 +1,7 @@
-"""A score with its confidence interval, and the scores of single windows, questions or prompts behind it.
+"""A score with its confidence interval, and the scores of single windows, questions or prompts it is computed from.
 
-Every score here is a ratio of sums over units (the negative log-likelihood of all windows over their tokens, say), so
-one seeded bootstrap over units serves all of them, and two models measured on the same units can be compared in pairs.
+Every score is a ratio of sums over units (for example the negative log-likelihood of all windows over their tokens), so
+one seeded bootstrap over units applies to all of them, and two models on the same units can be compared in pairs.
 
 Shape letters: N units, R resamples.
 """
@@ -17,13 +17,13 @@ from torch import Tensor
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
-# Bounds the memory of the bootstrap: indices drawn at once.
+# Maximum number of indices drawn at once, which bounds the memory of the bootstrap.
 _INDICES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number of the report.
+    """One score with its interval.
 
     Args:
         value: the point estimate.
@@ -40,11 +40,11 @@ class Score:
 
 @dataclass(frozen=True)
 class UnitScores:
-    """What a score is made of: value = sum(total) / sum(weight), exponentiated for a perplexity.
+    """The units of a score: value = sum(total) / sum(weight), exponentiated for a perplexity.
 
     Args:
-        total: N sums, one a unit.
-        weight: N divisors, one a unit (tokens of a window; 1 for a question).
+        total: N sums, one per unit.
+        weight: N divisors, one per unit (tokens of a window; 1 for a question).
         exponential: whether the score is the exponential of the ratio.
     """
 
@@ -54,7 +54,7 @@ class UnitScores:
 
     @classmethod
     def of(cls, total: Tensor, weight: Tensor | None = None, exponential: bool = False) -> UnitScores:
-        """From tensors of shape (N,); weight 1 where none is given."""
+        """Create from tensors of shape (N,); the default weight is 1."""
         weight = torch.ones_like(total) if weight is None else weight
         return cls(tuple(total.double().tolist()), tuple(weight.double().tolist()), exponential)
 
@@ -63,7 +63,7 @@ class UnitScores:
         return float(self._over(torch.arange(len(self.total))[None])[0])
 
     def resampled(self, seed: int, resamples: int = RESAMPLES) -> Tensor:
-        """The score of `resamples` bootstrap resamples of the units, (R,) float64. Same seed and N: same resamples."""
+        """Scores of R bootstrap resamples of the units, (R,) float64; the same seed and N give the same resamples."""
         return torch.cat([self._over(index) for index in _resample(len(self.total), seed, resamples)])
 
     def summary(self, seed: int, resamples: int = RESAMPLES) -> Score:
@@ -85,7 +85,7 @@ def interval(samples_R: Tensor) -> tuple[float, float]:
 
 
 def paired_interval(a: UnitScores, b: UnitScores, seed: int, resamples: int = RESAMPLES) -> tuple[float, float, float]:
-    """Difference a - b of two scores of the same units, and its 95% interval, resampling both alike."""
+    """Difference a - b of two scores of the same units and its 95% interval, with the same resamples for both."""
     low, high = interval(a.resampled(seed, resamples) - b.resampled(seed, resamples))
     return a.value() - b.value(), low, high
 

@@ -1,4 +1,4 @@
-"""The settings of an evaluation, and running its tasks over all models side by side."""
+"""The settings of an evaluation, and the run of its tasks over all models."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from optimum_moe.settings import check_count, check_seed, make_plain
 TASKS = ("perplexity", "agreement", "choice", "generation")
 
 AllUnits: TypeAlias = dict[str, dict[str, UnitScores]]
-"""Model name -> score name -> units."""
+"""Units by model name and score name."""
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured, and on how much text.
+    """The tasks of an evaluation, and the amount of text.
 
     Args:
-        max_tokens: at most so many tokens of text, default 65,536; None for all.
-        sequence_length: tokens of a window, default 256.
-        batch_size: windows of a forward pass, default 8; the other tasks run about as many tokens at once.
-        num_questions: multiple-choice questions, default 200; fewer, with a warning, where the text has no room.
+        max_tokens: maximum tokens of text, default 65,536; None for all.
+        sequence_length: tokens per window, default 256.
+        batch_size: windows per forward pass, default 8; other tasks run about as many tokens at once.
+        num_questions: multiple-choice questions, default 200; fewer, with a warning, if the text is too short.
         num_prompts: prompts of the generation task, default 32; fewer likewise.
         new_tokens: length of the greedy continuations, default 32, at least 8.
-        seed: of everything drawn at random, default 0.
+        seed: seed of all random choices, default 0.
         tasks: which of "perplexity", "agreement", "choice", "generation" to run, default all ("agreement" only with a
             reference).
 
     Raises:
-        ValueError: an unknown task or a number out of range (those of the text: when it is read).
+        ValueError: an unknown task or a number out of range (for settings of the text, when it is read).
     """
 
     max_tokens: int | None = 65536
@@ -74,7 +74,7 @@ class EvaluationSettings:
         """Settings from keyword arguments; without a reference the default tasks are those that need none.
 
         Raises:
-            ValueError: an unknown name, a value out of range, or "agreement" asked for without a reference.
+            ValueError: an unknown name, a value out of range, or "agreement" without a reference.
         """
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in values:
@@ -90,13 +90,13 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """The models of one evaluation and what they are measured on.
+    """One evaluation: its models, text and settings.
 
     Args:
         models: by name.
         reference: the original model; may be one of `models`, and then runs once.
         held_out: the text.
-        settings: what to measure.
+        settings: tasks and amount of text.
         progress: show progress bars.
     """
 
@@ -118,13 +118,13 @@ class Run:
         return units
 
     def _slices(self, rows: int, tokens_per_row: int, label: str) -> Iterator[slice]:
-        """Slices of `rows` that keep a forward pass to about the tokens of a batch of windows."""
+        """Slices of rows with about as many tokens per forward pass as a batch of windows."""
         step = max(1, self.settings.batch_size * self.settings.sequence_length // tokens_per_row)
         for start in tqdm(range(0, rows, step), desc=label, disable=not self.progress):
             yield slice(start, start + step)
 
     def _windows(self, units: AllUnits) -> None:
-        """Every window goes through the reference once, and once through each model."""
+        """Run every window once through the reference, and once through each model."""
         sums: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         counts: list[Tensor] = []
         compare = self.reference if "agreement" in self.settings.tasks else None

@@ -1,4 +1,4 @@
-"""`RowPruning`: the sparse rows of low-rank-sparse layers, pruned while they train.
+"""`RowPruning`: pruning of the sparse rows of low-rank-sparse layers during training.
 
 Shape letters: C stacked matrices, M stored rows of each, X columns.
 """
@@ -24,31 +24,30 @@ class RowPruning(TrainerCallback, ExportableState):
     """Prune the sparse rows of every module that follows `HasSparseRows` during training (LoSparse, MC-SMoE).
 
     After each optimizer step the importance of a row is the mean of |S grad S| over it, as a moving average that lags
-    one step. One threshold over all matrices of the model zeroes the least important rows, so that the rows that remain
-    hold the share of all numbers that a cubic schedule asks for: from what is stored in the beginning (all of W - U V:
-    1.0) down to `final_density`. A zeroed row keeps its gradient and may come back until the schedule ends. When
-    training ends the rows that are zeroed are no longer stored: parameters and indices shrink in place, the state of
-    the optimizer for them is dropped, the config of a compressed model says their new number, and what is saved
-    afterwards is smaller. Checkpoints of the Trainer hold all
-    rows and the moving averages; training resumed from one continues exactly. Frozen rows are left alone.
+    one step. One threshold over all matrices of the model zeroes the least important rows, so that the remaining rows
+    have the share of all elements that a cubic schedule sets: from the stored share at the start (1.0 for all of
+    W - U V) down to `final_density`. A zeroed row keeps its gradient and may be restored until the schedule ends. At
+    the end of training zeroed rows are removed: parameters and indices shrink in place, their optimizer state is
+    dropped, the config of a compressed model gets the new sizes, and checkpoints saved afterwards are smaller.
+    Checkpoints of the Trainer contain all rows and the moving averages, so resumed training continues exactly. Frozen
+    rows are not changed.
 
-    In a stack of matrices with equally many rows (a rank class of experts) the number stored is the largest that one
-    of them keeps; see `optimum_moe.nn.keep_rows`.
+    In a stack of matrices with the same number of rows (a rank class of experts) the number of stored rows is the
+    maximum over its matrices; see `optimum_moe.nn.keep_rows`.
 
-    Where training stops before its last step, the rows kept are those of the step that was reached, with a warning.
-    With `load_best_model_at_end` the last step's choice of rows is applied to the weights that are loaded.
+    If training stops before its last step, the rows of the step that was reached are kept, with a warning. With
+    `load_best_model_at_end` the last step's selection of rows is applied to the loaded weights.
 
     Args:
-        final_density: share of the numbers of all matrices that their sparse rows hold in the end; default the
-            paper's 0.10.
+        final_density: share of the elements of all matrices in their sparse rows at the end; default the paper's 0.10.
         warmup_steps: unit of the next two; default a tenth of the training.
-        initial_warmups: warm-ups in the beginning without any mask, default 1.
+        initial_warmups: warm-ups at the start without any mask, default 1.
         final_warmups: warm-ups at the end with the final density, default 4.
-        beta: share of the past in the moving average, default 0.85.
+        beta: weight of the past in the moving average, default 0.85.
 
     Raises:
-        ValueError: If a value is out of range; when training begins, if the model has no trainable sparse rows or the
-            warm-ups leave no steps; when rows are to be zeroed, if no gradient has reached any of them.
+        ValueError: If a value is out of range; at the start of training, if the model has no trainable sparse rows or
+            the warm-ups leave no steps; when rows are first zeroed, if no gradient has reached any of them.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class RowPruning(TrainerCallback, ExportableState):
             plain(given) for given in (warmup_steps, initial_warmups, final_warmups)
         )
         if not 0 <= beta < 1:
-            raise ValueError(f"beta={beta} must be in [0, 1): the share of the past in a moving average. Use {BETA}.")
+            raise ValueError(f"beta={beta} must be in [0, 1): the weight of the past in a moving average. Use {BETA}.")
         self.settings: dict[str, Any] = {
             "final_density": final_density,
             "warmup_steps": warmup_steps,
@@ -72,7 +71,7 @@ class RowPruning(TrainerCallback, ExportableState):
             "final_warmups": final_warmups,
             "beta": beta,
         }
-        # Refuses what no number of steps could mend before training begins.
+        # Refuse settings before training that no number of steps could satisfy.
         self._schedule = CubicSchedule(1, 0, initial_warmups, final_warmups, final_ratio=final_density)
         self._importance: dict[str, RowImportance] = {}
         self._masks: dict[str, torch.Tensor] = {}
@@ -93,7 +92,7 @@ class RowPruning(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the rows, lay out the schedule, and take up the moving averages of a resumed training."""
+        """Find the rows, create the schedule, and restore the moving averages of a resumed training."""
         parts = trainable_parts(kwargs["model"])
         stored, total = _stored_numbers(parts), _all_numbers(parts)
         self._schedule = self._scheduled(state.max_steps, stored / total)
@@ -107,18 +106,18 @@ class RowPruning(TrainerCallback, ExportableState):
         }
 
     def _resumed(self, state: TrainerState) -> dict[str, list[Any]]:
-        """The moving averages that the checkpoint holds, empty for a training that begins."""
+        """The moving averages in the checkpoint, empty for a new training."""
         if state.global_step == 0:
             return {}
         states = cast(dict[str, Any], state.stateful_callbacks)
-        # The Trainer writes only into entries that a checkpoint had already.
+        # The Trainer restores only entries that exist in the state.
         saved = states.setdefault(type(self).__name__, self.state())
         return (saved[-1] if isinstance(saved, list) else saved)["attributes"]["importance_state"]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Advance the importance and zero the rows that the schedule has no room for."""
+        """Update the importance, and zero the least important rows by the schedule."""
         if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             return
         parts = trainable_parts(kwargs["model"])
@@ -132,8 +131,8 @@ class RowPruning(TrainerCallback, ExportableState):
         averages = [self._importance[name].average for name in parts]
         if not any(bool(average.any()) for average in averages):
             raise ValueError(
-                f"No gradient has reached any of the {len(parts)} sparse parts, so that their rows cannot be ranked. "
-                "Train the modules that hold them, without sharding of parameters (DeepSpeed, FSDP)."
+                f"No gradient has reached any of the {len(parts)} sparse parts, so their rows cannot be ranked. Train "
+                "the modules that contain them, without sharding of parameters (DeepSpeed, FSDP)."
             )
         absent = _all_numbers(parts) - _stored_numbers(parts)
         widths = [part.rows.shape[-1] for part in parts.values()]
@@ -145,7 +144,7 @@ class RowPruning(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Store the rows that are kept, and no others."""
+        """Remove the zeroed rows from the model and the optimizer."""
         model = kwargs["model"]
         parts = trainable_parts(model)
         if state.global_step >= state.max_steps:
@@ -153,8 +152,8 @@ class RowPruning(TrainerCallback, ExportableState):
         elif self._masks:
             reached = self._schedule.at(state.global_step - 1)[0]
             warnings.warn(
-                f"Training stopped after {state.global_step} of {state.max_steps} steps: the sparse rows hold "
-                f"{reached:.3f} of all numbers and not {self._schedule.final_ratio}.",
+                f"Training stopped after {state.global_step} of {state.max_steps} steps: the sparse rows have "
+                f"{reached:.3f} of all elements and not {self._schedule.final_ratio}.",
                 stacklevel=2,
             )
         optimizer_state = getattr(kwargs.get("optimizer"), "state", {})
@@ -168,14 +167,14 @@ class RowPruning(TrainerCallback, ExportableState):
         self._importance, self._masks = {}, {}
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer writes beside a checkpoint: the settings and the moving averages."""
+        """State that the Trainer saves with a checkpoint: the settings and the moving averages."""
         encoded = {name: _encoded(importance) for name, importance in self._importance.items()}
         return {"args": self.settings, "attributes": {"importance_state": encoded}}
 
 
 def sparse_modules(model: nn.Module) -> dict[str, HasSparseRows]:
-    """Modules that follow `HasSparseRows` by their name in the model, each once."""
-    # Wrappers (PEFT) answer for the module that they wrap: the innermost one is the module itself.
+    """Modules that follow `HasSparseRows`, each once, by their name in the model."""
+    # Wrappers (PEFT) forward attributes of the wrapped module, so take the innermost one.
     found: dict[int, tuple[str, HasSparseRows]] = {}
     for name, module in model.named_modules():
         if isinstance(module, HasSparseRows):
@@ -188,7 +187,7 @@ def trainable_parts(model: nn.Module) -> dict[str, SparsePart]:
     """Sparse parts whose rows are trained, by module and parameter name.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If no sparse part is trained.
     """
     parts = {
         f"{module_name}.{name}": part
@@ -199,7 +198,7 @@ def trainable_parts(model: nn.Module) -> dict[str, SparsePart]:
     if not trained:
         raise ValueError(
             f"{type(model).__name__} has {len(parts)} sparse parts and none of them is trained. Compress it with a "
-            "density first, and leave requires_grad of their rows on."
+            "density first, and keep requires_grad=True for their rows."
         )
     return trained
 
@@ -209,12 +208,12 @@ def _stored_numbers(parts: dict[str, SparsePart]) -> int:
 
 
 def _all_numbers(parts: dict[str, SparsePart]) -> int:
-    """Numbers of the whole matrices."""
+    """Number of elements of the whole matrices."""
     return sum(part.num_outputs * part.rows.shape[-1] * part.row_index[..., 0].numel() for part in parts.values())
 
 
 def _encoded(importance: RowImportance) -> list[Any]:
-    """Shape and bytes as text: a checkpoint's state is JSON, and training resumed from it must not drift."""
+    """Shape and bytes as text, since the Trainer's state is JSON and resumed training must be exact."""
     both = torch.stack([importance.average, importance.latest]).cpu()
     return [list(both.shape), base64.b64encode(both.numpy().tobytes()).decode()]
 
@@ -223,8 +222,8 @@ def _decoded(saved: list[Any], rows: torch.Tensor) -> RowImportance:
     shape, text = saved
     if tuple(shape[1:]) != tuple(rows.shape[:-1]):
         raise ValueError(
-            f"The checkpoint holds the importance of {tuple(shape[1:])} rows and the model has "
-            f"{tuple(rows.shape[:-1])}. Resume with the model that training began with."
+            f"The checkpoint holds the importance of {tuple(shape[1:])} rows, but the model has "
+            f"{tuple(rows.shape[:-1])}. Resume with the model that training started with."
         )
     both = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32).view(shape).to(rows.device)
     return RowImportance(both[0], both[1])

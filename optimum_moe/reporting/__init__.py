@@ -1,1 +1,1 @@
-"""What a compression costs and gives, for people to read."""
+"""Reports of sizes, costs and checks of a compression."""

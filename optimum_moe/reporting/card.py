@@ -1,4 +1,4 @@
-"""The model card that is written beside the weights."""
+"""The model card of a compressed checkpoint."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Experts of each MoE block: {experts}. FLOPs are 2 x multiply-adds of all weight 
 ```
 
 Stages: {stages}. Calibration: {calibration}. Seed: {seed}. Made with {versions}. `plan.json` and
-`plan/tensors.safetensors` say which experts went where.
+`plan/tensors.safetensors` record which experts were merged, removed or kept.
 
 This card states sizes; it makes no claim about quality. Measure it on your task with `optimum-cli moe evaluate`.
 """
@@ -53,16 +53,16 @@ This card states sizes; it makes no claim about quality. Measure it on your task
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made from.
+    """The content of a model card.
 
     Args:
-        base: Name of the original model, without where it lies.
+        base: Name of the original model, without its path.
         auto_class: Class to load with.
         cost: Measured sizes, before and after.
-        plan: What was carried out.
+        plan: The plan that was carried out.
         recipe: The recipe as YAML.
-        hub_id: Name of the original on the Hub, where it has one.
-        inherited: Metadata of the original's card that hold for the compressed model too.
+        hub_id: Hub id of the original, None if it has none.
+        inherited: Metadata of the original's card that also apply to the compressed model.
     """
 
     base: str
@@ -78,7 +78,7 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 
 
 def inherited_metadata(directory: Path | None) -> dict[str, Any]:
-    """License, language and task from the card of the original in a folder; empty where it says nothing of them."""
+    """License, language and task from the original's model card in a folder; empty if it has none of them."""
     card = None if directory is None else directory / "README.md"
     if card is None or not card.is_file():
         return {}
@@ -86,12 +86,12 @@ def inherited_metadata(directory: Path | None) -> dict[str, Any]:
         r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL
     )
     try:
-        # Every scalar stays a text: YAML would read the language "no" as false.
+        # Every scalar remains a string: YAML would read the language "no" as false.
         found = yaml.load(block[1], Loader=yaml.BaseLoader) if block else {}
     except yaml.YAMLError as error:
         warnings.warn(
-            f"The metadata of the original's README.md are no YAML ({str(error).splitlines()[0]}). Add its license and "
-            "language to the new card yourself.",
+            f"The metadata of the original's README.md are not valid YAML ({str(error).splitlines()[0]}). Add its "
+            "license and language to the new card.",
             stacklevel=2,
         )
         return {}
@@ -116,7 +116,7 @@ def model_card(facts: CardFacts, name: str) -> str:
     rows = [
         ("parameters", before.parameters, after.parameters),
         ("bytes", before.bytes, after.bytes),
-        ("FLOPs a token", before.flops_upper, after.flops_upper),
+        ("FLOPs per token", before.flops_upper, after.flops_upper),
     ]
     load = [
         f"from transformers import {facts.auto_class}",
@@ -145,16 +145,16 @@ def model_card(facts: CardFacts, name: str) -> str:
 
 
 def _sentence(plan: CompressionPlan) -> str:
-    """What was done to the experts."""
+    """A sentence on what was done to the experts."""
     blocks = plan.blocks.values()
     merged = any(len(block.members(group)) > 1 for block in blocks for group in range(block.num_groups))
     done = ["merged"] if merged else ["removed"] if any(not block.keeps_all for block in blocks) else []
-    done += ["kept in smaller forms"] if any(block.sizes is not None for block in blocks) else []
-    return f"experts were {' and '.join(done) or 'left as they are'}."
+    done += ["stored in smaller formats"] if any(block.sizes is not None for block in blocks) else []
+    return f"experts were {' and '.join(done) or 'left unchanged'}."
 
 
 def mean_stable_ranks(plan: CompressionPlan) -> tuple[float, float] | None:
-    """Mean stable rank of the experts' matrices before and after merging, over all blocks that say so."""
+    """Mean stable rank of the experts' matrices before and after merging, over all blocks that record it."""
     found = [block.stable_rank for block in plan.blocks.values() if block.stable_rank is not None]
     if not found:
         return None
@@ -195,7 +195,7 @@ def describe_calibration(record: Mapping[str, Any] | None) -> str:
 
 
 def _source(source: Mapping[str, Any]) -> str:
-    """A source of calibration data, with its own tokens where it is one of several."""
+    """A source of calibration data, with weight and number of tokens if it is one of several."""
     weight = source.get("weight")
     share = "" if weight in (None, 1.0) else f" (weight {weight:g}, {source.get('tokens', 0):,} tokens)"
     return f"{source.get('name')}{share}"

@@ -1,4 +1,4 @@
-"""What stands beside the weights of a compressed checkpoint: its plan, recipe, report and card."""
+"""The files beside the weights of a compressed checkpoint: its plan, recipe, report and model card."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPORT_FILE = "compression_report.json"
 
 
 def card_facts(source: ModelSource, recipe: Recipe, plan: CompressionPlan, cost: Preview, auto_class: str) -> CardFacts:
-    """What the card of a compressed checkpoint is made from, without a folder of the user's."""
+    """The content of a compressed checkpoint's model card, without local paths."""
     return CardFacts(
         base=source.title,
         auto_class=auto_class,
@@ -41,7 +41,7 @@ def card_facts(source: ModelSource, recipe: Recipe, plan: CompressionPlan, cost:
 
 
 def write_description(directory: Path, name: str, facts: CardFacts) -> None:
-    """Write plan, recipe, report and the card of a checkpoint called `name`, and the digests of what stands there."""
+    """Write plan, recipe, report and model card of a checkpoint called `name`, and the digests of all these files."""
     facts.plan.save_pretrained(directory)
     (directory / RECIPE_FILE).write_text(facts.recipe, encoding="utf-8")
     ranks = mean_stable_ranks(facts.plan)
@@ -53,13 +53,13 @@ def write_description(directory: Path, name: str, facts: CardFacts) -> None:
 
 
 def write_card(directory: Path, name: str, facts: CardFacts) -> None:
-    """Write the card of a checkpoint called `name`."""
-    # Paths that the locale cannot spell become the bytes that they are.
+    """Write the model card of a checkpoint called `name`."""
+    # Paths that the locale cannot encode are written as their bytes.
     (directory / "README.md").write_text(model_card(facts, name), encoding="utf-8", errors="surrogateescape")
 
 
 def expected_preview(source: ModelSource, recipe: Recipe, mtp: MTPLayers) -> Preview:
-    """What a recipe will give, from config and headers; of all that the checkpoint holds."""
+    """Expected sizes for a recipe from config and headers, including tensors that the model does not load."""
     cost = preview(source.skeleton, list(source.blocks), source.info, recipe)
     counts = {name: after for name, (_, after) in cost.counts.items()}
     gone, size = mtp.removed(counts, recipe.routing)
@@ -77,16 +77,16 @@ def measured_preview(
     before: Cost | None,
     itemsize: Callable[[str, torch.Tensor], float] | None,
 ) -> Preview:
-    """A preview with actual counts, and with repeats as they were observed.
+    """A preview with actual counts, and with repeated experts counted as observed.
 
     Args:
         source: The original.
-        recipe: What was asked for.
-        model: What became of it.
-        plan: How it was cut.
-        statistics: What was observed.
+        recipe: The recipe.
+        model: The compressed model.
+        plan: The plan that was carried out.
+        statistics: Observed statistics, None for data-free recipes.
         mtp: Layers of the checkpoint that the model does not load.
-        before: Cost of the original, where its skeleton no longer tells: a model in memory is cut itself.
+        before: Cost of the original, for a model in memory, which is itself cut; None to compute it.
         itemsize: As in `measured_cost`.
     """
     blocks = list(source.blocks)
@@ -118,16 +118,16 @@ def measured_cost(
     more_bytes: int = 0,
     itemsize: Callable[[str, torch.Tensor], float] | None = None,
 ) -> Cost:
-    """Cost of a compressed model, on any device, with repeats as they were observed.
+    """Cost of a compressed model, on any device, with repeated experts counted as observed.
 
     Args:
         model: The model.
-        blocks: Its MoE blocks as they were.
-        plan: How they were cut.
-        statistics: What was observed.
+        blocks: Its original MoE blocks.
+        plan: The plan that was carried out.
+        statistics: Observed statistics, None for data-free recipes.
         more_parameters: Parameters of the checkpoint that the model does not load.
         more_bytes: Their bytes.
-        itemsize: Bytes of one number of a tensor as it is saved, given its name too; None for those that it has.
+        itemsize: Function from name and tensor to saved bytes per element; None for the tensor's own.
     """
     tensors = dict(model.named_parameters()) | _indices(model)
     sizes = (t.numel() * (t.element_size() if itemsize is None else itemsize(name, t)) for name, t in tensors.items())
@@ -143,9 +143,9 @@ def measured_cost(
 
 
 def routed_multiply_adds(info: BlockInfo, plan: BlockPlan, observed: BlockStatistics | None) -> float:
-    """Multiply-adds that the routed experts of a block take for a token, on average over the observed ones.
+    """Multiply-adds per token in the routed experts of a block, averaged over the observed tokens.
 
-    Where nothing was observed every remaining expert counts as equally likely.
+    Without observations all remaining experts count as equally likely.
     """
     active = float(min(info.top_k, plan.num_groups))
     if plan.sizes is None:
@@ -155,7 +155,7 @@ def routed_multiply_adds(info: BlockInfo, plan: BlockPlan, observed: BlockStatis
         return active * info.expert_multiply_adds
     sizes, own = plan.sizes, {plan.labels_E: [0.0] * plan.num_groups}
     own[plan.labels_E] = [float(sizes.multiply_adds(g, info.hidden_size)) for g in range(plan.num_groups)]
-    # A base runs once for the experts of its group that a token selects.
+    # A shared base runs once per token, however many experts of its group the token selects.
     for labels, each in sizes.shared_multiply_adds(info.hidden_size).items():
         own[labels] = [a + b for a, b in zip(own.get(labels, [0.0] * len(each)), each, strict=True)]
     if observed is None or not len(observed.reservoir.index_SK):
@@ -164,6 +164,6 @@ def routed_multiply_adds(info: BlockInfo, plan: BlockPlan, observed: BlockStatis
 
 
 def _indices(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What compressed experts store beside the parameters, such as the indices of sparse rows."""
+    """Buffers of compressed experts, such as the indices of sparse rows."""
     held = {path: module for path, module in model.named_modules() if isinstance(module, FactorizedExperts)}
     return {f"{path}.{name}": t for path, module in held.items() for name, t in module.named_buffers()}

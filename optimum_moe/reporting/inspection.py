@@ -1,4 +1,4 @@
-"""What config, headers and plan of a compressed checkpoint tell, without reading a weight."""
+"""Inspection of a compressed checkpoint from config, headers and plan, without reading a weight."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from optimum_moe.reporting.preview import flops_per_token
 
 
 def is_structured(directory: Path) -> bool:
-    """Whether a checkpoint needs optimum_moe (or the code that it carries) to be loaded."""
+    """Whether a checkpoint needs optimum_moe (or the code in its folder) to be loaded."""
     record = raw_config(directory).get("quantization_config")
     return isinstance(record, dict) and record.get("quant_method") == METHOD
 
 
 def how_it_was_made(directory: Path) -> dict[str, Any]:
-    """What the plan beside a compressed checkpoint says of all blocks; empty where there is no plan."""
+    """Facts from the plan of a compressed checkpoint; empty if there is no plan."""
     if not (directory / f"{PLAN_NAME}.json").is_file() or not (directory / REPORT_FILE).is_file():
         return {}
     plan = CompressionPlan.from_pretrained(directory)
@@ -36,10 +36,10 @@ def how_it_was_made(directory: Path) -> dict[str, Any]:
 
 
 def inspect_structured(directory: Path, headers: Headers) -> dict[str, Any]:
-    """JSON-able facts of a checkpoint that `is_structured`.
+    """Facts of a checkpoint that `is_structured`, as JSON values.
 
     Raises:
-        ValueError: If config, plan and model do not fit together.
+        ValueError: If config, plan and model do not match.
     """
     model, blocks = built(directory)
     plan = CompressionPlan.from_pretrained(directory)

@@ -1,4 +1,4 @@
-"""What a compression will give, from config and headers alone: parameters, bytes and FLOPs a token."""
+"""Expected parameters, bytes and FLOPs per token of a compression, from config and headers only."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Cost:
     """Cost of a model.
 
     Args:
-        parameters: Numbers stored, tied ones once.
+        parameters: Number of stored parameters; tied ones count once.
         bytes: Bytes of the weights on disk.
         flops_per_token: 2 x multiply-adds of all weight matmuls for one token (for an encoder-decoder one source
             and one target token), lm_head included, attention scores excluded.
-        flops_upper: Where merged experts may coincide the FLOPs lie between `flops_per_token` and this; else equal.
+        flops_upper: Upper bound of the FLOPs, if a token may select merged experts repeatedly; else equal.
     """
 
     parameters: int
@@ -41,7 +41,7 @@ class Preview:
     Args:
         before: Cost of the original.
         after: Cost after compression.
-        counts: `(experts, remaining)` by block; remaining is the average with an adaptive budget.
+        counts: `(experts, remaining)` by block; remaining is the average with an adaptive allocation.
         plain: Whether stock transformers can load the result without this package.
     """
 
@@ -51,7 +51,7 @@ class Preview:
     plain: bool
 
     def warn_if_nothing_shrinks(self, recipe: Recipe) -> None:
-        """Warn where the settings of a recipe remove nothing."""
+        """Warn if the settings of a recipe remove nothing."""
         before, after = self.before, self.after
         if recipe.knows_size and (after.parameters, after.bytes) == (before.parameters, before.bytes):
             shown = ", ".join(
@@ -61,12 +61,12 @@ class Preview:
                 if name in stage.size_fields and value
             )
             warnings.warn(
-                f"{recipe.name} with {shown} removes nothing: {before.parameters:,} parameters stay. Ask for less.",
+                f"{recipe.name} with {shown} removes nothing of {before.parameters:,} parameters. Use a smaller size.",
                 stacklevel=3,
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """All fields as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class Preview:
                 _ratio(after.parameters, before.parameters),
             ),
             ("bytes", f"{before.bytes:,}", f"{after.bytes:,}", _ratio(after.bytes, before.bytes)),
-            ("FLOPs a token", f"{before.flops_per_token:,.0f}", flops, _ratio(after.flops_upper, before.flops_upper)),
+            ("FLOPs per token", f"{before.flops_per_token:,.0f}", flops, _ratio(after.flops_upper, before.flops_upper)),
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
@@ -101,7 +101,7 @@ def _ratio(after: float, before: float) -> str:
 
 
 def flops_per_token(model: PreTrainedModel, blocks: list[FoundBlock], routed: Mapping[str, float]) -> float:
-    """FLOPs of one token whose routed experts take `routed[name]` multiply-adds in block `name`; works on meta."""
+    """FLOPs per token if the routed experts of block `name` take `routed[name]` multiply-adds; works on meta."""
     inside_experts = {id(p) for found in blocks for p in found.surgeon.expert_parameters(found.module(model))}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     dense = sum(
@@ -116,7 +116,7 @@ def flops_per_token(model: PreTrainedModel, blocks: list[FoundBlock], routed: Ma
 
 
 def preview(skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo, recipe: Recipe) -> Preview:
-    """Costs of a model before and after a recipe, as far as config and headers tell."""
+    """Costs of a model before and after a recipe, from config and headers."""
     costs = recipe.costs(info)
     counts = {name: cost.experts for name, cost in costs.items()}
     removed_parameters, removed_router, indices, saved = 0.0, 0, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Which architectures are supported, and which methods on each: one table for the README and the command line."""
+"""The supported architectures and operations, as one table for the docs and the command line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Support:
     """One architecture.
 
     Args:
-        name: Of the family, as in transformers.
-        methods: What can be done with its experts.
-        plain: Whether a result with equally many experts in each block loads without this package.
-        remarks: What a user should know, or why it is refused.
+        name: Name of the family, as in transformers.
+        methods: Supported operations on its experts.
+        plain: Whether a result with the same number of experts in each block loads without this package.
+        remarks: Limitations, or the reason of a refusal.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Support:
 
 
 def support() -> list[Support]:
-    """All registered architectures by name, then those that are refused."""
+    """All registered architectures by name, then the refused ones."""
     found = [
         Support(
             name,
@@ -40,7 +40,7 @@ def support() -> list[Support]:
 
 
 def support_markdown() -> str:
-    """The table of the README."""
+    """The table of the docs, in Markdown."""
     rows = [(f"`{r.name}`", ", ".join(r.methods) or "none", "yes" if r.plain else "no", r.remarks) for r in support()]
     header = [("architecture", "methods", "plain checkpoint", "remarks"), ("---",) * 4]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (*header, *rows))

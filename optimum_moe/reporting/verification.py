@@ -1,23 +1,23 @@
-"""What a verification found, as a table."""
+"""Results of a verification, as a table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 SHOWN = 3
-"""How many failures of a check are shown."""
+"""Maximum number of failures that are shown for a check."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
+    """The result of one check.
 
     Args:
-        name: What was checked.
-        failures: What is wrong, first things first; none if all is well.
-        note: What was compared, or why the check could not be made.
-        ran: Whether it was made.
-        trained: What differs from the plan because the model was trained since it was written.
+        name: Name of the check.
+        failures: Messages of failures; empty if it passed.
+        note: What was compared, or why the check could not run.
+        ran: Whether the check ran.
+        trained: Differences from the plan because the model was trained since it was written.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether it was made and found nothing wrong."""
+        """Whether the check ran and found no failure."""
         return self.ran and not self.failures
 
 
@@ -38,7 +38,7 @@ class VerificationReport:
 
     Args:
         checkpoint: The folder.
-        checks: All checks, those that could not be made among them.
+        checks: All checks, including those that could not run.
         against: The original.
     """
 
@@ -48,12 +48,12 @@ class VerificationReport:
 
     @property
     def passed(self) -> bool:
-        """Whether all checks were made and passed."""
+        """Whether all checks ran and passed."""
         return all(check.passed for check in self.checks)
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """What differs from the plan because the model was trained since it was written."""
+        """Differences from the plan because the model was trained since it was written."""
         return tuple(text for check in self.checks for text in check.trained)
 
     def __getitem__(self, name: str) -> Check:

@@ -1,4 +1,4 @@
-"""The versions that a compressed checkpoint was made with."""
+"""Package versions to record in a compressed checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import optimum_moe
 
 
 def versions() -> dict[str, str]:
-    """What decides the numbers of a compressed checkpoint, beside its recipe and its data."""
+    """Versions of the packages that affect the values of a compressed checkpoint."""
     return {
         "optimum_moe": optimum_moe.__version__,
         "torch": str(torch.__version__),

@@ -27,7 +27,7 @@ class BlockProfile:
 
     Args:
         points: For each expert, see `optimum_moe.formats.candidates`.
-        in_loss: Whether damages are changes of the loss; else squared output errors, in a unit of the block's own.
+        in_loss: Whether damages are changes of the loss; else squared output errors, not comparable between blocks.
     """
 
     points: tuple[tuple[Point, ...], ...]
@@ -37,22 +37,22 @@ class BlockProfile:
 @register_stage
 @dataclass(frozen=True)
 class ByteBudget(FormattingStage):
-    """Spend a number of bytes on the experts of the whole model, wherever a byte saves the most loss.
+    """Allocate a budget of bytes among the experts of the whole model, wherever a byte saves the most loss.
 
-    Every expert becomes one of: empty, some of its neurons, gate and up of a low rank, or as it is
+    Every expert becomes empty, keeps some of its neurons, gets low-rank gate and up projections, or is unchanged
     (`optimum_moe.formats`). Can follow a stage that merges or prunes.
 
     Args:
         share: Share of the original experts' bytes that remains, in (0, 1] or as `"50%"`. Exactly one of this and
             `target_size`.
-        target_size: Size of the weight files at most, headers included: bytes, or for example `"16GB"`, or `"50%"` of
-            what they are.
-        formats: Formats that an expert may get between empty and untouched: `"narrow"` (fewer neurons), `"low_rank"`
-            and others that are registered; default all that come with the package.
-        curvature: Measure damage in the loss, by backward passes over the calibration data (default); False measures
-            output errors, as where no backward pass is possible.
+        target_size: Maximum size of the weight files, headers included: bytes, or for example `"16GB"`, or `"50%"` of
+            their present size.
+        formats: Formats that an expert may get between empty and unchanged: `"narrow"` (fewer neurons), `"low_rank"`
+            and other registered ones; default all that come with the package.
+        curvature: Measure damage in the loss, with backward passes over the calibration data (default); False measures
+            output errors, which are also used if no backward pass is possible.
         layers: Positions of the MoE blocks to compress, None for all.
-        protect: Patterns of block names that stay as they are.
+        protect: Patterns of block names to leave unchanged.
 
     Raises:
         ValueError: If a setting is unknown or out of range.
@@ -82,17 +82,17 @@ class ByteBudget(FormattingStage):
 
     @property
     def needs_profile(self) -> bool:
-        """Bytes are spent over all blocks at once."""
+        """Always True, since bytes are allocated over all blocks at once."""
         return True
 
     @property
     def needs(self) -> frozenset[str]:
-        """Sampled tokens, and the gradients of the loss at them."""
+        """Frequencies, sampled tokens, and with `curvature` the gradients of the loss at them."""
         return frozenset({"frequency", "sample", *(("gradients",) if self.curvature else ())})
 
     @property
     def sample_size(self) -> int:
-        """Enough tokens for Gram matrices of single experts."""
+        """Number of tokens to sample, enough for Gram matrices of single experts."""
         return 32768
 
     def check(self, model: ModelInfo) -> None:
@@ -101,11 +101,10 @@ class ByteBudget(FormattingStage):
         self._budget(model.original, selected_blocks(model.original, self.layers, self.protect))
 
     def profile(self, context: BlockContext) -> BlockProfile | None:
-        """What each expert loses as each of its candidates; None for a block that stays as it is.
+        """The damage of each candidate of each expert; None for an unchanged block.
 
-        Damages are summed over all tokens that the block saw. Neurons that have a meaning outside of their expert are
-        kept all or none. An expert without tokens costs nothing to empty, unless `unseen` says that it is kept or
-        pruned.
+        Damages are summed over all tokens that the block saw. If neurons cannot be removed, no candidate is narrow. An
+        expert without tokens has no damage when it is emptied, unless `unseen` keeps or prunes it.
 
         Raises:
             ValueError: If all gradients are zero.
@@ -117,8 +116,8 @@ class ByteBudget(FormattingStage):
         if gradient_SJH is not None and len(gradient_SJH) and not gradient_SJH.any():
             name = context.info.name
             raise ValueError(
-                f"All gradients of the loss at {name} are zero, as if nothing depended on its experts: they would all "
-                "be emptied. Check the weights behind it; load the model in a wider dtype, leave the block out with "
+                f"All gradients of the loss at {name} are zero, so all of its experts would be emptied. Check the "
+                "weights of the layers after it; load the model in a wider dtype, leave the block out with "
                 f'protect=["{name}"], or pass curvature=False.'
             )
         formats = [name for name in self.formats if name != "narrow" or not context.experts.fixed_neurons]
@@ -142,7 +141,7 @@ class ByteBudget(FormattingStage):
     def allocate(
         self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, BlockProfile | None]
     ) -> dict[str, tuple[Candidate, ...] | None]:
-        """The candidate of every expert of every block; None for blocks that stay as they are."""
+        """The chosen candidate of every expert, by block; None for unchanged blocks."""
         chosen = [block for block in model.original.blocks if profiles.get(block.name) is not None]
         found: dict[str, tuple[Candidate, ...]] = {}
         if chosen:
@@ -150,14 +149,14 @@ class ByteBudget(FormattingStage):
         return {block.name: found.get(block.name) for block in model.blocks}
 
     def _budget(self, model: ModelInfo, chosen: Sequence[BlockInfo]) -> int:
-        """Bytes that all experts of some blocks may store, biases and indices included."""
+        """Budget in bytes for all experts of the chosen blocks, biases and indices included."""
         whole = _stored(chosen)
         if self.target_size is None:
             assert self.share is not None
             return int(product(self.share, whole))
         rest = model.bytes - whole
-        # Experts lie in stacks by width, a multiple of 8: gate and up dense or in two factors, down dense. One number
-        # guards them.
+        # Experts are stacked by width, a multiple of 8: gate and up dense or in two factors, down dense. The guard has
+        # one element.
         headers = 0
         for block in chosen:
             stacks = min(block.num_experts, block.intermediate_size // STEP + 1)
@@ -167,15 +166,15 @@ class ByteBudget(FormattingStage):
         if left < 0:
             raise ValueError(
                 f"target_size={self.target_size!r} cannot be reached: without any expert "
-                f"{rest + model.header_bytes + headers:,} of {model.bytes:,} bytes are left, headers included. Ask for "
-                "more than that."
+                f"{rest + model.header_bytes + headers:,} of {model.bytes:,} bytes remain, headers included. Use a "
+                "larger size."
             )
         return min(left, whole)
 
     def factors(self, context: BlockContext, allocated: Sequence[Candidate] | None) -> StoredExperts | None:
-        """All experts of a block as the candidates that were chosen, refitted together to what the block gave.
+        """All experts of a block as the chosen candidates, with down projections refitted to the block's outputs.
 
-        An expert that no token chooses any more is fitted to those that chose it when its candidate was chosen.
+        An expert that no token selects any more is fitted to the tokens of the profile.
         """
         if allocated is None:
             return None
@@ -184,12 +183,12 @@ class ByteBudget(FormattingStage):
         tokens = [found if len(found := sample.of_expert(e)) else profiled.of_expert(e) for e in range(len(experts))]
         chosen = zip(experts, tokens, allocated, strict=True)
         stored = [build_expert(expert, seen, candidate) for expert, seen, candidate in chosen]
-        # What follows an expert's output is no sum, so that no other expert can make up for it.
+        # If expert outputs are not simply summed, one expert cannot compensate the error of another.
         summed = context.experts.finish is None and not context.experts.fixed_neurons
         return StoredExperts(tuple(refit_block(experts, stored, sample) if summed else stored))
 
     def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
-        """The bounds: anything from no expert at all to the whole budget."""
+        """Bounds of the cost: from no expert at all to the whole budget."""
         if not self.selects(model, block):
             return before
         chosen = selected_blocks(model.original, self.layers, self.protect)
@@ -206,28 +205,28 @@ class ByteBudget(FormattingStage):
 def spend_budget(
     blocks: Sequence[BlockInfo], profiles: Mapping[str, BlockProfile | None], budget: float
 ) -> dict[str, tuple[Candidate, ...]]:
-    """The candidate of every expert of some blocks, with which all of them store at most `budget` bytes.
+    """Choose a candidate for every expert, so that all of them store at most `budget` bytes.
 
     Args:
         blocks: The blocks.
-        profiles: Of each of them.
-        budget: Bytes.
+        profiles: Profile of each block.
+        budget: Budget in bytes.
 
     Raises:
-        ValueError: If the experts that have to stay take more.
+        ValueError: If experts that must be kept need more than the budget.
     """
     taken = {block.name: profile for block in blocks if (profile := profiles[block.name]) is not None}
     without = [name for name, profile in taken.items() if not profile.in_loss]
     if without:
         warnings.warn(
             f"No gradient of the loss was observed at {len(without)} of {len(taken)} blocks ({without[0]}, ...): "
-            "damage is measured by output errors, and every block counts as much as any other. A backward pass needs "
-            'engine="memory" without error propagation, and a model that gives logits.',
+            "damage is measured by output errors, and all blocks have the same weight. A backward pass needs "
+            'engine="memory" without error propagation, and a model that returns logits.',
             stacklevel=2,
         )
     offered, owners = [], []
     for name, profile in taken.items():
-        # Squared errors of different blocks have nothing in common but the share of what would be lost.
+        # Squared errors of different blocks are only comparable relative to the error of emptying all experts.
         total = sum(points[0].damage for points in profile.points) or 1.0
         for points in profile.points:
             unit = total if without else 1.0
@@ -240,5 +239,5 @@ def spend_budget(
 
 
 def _stored(blocks: Sequence[BlockInfo]) -> int:
-    """Bytes that the experts of some blocks store as they are."""
+    """Bytes that the unchanged experts of some blocks store."""
     return round(sum(b.bytes_of_experts(b.num_experts, b.num_experts * b.expert_parameters) for b in blocks))

@@ -1,4 +1,4 @@
-"""What stages share that keep all experts, in other formats than dense matrices."""
+"""Common base of stages that keep all experts in other formats than dense matrices."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from optimum_moe.stages.counts import is_selected, selected_blocks
 
 @dataclass(frozen=True)
 class FormattingStage(Stage):
-    """Keeps all experts that enter, in other formats; comes last where experts are merged or pruned too.
+    """Keeps all experts in other formats; it must be the last stage if experts are also merged or pruned.
 
-    Behind a merge the plan says how that changed the mean stable rank of the experts' matrices, which tells what a low
-    rank loses.
+    After a merge the plan records the change of the mean stable rank of the experts' matrices, which indicates how much
+    a low rank loses.
     """
 
     layers: Any = None
@@ -30,42 +30,42 @@ class FormattingStage(Stage):
 
     @property
     def leaves_dense_experts(self) -> bool:
-        """False."""
+        """Always False, since experts are stored in other formats than dense matrices."""
         return False
 
     def check(self, model: ModelInfo) -> None:
-        """Check that the experts of all selected blocks can be kept in other formats."""
+        """Check that the experts of all selected blocks can be stored in other formats."""
         for block in selected_blocks(model, self.layers, self.protect):
             if block.no_factors:
                 raise ValueError(
-                    f"The experts of {block.name} cannot be kept in factors: {block.no_factors}. Merge them instead."
+                    f"The experts of {block.name} cannot be factorized: {block.no_factors}. Merge them instead."
                 )
 
     def selects(self, model: ModelInfo, block: BlockInfo) -> bool:
-        """Whether a block is one of those to change."""
+        """Whether a block is selected by `layers` and `protect`."""
         return is_selected(block, len(model.blocks), self.layers, self.protect)
 
     def applies(self, context: BlockContext) -> bool:
-        """Whether the block of a context is one of those to change."""
+        """Whether the block of a context is selected by `layers` and `protect`."""
         return is_selected(context.info, context.num_blocks, self.layers, self.protect)
 
     def changed_by_data(self, model: ModelInfo, allocation: Mapping[str, Any]) -> frozenset[str]:
-        """All selected blocks, where anything was observed."""
+        """All selected blocks, if the stage reads statistics."""
         chosen: Sequence[BlockInfo] = selected_blocks(model, self.layers, self.protect) if self.needs else ()
         return frozenset(block.name for block in chosen)
 
     @abstractmethod
     def factors(self, context: BlockContext, allocated: Any) -> StoredExperts | None:
-        """The experts of a block in their formats; None for a block that stays as it is."""
+        """The experts of a block in their formats; None for an unchanged block."""
 
     def decide(self, context: BlockContext, allocated: Any) -> BlockPlan:
-        """Keep all experts, in their formats."""
+        """Keep all experts in the formats of `factors`."""
         plan = keep_all(context.info.name, context.info.num_experts, routing="map")
         return replace(plan, factors=self.factors(context, allocated), stable_rank=_change_of_stable_rank(context))
 
 
 def _change_of_stable_rank(context: BlockContext) -> tuple[float, float] | None:
-    """Before and after the merge in front of a stage; None where nothing was merged."""
+    """Mean stable rank before and after the merge of the previous stage; None without a merge."""
     if context.before is None:
         return None
     entered, plan = context.before
@@ -75,7 +75,7 @@ def _change_of_stable_rank(context: BlockContext) -> tuple[float, float] | None:
 
 
 def _mean_stable_rank(experts: ExpertTensors) -> float:
-    """Over the matrices of all experts, rounded to three decimals."""
+    """Mean stable rank of the matrices of all experts, rounded to three decimals."""
     named = [getattr(experts, name) for name in PROJECTIONS]
     found = [estimated_stable_rank(matrix) for values in named if values is not None for matrix in values]
     return round(sum(found) / len(found), 3)

@@ -1,4 +1,4 @@
-"""Experts as low rank + structured sparse, at one size for all matrices.
+"""Experts as low rank plus structured sparse matrices, with one size setting for all matrices.
 
 MC-SMoE's second step ("Merge, Then Compress", Li et al., ICLR 2024, arXiv:2310.01334, section 3.3), with factors
 whitened by the activations (SVD-LLM, arXiv:2403.07378) and rows chosen by their energy on calibration inputs.
@@ -38,8 +38,8 @@ class SharedBases:
 
     Args:
         labels_E: Group of each expert.
-        matrices: By projection (G, O, X).
-        order_EI: (E, I) order of each expert's neurons in its group, None for the model's own.
+        matrices: (G, O, X) matrices by projection.
+        order_EI: (E, I) order of each expert's neurons in its group, None for the original order.
     """
 
     labels_E: tuple[int, ...]
@@ -47,7 +47,7 @@ class SharedBases:
     order_EI: torch.Tensor | None
 
     def of_expert(self, expert: int) -> tuple[tuple[int, Mapping[str, torch.Tensor]], torch.Tensor | None]:
-        """Number and matrices of an expert's group, and the order of its neurons there."""
+        """Number and matrices of an expert's group, and the order of the expert's neurons in it."""
         group = self.labels_E[expert]
         base = group, {name: stack[group] for name, stack in self.matrices.items()}
         return base, None if self.order_EI is None else self.order_EI[expert]
@@ -56,20 +56,20 @@ class SharedBases:
 @register_stage
 @dataclass(frozen=True)
 class LowRankSparse(FormattingStage):
-    """Keep every matrix of an expert as U V + S; can follow a stage that merges or prunes.
+    """Replace every matrix of an expert by U V + S; can follow a stage that merges or prunes.
 
     Args:
         rank: Rank of every matrix, a multiple of 8. Exactly one of this and the next two.
-        rank_ratio: Share of a matrix's numbers that U and V may store, in (0, 1]. A matrix whose factors and sparse
-            rows would be no smaller than it is stays dense, with this and the next.
+        rank_ratio: Share of a matrix's elements that U and V may store, in (0, 1]. With this and the next, a matrix
+            remains dense if its factors and sparse rows would not be smaller.
         energy: Share of the squared singular values to keep, in (0, 1]; ranks then differ.
         density: Share of the rows (output neurons) of each matrix that the sparse part keeps, default 0.1 (the
             paper's); None for no sparse part.
-        whiten: Weigh the error by the calibration tokens (default); False gives the plain SVD and needs no data.
-        base: `"group"` keeps every expert apart, as a factorized difference to the merged expert of its group, which
-            a stage in front of this one makes: rank 0 is that merge, the full rank the original.
+        whiten: Weight the error by the calibration tokens (default); False gives the plain SVD and needs no data.
+        base: `"group"` keeps every expert as a factorized difference from the merged expert of its group, which the
+            stage before this one computes: rank 0 is that merge, the full rank the original.
         layers: Positions of the MoE blocks to factorize, None for all.
-        protect: Patterns of block names that stay as they are.
+        protect: Patterns of block names to leave unchanged.
 
     Raises:
         ValueError: If a setting is unknown or out of range.
@@ -95,23 +95,23 @@ class LowRankSparse(FormattingStage):
             check_share(name, getattr(self, name))
         check_share("density", self.density, " Use None for no sparse part.")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int)):
-            raise ValueError(f"rank={self.rank!r} must be an integer. For a share of the numbers use rank_ratio.")
+            raise ValueError(f"rank={self.rank!r} must be an integer. For a share of the elements use rank_ratio.")
         if self.base is not None:
             choose_one("base", self.base, ("group",))
 
     @property
     def knows_size(self) -> bool:
-        """Not with an energy."""
+        """Whether the ranks are fixed in advance, which they are unless `energy` is given."""
         return self.energy is None
 
     @property
     def needs(self) -> frozenset[str]:
-        """Sampled tokens, if factors are whitened."""
+        """Sampled tokens, if `whiten`; else nothing."""
         return frozenset({"frequency", "sample"} if self.whiten else ())
 
     @property
     def sample_size(self) -> int:
-        """Enough tokens for Gram matrices of single experts."""
+        """Number of tokens to sample, enough for Gram matrices of single experts."""
         return 32768
 
     def check_order(self, before: Stage | None) -> None:
@@ -121,13 +121,13 @@ class LowRankSparse(FormattingStage):
             return
         if before is None or before.routing is None:
             raise ValueError(
-                'base="group" keeps experts as differences to merged ones, and nothing is merged here. Put a stage '
-                'that merges in front: [MSMoE(num_experts=8), LowRankSparse(rank=16, base="group")].'
+                'base="group" keeps experts as differences from merged ones, but nothing is merged here. Put a stage '
+                'that merges before it: [MSMoE(num_experts=8), LowRankSparse(rank=16, base="group")].'
             )
         if before.routing == "reduce":
             raise ValueError(
-                f'base="group" keeps every expert, and {before.name} with a smaller router does not. '
-                'Merge with routing="map" in front of it.'
+                f'base="group" keeps every expert, but {before.name} with a smaller router does not. '
+                'Merge with routing="map" before it.'
             )
 
     def check(self, model: ModelInfo) -> None:
@@ -141,13 +141,13 @@ class LowRankSparse(FormattingStage):
                 self._rows(size)
 
     def remaining(self, model: ModelInfo, block: BlockInfo, allocated: Any) -> int:
-        """All experts; with shared bases those from before the merge."""
+        """All experts; with shared bases the number before the merge."""
         if self.base is None:
             return block.num_experts
         return next(found.num_experts for found in model.original.blocks if found.name == block.name)
 
     def decide(self, context: BlockContext, allocated: Any) -> BlockPlan:
-        """Factorize the experts of one block; with shared bases, what sets the original ones apart."""
+        """Factorize the experts of one block; with shared bases, their differences from the merged ones."""
         if self.base is None:
             return super().decide(context, allocated)
         assert context.before is not None
@@ -171,7 +171,7 @@ class LowRankSparse(FormattingStage):
 
         Args:
             context: The block.
-            shared: The bases of its experts, which then have their neurons in the bases' order.
+            shared: The bases of its experts, whose neurons are then in the order of the bases.
         """
         sample = context.sample() if self.whiten else None
         experts = []
@@ -186,7 +186,7 @@ class LowRankSparse(FormattingStage):
         return StoredExperts(tuple(experts))
 
     def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
-        """Exact for a rank or a ratio; for an energy the bounds, with the numbers of the upper one."""
+        """See `Stage.cost`; exact for a rank or a ratio, an upper bound for an energy."""
         if not self.selects(model, block):
             return before
         least, most, indices = self._numbers(block)
@@ -215,7 +215,7 @@ class LowRankSparse(FormattingStage):
         )
 
     def _numbers(self, block: BlockInfo) -> tuple[float, float, Sequence[TensorSpec]]:
-        """The fewest and the most weights that one expert's matrices store, and its index tensors."""
+        """Minimum and maximum number of weights in one expert's matrices, and its index tensors."""
         matrices = round(block.expert_multiply_adds / (block.intermediate_size * block.hidden_size))
         shapes = [(block.intermediate_size, block.hidden_size)] * (matrices - 1)
         shapes.append((block.hidden_size, block.intermediate_size))
@@ -229,7 +229,7 @@ class LowRankSparse(FormattingStage):
         return stored, stored, [spec for spec in specs if spec.dtype is not None]
 
     def _tensors(self, shape: tuple[int, int], rank: int | None) -> list[TensorSpec]:
-        """What a matrix stores with a rank; None for a dense matrix."""
+        """The tensors that a matrix of a rank stores; a rank of None means dense."""
         if rank is None:
             return [TensorSpec(shape)]
         outputs, inputs = shape
@@ -253,7 +253,7 @@ class LowRankSparse(FormattingStage):
         return self._rank(spectrum.shape)
 
     def _unless_larger(self, shape: tuple[int, int], rank: int | None) -> int | None:
-        """The rank, None where factors and sparse rows together are no smaller than the matrix: it then stays dense."""
+        """The rank, None if factors and sparse rows are not smaller than the matrix, which then remains dense."""
         if rank is None:
             return None
         stored = sum(spec.numbers for spec in self._tensors(shape, rank))

@@ -187,7 +187,7 @@ def test_compress_writes_what_it_says(compress: Run, tmp_path: Path):
     out = tmp_path / "out"
     status, printed, err = compress("--recipe", "m-smoe", "--num-experts", 3, "--output", out, "--seed", 7)
     assert status == 0, err
-    assert printed.index("Preview") < printed.index("Measured") < printed.index("Where optimum-moe is installed")
+    assert printed.index("Preview") < printed.index("Measured") < printed.index("With optimum-moe installed")
     assert "8 -> 3" in printed
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.model.layers[0].mlp.experts.down_proj.shape[0] == 3
@@ -211,7 +211,7 @@ def test_compress_again_from_saved_statistics(compress: Run, run: Run, checkpoin
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     status, _, err = run(*common, "--output", tmp_path / "third", "--max-tokens", 512)
     assert status == 2
-    assert "--statistics takes the place" in err
+    assert "--statistics replaces the observation" in err
     assert "--max-tokens" in err
 
 
@@ -290,7 +290,7 @@ def test_destination_is_checked_first(run: Run, compress: Run, tmp_path: Path):
     for kept in (out, out / "statistics"):
         status, _, err = compress("--recipe", "reap", "--output", out, "--save-statistics", kept)
         assert status == 2
-        assert f"--save-statistics {kept} lies in --output {out}, which is written as a whole" in err
+        assert f"--save-statistics {kept} is in --output {out}, which is replaced as a whole" in err
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
 
 

@@ -72,7 +72,7 @@ def test_arguments_of_the_api_are_named_as_flags(message: str, said: str) -> Non
             ("--push-to-hub", "a/b/c"),
             "--push-to-hub a/b/c is not a repository name. Use 'name' or 'user/name'.",
         ),
-        (("--share", 0.5), "error: --share is no size for the recipe 'reap', which takes"),
+        (("--share", 0.5), "error: --share is not a setting of the recipe 'reap', which takes"),
     ],
 )
 def test_errors_name_flags(arguments: tuple, message: str, compress: Run, tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_a_number_of_experts_needs_another_recipe_than_the_default(
     status, _, err = run("preview", checkpoint, flag, value)
     assert status == 2
     assert err == (
-        f"error: {flag} is no size for the recipe 'budget', which takes --share, --target-size. "
-        "Give one of these, or another recipe as well: --recipe, one of m-smoe, m-smoe-adaptive, m-smoe-plain, "
+        f"error: {flag} is not a setting of the recipe 'budget', which takes --share, --target-size. "
+        "Give one of these, or also another recipe: --recipe, one of m-smoe, m-smoe-adaptive, m-smoe-plain, "
         "mc-smoe, mc-smoe-fast, reap.\n"
     )
 
@@ -110,7 +110,7 @@ def test_any_exception_ends_in_one_line(compress: Run, tmp_path: Path, monkeypat
     assert status == 1
     assert err.splitlines()[-1] == (
         "error: RuntimeError: CUDA error: device-side assert. Repeat the command with --debug for the traceback, and "
-        "report it if it is a fault of optimum_moe."
+        "report it if it is a bug in optimum_moe."
     )
     assert "Traceback" not in err
     with pytest.raises(RuntimeError, match="device-side assert"):

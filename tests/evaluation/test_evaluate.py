@@ -87,7 +87,7 @@ def test_save_and_load(results, tmp_path):
     assert loaded.units == results["other"].units
     assert paired_difference(loaded, results["other"], "perplexity")[0] == 0
     (tmp_path / "else.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="no saved EvaluationResult"):
+    with pytest.raises(ValueError, match="not a saved EvaluationResult"):
         EvaluationResult.load(tmp_path / "else.json")
 
 

@@ -180,7 +180,7 @@ def test_stopping_early_keeps_what_was_reached_and_says_so(tmp_path):
 
     model = Model()
     ratio, _ = CubicSchedule(STEPS, 2, final_ratio=0.25).at(5)
-    with pytest.warns(UserWarning, match=rf"stopped after 6 of 20 steps: the sparse rows hold {ratio:.3f}"):
+    with pytest.warns(UserWarning, match=rf"stopped after 6 of 20 steps: the sparse rows have {ratio:.3f}"):
         train(model, tmp_path, RowPruning(0.25), Stop())
     assert ratio * WHOLE <= model.stored() < ratio * WHOLE + INNER + 1
 
