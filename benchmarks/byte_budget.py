@@ -209,7 +209,7 @@ def values_of(results: list[EvaluationResult], column: str, base: float) -> list
 
 
 def table(setting: Setting, found: dict[tuple[int, str], list[EvaluationResult]], shares: list[int]) -> list[str]:
-    """Markdown."""
+    """Lines of a Markdown table."""
     base = found[100, ORIGINAL][0].scores["perplexity"].value
     lines = ["| expert bytes | variant | perplexity | KL | top-1 | choice | generation | loops |", "|---" * 8 + "|"]
     for share in shares:

@@ -63,7 +63,7 @@ print(time.monotonic() - began)
 
 @dataclass(frozen=True)
 class Row:
-    """One run."""
+    """Measurements of one run."""
 
     layers: int
     size: int

@@ -32,7 +32,7 @@ from optimum_moe.hf.quantizer import SUPPORTED_TRANSFORMERS
 
 VERSIONS = ("4.57.6", "5.0.0", "5.4.0", "5.10.4", "5.20.2", "5.23.0", "5.24.0")
 CACHE = Path(__file__).parents[1] / ".cache" / "versions"
-METHODS = {
+RECIPES = {
     "plain": ExpertPruning(num_experts=4),
     "map": MSMoE(num_experts=4),
     "factors": LowRankSparse(rank=8),
@@ -146,7 +146,7 @@ def make_checkpoints(folder: Path) -> Iterator[tuple[str, str, Path, Path]]:
         ids = {"input_ids": torch.randint(3, 99, (8, 32))}
         yield family, "original", original, original
         data = [ids | ({"decoder_input_ids": ids["input_ids"]} if config.is_encoder_decoder else {})]
-        for kind, method in METHODS.items():
+        for kind, method in RECIPES.items():
             checkpoint = folder / family / kind
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Calibration gave no token")

@@ -317,7 +317,7 @@ def coerce_recipe(recipe: Any) -> Recipe:
     if isinstance(recipe, Sequence):
         got = f"[{', '.join(getattr(stage, 'name', type(stage).__name__) for stage in recipe)}]"
     raise ValueError(
-        f"recipe={got} is no recipe. Pass a stage such as MSMoE(num_experts=8), a list of stages, a preset, or "
+        f"recipe={got} is not a recipe. Pass a stage such as MSMoE(num_experts=8), a list of stages, a preset, or "
         "the path of a YAML recipe."
     )
 

@@ -195,7 +195,7 @@ def test_wrong_recipes(models, tmp_path: Path, text: str, message: str) -> None:
         ("m-smoo", {}, r"recipe='m-smoo' is unknown; did you mean 'm-smoe'\?"),
         ("missing.yaml", {}, r"No recipe file missing.yaml. Give an existing one, or a preset: "),
         ([MSMoE(num_experts=4), MSMoE(num_experts=2)], {}, r"m-smoe cannot follow m-smoe: .*that merges or prunes"),
-        (4, {}, r"recipe=int is no recipe. Pass a stage such as MSMoE\(num_experts=8\)"),
+        (4, {}, r"recipe=int is not a recipe. Pass a stage such as MSMoE\(num_experts=8\)"),
         ("m-smoe", {"engine": "streeming"}, r"engine='streeming' is unknown"),
         ("m-smoe", {"calibration": {"source": ["text"], "seeds": 1}}, r"Unknown field 'seeds'; did you mean 'seed'"),
     ],

@@ -38,7 +38,7 @@ class ExpertTensors:
             have fewer rows than H.
         activate: The experts' own gate function, differentiable; None where an architecture does not give it.
         finish: What follows down (a norm), None for nothing.
-        scales_input: Whether routing weights scale what goes into an expert, E(w x), and not what comes out, w E(x).
+        scales_input: Whether routing weights scale the input of an expert, E(w x), instead of its output, w E(x).
 
     Raises:
         ValueError: if a field has another number of experts than `up`, or expert 0 another shape than the above.

@@ -44,7 +44,7 @@ class MatrixFactors:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """Rank R of the product."""
         return len(self.u_RO)
 
     @property

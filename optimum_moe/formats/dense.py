@@ -35,11 +35,11 @@ class Dense(BodyFormat, BudgetFormat):
     needs_tokens = False
 
     def tensors(self, size: int, outputs: int, inputs: int) -> dict[str, TensorSpec]:
-        """The matrix."""
+        """The matrix itself (1, O, X)."""
         return {"weight": TensorSpec((1, outputs, inputs))}
 
     def multiply_adds(self, size: int, outputs: int, inputs: int) -> int:
-        """O X."""
+        """O X multiply-adds for each token."""
         return outputs * inputs
 
     def forward(
@@ -62,11 +62,11 @@ class Dense(BodyFormat, BudgetFormat):
         return grouped_product(input_QX, weight_COX.transpose(1, 2), counts)
 
     def densified(self, part: Mapping[str, torch.Tensor], matrix_OX: torch.Tensor | None) -> torch.Tensor:
-        """The matrix."""
+        """The stored matrix (O, X)."""
         return part["weight"][0]
 
     def describe(self, sizes: Sequence[int]) -> str:
-        """In a word."""
+        """Only the name of the format."""
         return "dense"
 
     def encode(self, matrix_OX: torch.Tensor) -> StoredPart:
@@ -74,11 +74,11 @@ class Dense(BodyFormat, BudgetFormat):
         return StoredPart(self.name, 1, {"weight": matrix_OX.unsqueeze(0)})
 
     def joined(self, gate: StoredPart, up: StoredPart) -> StoredPart:
-        """Gate above up."""
+        """Gate and up concatenated by rows."""
         return self.encode(torch.cat([gate.tensors["weight"][0], up.tensors["weight"][0]]))
 
     def widths(self, inner: int, can_narrow: bool) -> Collection[int]:
-        """All neurons."""
+        """Always the full width."""
         return {inner}
 
     def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:

@@ -41,7 +41,7 @@ class Empty(ExpertFormat, BudgetFormat):
         return tensors["bias"]
 
     def widths(self, inner: int, can_narrow: bool) -> Collection[int]:
-        """No neurons."""
+        """Always zero neurons."""
         return {0}
 
     def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:
@@ -49,9 +49,9 @@ class Empty(ExpertFormat, BudgetFormat):
         yield Candidate(self.name, 0), trial.estimate.empty_damage
 
     def layout(self, candidate: Candidate, gated: bool) -> Layout:
-        """Nothing."""
+        """Empty, since there are no matrices."""
         return {}
 
     def build(self, expert: Expert, fitter: ExpertFitter, candidate: Candidate) -> StoredExpert:
-        """No neurons."""
+        """The expert without its neurons."""
         return without_neurons(expert)

@@ -47,7 +47,7 @@ class LowRank(BodyFormat, BudgetFormat):
     name = "low_rank"
 
     def tensors(self, size: int, outputs: int, inputs: int) -> dict[str, TensorSpec]:
-        """Both factors."""
+        """The factors `u` (R, O) and `v` (R, X)."""
         return {"u": TensorSpec((size, outputs)), "v": TensorSpec((size, inputs))}
 
     def multiply_adds(self, size: int, outputs: int, inputs: int) -> int:
@@ -81,11 +81,11 @@ class LowRank(BodyFormat, BudgetFormat):
         return grouped_product(grouped_product(input_QX, v_CRX.transpose(1, 2), counts), u_CRO, counts)
 
     def densified(self, part: Mapping[str, torch.Tensor], matrix_OX: torch.Tensor | None) -> torch.Tensor:
-        """The product."""
+        """The product U^T V (O, X)."""
         return part["u"].T @ part["v"]
 
     def describe(self, sizes: Sequence[int]) -> str:
-        """Their ranks."""
+        """The range of ranks."""
         return f"of rank {span(sizes)}"
 
     def fits(self, size: int, outputs: int, inputs: int) -> bool:

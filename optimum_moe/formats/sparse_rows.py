@@ -20,11 +20,11 @@ class SparseRows(AddedFormat):
     absent = 0
 
     def tensors(self, size: int, outputs: int, inputs: int) -> dict[str, TensorSpec]:
-        """The rows, and where they lie."""
+        """The rows (M, X) and their indices (M,)."""
         return {"rows": TensorSpec((size, inputs)), "row_index": TensorSpec((size,), torch.int32)}
 
     def multiply_adds(self, size: int, outputs: int, inputs: int) -> int:
-        """M X."""
+        """M X multiply-adds for each token."""
         return size * inputs
 
     def add(
@@ -48,12 +48,12 @@ class SparseRows(AddedFormat):
         return output_PO.index_add_(-1, index_M, sparse_PM)
 
     def densified(self, part: Mapping[str, torch.Tensor], matrix_OX: torch.Tensor | None) -> torch.Tensor:
-        """With these rows."""
+        """The matrix (O, X) with these rows added."""
         assert matrix_OX is not None
         return matrix_OX.index_add(0, part["row_index"].to(matrix_OX.device), part["rows"].to(matrix_OX.dtype))
 
     def describe(self, sizes: Sequence[int]) -> str:
-        """Their numbers."""
+        """The range of row counts."""
         return f"with {span(sizes)} sparse rows"
 
     def fits(self, size: int, outputs: int, inputs: int) -> bool:

@@ -124,7 +124,7 @@ class StoredExpert:
 
     @property
     def hidden_size(self) -> int:
-        """H."""
+        """Width of the residual stream (H)."""
         return self.up.shape[1]
 
     @property

@@ -85,7 +85,7 @@ class SavesWithCode(SwappedModule):
         if writes and (Path(save_directory) / "config.json").is_file():
             carry_code(Path(save_directory), model.config)
         if push:
-            # It saves the model anew, by this method, and uploads all that it finds.
+            # It saves the model again, with this method, and uploads all files.
             model.push_to_hub(more.pop("repo_id", Path(save_directory).name), token=given.get("token"), **more)
 
 

@@ -148,7 +148,7 @@ class ExpertProjection(nn.Module):
         if opened is None or name in self._buffer_names:
             return getattr(self, name)[self._slices[name][expert]]
         # The gradient of a split is one stack, that of selections a full-sized tensor for each. A parametrized tensor
-        # (an adapter) is computed anew at each access.
+        # (an adapter) is computed again at each access.
         key = (id(self), name)
         if key not in opened:
             opened[key] = getattr(self, name).split(self._lengths[name])
@@ -230,7 +230,7 @@ class ExpertProjection(nn.Module):
         self._arrange([own | ({_ROWS: m} if m else {}) for own, m in zip(without, counts, strict=True)])
 
     def extra_repr(self) -> str:
-        """Sizes."""
+        """Sizes of the projection and of each expert's parts."""
         return f"{self.inputs} to {self.outputs}, parts={self.parts_C}"
 
 

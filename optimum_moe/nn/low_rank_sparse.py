@@ -105,12 +105,12 @@ class LowRankSparseLinear(nn.Module):
 
     @property
     def rank(self) -> int:
-        """R."""
+        """Rank R of the product."""
         return len(self.u)
 
     @property
     def num_rows(self) -> int:
-        """M."""
+        """Number of sparse rows (M)."""
         return len(self.row_index)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

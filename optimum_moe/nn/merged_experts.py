@@ -219,7 +219,7 @@ def sort_pairs(index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
 def expert_tensors(experts: Any) -> dict[str, Sequence[torch.Tensor]]:
     """The stacked tensors of an experts module by name, to be indexed by expert.
 
-    The module's attributes are read once: a parametrized one (an adapter) is computed anew at each access.
+    The module's attributes are read once: a parametrized one (an adapter) is computed again at each access.
     """
     names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
     names += [f"{name}_bias" for name in names] if experts.has_bias else []
