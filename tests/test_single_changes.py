@@ -177,7 +177,7 @@ def test_bits_of_numbers_that_equal_nothing_or_something_else() -> None:
     assert not same_bits(torch.ones(2, 3), torch.ones(3, 2))
     found = Comparison()
     found.compare("x", other_nan, nan)
-    assert found.failures == ["x: 1 of 2 numbers differ, by inf at most"]
+    assert found.failures == ["x: 1 of 2 elements differ, by inf at most"]
 
 
 def trained_copy(folders: Path, kind: str, place: Path, **settings: Any) -> Path:

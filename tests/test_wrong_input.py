@@ -334,7 +334,7 @@ def destinations(tmp_path: Path) -> Iterator[Path]:
     [
         ("full", r"full is not empty. Choose another folder, or pass overwrite=True"),
         ("full/mine.txt", r"mine.txt is a file. Give a folder"),
-        ("full/mine.txt/out", r"mine.txt is a file, so .*out cannot be made"),
+        ("full/mine.txt/out", r"mine.txt is a file, so .*out cannot be created"),
     ],
 )
 def test_destination_is_checked_before_the_model(destinations: Path, place: str, message: str) -> None:

@@ -68,7 +68,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _difference(name: str, actual: torch.Tensor, expected: torch.Tensor, plan: BlockPlan | None) -> str:
     unequal = (_bits(actual) != _bits(expected)).any(1).view(actual.shape)
     apart = (actual.double() - expected.double()).abs().nan_to_num(torch.inf, torch.inf)
-    text = f"{name}: {int(unequal.sum()):,} of {actual.numel():,} numbers differ, by {float(apart.max()):.3g} at most"
+    text = f"{name}: {int(unequal.sum()):,} of {actual.numel():,} elements differ, by {float(apart.max()):.3g} at most"
     if plan is not None and len(actual) == plan.num_groups:
         wrong = unequal.flatten(1).any(1).nonzero()[:, 0].tolist()
         members = [f"{group} (was {', '.join(map(str, plan.members(group)))})" for group in wrong[:_NAMED]]

@@ -68,7 +68,7 @@ def _matrices(view: Any) -> dict[str, Any]:
 
 
 def _dense_failures(held: Any, expert: int, plan: BlockPlan, originals: Mapping[str, Any], prefix: str) -> list[str]:
-    """What an expert stores exactly has to be the original's, but for a down that was fitted to other neurons."""
+    """Failures for matrices that should equal the original; a down projection refitted to fewer neurons may differ."""
     sizes = plan.sizes
     assert sizes is not None
     kept = None if plan.neurons is None else plan.neurons[expert]
