@@ -189,7 +189,7 @@ def test_wrong_settings_for_a_model() -> None:
         compressor_for(model, ByteBudget(target_size=1000), "mixtral")
     with pytest.raises(ValueError, match=r'base="group" keeps experts as differences from merged ones'):
         compressor_for(model, LowRankSparse(rank=8, base="group"), "mixtral")
-    with pytest.raises(ValueError, match=r"base=\"group\" keeps every expert, and expert-pruning"):
+    with pytest.raises(ValueError, match=r"base=\"group\" keeps every expert, but expert-pruning"):
         compressor_for(model, [ExpertPruning(num_experts=4), LowRankSparse(rank=8, base="group")], "mixtral")
     with pytest.raises(ValueError, match=r"low-rank-sparse cannot follow low-rank-sparse, which stores"):
         compressor_for(model, [LowRankSparse(rank=8), LowRankSparse(rank=8)], "mixtral")

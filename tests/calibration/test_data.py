@@ -209,7 +209,7 @@ def test_mixture_ends_with_its_first_source(tokenizer, tmp_path, caplog):
     mixture = {str(tmp_path / "a.txt"): 0.5, str(tmp_path / "b.txt"): 0.5}
     batches = build_batches(CalibrationConfig(mixture, sequence_length=8), tokenizer)
     assert [part["tokens"] for part in batches.description["sources"]] == [32, 32]
-    assert "a.txt has no more" in caplog.text
+    assert "a.txt is exhausted" in caplog.text
 
 
 def test_ready_inputs_pass_untouched():

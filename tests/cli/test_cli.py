@@ -250,7 +250,7 @@ def test_evaluate_prints_and_saves(run: Run, checkpoint: Path, corpus: Path, tmp
     assert EvaluationResult.load(tmp_path / "result.b.json").scores == result.scores
     status, _, err = run(*common, "--model", checkpoint, "--calibration", held_out)
     assert status == 2
-    assert "held out" in err
+    assert "held-out" in err
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_evaluate_prints_and_saves(run: Run, checkpoint: Path, corpus: Path, tmp
         (("--recipe", "m-smoe", "--num-experts", 3, "--set", "num_experts=4"), "given twice"),
         (("--recipe", "m-smoe", "--set", "similarty=router_weights"), "did you mean 'similarity'"),
         (("--recipe", "m-smoe", "--set", "align"), "has no value"),
-        (("--recipe", "m-smoe", "--set", "protect=*.0.*"), "no YAML value"),
+        (("--recipe", "m-smoe", "--set", "protect=*.0.*"), "is not a YAML value"),
         (("--recipe", "m-smoe", "--set", "layers=1"), "must be lists"),
         (("--recipe", "m-smoe", "--dtype", "bfloat61"), "did you mean 'bfloat16'"),
     ],
