@@ -273,7 +273,7 @@ def test_statistics_made_by_hand_are_checked(checkpoint: Path, statistics: Stati
         (
             replaced(token_count_E=torch.ones(4)),
             ExpertPruning(num_experts=4),
-            r"have 4 experts, and .* of its 8",
+            r"have 4 experts, but .* of its 8",
         ),
         (replaced(reservoir=no_sample), ByteBudget(share=0.5), r"reservoir_tokens=0 keeps none"),
     ):
