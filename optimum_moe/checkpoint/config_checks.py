@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from optimum_moe.checkpoint.identity import differing_settings, settings_of
 from optimum_moe.checkpoint.mtp import COUNT_FIELDS
 from optimum_moe.checkpoint.writer import spell_out
+from optimum_moe.formats.sparse_rows import SparseRows
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.surgeons import FoundBlock
 
@@ -84,7 +85,7 @@ def _without_rows(entry: Mapping[str, Any]) -> dict[str, Any]:
     factors = entry.get("factors")
     if not isinstance(factors, Mapping):
         return dict(entry)
-    return {**entry, "factors": {k: v for k, v in factors.items() if k not in ("rows", "checksum")}}
+    return {**entry, "factors": {k: v for k, v in factors.items() if k not in (SparseRows.name, "checksum")}}
 
 
 def _setting_failures(
