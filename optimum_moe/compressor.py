@@ -162,8 +162,8 @@ class MoECompressor:
         layers = find_mtp(source, mtp)
         if destination is not None:
             refuse_original(destination, source)
-        recipe.check(source.info)
-        check_together(source.blocks, {name: cost.experts for name, cost in recipe.costs(source.info).items()})
+        costs = recipe.costs(source.info)
+        check_together(source.blocks, {name: cost.experts for name, cost in costs.items()})
         layers.check_recipe(recipe)
         compressor = cls(
             source,

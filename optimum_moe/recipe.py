@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -91,30 +91,21 @@ class Recipe:
         """Name and settings of each stage."""
         return tuple(stage.settings() for stage in self.stages)
 
-    def check(self, model: ModelInfo) -> None:
-        """Check all settings against a model, before any weight is read.
+    def costs(self, model: ModelInfo) -> Mapping[str, BlockCost]:
+        """Cost of the routed experts of each block after the last stage, from config and headers.
 
         Raises:
-            ValueError: If a setting is impossible for the model.
+            ValueError: If a setting is impossible for the model as it enters its stage.
         """
-        for stage, entering, _ in self.walk(model):
-            stage.check(entering)
-
-    def walk(self, model: ModelInfo) -> Iterator[tuple[Stage, ModelInfo, Mapping[str, BlockCost]]]:
-        """Yield each stage with the model before it and the cost of its experts, from config and headers."""
-        costs = {block.name: BlockCost.of(block) for block in model.blocks}
+        costs: Mapping[str, BlockCost] = {block.name: BlockCost.of(block) for block in model.blocks}
         entering = model
         for stage in self.stages:
-            yield stage, entering, costs
-            costs = {block.name: stage.cost(entering, block, costs[block.name]) for block in entering.blocks}
+            stage.check(entering)
+            costs = stage.costs(entering, costs)
             saved = sum(costs[block.name].saved_bytes(block) for block in model.blocks)
             counts = {name: cost.experts for name, cost in costs.items()}
             entering = model.with_experts(counts, removed_bytes=saved)
-
-    def costs(self, model: ModelInfo) -> Mapping[str, BlockCost]:
-        """Cost of the routed experts of each block after the last stage."""
-        stage, entering, costs = list(self.walk(model))[-1]
-        return {block.name: stage.cost(entering, block, costs[block.name]) for block in entering.blocks}
+        return costs
 
     def as_used(self, plan: CompressionPlan) -> Recipe:
         """The recipe to save with a checkpoint: with the calibration and seed of its plan, without local paths.

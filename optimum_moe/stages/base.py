@@ -20,8 +20,8 @@ class Stage(ABC):
     """One step of a recipe, which decides what becomes of each MoE block; subclasses are frozen dataclasses.
 
     A run calls, in this order: `check` before any weight is read; `needs` for the observations to collect; `profile`
-    for each block, if `needs_profile`; `allocate` once for all blocks; `decide` for each block. `cost` estimates at any
-    time what will be stored.
+    for each block, if `needs_profile`; `allocate` once for all blocks; `decide` for each block. `costs` estimates
+    at any time what will be stored.
 
     `size_fields` are the settings that fix the compressed size; exactly one of them is given. `share_fields` are
     shares, which may be given in percent.
@@ -69,7 +69,7 @@ class Stage(ABC):
 
     @property
     def knows_size(self) -> bool:
-        """Whether `cost` is exact; otherwise it gives an upper bound."""
+        """Whether `costs` is exact; otherwise it gives an upper bound."""
         return True
 
     @property
@@ -160,13 +160,12 @@ class Stage(ABC):
         return before.with_forms_of(own)
 
     @abstractmethod
-    def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
-        """Storage and compute cost of a block's routed experts after the stage.
+    def costs(self, model: ModelInfo, before: Mapping[str, BlockCost]) -> Mapping[str, BlockCost]:
+        """Storage and compute cost of each block's routed experts after the stage.
 
         Args:
             model: The model as it enters the stage.
-            block: The block as it enters the stage.
-            before: Cost of its experts before the stage.
+            before: Costs before the stage, by block.
         """
 
     def settings(self) -> Mapping[str, Any]:

@@ -187,19 +187,20 @@ class ByteBudget(FormattingStage):
         summed = context.experts.finish is None and not context.experts.fixed_neurons
         return StoredExperts(tuple(refit_block(experts, stored, sample) if summed else stored))
 
-    def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
-        """Bounds of the cost: from no expert at all to the whole budget."""
-        if not self.selects(model, block):
-            return before
+    def costs(self, model: ModelInfo, before: Mapping[str, BlockCost]) -> dict[str, BlockCost]:
+        """Bounds of the costs: from no expert at all to the whole budget."""
         chosen = selected_blocks(model.original, self.layers, self.protect)
         share = self._budget(model.original, chosen) / _stored(chosen)
-        stored = min(before.parameters, share * before.original_experts * block.expert_parameters)
-        return replace(
-            before,
-            parameters=stored,
-            multiply_adds=(0.0, before.active[1] * block.expert_multiply_adds),
-            stock=False,
-        )
+        costs = dict(before)
+        for block in chosen:
+            cost = before[block.name]
+            costs[block.name] = replace(
+                cost,
+                parameters=min(cost.parameters, share * cost.original_experts * block.expert_parameters),
+                multiply_adds=(0.0, cost.active[1] * block.expert_multiply_adds),
+                stock=False,
+            )
+        return costs
 
 
 def spend_budget(

@@ -78,6 +78,7 @@ class CountedStage(Stage):
             return frozenset()
         return frozenset(block.name for block in model.blocks if allocation.get(block.name, 0) < block.num_experts)
 
-    def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
-        """See `Stage.cost`."""
-        return before.with_count(block, self.counts(model)[block.name], self.routing)
+    def costs(self, model: ModelInfo, before: Mapping[str, BlockCost]) -> dict[str, BlockCost]:
+        """See `Stage.costs`."""
+        counts = self.counts(model)
+        return {b.name: before[b.name].with_count(b, counts[b.name], self.routing) for b in model.blocks}

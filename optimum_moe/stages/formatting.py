@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.low_rank import estimated_stable_rank
 from optimum_moe.formats import PROJECTIONS, StoredExperts
-from optimum_moe.model_info import BlockInfo, ModelInfo
+from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan, keep_all
 from optimum_moe.stages.base import Stage
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.counts import is_selected, selected_blocks
 
 
-@dataclass(frozen=True)
 class FormattingStage(Stage):
     """Keeps all experts in other formats; it must be the last stage if experts are also merged or pruned.
 
@@ -25,8 +24,9 @@ class FormattingStage(Stage):
     a low rank loses.
     """
 
-    layers: Any = None
-    protect: Any = None
+    # Fields of the subclasses, whose order is theirs.
+    layers: Sequence[int] | None
+    protect: Sequence[str] | None
 
     @property
     def leaves_dense_experts(self) -> bool:
@@ -41,17 +41,13 @@ class FormattingStage(Stage):
                     f"The experts of {block.name} cannot be factorized: {block.no_factors}. Merge them instead."
                 )
 
-    def selects(self, model: ModelInfo, block: BlockInfo) -> bool:
-        """Whether a block is selected by `layers` and `protect`."""
-        return is_selected(block, len(model.blocks), self.layers, self.protect)
-
     def applies(self, context: BlockContext) -> bool:
         """Whether the block of a context is selected by `layers` and `protect`."""
         return is_selected(context.info, context.num_blocks, self.layers, self.protect)
 
     def changed_by_data(self, model: ModelInfo, allocation: Mapping[str, Any]) -> frozenset[str]:
         """All selected blocks, if the stage reads statistics."""
-        chosen: Sequence[BlockInfo] = selected_blocks(model, self.layers, self.protect) if self.needs else ()
+        chosen = selected_blocks(model, self.layers, self.protect) if self.needs else ()
         return frozenset(block.name for block in chosen)
 
     @abstractmethod

@@ -185,10 +185,12 @@ class LowRankSparse(FormattingStage):
                 raise ValueError(f"Expert {index} of {context.info.name} cannot be factorized. {error}") from error
         return StoredExperts(tuple(experts))
 
-    def cost(self, model: ModelInfo, block: BlockInfo, before: BlockCost) -> BlockCost:
-        """See `Stage.cost`; exact for a rank or a ratio, an upper bound for an energy."""
-        if not self.selects(model, block):
-            return before
+    def costs(self, model: ModelInfo, before: Mapping[str, BlockCost]) -> dict[str, BlockCost]:
+        """See `Stage.costs`; exact for a rank or a ratio, an upper bound for an energy."""
+        chosen = selected_blocks(model, self.layers, self.protect)
+        return {**before, **{block.name: self._cost(block, before[block.name]) for block in chosen}}
+
+    def _cost(self, block: BlockInfo, before: BlockCost) -> BlockCost:
         least, most, indices = self._numbers(block)
         dense, biases = block.expert_multiply_adds, block.expert_parameters - block.expert_multiply_adds
         experts = before.experts
