@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
-from optimum_moe.stages.saliency import saliency_names
+from optimum_moe.stages.saliency import SALIENCIES
 from tests.tiny_models import build, inputs_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:No gradient of the loss")
 AIMER = ExpertPruning(num_experts=4, saliency="aimer")
 METHODS: dict[str, Any] = {
-    **{name: ExpertPruning(num_experts=4, saliency=name) for name in saliency_names()},
+    **{name: ExpertPruning(num_experts=4, saliency=name) for name in sorted(SALIENCIES.functions)},
     "map": MSMoE(num_experts=4),
     "reduce": MSMoE(num_experts=4, routing="reduce"),
     "adaptive": MSMoE(num_experts=4, allocation="adaptive"),

@@ -85,7 +85,7 @@ def supported() -> dict[str, Any]:
     from optimum_moe.recipe import load_recipe, preset_names
     from optimum_moe.reporting.support import support
     from optimum_moe.stages import registered_stages
-    from optimum_moe.stages.saliency import get_saliency, saliency_names
+    from optimum_moe.stages.saliency import SALIENCIES
 
     recipes = {name: load_recipe(name) for name in preset_names()}
     return {
@@ -94,7 +94,7 @@ def supported() -> dict[str, Any]:
         },
         "presets": {name: ", ".join(recipe.to_yaml().strip().splitlines()) for name, recipe in recipes.items()},
         "stages": {name: _first_line(stage) for name, stage in sorted(registered_stages().items())},
-        "saliencies": {name: _first_line(get_saliency(name).function) for name in saliency_names()},
+        "saliencies": {name: _first_line(function) for name, function in sorted(SALIENCIES.functions.items())},
     }
 
 

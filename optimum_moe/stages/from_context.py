@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from optimum_moe.settings import choose_one
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.statistics import OBSERVATION_OF
+
+Function = Callable[..., Any]
 
 _OF_THE_CONTEXT = ("experts", "info", "router", "generator")
 _SAMPLES = ("sample", "reservoir")
@@ -49,7 +51,7 @@ class FromContext:
         return frozenset(inspect.signature(self.function).parameters) - self.parts
 
 
-def from_context(kind: str, name: str, function: Callable[..., Any], *more: str) -> FromContext:
+def _from_context(kind: str, name: str, function: Callable[..., Any], *more: str) -> FromContext:
     """Wrap a registered function after a check of its parameter names.
 
     Args:
@@ -66,3 +68,41 @@ def from_context(kind: str, name: str, function: Callable[..., Any], *more: str)
     for parameter in parameters:
         choose_one(f"{kind} {name!r}: parameter", parameter, known)
     return FromContext(function, frozenset(parameters) - set(more))
+
+
+class Choice:
+    """A registry of functions of which a setting of a stage names one.
+
+    Args:
+        kind: Name of the setting, for errors.
+        given: Names of further arguments of the functions, beside the parts of a `BlockContext`.
+    """
+
+    def __init__(self, kind: str, *given: str) -> None:
+        self.kind, self.given = kind, given
+        self._functions: dict[str, FromContext] = {}
+
+    def register(self, name: str) -> Callable[[Function], Function]:
+        """Decorator that makes a function available under a name.
+
+        Raises:
+            ValueError: If the name is already registered, or a parameter of the function is unknown.
+        """
+        if name in self._functions:
+            raise ValueError(f"A {self.kind} named {name!r} is already registered. Choose another name.")
+
+        def register(function: Function) -> Function:
+            self._functions[name] = _from_context(self.kind, name, function, *self.given)
+            return function
+
+        return register
+
+    def __getitem__(self, name: str) -> FromContext:
+        """The function of that name; a `ValueError` with the nearest match if there is none."""
+        choose_one(self.kind, name, self._functions)
+        return self._functions[name]
+
+    @property
+    def functions(self) -> Mapping[str, Function]:
+        """All registered functions by name."""
+        return {name: found.function for name, found in self._functions.items()}

@@ -9,9 +9,8 @@ Shape letters: E experts, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -21,49 +20,8 @@ from optimum_moe.algorithms.merging import merge_weights
 from optimum_moe.algorithms.router_fit import Choices, RouterFit, RouterView, fit_router
 from optimum_moe.algorithms.similarity import gram_similarity, vector_similarity
 from optimum_moe.model_info import BlockInfo
-from optimum_moe.settings import choose_one
-from optimum_moe.stages.from_context import FromContext, from_context
+from optimum_moe.stages.from_context import Choice, Function
 from optimum_moe.statistics import Reservoir
-
-Function = Callable[..., Any]
-
-
-class Choice:
-    """A registry of functions that make one of the four choices.
-
-    Args:
-        kind: Name of the choice in errors.
-        given: Names of further arguments of the functions, beside the parts of a `BlockContext`.
-    """
-
-    def __init__(self, kind: str, *given: str) -> None:
-        self.kind, self.given = kind, given
-        self._functions: dict[str, FromContext] = {}
-
-    def register(self, name: str) -> Callable[[Function], Function]:
-        """Decorator that makes a function available under a name.
-
-        Raises:
-            ValueError: If the name is already registered, or a parameter of the function is unknown.
-        """
-        if name in self._functions:
-            raise ValueError(f"A {self.kind} named {name!r} is already registered. Choose another name.")
-
-        def register(function: Function) -> Function:
-            self._functions[name] = from_context(self.kind, name, function, *self.given)
-            return function
-
-        return register
-
-    def __getitem__(self, name: str) -> FromContext:
-        """The function of that name; a `ValueError` with the nearest match if there is none."""
-        choose_one(self.kind, name, self._functions)
-        return self._functions[name]
-
-    @property
-    def functions(self) -> Mapping[str, Function]:
-        """All registered functions by name."""
-        return {name: found.function for name, found in self._functions.items()}
 
 
 @dataclass(frozen=True, eq=False)

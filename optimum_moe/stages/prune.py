@@ -12,7 +12,7 @@ from optimum_moe.plan import BlockPlan, Routing, keep_all
 from optimum_moe.stages.base import register_stage
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.counted import CountedStage
-from optimum_moe.stages.saliency import get_saliency
+from optimum_moe.stages.saliency import SALIENCIES, saliency_of
 
 
 @register_stage
@@ -40,17 +40,17 @@ class ExpertPruning(CountedStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        get_saliency(self.saliency)
+        SALIENCIES[self.saliency]
 
     @property
     def needs(self) -> frozenset[str]:
         """The observations that the criterion reads; none for data-free ones."""
-        return get_saliency(self.saliency).observations
+        return SALIENCIES[self.saliency].observations
 
     @property
     def reads_experts(self) -> bool:
         """Whether the criterion reads expert weights; False for criteria that only use statistics."""
-        return "experts" in get_saliency(self.saliency).needs
+        return "experts" in SALIENCIES[self.saliency].parts
 
     @property
     def routing(self) -> Routing:
@@ -62,7 +62,7 @@ class ExpertPruning(CountedStage):
         info = context.info
         if allocated == info.num_experts:
             return keep_all(info.name, allocated)
-        saliency_E = context.rank(get_saliency(self.saliency)(context))
+        saliency_E = context.rank(saliency_of(self.saliency, context))
         # Criteria may be negative, frequencies may not; only the order counts.
         saliency_E = saliency_E - saliency_E.min()
         kept = tuple(sorted(dominant_experts(saliency_E, allocated, info.router_groups)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -11,45 +10,31 @@ import torch
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.merging import in_parts
 from optimum_moe.model_info import BlockInfo
-from optimum_moe.settings import choose_one
 from optimum_moe.stages.context import BlockContext
-from optimum_moe.stages.from_context import FromContext, from_context
+from optimum_moe.stages.from_context import Choice, Function
 
-_SALIENCIES: dict[str, Saliency] = {}
-
-
-@dataclass(frozen=True)
-class Saliency:
-    """A registered criterion; called with a `BlockContext`."""
-
-    name: str
-    function: FromContext
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the parts of a `BlockContext` that the criterion reads."""
-        return self.function.parts
-
-    @property
-    def observations(self) -> frozenset[str]:
-        """Names of the observations that the criterion reads; none for data-free criteria."""
-        return self.function.observations
-
-    def __call__(self, context: BlockContext) -> torch.Tensor:
-        """(E,) float64 saliencies of one block; sums over tokens are 0 for an expert without tokens."""
-        values_E = self.function(context).double()
-        wanted, found = (context.info.num_experts,), tuple(values_E.shape)
-        broken = [] if found != wanted else (~values_E.isfinite()).nonzero()[:, 0].tolist()
-        if found != wanted or broken:
-            got = f"NaN or infinity for experts {broken}" if broken else f"shape {found}"
-            raise ValueError(
-                f"saliency {self.name!r} must return {wanted[0]} finite values for {context.info.name}, got {got}. "
-                "The weights and statistics are finite, so correct the registered function."
-            )
-        return values_E
+SALIENCIES = Choice("saliency")
 
 
-def register_saliency(name: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+def saliency_of(name: str, context: BlockContext) -> torch.Tensor:
+    """(E,) float64 saliencies of one block by a registered criterion; sums over tokens are 0 without tokens.
+
+    Raises:
+        ValueError: If there is no such criterion, or it does not return a finite value for each expert.
+    """
+    values_E = SALIENCIES[name](context).double()
+    wanted, found = (context.info.num_experts,), tuple(values_E.shape)
+    broken = [] if found != wanted else (~values_E.isfinite()).nonzero()[:, 0].tolist()
+    if found != wanted or broken:
+        got = f"NaN or infinity for experts {broken}" if broken else f"shape {found}"
+        raise ValueError(
+            f"saliency {name!r} must return {wanted[0]} finite values for {context.info.name}, got {got}. "
+            "The weights and statistics are finite, so correct the registered function."
+        )
+    return values_E
+
+
+def register_saliency(name: str) -> Callable[[Function], Function]:
     """Decorator that makes a criterion available as `ExpertPruning(saliency=name)`.
 
     The parameters of the function say what it reads, by name: fields of `BlockStatistics` such as `gated_norm_sum_E`,
@@ -63,25 +48,7 @@ def register_saliency(name: str) -> Callable[[Callable[..., torch.Tensor]], Call
     Raises:
         ValueError: If the name is already registered or a parameter is none of the above.
     """
-    if name in _SALIENCIES:
-        raise ValueError(f"A saliency named {name!r} is already registered. Choose another name.")
-
-    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        _SALIENCIES[name] = Saliency(name, from_context("saliency", name, function))
-        return function
-
-    return register
-
-
-def saliency_names() -> list[str]:
-    """Names of all registered criteria."""
-    return sorted(_SALIENCIES)
-
-
-def get_saliency(name: str) -> Saliency:
-    """The criterion of that name; a `ValueError` with the nearest match if there is none."""
-    choose_one("saliency", name, _SALIENCIES)
-    return _SALIENCIES[name]
+    return SALIENCIES.register(name)
 
 
 def _mean(sum_E: torch.Tensor, token_count_E: torch.Tensor) -> torch.Tensor:

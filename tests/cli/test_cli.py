@@ -154,6 +154,8 @@ def test_inspect_lists_what_is_supported(run: Run):
     record = json.loads(run("inspect", "--json")[1])
     assert set(record) == {"architectures", "presets", "stages", "saliencies"}
     assert all(record["stages"].values())
+    assert record["saliencies"]["frequency"].startswith("Share of the (token, expert) pairs")
+    assert record["saliencies"]["reap"].startswith("Mean of g ||f(x)||")
 
 
 def test_preview_overrides_the_recipe(run: Run, checkpoint: Path, tmp_path: Path):
