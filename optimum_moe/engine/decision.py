@@ -69,7 +69,7 @@ class Decider:
         """Blocks that no token reached, which remain unchanged because of `unseen="keep"`."""
         self._allocations: list[Mapping[str, Any]] = []
         self._known: list[dict[str, BlockPlan]] = []
-        """By stage: plans of blocks that were needed early, for the profiles of a later stage."""
+        """By stage: its own plans of blocks, which a later stage needs."""
         self._profiled: Observed | None = None
 
     def allocate(self, statistics: Statistics | None, values: Sequence[str], progress: Progress) -> None:
@@ -189,7 +189,7 @@ class Decider:
         return profiles
 
     def _entering(self, number: int, found: FoundBlock, observed: Observed | None) -> BlockContext:
-        """The context of a block as it enters a stage; plans of earlier stages are cached for `decide`."""
+        """The context of a block as it enters a stage; each earlier stage decides it once."""
         name, context = found.info.name, self._context(found, observed)
         for earlier, stage in enumerate(self.recipe.stages[:number]):
             known = self._known[earlier]
@@ -200,21 +200,17 @@ class Decider:
 
     def decide(self, found: FoundBlock, observed: Observed | None) -> BlockPlan:
         """The plan of a block of an open layer, with all stages combined."""
-        name, stages = found.info.name, self.recipe.stages
+        name, last = found.info.name, len(self.recipe.stages) - 1
         if name in self.unreached:
             return keep_all(name, found.info.num_experts, self.recipe.routing)
-        plan: BlockPlan | None = None
         with torch.no_grad():
-            context = self._context(found, observed)
-            for number, stage in enumerate(stages):
-                own = self._known[number].get(name)
-                if own is None:
-                    own = stage.decide(context, self._allocations[number][name])
-                plan = own if plan is None else stage.combine(plan, own)
-                if number + 1 < len(stages):
-                    context = context.after(own)
-        assert plan is not None
-        return plan
+            context = self._entering(last, found, observed)
+            own = self.recipe.stages[last].decide(context, self._allocations[last][name])
+        plans = [*(known[name] for known in self._known[:last]), own]
+        combined = plans[0]
+        for stage, plan in zip(self.recipe.stages[1:], plans[1:], strict=True):
+            combined = stage.combine(combined, plan)
+        return combined
 
     def _context(self, found: FoundBlock, observed: Observed | None) -> BlockContext:
         """The context of the first stage for a block of a loaded layer.

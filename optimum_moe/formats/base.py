@@ -279,6 +279,11 @@ class BudgetFormat(Format):
         """
 
 
+def dense_layout(gated: bool) -> Layout:
+    """The layout of an expert whose matrices are all dense."""
+    return {name: {DEFAULT: 1} for name in PROJECTIONS if gated or name != "gate"}
+
+
 _REGISTRY: dict[str, Format] = {}
 
 _F = TypeVar("_F", bound=type[Format])

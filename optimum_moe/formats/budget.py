@@ -30,6 +30,7 @@ def candidates(
     tokens: ExpertTokens,
     damping: float = DAMPING,
     formats: Collection[str] | None = None,
+    fixed_neurons: bool = False,
     itemsize: float | None = None,
     bias_itemsize: float | None = None,
     constant_bytes: float = 0.0,
@@ -43,6 +44,7 @@ def candidates(
         damping: Ridge of every Gram as a share of its mean diagonal.
         formats: What is tried between empty and untouched, default all of `budget_formats()`; with `"narrow"` the
             others are tried at fewer neurons too.
+        fixed_neurons: Whether the expert's neurons mean something outside of it, so that it keeps all or none.
         itemsize: Bytes of a weight as it is stored, default that of the given tensors.
         bias_itemsize: Bytes of a number of a bias, default the same.
         constant_bytes: What every candidate stores as well: the down bias, which even an empty expert keeps.
@@ -68,7 +70,7 @@ def candidates(
             Candidate(form.name, n) for form in chosen if not form.needs_tokens for n in form.widths(expert.inner, True)
         ]
         return sorted((Point(bytes_of(c), 0.0, c) for c in ends), key=lambda point: point.bytes)
-    can_narrow = any(form.name == Narrow.name for form in chosen)
+    can_narrow = not fixed_neurons and any(form.name == Narrow.name for form in chosen)
     tried = {form.name: set(form.widths(expert.inner, can_narrow)) for form in chosen}
     points = []
     with torch.no_grad():

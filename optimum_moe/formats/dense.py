@@ -11,7 +11,6 @@ from optimum_moe.algorithms.byte_budget import Candidate
 from optimum_moe.algorithms.expert import Expert
 from optimum_moe.algorithms.expert_fitter import ExpertFitter, NarrowExpert
 from optimum_moe.formats.base import (
-    PROJECTIONS,
     BodyFormat,
     BudgetFormat,
     Layout,
@@ -20,6 +19,7 @@ from optimum_moe.formats.base import (
     StoredPart,
     TensorSpec,
     Trial,
+    dense_layout,
     register_format,
 )
 from optimum_moe.formats.grouped import grouped_product
@@ -87,7 +87,7 @@ class Dense(BodyFormat, BudgetFormat):
 
     def layout(self, candidate: Candidate, gated: bool) -> Layout:
         """Every matrix dense."""
-        return {name: {self.name: 1} for name in PROJECTIONS if gated or name != "gate"}
+        return dense_layout(gated)
 
     def build(self, expert: Expert, fitter: ExpertFitter, candidate: Candidate) -> StoredExpert:
         """The expert's own tensors."""

@@ -20,6 +20,7 @@ from optimum_moe.algorithms.fisher_loss import Moments
 from optimum_moe.algorithms.low_rank import decompose
 from optimum_moe.algorithms.neurons import refitted
 from optimum_moe.formats.base import (
+    DEFAULT,
     JOINT,
     BodyFormat,
     BudgetFormat,
@@ -115,7 +116,7 @@ class LowRank(BodyFormat, BudgetFormat):
 
     def layout(self, candidate: Candidate, gated: bool) -> Layout:
         """Gate and up as one matrix of low rank, down dense."""
-        return {JOINT if gated else "up": {self.name: candidate.size}, "down": {"dense": 1}}
+        return {JOINT if gated else "up": {self.name: candidate.size}, "down": {DEFAULT: 1}}
 
     def build(self, expert: Expert, fitter: ExpertFitter, candidate: Candidate) -> StoredExpert:
         """Factors of gate and up, and a down projection that is refitted to them."""

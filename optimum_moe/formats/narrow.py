@@ -8,7 +8,7 @@ from optimum_moe.algorithms.byte_budget import Candidate
 from optimum_moe.algorithms.expert import Expert
 from optimum_moe.algorithms.expert_fitter import ExpertFitter, NarrowExpert
 from optimum_moe.algorithms.ranks import STEP
-from optimum_moe.formats.base import PROJECTIONS, BudgetFormat, Layout, Trial, register_format
+from optimum_moe.formats.base import BudgetFormat, Layout, Trial, dense_layout, register_format
 from optimum_moe.formats.stored import StoredExpert, stored_matrix
 
 # About as many widths are tried, evenly.
@@ -24,7 +24,7 @@ class Narrow(BudgetFormat):
     def widths(self, inner: int, can_narrow: bool) -> Collection[int]:
         """Multiples of 8 below all neurons, and the widths of other formats."""
         step = max(1, round(inner / (STEP * _WIDTHS))) * STEP
-        return (set(range(step, inner, step)) | set(super().widths(inner, can_narrow))) - {inner}
+        return (set(range(step, inner, step)) | set(super().widths(inner, can_narrow))) - {inner} if can_narrow else ()
 
     def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:
         """The expert at this width."""
@@ -32,7 +32,7 @@ class Narrow(BudgetFormat):
 
     def layout(self, candidate: Candidate, gated: bool) -> Layout:
         """Every matrix dense."""
-        return {name: {"dense": 1} for name in PROJECTIONS if gated or name != "gate"}
+        return dense_layout(gated)
 
     def build(self, expert: Expert, fitter: ExpertFitter, candidate: Candidate) -> StoredExpert:
         """Gate and up of the neurons that stay, and a refitted down projection."""

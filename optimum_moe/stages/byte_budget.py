@@ -120,7 +120,6 @@ class ByteBudget(FormattingStage):
                 "weights of the layers after it; load the model in a wider dtype, leave the block out with "
                 f'protect=["{name}"], or pass curvature=False.'
             )
-        formats = [name for name in self.formats if name != "narrow" or not context.experts.fixed_neurons]
         info = context.info
         down_bias = 0 if context.experts.down_bias is None else len(context.experts.down_bias[0])
         for index in range(context.experts.num_experts):
@@ -128,7 +127,8 @@ class ByteBudget(FormattingStage):
             points = candidates(
                 expert,
                 tokens,
-                formats=formats,
+                formats=self.formats,
+                fixed_neurons=context.experts.fixed_neurons,
                 itemsize=info.expert_itemsize,
                 bias_itemsize=info.bias_itemsize,
                 constant_bytes=down_bias * info.bias_itemsize,
