@@ -163,6 +163,19 @@ def _counts(module: nn.Module, count: int, recurse: bool = True) -> Iterator[str
                 yield f"{path}.{name}" if path else name
 
 
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """New tensors are float32 on the CPU, whatever `from_pretrained` has set while it builds a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@_plain_tensors()
 @torch.no_grad()
 def self_test(row: Architecture, block: Block) -> Architecture:
     """Test a row on a copy of a block with random weights; only the sizes of `block` matter.

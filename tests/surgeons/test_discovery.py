@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen
 
-from optimum_moe import CalibrationConfig, MoECompressor, MSMoE
+from optimum_moe import ByteBudget, CalibrationConfig, MoECompressor, MSMoE
 from optimum_moe.surgeons import find_blocks, registry
 from optimum_moe.surgeons.discovery import discover, unknown_blocks
 from optimum_moe.surgeons.generic import GenericSurgeon
@@ -105,6 +105,26 @@ def test_an_unknown_block_is_compressed_saved_and_loaded(tmp_path: Path) -> None
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert torch.allclose(logits_of(loaded, inputs_for("qwen3_moe")), logits_of(model, inputs_for("qwen3_moe")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", [MSMoE(num_experts=4), ByteBudget(share=0.5)], ids=["map", "budget"])
+def test_a_process_that_never_saw_the_block_loads_it(
+    recipe: Any, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the self-test runs while `from_pretrained` builds the model on the meta device, in the model's dtype."""
+    known = dict(registry._SURGEONS)
+    data = CalibrationConfig([inputs_for("qwen3_moe", rows=4, length=32)])
+    with pytest.warns(UserWarning, match="AcmeBlock has no row"):
+        compressor = MoECompressor.from_pretrained(acme().to(dtype), recipe, data, progress=False)
+    model = compressor.apply()
+    compressor.save_pretrained(tmp_path / "out")
+    monkeypatch.setattr(registry, "_SURGEONS", known)
+    with pytest.warns(UserWarning, match="AcmeBlock has no row"):
+        loaded = type(model).from_pretrained(tmp_path / "out")
+    ours, theirs = loaded.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_discovery_leaves_the_weights_alone() -> None:
