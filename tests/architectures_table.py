@@ -339,7 +339,7 @@ _WITHOUT_GROUPS = (
     Target("flex_olmo", "FlexOlmoForCausalLM", "FlexOlmoConfig"),
     Target("flint", "FlintForCausalLM", "FlintConfig", {"mlp_only_layers": [0]}),
     Target("inkling", "InklingForCausalLM", "InklingTextConfig"),
-    Target("inkling2", "Inkling2ForCausalLM", "Inkling2TextConfig"),
+    Target("inkling2", "Inkling2ForCausalLM", "Inkling2TextConfig", {"unpadded_vocab_size": 99}),
     Target(
         "kimi_linear",
         "KimiLinearForCausalLM",
