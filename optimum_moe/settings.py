@@ -66,13 +66,27 @@ def nearest(value: Any, known: Iterable[str], cutoff: float = 0.6) -> str | None
     return found[0] if found else None
 
 
-def choose_one(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """Raise a `ValueError` with the nearest match unless `value` is one of `allowed`."""
+def choose_one(name: str, value: Any, allowed: Iterable[str], more: str = "") -> None:
+    """Raise a `ValueError` with the nearest match unless `value` is one of `allowed`; `more` ends its remedy."""
     allowed = sorted(allowed)
     if value not in allowed:
         near = nearest(value, allowed)
-        hint = f"did you mean {near!r}? " if near else ""
-        raise ValueError(f"{name}={value!r} is unknown; {hint}Choose one of {', '.join(map(repr, allowed))}.")
+        hint = f"; did you mean {near!r}?" if near else "."
+        raise ValueError(f"{name}={value!r} is unknown{hint} Choose one of {', '.join(map(repr, allowed))}{more}.")
+
+
+def check_free(name: str, known: Any, new: Any) -> None:
+    """Raise a `ValueError` if a name is registered for another definition than the new one.
+
+    A cell of a notebook that is run again defines the same function or class, with the change that it was run for.
+    """
+    if known is not None and _origin(known) != _origin(new):
+        raise ValueError(f"{name} is already registered, by {'.'.join(_origin(known))}. Choose another name.")
+
+
+def _origin(defined: Any) -> tuple[str, str]:
+    """Module and name of a definition."""
+    return str(getattr(defined, "__module__", "")), str(getattr(defined, "__qualname__", id(defined)))
 
 
 def exactly_one(**alternatives: Any) -> None:

@@ -14,14 +14,13 @@ from optimum_moe.stages.cost import BlockCost
 from optimum_moe.stages.low_rank_sparse import LowRankSparse
 from optimum_moe.stages.merge import ExpertMerging, MSMoE
 from optimum_moe.stages.merge_choices import (
-    Groups,
-    RouterRows,
     register_grouping,
     register_router_rows,
     register_similarity,
     register_weighting,
 )
 from optimum_moe.stages.prune import ExpertPruning
+from optimum_moe.stages.results import Groups, RouterRows
 from optimum_moe.stages.saliency import register_saliency
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, Routing
-from optimum_moe.settings import make_plain
+from optimum_moe.settings import check_free, make_plain
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.cost import BlockCost
 from optimum_moe.statistics import Statistics
@@ -185,10 +185,9 @@ def register_stage(stage: type[Stage]) -> type[Stage]:
     """Class decorator that makes a stage available in recipes by its `name`.
 
     Raises:
-        ValueError: If the name is already registered.
+        ValueError: If the name is that of another stage.
     """
-    if stage.name in _STAGES:
-        raise ValueError(f"A stage named {stage.name!r} is already registered. Choose another name.")
+    check_free(f"stage {stage.name!r}", _STAGES.get(stage.name), stage)
     _STAGES[stage.name] = stage
     return stage
 

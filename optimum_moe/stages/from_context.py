@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from optimum_moe.settings import choose_one
+from optimum_moe.settings import check_free, choose_one
 from optimum_moe.stages.context import BlockContext
+from optimum_moe.stages.results import Returned, WrongResult
 from optimum_moe.statistics import OBSERVATION_OF
 
 Function = Callable[..., Any]
@@ -16,6 +17,8 @@ Function = Callable[..., Any]
 _OF_THE_CONTEXT = ("experts", "info", "router", "generator")
 _SAMPLES = ("sample", "reservoir")
 """`sample` is on the device of the experts, `reservoir` is the same data as observed."""
+READABLE = (*_OF_THE_CONTEXT, *_SAMPLES, *OBSERVATION_OF)
+"""What a function of any kind may read of a block."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,14 @@ class FromContext:
     Args:
         function: The function.
         parts: Names of its parameters that come from the context or its statistics.
+        title: Kind and name of the function, for errors.
+        check: Check of what it returns, which gives the value that is used.
     """
 
     function: Callable[..., Any]
     parts: frozenset[str]
+    title: str
+    check: Callable[[Returned], Any]
 
     @property
     def observations(self) -> frozenset[str]:
@@ -37,37 +44,32 @@ class FromContext:
         return frozenset(found | ({"sample"} if self.parts.intersection(_SAMPLES) else set()))
 
     def __call__(self, context: BlockContext, **more: Any) -> Any:
-        """Call the function for a block; `more` are arguments that the context does not have."""
+        """The checked result of the function for a block; `more` are arguments that the context does not have.
+
+        Raises:
+            WrongResult: If the function returns what its kind does not allow.
+        """
         given = {part: getattr(context, part) for part in self.parts if part in _OF_THE_CONTEXT}
         if "sample" in self.parts:
             given["sample"] = context.sample()
         if "reservoir" in self.parts:
             given["reservoir"] = context.observed().reservoir
         given |= {part: getattr(context.observed(), part) for part in self.parts if part in OBSERVATION_OF}
-        return self.function(**given, **{name: value for name, value in more.items() if name in self._others})
+        given |= {name: value for name, value in more.items() if name in self._others}
+        try:
+            value = self.function(**given)
+        except WrongResult:
+            # Of a similarity that a grouping called, and named there.
+            raise
+        except Exception as error:
+            if not hasattr(error, "__notes__"):
+                error.add_note(f"It was raised in the {self.title} for {context.info.name}.")
+            raise
+        return self.check(Returned(self.title, context, value, more))
 
     @property
     def _others(self) -> frozenset[str]:
         return frozenset(inspect.signature(self.function).parameters) - self.parts
-
-
-def _from_context(kind: str, name: str, function: Callable[..., Any], *more: str) -> FromContext:
-    """Wrap a registered function after a check of its parameter names.
-
-    Args:
-        kind: Kind of function in errors, for example `"similarity"`.
-        name: Registered name in errors.
-        function: The function.
-        more: Names of arguments that the caller passes, beside the parts of a context.
-
-    Raises:
-        ValueError: If a parameter has an unknown name.
-    """
-    parameters = list(inspect.signature(function).parameters)
-    known = [*_OF_THE_CONTEXT, *_SAMPLES, *OBSERVATION_OF, *more]
-    for parameter in parameters:
-        choose_one(f"{kind} {name!r}: parameter", parameter, known)
-    return FromContext(function, frozenset(parameters) - set(more))
 
 
 class Choice:
@@ -75,31 +77,45 @@ class Choice:
 
     Args:
         kind: Name of the setting, for errors.
+        check: Check of what a function returns, which gives the value that is used.
         given: Names of further arguments of the functions, beside the parts of a `BlockContext`.
     """
 
-    def __init__(self, kind: str, *given: str) -> None:
+    def __init__(self, kind: str, check: Callable[[Returned], Any], *given: str) -> None:
         self.kind, self.given = kind, given
+        self._check = check
         self._functions: dict[str, FromContext] = {}
 
     def register(self, name: str) -> Callable[[Function], Function]:
-        """Decorator that makes a function available under a name.
+        """Decorator that makes a function available under a name; a function that is defined again replaces itself.
 
         Raises:
-            ValueError: If the name is already registered, or a parameter of the function is unknown.
+            ValueError: If the name is no text or that of another function, or a parameter of the function is unknown.
         """
-        if name in self._functions:
-            raise ValueError(f"A {self.kind} named {name!r} is already registered. Choose another name.")
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f'{self.kind} functions are registered by a name, got {name!r}. Write @register_{self.kind}("name").'
+            )
 
         def register(function: Function) -> Function:
-            self._functions[name] = _from_context(self.kind, name, function, *self.given)
+            check_free(f"{self.kind} {name!r}", self.functions.get(name), function)
+            self._functions[name] = self._wrapped(name, function)
             return function
 
         return register
 
+    def _wrapped(self, name: str, function: Function) -> FromContext:
+        """The function after a check of its parameter names."""
+        title = f"{self.kind} {name!r}"
+        parameters = list(inspect.signature(function).parameters)
+        for parameter in parameters:
+            choose_one(f"{title}: parameter", parameter, [*READABLE, *self.given])
+        return FromContext(function, frozenset(parameters) - set(self.given), title, self._check)
+
     def __getitem__(self, name: str) -> FromContext:
         """The function of that name; a `ValueError` with the nearest match if there is none."""
-        choose_one(self.kind, name, self._functions)
+        remedy = f", or register it first, with register_{self.kind} (for a command, in a file: --import FILE)"
+        choose_one(self.kind, name, self._functions, remedy)
         return self._functions[name]
 
     @property

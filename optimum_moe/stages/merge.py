@@ -23,7 +23,8 @@ from optimum_moe.stages.base import register_stage
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.counted import CountedStage
 from optimum_moe.stages.counts import selected_blocks
-from optimum_moe.stages.merge_choices import GROUPINGS, ROUTER_ROWS, SIMILARITIES, WEIGHTINGS, Groups
+from optimum_moe.stages.merge_choices import GROUPINGS, ROUTER_ROWS, SIMILARITIES, WEIGHTINGS
+from optimum_moe.stages.results import Groups
 from optimum_moe.statistics import Statistics
 
 
@@ -139,7 +140,7 @@ class ExpertMerging(CountedStage):
             routing=self.routing,
             merge_weights_E=merge_weights(weights_E, labels_E, allocated),
             permutations_EI=align_experts(context.experts, labels_E, dominants_G) if self.align else None,
-            router_weights_E=None if rows is None else rows.weights_E,
+            router_weights_E=None if rows is None else merge_weights(rows.weights_E, labels_E, allocated),
             router_fit=None if rows is None else rows.fit,
         )
 

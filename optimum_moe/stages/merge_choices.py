@@ -1,8 +1,6 @@
 """The four choices of a merge, each a registry: similarity, grouping, weighting, router rows.
 
-The parameters of a registered function say what it reads, by name: fields of `BlockStatistics` such as
-`router_gram_EE`, and `experts` (an `ExpertTensors`), `info` (a `BlockInfo`), `router` (a `RouterView`), `sample`
-(`SampledTokens`) and `generator` (a seeded `torch.Generator`). Only the statistics that it names are observed.
+What a registered function reads is said by the names of its parameters, see `register_saliency`.
 
 Shape letters: E experts, G groups.
 """
@@ -10,60 +8,33 @@ Shape letters: E experts, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.grouping import dominant_experts, join_dominants, random_groups
-from optimum_moe.algorithms.merging import merge_weights
-from optimum_moe.algorithms.router_fit import Choices, RouterFit, RouterView, fit_router
+from optimum_moe.algorithms.router_fit import Choices, RouterView, fit_router
 from optimum_moe.algorithms.similarity import gram_similarity, vector_similarity
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.stages.from_context import Choice, Function
+from optimum_moe.stages.results import Groups, Returned, RouterRows
 from optimum_moe.statistics import Reservoir
 
-
-@dataclass(frozen=True, eq=False)
-class Groups:
-    """Which experts are merged.
-
-    Args:
-        labels_E: (E,) int64 group of each expert, in any numbering.
-        dominants: The dominant expert of each group, by label; None for the most frequent expert of each group.
-    """
-
-    labels_E: torch.Tensor
-    dominants: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class RouterRows:
-    """The rows of a router with one row for each group.
-
-    Args:
-        weights_E: (E,) float64 weight of each expert's row in the row of its group.
-        fit: Fitted rows, which replace the weighted ones.
-    """
-
-    weights_E: torch.Tensor
-    fit: RouterFit | None = None
-
-
-SIMILARITIES = Choice("similarity")
-GROUPINGS = Choice("grouping", "similarity", "rank_E", "num_groups", "router_groups")
-WEIGHTINGS = Choice("weighting", "labels_E", "dominants_G")
-ROUTER_ROWS = Choice("router_rows", "labels_E", "dominants_G")
+SIMILARITIES = Choice("similarity", Returned.similarities)
+GROUPINGS = Choice("grouping", Returned.groups, "similarity", "rank_E", "num_groups", "router_groups")
+WEIGHTINGS = Choice("weighting", Returned.merge_weights, "labels_E", "dominants_G")
+ROUTER_ROWS = Choice("router_rows", Returned.router_rows, "labels_E", "dominants_G")
 
 
 def register_similarity(name: str) -> Callable[[Function], Function]:
     """Decorator that makes a similarity available as `ExpertMerging(similarity=name)`.
 
-    The function returns a symmetric (E, E) matrix in which larger values mean more similar; the module's docstring
-    lists what it may read.
+    The function may read what `register_saliency` lists. It returns a finite, symmetric (E, E) matrix in which larger
+    values mean more similar.
 
     Raises:
-        ValueError: If the name is taken, or a parameter of the function is unknown.
+        ValueError: If the name is that of another function, or a parameter is unknown.
     """
     return SIMILARITIES.register(name)
 
@@ -71,13 +42,13 @@ def register_similarity(name: str) -> Callable[[Function], Function]:
 def register_grouping(name: str) -> Callable[[Function], Function]:
     """Decorator that makes a grouping available as `ExpertMerging(grouping=name)`.
 
-    In addition to the inputs that the module's docstring lists, the function may take `similarity` (a function without
-    arguments that gives the (E, E) matrix), `rank_E` ((E,) frequency of each expert, with the highest values for
-    experts that must be kept), `num_groups` and `router_groups` (experts of different router groups must not be merged
-    together). It returns `Groups`.
+    In addition to what `register_saliency` lists, the function may read `similarity` (a function without arguments
+    that gives the (E, E) matrix), `rank_E` ((E,) frequency of each expert, with the highest values for experts that
+    must be kept), `num_groups` and `router_groups` (experts of different router groups must not be merged together).
+    It returns `Groups`.
 
     Raises:
-        ValueError: If the name is taken, or a parameter of the function is unknown.
+        ValueError: If the name is that of another function, or a parameter is unknown.
     """
     return GROUPINGS.register(name)
 
@@ -85,11 +56,12 @@ def register_grouping(name: str) -> Callable[[Function], Function]:
 def register_weighting(name: str) -> Callable[[Function], Function]:
     """Decorator that makes a weighting available as `ExpertMerging(weighting=name)`.
 
-    In addition to the inputs that the module's docstring lists, the function may take `labels_E` ((E,) group of each
-    expert) and `dominants_G`. It returns (E,) nonnegative weights, which are divided by their sum in each group.
+    In addition to what `register_saliency` lists, the function may read `labels_E` ((E,) group of each expert) and
+    `dominants_G` (tuple of the dominant expert of each group). It returns finite, nonnegative (E,) weights, which are
+    divided by their sum in each group; a group whose weights are all 0 takes the plain mean.
 
     Raises:
-        ValueError: If the name is taken, or a parameter of the function is unknown.
+        ValueError: If the name is that of another function, or a parameter is unknown.
     """
     return WEIGHTINGS.register(name)
 
@@ -97,11 +69,11 @@ def register_weighting(name: str) -> Callable[[Function], Function]:
 def register_router_rows(name: str) -> Callable[[Function], Function]:
     """Decorator that makes router rows available as `ExpertMerging(routing="reduce", router_rows=name)`.
 
-    In addition to the inputs that the module's docstring lists, the function may take `labels_E` ((E,) group of each
-    expert) and `dominants_G`. It returns `RouterRows`.
+    In addition to what `register_saliency` lists, the function may read `labels_E` ((E,) group of each expert) and
+    `dominants_G` (tuple of the dominant expert of each group). It returns `RouterRows`.
 
     Raises:
-        ValueError: If the name is taken, or a parameter of the function is unknown.
+        ValueError: If the name is that of another function, or a parameter is unknown.
     """
     return ROUTER_ROWS.register(name)
 
@@ -166,9 +138,9 @@ def dominant_rows(labels_E: torch.Tensor, dominants_G: tuple[int, ...]) -> Route
 
 
 @register_router_rows("mean")
-def mean_rows(token_count_E: torch.Tensor, labels_E: torch.Tensor, dominants_G: tuple[int, ...]) -> RouterRows:
+def mean_rows(token_count_E: torch.Tensor) -> RouterRows:
     """Average the router rows of each group, weighted by frequency."""
-    return RouterRows(merge_weights(token_count_E, labels_E, len(dominants_G)))
+    return RouterRows(token_count_E)
 
 
 @register_router_rows("fit")

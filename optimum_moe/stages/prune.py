@@ -12,7 +12,7 @@ from optimum_moe.plan import BlockPlan, Routing, keep_all
 from optimum_moe.stages.base import register_stage
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.counted import CountedStage
-from optimum_moe.stages.saliency import SALIENCIES, saliency_of
+from optimum_moe.stages.saliency import SALIENCIES
 
 
 @register_stage
@@ -62,7 +62,7 @@ class ExpertPruning(CountedStage):
         info = context.info
         if allocated == info.num_experts:
             return keep_all(info.name, allocated)
-        saliency_E = context.rank(saliency_of(self.saliency, context))
+        saliency_E = context.rank(SALIENCIES[self.saliency](context))
         # Criteria may be negative, frequencies may not; only the order counts.
         saliency_E = saliency_E - saliency_E.min()
         kept = tuple(sorted(dominant_experts(saliency_E, allocated, info.router_groups)))

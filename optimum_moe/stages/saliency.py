@@ -10,43 +10,26 @@ import torch
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.merging import in_parts
 from optimum_moe.model_info import BlockInfo
-from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.from_context import Choice, Function
+from optimum_moe.stages.results import Returned
 
-SALIENCIES = Choice("saliency")
-
-
-def saliency_of(name: str, context: BlockContext) -> torch.Tensor:
-    """(E,) float64 saliencies of one block by a registered criterion; sums over tokens are 0 without tokens.
-
-    Raises:
-        ValueError: If there is no such criterion, or it does not return a finite value for each expert.
-    """
-    values_E = SALIENCIES[name](context).double()
-    wanted, found = (context.info.num_experts,), tuple(values_E.shape)
-    broken = [] if found != wanted else (~values_E.isfinite()).nonzero()[:, 0].tolist()
-    if found != wanted or broken:
-        got = f"NaN or infinity for experts {broken}" if broken else f"shape {found}"
-        raise ValueError(
-            f"saliency {name!r} must return {wanted[0]} finite values for {context.info.name}, got {got}. "
-            "The weights and statistics are finite, so correct the registered function."
-        )
-    return values_E
+SALIENCIES = Choice("saliency", Returned.saliencies)
 
 
 def register_saliency(name: str) -> Callable[[Function], Function]:
     """Decorator that makes a criterion available as `ExpertPruning(saliency=name)`.
 
-    The parameters of the function say what it reads, by name: fields of `BlockStatistics` such as `gated_norm_sum_E`,
-    and `experts` (an `ExpertTensors`), `info` (a `BlockInfo`), `router` (a `RouterView`), `generator` (a seeded
-    `torch.Generator`). Only the statistics that it names are observed. Without any it is data-free; without `experts`
-    a streaming run does not read removed experts. It returns (E,) values; experts with higher values are kept.
+    The names of the function's parameters say what it reads: fields of `BlockStatistics` such as `gated_norm_sum_E`,
+    and `experts` (an `ExpertTensors`), `router` (a `RouterView`), `info` (a `BlockInfo`), `sample` (`SampledTokens`),
+    `reservoir` (a `Reservoir`) and `generator` (a seeded `torch.Generator`). Only the statistics that it names are
+    observed. Without any it is data-free; without `experts` a streaming run does not read removed experts. It returns
+    a finite value for each expert, (E,); experts with higher values are kept.
 
     Args:
         name: Name of the criterion in recipes.
 
     Raises:
-        ValueError: If the name is already registered or a parameter is none of the above.
+        ValueError: If the name is that of another function, or a parameter is none of the above.
     """
     return SALIENCIES.register(name)
 
