@@ -7,6 +7,8 @@ rest.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -38,7 +40,33 @@ class MoESubcommand(BaseOptimumCLICommand):
     def run(self) -> None:
         """Call `execute`; errors are printed in one line, see `errors`."""
         with ending_in_one_line(self.parse_args, self.args.debug), _plain_warnings(self.parse_args):
+            for path in self.args.imported:
+                _import_file(Path(path))
             self.execute()
+
+
+def _import_file(path: Path) -> None:
+    """Run a Python file of the user, which registers what recipes and checkpoints name.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(
+            f"--import {path}: there is no such Python file (the working directory is {Path.cwd()}). Give the path of "
+            "a .py file that registers functions or stages of your own."
+        )
+    name = f"imported_by_optimum_cli_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    # A dataclass, such as a stage, looks up its module while it is defined.
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        error.add_note(f"It was raised by --import {path}.")
+        raise
 
 
 @contextmanager
@@ -56,6 +84,14 @@ def prepare(parser: ArgumentParser) -> None:
     """Add the arguments that all commands have."""
     parser.allow_abbrev = False
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    parser.add_argument(
+        "--import",
+        dest="imported",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file that registers functions, stages, formats or architectures of your own; may be repeated.",
+    )
 
 
 def add_model_argument(parser: ArgumentParser, what: str = "Hub id, or folder of a checkpoint.") -> None:

@@ -52,13 +52,14 @@ def ending_in_one_line(parse_args: ParseArgs, debug: bool) -> Iterator[None]:
 def in_one_line(error: Exception, parse_args: ParseArgs) -> str:
     """An error and its remedy as one line, with flags instead of API arguments."""
     said = " ".join(str(error).split())
+    notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, ValueError) and _is_ours(error.__traceback__):
-        return name_flags(said, parse_args)
+        return name_flags(said + notes, parse_args)
     if isinstance(error, OSError):
-        return f"{said.removesuffix('.')}. {_UNEXPECTED}"
+        return f"{said.removesuffix('.')}.{notes} {_UNEXPECTED}"
     # Some libraries list all their models in one message.
     short = said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
-    return f"{type(error).__name__}: {short.removesuffix('.')}. {_UNEXPECTED}"
+    return f"{type(error).__name__}: {short.removesuffix('.')}.{notes} {_UNEXPECTED}"
 
 
 class _Recorder(ArgumentParser):

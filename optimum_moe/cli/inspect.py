@@ -25,7 +25,7 @@ class InspectCommand(MoESubcommand):
         """See `MoESubcommand`."""
         prepare(parser)
         add_model_argument(parser, "Hub id, or folder of a checkpoint, compressed or not. Without it: as --list.")
-        parser.add_argument("--list", action="store_true", help="List architectures, presets, stages and saliencies.")
+        parser.add_argument("--list", action="store_true", help="List architectures, presets, stages and functions.")
         parser.add_argument("--json", action="store_true", help="Print JSON.")
         add_checkpoint_arguments(parser)
 
@@ -81,12 +81,20 @@ def inspected(model: str, **arguments: Any) -> dict[str, Any]:
 
 
 def supported() -> dict[str, Any]:
-    """Architectures, presets, stages and saliencies with short descriptions, as JSON values."""
+    """Architectures, presets, stages and the functions that these name, with short descriptions, as JSON values."""
     from optimum_moe.recipe import load_recipe, preset_names
     from optimum_moe.reporting.support import support
     from optimum_moe.stages import registered_stages
+    from optimum_moe.stages.merge_choices import GROUPINGS, ROUTER_ROWS, SIMILARITIES, WEIGHTINGS
     from optimum_moe.stages.saliency import SALIENCIES
 
+    choices = {
+        "saliencies": SALIENCIES,
+        "similarities": SIMILARITIES,
+        "groupings": GROUPINGS,
+        "weightings": WEIGHTINGS,
+        "router_rows": ROUTER_ROWS,
+    }
     recipes = {name: load_recipe(name) for name in preset_names()}
     return {
         "architectures": {
@@ -94,7 +102,10 @@ def supported() -> dict[str, Any]:
         },
         "presets": {name: ", ".join(recipe.to_yaml().strip().splitlines()) for name, recipe in recipes.items()},
         "stages": {name: _first_line(stage) for name, stage in sorted(registered_stages().items())},
-        "saliencies": {name: _first_line(function) for name, function in sorted(SALIENCIES.functions.items())},
+        **{
+            key: {name: _first_line(function) for name, function in sorted(choice.functions.items())}
+            for key, choice in choices.items()
+        },
     }
 
 
@@ -132,6 +143,6 @@ def _show_supported(record: dict[str, Any]) -> str:
         for name, entry in record["architectures"].items()
     ]
     parts = [table([("architecture", "methods", "plain", "remarks"), *architectures])]
-    for title, key in (("preset", "presets"), ("stage", "stages"), ("saliency", "saliencies")):
-        parts.append(table([(title, "what it does"), *record[key].items()]))
+    for key in (key for key in record if key != "architectures"):
+        parts.append(table([(key.replace("_", " "), ""), *record[key].items()]))
     return "\n\n".join(parts)

@@ -16,7 +16,7 @@ from optimum.commands import optimum_cli
 from transformers import AutoModelForCausalLM
 
 import optimum_moe.compressor
-from optimum_moe import Statistics
+from optimum_moe import CompressionPlan, Statistics
 from optimum_moe.cli.common import table, text_source
 from optimum_moe.cli.evaluate import named_models
 from optimum_moe.cli.moe import MoECommand
@@ -86,7 +86,7 @@ def test_commands_and_options_are_frozen():
         command.COMMAND.name: {name for action in command.parser._actions for name in action.option_strings}
         for command in group.registered_subcommands
     }
-    assert found == {name: {"-h", "--help", "--debug", *options} for name, options in OPTIONS.items()}
+    assert found == {name: {"-h", "--help", "--debug", "--import", *options} for name, options in OPTIONS.items()}
 
 
 def test_streaming(compress: Run, tmp_path: Path):
@@ -152,7 +152,10 @@ def test_inspect_lists_what_is_supported(run: Run):
         for name in ("qwen3_moe", "switch_transformers", "m-smoe-adaptive", "expert-pruning", "reap", "frequency"):
             assert name in out
     record = json.loads(run("inspect", "--json")[1])
-    assert set(record) == {"architectures", "presets", "stages", "saliencies"}
+    choices = {"saliencies", "similarities", "groupings", "weightings", "router_rows"}
+    assert set(record) == {"architectures", "presets", "stages", *choices}
+    assert record["router_rows"]["dominant"] == "Take the router row of each group's dominant expert."
+    assert all(set(record[choice]) for choice in choices)
     assert all(record["stages"].values())
     assert record["saliencies"]["frequency"].startswith("Share of the (token, expert) pairs")
     assert record["saliencies"]["reap"].startswith("Mean of g ||f(x)||")
@@ -304,6 +307,100 @@ def test_missing_data_and_wrong_arguments(run: Run, checkpoint: Path, tmp_path: 
     assert run(*common)[0] == 2
     assert run("preview", "--mod", checkpoint, "--recipe", "m-smoe")[0] == 2
     assert list(tmp_path.iterdir()) == []
+
+
+FUNCTIONS = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from optimum_moe import ExpertPruning, register_saliency, register_stage
+
+
+@register_saliency("last_experts")
+def last_experts(info) -> torch.Tensor:
+    \"\"\"The later an expert, the better.\"\"\"
+    return torch.arange(info.num_experts)
+
+
+@register_saliency("no_tensor")
+def no_tensor(info) -> list[int]:
+    return list(range(info.num_experts))
+
+
+@register_saliency("fails")
+def fails(info) -> torch.Tensor:
+    return torch.ones(info.number_of_experts)
+
+
+@register_stage
+@dataclass(frozen=True)
+class KeepLast(ExpertPruning):
+    \"\"\"Keep the last experts.\"\"\"
+
+    name = "keep-last"
+
+    saliency: str = "last_experts"
+"""
+
+
+def test_functions_and_stages_of_an_imported_file(run: Run, checkpoint: Path, tmp_path: Path):
+    (tmp_path / "own.py").write_text(FUNCTIONS, encoding="utf-8")
+    (tmp_path / "own.yaml").write_text("stage: keep-last\nnum_experts: 4\n", encoding="utf-8")
+    imported = ("--import", tmp_path / "own.py")
+    # Once more in one process, as no command does, the file replaces its own functions.
+    for recipe in (("reap", "--set", "saliency=last_experts", "--num-experts", 4), (tmp_path / "own.yaml",)):
+        out = tmp_path / f"out{len(recipe)}"
+        status, _, err = run("compress", checkpoint, *imported, "--recipe", *recipe, "--output", out, "--quiet")
+        assert (status, err) == (0, "")
+        assert CompressionPlan.from_pretrained(out).blocks["model.layers.0.mlp"].dominants_G == (4, 5, 6, 7)
+        assert run("verify", out, "--against", checkpoint, "--quiet")[0] == 0
+    assert "The later an expert, the better." in run("inspect", "--list", *imported)[1]
+
+    def pruned(saliency: str) -> tuple[int, str]:
+        recipe = ("--recipe", "reap", "--set", f"saliency={saliency}", "--num-experts", 4)
+        status, _, err = run("compress", checkpoint, *imported, *recipe, "--output", tmp_path / "none", "--quiet")
+        return status, err.splitlines()[-1]
+
+    assert pruned("no_tensor") == (
+        2,
+        "error: saliency 'no_tensor' must return a tensor of 8 finite values; for model.layers.0.mlp it returned a "
+        "value of type list. Return a torch.Tensor.",
+    )
+    assert pruned("fails") == (
+        1,
+        "error: AttributeError: 'BlockInfo' object has no attribute 'number_of_experts'. It was raised in the saliency "
+        "'fails' for model.layers.0.mlp. Repeat the command with --debug for the traceback, and report it if it is a "
+        "bug in optimum_moe.",
+    )
+    status, err = pruned("first_experts")
+    assert status == 2
+    assert "saliency='first_experts' is unknown; did you mean 'last_experts'?" in err
+    assert err.endswith("or register it first, with register_saliency (for a command, in a file: --import FILE).")
+
+
+def test_files_that_cannot_be_imported(run: Run, checkpoint: Path, tmp_path: Path):
+    for name in ("none.py", "own.yaml"):
+        status, _, err = run("inspect", checkpoint, "--import", tmp_path / name)
+        assert status == 2
+        assert err == (
+            f"error: --import {tmp_path / name}: there is no such Python file (the working directory is {Path.cwd()}). "
+            "Give the path of a .py file that registers functions or stages of your own.\n"
+        )
+    broken = tmp_path / "broken.py"
+    broken.write_text("import torch\nx = undefined\n", encoding="utf-8")
+    status, _, err = run("inspect", checkpoint, "--import", broken)
+    assert status == 1
+    assert err.startswith(f"error: NameError: name 'undefined' is not defined. It was raised by --import {broken}. ")
+    broken.write_text(
+        "import optimum_moe\noptimum_moe.register_saliency('q')(lambda token_count: 1)\n", encoding="utf-8"
+    )
+    status, _, err = run("inspect", checkpoint, "--import", broken)
+    assert status == 2
+    assert err.startswith("error: saliency 'q': parameter='token_count' is unknown; did you mean 'token_count_E'?")
+    assert err.endswith(f"'token_count_E'. It was raised by --import {broken}.\n")
 
 
 def test_interrupt_exits_with_130(compress: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
