@@ -3,13 +3,15 @@
     python -m tests.run_page README.md
 
 Python blocks share their names, as in one session; shell blocks run through optimum's own entry point; YAML blocks are
-read as recipes. A block under `<!-- not run: why -->` is left out.
+read as recipes. A block under `<!-- file: name -->` is written to that file too. A block under `<!-- not run: why -->`
+is left out.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -20,19 +22,27 @@ from optimum.commands import optimum_cli
 
 from optimum_moe.recipe import parse_recipe
 
-BLOCK = re.compile(r"(?P<skip><!-- not run: .+? -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?P<skip><!-- not run: .+? -->\n+)?(?:<!-- file: (?P<file>[\w.-]+) -->\n+)?"
+    r"^```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.M | re.S,
+)
 
 
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and code of every block that is run."""
+def blocks(page: Path) -> list[tuple[str, str, str | None]]:
+    """Language, code and file of every block that is run."""
     found = BLOCK.finditer(page.read_text(encoding="utf-8"))
-    return [(match["language"], match["code"]) for match in found if not match["skip"]]
+    return [(match["language"], match["code"], match["file"]) for match in found if not match["skip"]]
 
 
 def run_shell(code: str) -> None:
     for line in code.replace("\\\n", " ").splitlines():
         sys.argv = shlex.split(line, comments=True)
         assert sys.argv[:2] == ["optimum-cli", "moe"], line
+        if "--import" in sys.argv:
+            # This process has registered the functions of the file already, under the name of the page.
+            subprocess.run([sys.executable, "-m", "optimum.commands.optimum_cli", *sys.argv[1:]], check=True)
+            continue
         try:
             optimum_cli.main()
         except SystemExit as ending:
@@ -43,8 +53,10 @@ def run_shell(code: str) -> None:
 def main(page: Path) -> None:
     warnings.filterwarnings("ignore", message="Calibration gave no token")
     names: dict[str, Any] = {"__name__": "page"}
-    for language, code in blocks(page):
+    for language, code, file in blocks(page):
         print(f"--- {language}\n{code}", flush=True)
+        if file:
+            Path(file).write_text(code, encoding="utf-8")
         if language == "python":
             exec(compile(code, str(page), "exec"), names)
         elif language == "bash":

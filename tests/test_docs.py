@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ import pytest
 import yaml
 
 from optimum_moe import LowRankSparse, MoECompressor
+from optimum_moe.stages.from_context import READABLE
+from optimum_moe.stages.merge_choices import GROUPINGS, ROUTER_ROWS, WEIGHTINGS
 from tests.run_page import blocks
 from tests.tiny_checkpoints import save_checkpoint, write_text
 
@@ -69,8 +72,19 @@ def test_the_table_of_contents_names_every_page():
 def test_the_reference_documents_every_public_name():
     import optimum_moe
 
-    documented = set(re.findall(r"optimum_moe\.(\w+)", (SOURCE / "api.md").read_text(encoding="utf-8")))
-    assert documented == set(optimum_moe.__all__)
+    documented = re.findall(r"^\[\[autodoc\]\] (\S+)\.(\w+)$", (SOURCE / "api.md").read_text(encoding="utf-8"), re.M)
+    assert {name for module, name in documented if module == "optimum_moe"} == set(optimum_moe.__all__)
+    for module, name in documented:
+        assert getattr(importlib.import_module(module), name).__doc__
+
+
+def test_the_page_on_extending_names_everything_that_a_function_may_read():
+    page = (SOURCE / "extending.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|(?: `register_\w+` \|)? (.+?) \|", page, re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert set(READABLE) - named == set()
+    for choice in (GROUPINGS, WEIGHTINGS, ROUTER_ROWS):
+        assert set(choice.given) - named == set()
 
 
 EXAMPLES = {
