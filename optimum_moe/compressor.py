@@ -150,6 +150,8 @@ class MoECompressor:
         if device_map is not None:
             kwargs["device_map"] = device_map
         source = open_source(model, auto_class, dtype, dequantize, **kwargs)
+        if any(stage.stores_stock_experts for stage in recipe.stages):
+            source = source.with_widths()
         streaming = choose_streaming(engine, source, destination, device_map, max_memory)
         shard_size = choose_shard_size(max_shard_size, streaming is not None)
         tokenizer = source.load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer

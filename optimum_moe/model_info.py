@@ -26,6 +26,9 @@ class BlockInfo:
         stack: Whether the block sees tokens of the encoder or the decoder, and so its padding mask.
         fixed_router: Reason why ids cannot be removed from the router; empty if they can.
         no_factors: Reason why its experts cannot be factorized; empty if they can.
+        fixed_width: Reason why stock classes cannot have narrower experts; empty if they can.
+        width_divides: What the width of narrower experts has to divide, 0 for nothing: shared experts whose width is a
+            multiple of it keep their own.
         expert_itemsize: Stored bytes per element of a routed expert's matrices; of the smallest expert if they differ.
         bias_itemsize: Stored bytes per element of a routed expert's biases, likewise.
         router_itemsize: Stored bytes per element of the router.
@@ -45,6 +48,8 @@ class BlockInfo:
     stack: Literal["encoder", "decoder"] = "decoder"
     fixed_router: str = ""
     no_factors: str = ""
+    fixed_width: str = ""
+    width_divides: int = 0
     expert_itemsize: float = 0.0
     bias_itemsize: float = 0.0
     router_itemsize: float = 0.0

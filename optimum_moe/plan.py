@@ -50,6 +50,8 @@ class BlockPlan:
         digest: SHA-256 by name of each tensor that the original does not have (factors, sparse rows, shared bases),
             also on disk.
         stable_rank: Mean stable rank of the experts' matrices before and after merging, if both are known.
+        is_stock: Whether the experts of `sizes` are dense and of one width, and stored in the original's own tensors;
+            their digests are then those of these tensors.
     """
 
     name: str
@@ -65,6 +67,7 @@ class BlockPlan:
     neurons: tuple[torch.Tensor | None, ...] | None = None
     digest: Mapping[str, str] | None = None
     stable_rank: tuple[float, float] | None = None
+    is_stock: bool = False
 
     def __post_init__(self) -> None:
         if self.factors is not None and self.sizes is None:
@@ -74,6 +77,8 @@ class BlockPlan:
             raise ValueError(
                 f"Plan for {self.name}: {len(self.sizes.widths)} experts have sizes, but {self.num_groups} remain."
             )
+        if self.is_stock and (self.sizes is None or self.width is None):
+            raise ValueError(f"Plan for {self.name}: stock experts must be dense and of one width, got {self.sizes}.")
         if self.routing not in ("map", "reduce"):
             raise ValueError(f"Plan for {self.name}: routing must be 'map' or 'reduce', got {self.routing!r}.")
         self._check_groups()
@@ -148,9 +153,16 @@ class BlockPlan:
         return self.keeps_all and self.sizes is None
 
     @property
+    def width(self) -> int | None:
+        """Neurons of every expert in stock tensors that were resized; None if they were not."""
+        if not self.is_stock or self.sizes is None or self.sizes.parts or len(set(self.sizes.widths)) != 1:
+            return None
+        return self.sizes.widths[0]
+
+    @property
     def needs_guard(self) -> bool:
         """True if a stock model could load the stored block without an error and initialize the rest randomly."""
-        return self.sizes is not None or (self.routing == "map" and not self.keeps_all)
+        return (self.sizes is not None and not self.is_stock) or (self.routing == "map" and not self.keeps_all)
 
     @property
     def keeps_experts(self) -> bool:
@@ -188,6 +200,7 @@ class BlockPlan:
             sizes=following.sizes,
             neurons=following.neurons,
             digest=following.digest,
+            is_stock=following.is_stock,
             stable_rank=following.stable_rank,
         )
 
@@ -226,6 +239,8 @@ class CompressionPlan:
         source: Identity of the checkpoint: architecture, name, number of experts of each block.
         calibration: Record of the calibration data (None for data-free recipes).
         seed: Seed of all random choices.
+        settings: Config settings of the result that differ from the original's, by dotted path, where stock classes
+            have experts of another width.
     """
 
     blocks: Mapping[str, BlockPlan]
@@ -233,11 +248,12 @@ class CompressionPlan:
     source: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     seed: int = 0
+    settings: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:
         """True if stock transformers classes can load the result: no map, no factors, one count per config."""
-        if any(plan.sizes is not None for plan in self.blocks.values()):
+        if any(plan.sizes is not None and not plan.is_stock for plan in self.blocks.values()):
             return False
         mapped = any(plan.routing == "map" and not plan.keeps_all for plan in self.blocks.values())
         counts = {name: plan.num_groups for name, plan in self.blocks.items()}
@@ -270,6 +286,8 @@ class CompressionPlan:
                 blocks[-1] |= {"factors": plan.sizes.to_dict(), "factors_digest": plan.digest}
                 kept = plan.neurons or ()
                 tensors |= {f"{index}.neurons.{e}": n.to(torch.int32) for e, n in enumerate(kept) if n is not None}
+            if plan.is_stock:
+                blocks[-1]["stock"] = True
             if plan.stable_rank is not None:
                 blocks[-1]["stable_rank"] = list(plan.stable_rank)
             tensors[f"{index}.merge_weights_E"] = plan.merge_weights_E
@@ -288,6 +306,8 @@ class CompressionPlan:
             "seed": self.seed,
             "blocks": blocks,
         }
+        if self.settings:
+            record["settings"] = dict(self.settings)
         write_record(Path(directory), PLAN_NAME, record, tensors)
 
     @classmethod
@@ -300,7 +320,15 @@ class CompressionPlan:
         record, tensors = read_record(Path(directory), PLAN_NAME)
         try:
             blocks = {block["name"]: _read_block(block, index, tensors) for index, block in enumerate(record["blocks"])}
-            return cls(blocks, record["stages"], record["source"], record["calibration"], record["seed"])
+            settings = {path: operator.index(value) for path, value in record.get("settings", {}).items()}
+            return cls(
+                blocks=blocks,
+                stages=record["stages"],
+                source=record["source"],
+                calibration=record["calibration"],
+                seed=record["seed"],
+                settings=settings,
+            )
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"The plan in {directory} is broken ({error}). Copy or create it again.") from error
 
@@ -324,6 +352,7 @@ def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torc
         neurons=None if sizes is None else tuple(None if n is None else n.long() for n in kept),
         digest=block.get("factors_digest"),
         stable_rank=tuple(block["stable_rank"]) if "stable_rank" in block else None,
+        is_stock=block.get("stock", False) is True,
     )
 
 

@@ -25,7 +25,7 @@ from optimum_moe.formats import ExpertsSpec
 from optimum_moe.hf.structure import METHOD
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.reporting.verification import SHOWN, Check, VerificationReport
-from optimum_moe.surgeons import FoundBlock, owning_configs
+from optimum_moe.surgeons import FoundBlock, owning_configs, stock_block
 
 
 @dataclass
@@ -291,9 +291,12 @@ def _expected_block(
     after = {f"{name}.{key}": tensor.detach() for key, tensor in block.state_dict().items()}
     if plan.sizes is not None:
         stored = work.checkpoint_tensors.read(work.checkpoint_tensors.inside(name))
-        sizes = work.config["quantization_config"]["blocks"][name]["factors"] if work.trained else plan.sizes.to_dict()
-        compare_factors(found, block, plan, stored, factors, ExpertsSpec.from_dict(sizes))
-        left = {f"{name}.{key}" for key in block.state_dict()}
+        sizes = plan.sizes
+        if work.trained and not plan.is_stock:
+            sizes = ExpertsSpec.from_dict(work.config["quantization_config"]["blocks"][name]["factors"])
+        stock = stock_block(work.source.skeleton, work.source.blocks, plan)
+        compare_factors(found, block, plan, stored, factors, sizes, stock)
+        left = {f"{name}.{key}" for key in block.state_dict()} - {f"{name}.{key}" for key in plan.digest or ()}
         after = {key: tensor for key, tensor in after.items() if key in left}
     after = rounded(after, work.original.mixed(), plan)
     kinds = {}

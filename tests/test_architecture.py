@@ -19,6 +19,7 @@ LAYERS = {
     "model_info": 2,
     "plan": 2,
     "records": 2,
+    "runtimes": 1,
     "settings": 0,
     "statistics": 2,
     "nn": 2,

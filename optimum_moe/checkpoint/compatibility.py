@@ -18,6 +18,7 @@ from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.recipe import Recipe
 from optimum_moe.statistics import Statistics
+from optimum_moe.surgeons import update_config
 
 
 def refuse_original(directory: Path, source: ModelSource) -> None:
@@ -71,6 +72,7 @@ def mark_structure(model: PreTrainedModel, source: ModelSource, plan: Compressio
     """Update the model's config to its compressed structure, so that `model.save_pretrained` output loads again."""
     if plan.is_plain:
         set_expert_counts(model, source.blocks, {name: block.num_groups for name, block in plan.blocks.items()})
+        update_config(model.config, plan.settings)
     elif plan.structure():
         mark_model(model, MoEStructureConfig(plan.structure()))
 

@@ -97,10 +97,16 @@ def _setting_failures(
 ) -> Iterator[str]:
     here, told = settings_of(config), set()
     # These settings have their own checks.
+    wrong = [(key, value, _at(here, key)) for key, value in plan.settings.items() if _at(here, key) != value]
+    for key, value, now in wrong:
+        told.add(key)
+        yield f"{key} is {json.dumps(now)}, the plan says {json.dumps(value)}"
     others = {name for names in counted for name in names} | set(COUNT_FIELDS)
     bases = {"the plan": plan.source.get("config"), "the original": None if original is None else settings_of(original)}
     for what, base in bases.items():
         for key, before, now in differing_settings(base or {}, here):
+            if plan.settings.get(key) == now:
+                continue
             if key.rpartition(".")[2] not in others and key not in told:
                 told.add(key)
                 yield f"{key} is {json.dumps(now)}, {what} says {json.dumps(before)}"

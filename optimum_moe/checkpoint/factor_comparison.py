@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from optimum_moe.checkpoint.comparison import Comparison, same_bits
 from optimum_moe.formats import ExpertsSpec
 from optimum_moe.formats.base import MatrixFormat, get_format
 from optimum_moe.plan import BlockPlan
-from optimum_moe.surgeons import FoundBlock, factors_digest
+from optimum_moe.surgeons import FoundBlock
 
 
 def compare_factors(
@@ -22,6 +23,7 @@ def compare_factors(
     stored: Mapping[str, torch.Tensor],
     result: Comparison,
     sizes: ExpertsSpec | None = None,
+    stock: nn.Module | None = None,
 ) -> None:
     """Compare the compressed experts of one block: all with the plan's digests, exact parts with the original.
 
@@ -32,6 +34,7 @@ def compare_factors(
         stored: Tensors of the block in the checkpoint, by the model's names.
         result: Collects the results.
         sizes: Sizes after training dropped rows; None for those of the plan.
+        stock: A stock block of the plan's sizes, for a plan that resizes stock experts.
     """
     assert plan.sizes is not None
     resized = sizes is not None and sizes != plan.sizes
@@ -39,27 +42,25 @@ def compare_factors(
     surgeon, name = found.surgeon, found.info.name
     view = surgeon.experts(block)
     originals = {key: values for key, values in _matrices(view).items() if values is not None}
-    surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
-    held = surgeon.factors(block)
-    assert held is not None
-    path = next(path for path, module in block.named_modules() if module is held)
-    state = held.state_dict()
-    prefix = f"{name}.{path}."
+    surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes, stock)
+    state = surgeon.written_experts(block)
+    prefix = f"{name}."
     result.count += len(state)
     missing = [f"{prefix}{key} is missing" for key in state if f"{prefix}{key}" not in stored]
     if missing:
         result.failures += missing
         return
-    held.load_state_dict({key: stored[f"{prefix}{key}"] for key in state}, assign=True)
-    found_digests, told = factors_digest(held), plan.digest or {}
+    block.load_state_dict({key: stored[f"{prefix}{key}"] for key in state}, assign=True, strict=False)
+    found_digests, told = surgeon.digest(block), plan.digest or {}
     for key in [*found_digests, *(key for key in told if key not in found_digests)]:
         if found_digests.get(key) != told.get(key):
             text = f"{prefix}{key} does not match the digest in the plan"
             # Indices change only if rows were dropped.
             changes = resized or (key in state and state[key].is_floating_point())
             result.differs(text) if changes else result.failures.append(text)
-    for expert in range(held.num_experts):
-        for text in _dense_failures(held, expert, plan, originals, prefix):
+    read = _readable(found, block)
+    for expert in range(plan.num_groups):
+        for text in _dense_failures(read, expert, plan, originals, prefix):
             result.differs(text)
 
 
@@ -67,20 +68,36 @@ def _matrices(view: Any) -> dict[str, Any]:
     return {"gate": view.gate, "up": view.up, "down": view.down}
 
 
-def _dense_failures(held: Any, expert: int, plan: BlockPlan, originals: Mapping[str, Any], prefix: str) -> list[str]:
+def _readable(found: FoundBlock, block: Any) -> Callable[[int], Mapping[str, torch.Tensor]]:
+    """Function from an expert of a block to its dense matrices; `{}` for an expert without neurons."""
+    held = found.surgeon.factors(block)
+    if held is not None:
+        return lambda expert: {} if held.home(expert) is None else held.densified(expert)
+    view = found.surgeon.experts(block)
+    return lambda expert: {name: values[expert] for name, values in _matrices(view).items() if values is not None}
+
+
+def _dense_failures(
+    read: Callable[[int], Mapping[str, torch.Tensor]],
+    expert: int,
+    plan: BlockPlan,
+    originals: Mapping[str, Any],
+    prefix: str,
+) -> list[str]:
     """Failures for matrices that should equal the original; a down projection refitted to fewer neurons may differ."""
     sizes = plan.sizes
     assert sizes is not None
     kept = None if plan.neurons is None else plan.neurons[expert]
     exact = {name: _is_exact(sizes.sizes_of(name, expert)) for name in originals}
-    failures = []
-    for projection in () if held.home(expert) is None else originals:
-        refitted = projection == "down" and (kept is not None or not all(exact.values()))
+    failures, now = [], read(expert)
+    for projection in now:
+        # Stock experts are refitted to the tokens of removed ones even if they keep all neurons.
+        refitted = projection == "down" and (kept is not None or plan.is_stock or not all(exact.values()))
         if not exact[projection] or refitted:
             continue
         expected = originals[projection][expert]
         expected = expected if kept is None else expected[kept]
-        if not same_bits(held.densified(expert)[projection], expected):
+        if not same_bits(now[projection], expected):
             failures.append(f"{prefix}{projection} of expert {expert} is kept dense, but differs from the original")
     return failures
 

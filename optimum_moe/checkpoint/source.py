@@ -55,7 +55,7 @@ from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
 from optimum_moe.hf.compat import auto_class_knows, model_from_config
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.settings import nearest
-from optimum_moe.surgeons import FoundBlock, find_blocks
+from optimum_moe.surgeons import FoundBlock, find_blocks, with_widths
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 _CONFIG_ARGUMENTS = (*_HUB_ARGUMENTS, "trust_remote_code")
@@ -130,6 +130,11 @@ class ModelSource:
         if dtype == "auto":
             return self
         return replace(self, as_stored=False, load_arguments={**self.load_arguments, "dtype": dtype})
+
+    def with_widths(self) -> ModelSource:
+        """The source with what is known of narrower stock experts in the sizes of its blocks."""
+        blocks = with_widths(self.skeleton, self.blocks)
+        return replace(self, blocks=blocks, info=replace(self.info, blocks=tuple(found.info for found in blocks)))
 
     def reader(self, cast: bool = True) -> CheckpointReader:
         """A reader of parts of the checkpoint, with `cast` in the dtypes of the skeleton, else in the stored ones."""

@@ -23,7 +23,7 @@ from optimum_moe.engine.store import Observed
 from optimum_moe.engine.working_folder import WorkingFolder
 from optimum_moe.hf.compat import names_not_saved, remove_tied_weights_from_state_dict, revert_weight_conversion
 from optimum_moe.plan import BlockPlan
-from optimum_moe.surgeons import FoundBlock, factors_digest, guarded
+from optimum_moe.surgeons import FoundBlock, guarded, stock_block
 
 SHARD_SIZE = 5 * 10**9
 
@@ -227,9 +227,9 @@ class DiskStore:
             plan, block = self._plans[found.info.name], found.module(self.model)
             with guarded(self.model, found, plan.needs_guard):
                 # A plan that was read from disk has no factors.
-                found.surgeon.carry_out(block, replace(plan, sizes=None, neurons=None))
+                found.surgeon.carry_out(block, replace(plan, sizes=None, neurons=None, is_stock=False))
                 if plan.sizes is not None:
-                    found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
+                    self._build(found, plan)
             if plan.sizes is not None:
                 self._read_factors(layer, found, plan)
 
@@ -237,20 +237,23 @@ class DiskStore:
         assert self.folder is not None
         done = self.folder.finished[layer.name]
         block = found.module(self.model)
-        held = found.surgeon.factors(block)
-        assert held is not None
-        path = f"{found.info.name}.{next(path for path, module in block.named_modules() if module is held)}"
         reader = CheckpointReader(self.model, done["weights"])
         shard = self.folder.checkpoint / done["shard"]
         with ShardReader(dict.fromkeys(done["weights"], shard)) as get:
-            tensors = reader.read(path, get)
-            for name, tensor in held.state_dict(prefix=f"{path}.").items():
-                tensor.copy_(tensors[name])
-        if factors_digest(held) != plan.digest:
+            tensors = reader.read(found.info.name, get)
+            for path, tensor in found.surgeon.written_experts(block).items():
+                tensor.copy_(tensors[f"{found.info.name}.{path}"])
+        if found.surgeon.digest(block) != plan.digest:
             raise ValueError(
                 f"{shard} does not contain the factors of {plan.name} that were written. Pass overwrite=True "
                 "(--overwrite) to start again."
             )
+
+    def _build(self, found: FoundBlock, plan: BlockPlan) -> None:
+        """Give a block the structure of its plan, with empty tensors."""
+        stock = stock_block(self.model, self.blocks, plan)
+        block = found.module(self.model)
+        found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes, stock)
 
     def plans(self) -> dict[str, BlockPlan]:
         """See `Store.plans`."""
@@ -264,7 +267,7 @@ class DiskStore:
             block = found.module(self.model)
             if not plan.is_identity and found.surgeon.is_stock(block, plan):
                 with guarded(self.model, found, plan.needs_guard):
-                    found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes)
+                    self._build(found, plan)
         self._to_rebuild.clear()
 
     def write_index(self, directory: Path) -> None:

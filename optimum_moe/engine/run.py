@@ -19,7 +19,7 @@ from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.recipe import Recipe
 from optimum_moe.statistics import BlockStatistics, Statistics
-from optimum_moe.surgeons import FoundBlock, guarded
+from optimum_moe.surgeons import FoundBlock, guarded, stock_block, stock_settings
 from optimum_moe.surgeons.base import hooked
 
 
@@ -189,8 +189,10 @@ class Run:
         return self.progress and any(stage.needs_profile for stage in self.recipe.stages)
 
     def _plan(self, statistics: Statistics | None) -> CompressionPlan:
+        plans = self.store.plans()
         return CompressionPlan(
-            blocks=self.store.plans(),
+            blocks=plans,
+            settings=stock_settings(self.store.model, self.store.blocks, plans.values()),
             stages=self.recipe.settings(),
             source=self.identity,
             calibration=None if statistics is None else statistics.calibration,
@@ -221,9 +223,10 @@ class Run:
                 store.provide(found, experts=source.reads_experts)
                 plan = source.decide(found, observed)
                 store.provide(found, experts=not (plan.is_identity or plan.keeps_experts))
+                stock = stock_block(store.model, store.blocks, plan)
                 self.has_cut = True
                 with guarded(store.model, found, plan.needs_guard):
-                    report.plans[found.info.name] = found.surgeon.carry_out(found.module(store.model), plan)
+                    report.plans[found.info.name] = found.surgeon.carry_out(found.module(store.model), plan, stock)
             store.finish(layer, report.plans, observed)
 
     def _check_reach(self, wanted: Collection[str]) -> None:

@@ -23,6 +23,7 @@ def refit_block(
     tokens: SampledTokens,
     sweeps: int = SWEEPS,
     ridge: float | None = None,
+    target_SH: torch.Tensor | None = None,
 ) -> list[StoredExpert]:
     """Refit the down projections of the experts that were changed; untouched ones, and those in a format that cannot
     store any matrix, stay as they are.
@@ -33,6 +34,8 @@ def refit_block(
         tokens: The block's sampled tokens.
         sweeps: As in `refit_downs`.
         ridge: As in `refit_downs`.
+        target_SH: (S, H) the output to come close to, where it is not that of `experts` for these tokens, because
+            experts were removed and tokens rerouted; untouched experts are then refitted too.
 
     Raises:
         ValueError: If the numbers of experts differ, or a value is NaN or infinite.
@@ -41,14 +44,18 @@ def refit_block(
         raise ValueError(f"Got {len(experts)} experts and {len(stored)} stored ones: pass one for each expert.")
     root_S = tokens.importance().sqrt()
     left_SH = torch.zeros(tokens.input_SH.shape, device=tokens.input_SH.device)
+    if target_SH is not None:
+        left_SH += target_SH.float() * root_S[:, None]
     parts: dict[int, DownRefit] = {}
     for index, (expert, kept) in enumerate(zip(experts, stored, strict=True)):
-        if _is_untouched(expert, kept):
+        if target_SH is None and _is_untouched(expert, kept):
             continue
         token_P, seen = tokens.routed(index)
         scale_P1 = (seen.weight_P.float() * root_S[token_P])[:, None]
         whole, input_PH = expert.float(), seen.input_PH.float()
-        lost_PH = whole.activated(whole.preactivations(input_PH)) * scale_P1 @ whole.down_HI.T
+        lost_PH = torch.zeros_like(input_PH)
+        if target_SH is None:
+            lost_PH = whole.activated(whole.preactivations(input_PH)) * scale_P1 @ whole.down_HI.T
         if len(token_P) and kept.width:
             hidden_PN, down_HN = kept.hidden(whole, input_PH) * scale_P1, kept.down.densified().float()
             lost_PH = lost_PH - hidden_PN @ down_HN.T

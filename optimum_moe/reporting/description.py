@@ -148,11 +148,12 @@ def routed_multiply_adds(info: BlockInfo, plan: BlockPlan, observed: BlockStatis
     Without observations all remaining experts count as equally likely.
     """
     active = float(min(info.top_k, plan.num_groups))
-    if plan.sizes is None:
+    if plan.sizes is None or plan.is_stock:
+        share = 1.0 if plan.width is None else plan.width / info.intermediate_size
         merged = plan.routing == "map" and not plan.keeps_all
         if observed is not None and merged and len(observed.reservoir.index_SK):
             active = observed.mean_distinct(plan.labels_E)
-        return active * info.expert_multiply_adds
+        return active * share * info.expert_multiply_adds
     sizes, own = plan.sizes, {plan.labels_E: [0.0] * plan.num_groups}
     own[plan.labels_E] = [float(sizes.multiply_adds(g, info.hidden_size)) for g in range(plan.num_groups)]
     # A shared base runs once per token, however many experts of its group the token selects.

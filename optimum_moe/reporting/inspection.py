@@ -62,10 +62,10 @@ def inspect_structured(directory: Path, headers: Headers) -> dict[str, Any]:
 
 def _block(info: BlockInfo, plan: CompressionPlan) -> dict[str, Any]:
     block = plan.blocks[info.name]
-    each = info.expert_parameters if block.sizes is None else 0
-    total = each * block.num_groups
-    if block.sizes is not None:
-        total = sum(block.sizes.numbers(expert, info.hidden_size) for expert in range(block.num_groups))
+    sizes = None if block.is_stock else block.sizes
+    total = info.expert_parameters * block.num_groups
+    if sizes is not None:
+        total = sum(sizes.numbers(expert, info.hidden_size) for expert in range(block.num_groups))
     return {
         "name": info.name,
         "num_experts": block.num_groups,
@@ -76,5 +76,5 @@ def _block(info: BlockInfo, plan: CompressionPlan) -> dict[str, Any]:
         "expert_parameters": total,
         "original_experts": block.num_experts,
         "routing": block.routing,
-        "forms": "stock" if block.sizes is None else block.sizes.describe(),
+        "forms": "stock" if sizes is None else sizes.describe(),
     }

@@ -82,6 +82,11 @@ class Stage(ABC):
         """Whether every remaining expert is stored in dense matrices, so that another stage can follow."""
         return True
 
+    @property
+    def stores_stock_experts(self) -> bool:
+        """Whether experts that lose neurons are stored in the original's own tensors, which stock classes load."""
+        return False
+
     def check_order(self, before: Stage | None) -> None:
         """Check that this stage can follow another one in a recipe.
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from optimum_moe.algorithms.byte_budget import Candidate, Point
 from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.ranks import STEP
 from optimum_moe.formats import StoredExperts, budget_formats, build_expert, candidates, choose, refit_block
 from optimum_moe.model_info import BlockInfo, ModelInfo
+from optimum_moe.plan import BlockPlan, Routing
+from optimum_moe.runtimes import Runtime, get_runtime
 from optimum_moe.settings import choose_one, exactly_one, product
-from optimum_moe.stages.base import register_stage
+from optimum_moe.stages.base import Stage, register_stage
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.cost import BlockCost
 from optimum_moe.stages.counts import bytes_for_tensors, check_share, check_size, header_entry, selected_blocks
 from optimum_moe.stages.formatting import FormattingStage
+from optimum_moe.stages.plain_budget import Pair, PlainShape, check_uniform, choose_shapes, pairs, plain_plan
 from optimum_moe.statistics import Statistics
 
 
@@ -53,6 +56,9 @@ class ByteBudget(FormattingStage):
             output errors, which are also used if no backward pass is possible.
         layers: Positions of the MoE blocks to compress, None for all.
         protect: Patterns of block names to leave unchanged.
+        runs_in: What has to load the checkpoint (`optimum_moe.runtimes`). `"transformers"` (default): all formats,
+            loaded by this package. `"any"`: all blocks keep the same number of experts, of the same width, in the
+            original's own tensors, so that everything that loads the original loads it; `formats` is then ignored.
 
     Raises:
         ValueError: If a setting is unknown or out of range.
@@ -68,6 +74,7 @@ class ByteBudget(FormattingStage):
     curvature: bool = True
     layers: Sequence[int] | None = None
     protect: Sequence[str] | None = None
+    runs_in: str = "transformers"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +86,31 @@ class ByteBudget(FormattingStage):
             raise ValueError(f"formats={self.formats!r} must be a list, for example ['narrow'].")
         for name in self.formats:
             choose_one("formats", name, budget_formats())
+        get_runtime(self.runs_in)
+
+    @property
+    def runtime(self) -> Runtime:
+        """What has to load the checkpoint."""
+        return get_runtime(self.runs_in)
+
+    @property
+    def routing(self) -> Routing | None:
+        """`"reduce"` where experts are removed, so that stock classes can load the checkpoint."""
+        return "reduce" if self.runtime.is_stock else None
+
+    @property
+    def stores_stock_experts(self) -> bool:
+        """Whether narrower experts are stored in the original's own tensors."""
+        return self.runtime.is_stock
+
+    def check_order(self, before: Stage | None) -> None:
+        """See `Stage.check_order`; for stock classes the budget itself chooses the experts that stay."""
+        if before is not None and self.runtime.is_stock and before.routing is not None:
+            raise ValueError(
+                f"{self.name} with runs_in={self.runs_in!r} chooses the experts that remain itself, so it cannot "
+                f'follow {before.name}. Use it alone, or pass runs_in="transformers" (--runs-in transformers).'
+            )
+        super().check_order(before)
 
     @property
     def needs_profile(self) -> bool:
@@ -98,7 +130,12 @@ class ByteBudget(FormattingStage):
     def check(self, model: ModelInfo) -> None:
         """See `Stage.check`."""
         super().check(model)
-        self._budget(model.original, selected_blocks(model.original, self.layers, self.protect))
+        chosen = selected_blocks(model.original, self.layers, self.protect)
+        if self.runtime.is_uniform:
+            check_uniform(model.blocks, chosen, self.runtime)
+            self._pairs(model)
+        else:
+            self._budget(model.original, chosen)
 
     def profile(self, context: BlockContext) -> BlockProfile | None:
         """The damage of each candidate of each expert; None for an unchanged block.
@@ -127,8 +164,8 @@ class ByteBudget(FormattingStage):
             points = candidates(
                 expert,
                 tokens,
-                formats=self.formats,
-                fixed_neurons=context.experts.fixed_neurons,
+                formats=("narrow",) if self.runtime.is_stock else self.formats,
+                fixed_neurons=context.experts.fixed_neurons or (self.runtime.is_stock and bool(info.fixed_width)),
                 itemsize=info.expert_itemsize,
                 bias_itemsize=info.bias_itemsize,
                 constant_bytes=down_bias * info.bias_itemsize,
@@ -140,13 +177,39 @@ class ByteBudget(FormattingStage):
 
     def allocate(
         self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, BlockProfile | None]
-    ) -> dict[str, tuple[Candidate, ...] | None]:
-        """The chosen candidate of every expert, by block; None for unchanged blocks."""
+    ) -> Mapping[str, Any]:
+        """For each block the chosen candidate of every expert, or a `PlainShape` for stock classes; None if unchanged."""
+        if self.runtime.is_uniform:
+            points = comparable({name: profile for name, profile in profiles.items() if profile is not None})
+            unreached = [block.name for block in model.blocks if block.name not in points]
+            if unreached:
+                raise ValueError(
+                    f"No calibration token reached {unreached[0]}, which would keep all of its experts, but "
+                    f"runs_in={self.runs_in!r} gives all blocks the same number. Add data that reaches it, or pass "
+                    'runs_in="transformers" (--runs-in transformers).'
+                )
+            return choose_shapes(model.blocks, points, self._pairs(model))
         chosen = [block for block in model.original.blocks if profiles.get(block.name) is not None]
         found: dict[str, tuple[Candidate, ...]] = {}
         if chosen:
             found = spend_budget(chosen, profiles, self._budget(model.original, chosen))
         return {block.name: found.get(block.name) for block in model.blocks}
+
+    def _pairs(self, model: ModelInfo) -> list[Pair]:
+        """The numbers of experts and widths that fill the budget, for stock classes."""
+        blocks = model.blocks
+        router_bytes = 0.0 if self.target_size is None else blocks[0].router_parameters * blocks[0].router_itemsize
+        return pairs(blocks[0], len(blocks), self.runtime, self._budget(model, blocks), router_bytes)
+
+    def remaining(self, model: ModelInfo, block: BlockInfo, allocated: Any) -> int:
+        """Number of experts that remain; all of them, but for stock classes."""
+        return len(allocated.kept) if isinstance(allocated, PlainShape) else block.num_experts
+
+    def decide(self, context: BlockContext, allocated: Any) -> BlockPlan:
+        """All experts in the chosen formats, or those that remain for stock classes."""
+        if isinstance(allocated, PlainShape):
+            return plain_plan(context, allocated)
+        return super().decide(context, allocated)
 
     def _budget(self, model: ModelInfo, chosen: Sequence[BlockInfo]) -> int:
         """Budget in bytes for all experts of the chosen blocks, biases and indices included."""
@@ -158,7 +221,7 @@ class ByteBudget(FormattingStage):
         # Experts are stacked by width, a multiple of 8: gate and up dense or in two factors, down dense. The guard has
         # one element.
         headers = 0
-        for block in chosen:
+        for block in () if self.runtime.is_stock else chosen:
             stacks = min(block.num_experts, block.intermediate_size // STEP + 1)
             biases = 3 if block.expert_parameters > block.expert_multiply_adds else 0
             headers += (stacks * (7 + biases) + 3) * header_entry(block)
@@ -198,7 +261,7 @@ class ByteBudget(FormattingStage):
                 cost,
                 parameters=min(cost.parameters, share * cost.original_experts * block.expert_parameters),
                 multiply_adds=(0.0, cost.active[1] * block.expert_multiply_adds),
-                stock=False,
+                stock=self.runtime.is_stock,
             )
         return costs
 
@@ -216,27 +279,35 @@ def spend_budget(
     Raises:
         ValueError: If experts that must be kept need more than the budget.
     """
-    taken = {block.name: profile for block in blocks if (profile := profiles[block.name]) is not None}
-    without = [name for name, profile in taken.items() if not profile.in_loss]
+    points = comparable({block.name: profile for block in blocks if (profile := profiles[block.name]) is not None})
+    offered = [own for found in points.values() for own in found]
+    owners = [name for name, found in points.items() for _ in found]
+    allocated: dict[str, list[Candidate]] = {name: [] for name in points}
+    for name, point in zip(owners, choose(offered, budget), strict=True):
+        allocated[name].append(point.candidate)
+    return {name: tuple(found) for name, found in allocated.items()}
+
+
+def comparable(profiles: Mapping[str, BlockProfile]) -> dict[str, list[list[Point]]]:
+    """The candidates of all blocks with their damages in one unit.
+
+    That is the loss, or where it was not observed at some block the share of the error of emptying all of its experts.
+    """
+    without = [name for name, profile in profiles.items() if not profile.in_loss]
     if without:
         warnings.warn(
-            f"No gradient of the loss was observed at {len(without)} of {len(taken)} blocks ({without[0]}, ...): "
+            f"No gradient of the loss was observed at {len(without)} of {len(profiles)} blocks ({without[0]}, ...): "
             "damage is measured by output errors, and all blocks have the same weight. A backward pass needs "
             'engine="memory" without error propagation, and a model that returns logits.',
             stacklevel=2,
         )
-    offered, owners = [], []
-    for name, profile in taken.items():
+    found: dict[str, list[list[Point]]] = {}
+    for name, profile in profiles.items():
         # Squared errors of different blocks are only comparable relative to the error of emptying all experts.
         total = sum(points[0].damage for points in profile.points) or 1.0
-        for points in profile.points:
-            unit = total if without else 1.0
-            offered.append([replace(point, damage=point.damage / unit) for point in points])
-            owners.append(name)
-    allocated: dict[str, list[Candidate]] = {name: [] for name in taken}
-    for name, point in zip(owners, choose(offered, budget), strict=True):
-        allocated[name].append(point.candidate)
-    return {name: tuple(found) for name, found in allocated.items()}
+        unit = total if without else 1.0
+        found[name] = [[replace(point, damage=point.damage / unit) for point in points] for points in profile.points]
+    return found
 
 
 def _stored(blocks: Sequence[BlockInfo]) -> int:

@@ -217,7 +217,7 @@ def _fit(model: ModelInfo, chosen: Sequence[BlockInfo], routing: Routing, target
         counts, saved = {}, 0.0
         for block in chosen:
             step = block.router_groups if routing == "reduce" else 1
-            count = max(_fewest(block, routing), math.ceil(keep * block.num_experts / most / step) * step)
+            count = max(fewest_experts(block, routing), math.ceil(keep * block.num_experts / most / step) * step)
             counts[block.name] = count
             each = block.bytes_of_experts(1, block.expert_parameters)
             if routing == "reduce":
@@ -238,7 +238,7 @@ def header_entry(block: BlockInfo) -> int:
     return len(block.name) + ENTRY_BYTES
 
 
-def _fewest(block: BlockInfo, routing: Routing) -> int:
+def fewest_experts(block: BlockInfo, routing: Routing) -> int:
     """The smallest count that `check_count` allows."""
     if routing == "map":
         return 1

@@ -1,7 +1,7 @@
 """Surgeons find, read and cut the MoE blocks of an architecture; they contain no compression algorithm."""
 
 from optimum_moe.surgeons.architecture import ARCHITECTURES, Architecture
-from optimum_moe.surgeons.base import BlockWatcher, ExpertAxis, Surgeon, factors_digest
+from optimum_moe.surgeons.base import BlockWatcher, ExpertAxis, Surgeon
 from optimum_moe.surgeons.guard import guard_renamings, guarded
 from optimum_moe.surgeons.registry import (
     FoundBlock,
@@ -11,6 +11,7 @@ from optimum_moe.surgeons.registry import (
     register_surgeon,
     registered_surgeons,
 )
+from optimum_moe.surgeons.stock import stock_block, stock_settings, update_config, with_widths
 from optimum_moe.surgeons.towers import config_at, tower_of
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "FoundBlock",
     "Surgeon",
     "config_at",
-    "factors_digest",
     "find_blocks",
     "get_surgeon",
     "guard_renamings",
@@ -29,5 +29,9 @@ __all__ = [
     "owning_configs",
     "register_surgeon",
     "registered_surgeons",
+    "stock_block",
+    "stock_settings",
     "tower_of",
+    "update_config",
+    "with_widths",
 ]

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.algorithms.router_fit import RouterView
-from optimum_moe.formats import ExpertsSpec
+from optimum_moe.formats import ExpertsSpec, StoredExperts
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import BlockPlan, Routing
@@ -72,8 +72,8 @@ class Surgeon(ABC):
 
     A surgeon has no state of a model; one instance serves all. `count_config` is the sub-config that holds
     `count_fields`, if that is not the config of the model around the block. `fixed_router` is the reason why router
-    entries cannot be removed, and `no_factors` why experts cannot be factorized; both are empty if they can. `remark`
-    describes limitations for users.
+    entries cannot be removed, `no_factors` why experts cannot be factorized, and `no_resize` why stock experts cannot
+    be given another width; they are empty if they can. `remark` describes limitations for users.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Surgeon(ABC):
     selects_by: Literal["scores", "logits"] = "scores"
     fixed_router: str = ""
     no_factors: str = "its surgeon has no `install_factors`"
+    no_resize: str = "its surgeon has no `resize`"
     remark: str = ""
 
     @abstractmethod
@@ -173,12 +174,22 @@ class Surgeon(ABC):
         """Replace the stock experts by factorized ones, which the block then runs."""
         raise NotImplementedError(f"{type(self).__name__} has no `install_factors`; give the reason in `no_factors`")
 
+    def resize(self, block: Block, stock: nn.Module) -> None:
+        """Give the stock experts of a block the sizes of another block of its class, with empty tensors."""
+        raise NotImplementedError(f"{type(self).__name__} has no `resize`; give the reason in `no_resize`")
+
     def factors(self, block: Block) -> FactorizedExperts | None:
         """The factorized experts of the block; None if it has stock experts."""
         return next((m for m in block.modules() if isinstance(m, FactorizedExperts)), None)
 
-    def carry_out(self, block: Block, plan: BlockPlan) -> BlockPlan:
+    def carry_out(self, block: Block, plan: BlockPlan, stock: nn.Module | None = None) -> BlockPlan:
         """Apply a plan to a block; returns the plan without the factors, which the block now holds.
+
+        Args:
+            block: The block.
+            plan: Its plan.
+            stock: A block of its class with the sizes of the plan, on the meta device; for plans of stock experts of
+                another width.
 
         Raises:
             ValueError: If the plan was read from a checkpoint and so lacks its factors, or if the architecture cannot
@@ -194,28 +205,73 @@ class Surgeon(ABC):
         if plan.factors is None:
             return plan
         view = self.experts(block)
+        if plan.is_stock:
+            assert stock is not None
+            self.resize(block, stock)
+            _fill(self.experts(block), view, plan.factors)
+            return replace(plan, factors=None, digest=self.digest(block))
         held = _empty_factors(view, plan.factors.spec)
         held.fill(plan.factors, {name: values for name, values in _biases(view).items() if values is not None})
         self.install_factors(block, held)
-        return replace(plan, factors=None, digest=factors_digest(held))
+        return replace(plan, factors=None, digest=self.digest(block))
 
     def is_stock(self, block: Block, plan: BlockPlan) -> bool:
         """Whether a block is still as it was before the plan was carried out."""
-        return self.factors(block) is None and self.info(block, "", 0).num_experts == plan.num_experts
+        info = self.info(block, "", 0) if self.factors(block) is None else None
+        return (
+            info is not None and info.num_experts == plan.num_experts and plan.width in (None, info.intermediate_size)
+        )
 
     def build_structure(
-        self, block: Block, num_groups: int, routing: Routing, sizes: ExpertsSpec | None = None
+        self,
+        block: Block,
+        num_groups: int,
+        routing: Routing,
+        sizes: ExpertsSpec | None = None,
+        stock: nn.Module | None = None,
     ) -> None:
-        """Give an uncompressed block the structure that `carry_out` leaves, with empty tensors."""
+        """Give an uncompressed block the structure that `carry_out` leaves, with empty tensors.
+
+        Args:
+            block: The block.
+            num_groups: Number of its experts.
+            routing: How the router reaches them.
+            sizes: Their formats; None for stock experts.
+            stock: As in `carry_out`.
+        """
         if num_groups < self.info(block, "", 0).num_experts:
             self.rebuild(block, num_groups, routing)
-        if sizes is not None:
+        if stock is not None:
+            self.resize(block, stock)
+        elif sizes is not None:
             self.install_factors(block, _empty_factors(self.experts(block), sizes))
 
+    def written_experts(self, block: Block) -> dict[str, torch.Tensor]:
+        """The tensors of a block's compressed experts, by dotted path."""
+        held = self.factors(block)
+        if held is not None:
+            prefix = next(path for path, module in block.named_modules() if module is held)
+            return dict(held.state_dict(prefix=f"{prefix}."))
+        own = {id(parameter) for parameter in self.expert_parameters(block)}
+        return {path: p.detach() for path, p in block.named_parameters() if id(p) in own}
 
-def factors_digest(held: FactorizedExperts) -> dict[str, str]:
-    """SHA-256 of each tensor of a block's factorized experts."""
-    return {name: digest({}, {name: tensor}) for name, tensor in held.state_dict().items()}
+    def digest(self, block: Block) -> dict[str, str]:
+        """SHA-256 of each tensor of a block's compressed experts, by dotted path."""
+        return {path: digest({}, {path: tensor}) for path, tensor in self.written_experts(block).items()}
+
+
+def _fill(target: ExpertTensors, source: ExpertTensors, experts: StoredExperts) -> None:
+    """Write dense experts and the biases of their neurons into resized stock tensors."""
+    with torch.no_grad():
+        for slot, expert in enumerate(experts.experts):
+            for name, matrix in expert.matrices.items():
+                getattr(target, name)[slot].copy_(matrix.densified())
+            for name, axis in NEURON_AXIS.items():
+                values = getattr(source, name) if name.endswith("_bias") else None
+                if values is not None:
+                    kept = expert.neurons if axis is not None else None
+                    bias = values[slot] if kept is None else values[slot][kept.to(values[slot].device)]
+                    getattr(target, name)[slot].copy_(bias)
 
 
 def _empty_factors(view: ExpertTensors, sizes: ExpertsSpec) -> FactorizedExperts:

@@ -80,6 +80,7 @@ class StackedSurgeon(Surgeon):
     fixed_neurons: bool = False
     scales_input: bool = False
     no_factors: str = ""
+    no_resize: str = ""
 
     @abstractmethod
     def stacks(self, block: Block) -> Sequence[ExpertStack]:
@@ -204,6 +205,18 @@ class StackedSurgeon(Surgeon):
         for stack in self.stacks(block):
             replace_tensor(block, stack.path, self._resized(block, stack, num_groups))
         self.install(block, num_groups, routing)
+
+    def resize(self, block: Block, stock: nn.Module) -> None:
+        """See `Surgeon.resize`."""
+        for stack in self.stacks(block):
+            old, like = attribute(block, stack.path), attribute(stock, stack.path)
+            owner, _, _ = stack.path.rpartition(".")
+            replace_tensor(block, stack.path, torch.empty(like.shape, dtype=old.dtype, device=old.device))
+            mine, theirs = block.get_submodule(owner), vars(stock.get_submodule(owner))
+            for name, value in theirs.items():
+                # Sizes that the module keeps beside its tensors.
+                if type(value) is int and type(vars(mine).get(name)) is int:
+                    setattr(mine, name, value)
 
     def path(self, row: RouterTensor) -> str:
         """Dotted path of a router tensor from the block."""

@@ -1,0 +1,99 @@
+"""Which experts the sampled tokens select, and with what weights, once some experts are gone.
+
+Shape letters: E experts, S sampled tokens, K top-k, N router logits (E and those of no routed expert), X width of the
+router's last linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from optimum_moe.algorithms.router_fit import RouterView, select
+
+# Shares of the sample whose experts, and whose weights, have to come out as the model's own.
+_SAME_EXPERTS, _SAME_WEIGHTS = 0.99, 0.02
+
+
+@dataclass(frozen=True, eq=False)
+class Rerouter:
+    """A router's selection and weights, computed again for some of its experts.
+
+    Args:
+        router: The original router.
+        input_SX: (S, X) inputs of its last linear layer.
+        index_SK: (S, K) what it selected of all experts.
+        weights_SK: (S, K) with what weights.
+        router_groups: Router groups.
+        groups_used: Router groups that a token may use.
+    """
+
+    router: RouterView
+    input_SX: torch.Tensor
+    index_SK: torch.Tensor
+    weights_SK: torch.Tensor
+    router_groups: int = 1
+    groups_used: int = 1
+
+    def route(self, kept: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(S, K) original ids and weights that the tokens have among the experts `kept`, as many in each router group.
+
+        Returns:
+            None where the model's own routing does not follow from its logits by a rule that is known here: a selection
+            of the highest scores within router groups, with weights that are proportional to the scores, or to their
+            shares.
+        """
+        if bool((self.index_SK >= self.router.num_experts).any()) or self.input_SX.shape[1] != self._width:
+            return None
+        index_SK, scores_SK = self._selected(range(self.router.num_experts))
+        for shares in (False, True):
+            raw_SK = _raw(scores_SK, shares)
+            # Routers multiply their weights by one factor, which is not known here.
+            factor = self.weights_SK.sum(dtype=torch.float64) / raw_SK.sum().clamp(min=1e-12)
+            if self._agrees(index_SK, raw_SK * factor):
+                index_SK, chosen_SK = self._selected(kept)
+                return index_SK, (_raw(chosen_SK, shares) * factor).to(self.weights_SK.dtype)
+        return None
+
+    @property
+    def _width(self) -> int:
+        return int(self.router.rows_NX.shape[1])
+
+    def _selected(self, kept: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(S, K) original ids, and their scores."""
+        router, total = self.router, self.router.num_experts
+        device = router.rows_NX.device
+        kept_E = torch.tensor(list(kept), device=device)
+        rows_N = torch.cat([kept_E, torch.arange(total, len(router.rows_NX), device=device)])
+        smaller = replace(
+            router,
+            rows_NX=router.rows_NX[rows_N],
+            num_experts=len(kept_E),
+            bias_N=None if router.bias_N is None else router.bias_N[rows_N],
+            correction_E=None if router.correction_E is None else router.correction_E[kept_E],
+        )
+        logits_SN = smaller.logits(self.input_SX)
+        scores_SE = smaller.scores(logits_SN)[:, : len(kept_E)]
+        choice_SE = logits_SN[:, : len(kept_E)] if smaller.selects_by == "logits" else scores_SE
+        if smaller.correction_E is not None:
+            choice_SE = choice_SE + smaller.correction_E.to(choice_SE)
+        slot_SK = select(choice_SE, self.index_SK.shape[1], self.router_groups, self.groups_used)
+        return kept_E.to(slot_SK.device)[slot_SK], scores_SE.gather(1, slot_SK)
+
+    def _agrees(self, index_SK: torch.Tensor, weights_SK: torch.Tensor) -> bool:
+        """Whether a routing is the model's own, up to rounding and ties."""
+        order_SK, own_SK = index_SK.argsort(-1), self.index_SK.argsort(-1)
+        same_SK = index_SK.gather(1, order_SK) == self.index_SK.long().gather(1, own_SK)
+        same_S = same_SK.all(-1)
+        if float(same_S.double().mean()) < _SAME_EXPERTS:
+            return False
+        mine_SK, theirs_SK = weights_SK.gather(1, order_SK)[same_S], self.weights_SK.double().gather(1, own_SK)[same_S]
+        near_SK = (mine_SK - theirs_SK).abs() <= _SAME_WEIGHTS * theirs_SK.abs().mean()
+        return float(near_SK.double().mean()) >= _SAME_EXPERTS
+
+
+def _raw(scores_SK: torch.Tensor, shares: bool) -> torch.Tensor:
+    """(S, K) scores of the selected experts, or what each of them has of their sum."""
+    return scores_SK / scores_SK.sum(-1, keepdim=True).clamp(min=1e-12) if shares else scores_SK
