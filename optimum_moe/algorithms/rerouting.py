@@ -42,20 +42,30 @@ class Rerouter:
 
         Returns:
             None where the model's own routing does not follow from its logits by a rule that is known here: a selection
-            of the highest scores within router groups, with weights that are proportional to the scores, or to their
-            shares.
+            of the highest scores within router groups, with weights that are the scores, or their shares, times one
+            factor for each expert.
         """
         if bool((self.index_SK >= self.router.num_experts).any()) or self.input_SX.shape[1] != self._width:
             return None
         index_SK, scores_SK = self._selected(range(self.router.num_experts))
         for shares in (False, True):
             raw_SK = _raw(scores_SK, shares)
-            # Routers multiply their weights by one factor, which is not known here.
-            factor = self.weights_SK.sum(dtype=torch.float64) / raw_SK.sum().clamp(min=1e-12)
-            if self._agrees(index_SK, raw_SK * factor):
+            factor_E = self._factors(index_SK, raw_SK)
+            if self._agrees(index_SK, raw_SK * factor_E[index_SK]):
                 index_SK, chosen_SK = self._selected(kept)
-                return index_SK, (_raw(chosen_SK, shares) * factor).to(self.weights_SK.dtype)
+                return index_SK, (_raw(chosen_SK, shares) * factor_E[index_SK]).to(self.weights_SK.dtype)
         return None
+
+    def _factors(self, index_SK: torch.Tensor, raw_SK: torch.Tensor) -> torch.Tensor:
+        """(E,) what the router multiplies the weights of each expert by; the mean for experts without tokens."""
+
+        def sums(values_SK: torch.Tensor, ids_SK: torch.Tensor) -> torch.Tensor:
+            empty_E = torch.zeros(self.router.num_experts, dtype=torch.float64, device=ids_SK.device)
+            return empty_E.index_add(0, ids_SK.flatten().long(), values_SK.flatten().double())
+
+        own_E, raw_E = sums(self.weights_SK, self.index_SK), sums(raw_SK, index_SK)
+        mean = own_E.sum() / raw_E.sum().clamp(min=1e-12)
+        return torch.where(raw_E > 0, own_E.to(raw_E) / raw_E.clamp(min=1e-300), mean)
 
     @property
     def _width(self) -> int:

@@ -42,7 +42,8 @@ def compare_factors(
     surgeon, name = found.surgeon, found.info.name
     view = surgeon.experts(block)
     originals = {key: values for key, values in _matrices(view).items() if values is not None}
-    surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes, stock)
+    formats = None if plan.is_stock else plan.sizes
+    surgeon.build_structure(block, plan.num_groups, plan.routing, formats, stock)
     state = surgeon.written_experts(block)
     prefix = f"{name}."
     result.count += len(state)

@@ -253,7 +253,8 @@ class DiskStore:
         """Give a block the structure of its plan, with empty tensors."""
         stock = stock_block(self.model, self.blocks, plan)
         block = found.module(self.model)
-        found.surgeon.build_structure(block, plan.num_groups, plan.routing, plan.sizes, stock)
+        sizes = None if plan.is_stock else plan.sizes
+        found.surgeon.build_structure(block, plan.num_groups, plan.routing, sizes, stock)
 
     def plans(self) -> dict[str, BlockPlan]:
         """See `Store.plans`."""

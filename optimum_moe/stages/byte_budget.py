@@ -178,7 +178,7 @@ class ByteBudget(FormattingStage):
     def allocate(
         self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, BlockProfile | None]
     ) -> Mapping[str, Any]:
-        """By block the chosen candidate of every expert, or a `PlainShape` for stock classes; None for unchanged blocks."""
+        """By block the candidate of every expert, or a `PlainShape` for stock classes; None for unchanged blocks."""
         if self.runtime.is_uniform:
             points = comparable({name: profile for name, profile in profiles.items() if profile is not None})
             unreached = [block.name for block in model.blocks if block.name not in points]

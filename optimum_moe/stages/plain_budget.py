@@ -168,10 +168,13 @@ def _damage_at(points: Sequence[Point], width: int) -> float:
 
 
 def _bytes_of_expert(block: BlockInfo, width: int) -> float:
-    """Upper bound of the bytes of an expert of a width: biases count as if they did not shrink."""
-    return block.bytes_of_experts(1, block.expert_parameters) - block.expert_itemsize * (
-        block.expert_multiply_adds * (1 - width / block.intermediate_size)
-    )
+    """Bytes of an expert of a width."""
+    whole, hidden = block.intermediate_size, block.hidden_size
+    biases = block.expert_parameters - block.expert_multiply_adds
+    # Gate and up have a bias for each neuron, down has one for each output.
+    fixed = hidden if biases - hidden in (0, whole, 2 * whole) else 0
+    matrices = block.expert_multiply_adds * width / whole * block.expert_itemsize
+    return matrices + (fixed + (biases - fixed) * width / whole) * block.bias_itemsize
 
 
 def plain_plan(context: BlockContext, shape: PlainShape) -> BlockPlan:

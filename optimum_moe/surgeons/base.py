@@ -206,8 +206,8 @@ class Surgeon(ABC):
             return plan
         view = self.experts(block)
         if plan.is_stock:
-            assert stock is not None
-            self.resize(block, stock)
+            if stock is not None:
+                self.resize(block, stock)
             _fill(self.experts(block), view, plan.factors)
             return replace(plan, factors=None, digest=self.digest(block))
         held = _empty_factors(view, plan.factors.spec)

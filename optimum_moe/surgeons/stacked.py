@@ -210,13 +210,14 @@ class StackedSurgeon(Surgeon):
         """See `Surgeon.resize`."""
         for stack in self.stacks(block):
             old, like = attribute(block, stack.path), attribute(stock, stack.path)
-            owner, _, _ = stack.path.rpartition(".")
             replace_tensor(block, stack.path, torch.empty(like.shape, dtype=old.dtype, device=old.device))
-            mine, theirs = block.get_submodule(owner), vars(stock.get_submodule(owner))
-            for name, value in theirs.items():
-                # Sizes that the module keeps beside its tensors.
-                if type(value) is int and type(vars(mine).get(name)) is int:
-                    setattr(mine, name, value)
+            owner = stack.path
+            while owner := owner.rpartition(".")[0]:
+                # Sizes that the modules around the tensor keep beside it.
+                mine = block.get_submodule(owner)
+                for name, value in vars(stock.get_submodule(owner)).items():
+                    if type(value) is int and type(vars(mine).get(name)) is int:
+                        setattr(mine, name, value)
 
     def path(self, row: RouterTensor) -> str:
         """Dotted path of a router tensor from the block."""

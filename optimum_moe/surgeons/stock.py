@@ -153,21 +153,26 @@ def _differs_in_experts_only(
 
 
 def stock_block(model: PreTrainedModel, blocks: Sequence[FoundBlock], plan: BlockPlan) -> nn.Module | None:
-    """The stock block of a plan's sizes on the meta device; None for plans that do not resize stock experts.
+    """The stock block of a plan's sizes on the meta device; None for a plan that does not change the width of experts.
 
     Args:
         model: The model.
         blocks: Its original blocks.
         plan: Plan of one of them.
     """
-    if plan.width is None:
-        return None
-    return stock_model(model, blocks, plan.num_groups, plan.width).skeleton.get_submodule(plan.name)
+    found = _resized(model, blocks, plan)
+    return None if found is None else found.skeleton.get_submodule(plan.name)
 
 
 def stock_settings(model: PreTrainedModel, blocks: Sequence[FoundBlock], plans: Iterable[BlockPlan]) -> dict[str, int]:
-    """The config settings, by dotted path, with which stock classes have the resized experts of some plans."""
-    resized = next((plan for plan in plans if plan.width is not None), None)
-    if resized is None or resized.width is None:
-        return {}
-    return dict(stock_model(model, blocks, resized.num_groups, resized.width).settings)
+    """The config settings, by dotted path, with which stock classes have the experts of some plans.
+
+    They are empty where no plan changes the width of experts.
+    """
+    found = [_resized(model, blocks, plan) for plan in plans]
+    return next((dict(each.settings) for each in found if each is not None), {})
+
+
+def _resized(model: PreTrainedModel, blocks: Sequence[FoundBlock], plan: BlockPlan) -> StockModel | None:
+    whole = next(found.info.intermediate_size for found in blocks if found.info.name == plan.name)
+    return None if plan.width in (None, whole) else stock_model(model, blocks, plan.num_groups, plan.width)

@@ -1,0 +1,269 @@
+"""The byte budget for stock classes: one number of experts and one width, loaded by what loads the original."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from optimum_moe import ByteBudget, CalibrationConfig, CompressionPlan, LowRankSparse, MoECompressor, MSMoE
+from optimum_moe.algorithms.rerouting import Rerouter
+from optimum_moe.engine.disk_store import DiskStore
+from optimum_moe.engine.layers import Layer
+from optimum_moe.plan import BlockPlan
+from optimum_moe.runtimes import get_runtime
+from optimum_moe.surgeons import find_blocks, with_widths
+from optimum_moe.verification import verify
+from tests.test_reload import assert_same_tensors, move_out_of_the_file
+from tests.tiny_models import Target, build, every_target, inputs_for, logits_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:No gradient of the loss")
+
+
+def data_for(target: Target | str) -> list[dict[str, torch.Tensor]]:
+    return [inputs_for(target, rows=4, length=32, seed=seed) for seed in range(3)]
+
+
+def compressor_for(model, target: Target | str, **kwargs) -> MoECompressor:
+    settings = {name: kwargs.pop(name) for name in ("share", "target_size", "curvature") if name in kwargs}
+    stage = ByteBudget(runs_in="any", **settings)
+    return MoECompressor.from_pretrained(model, stage, CalibrationConfig(data_for(target)), progress=False, **kwargs)
+
+
+_OWN_RULES = (
+    "longcat_flash",  # experts without weights take part in the selection
+    "deepseek_v4-hash",  # a table of token ids
+    "phimoe",  # the second expert is chosen after the first one, with weights of its own
+    "inkling",  # shared experts take part in the weights
+    "deepseek_v2-groups",  # router groups are ranked by their best expert
+    "deepseek_ocr2-groups",
+    "unlimited_ocr-groups",
+)
+"""Targets whose routers `Rerouter` does not know."""
+
+
+@pytest.mark.parametrize("target", every_target())
+def test_stock_classes_load_what_stays(target: Target, tmp_path: Path) -> None:
+    if target.refuses_pruning:
+        pytest.skip(target.refuses_pruning)
+    original = build(target)
+    original.save_pretrained(tmp_path / "original")
+    try:
+        compressor = compressor_for(original, target, share=0.5)
+    except ValueError as refusal:
+        if not any(text in str(refusal) for text in ("--runs-in transformers", "cannot be factorized")):
+            raise
+        pytest.skip(str(refusal))
+    before = sum(info.num_experts * info.expert_multiply_adds for info in compressor.source.info.blocks)
+    model = compressor.apply()
+    compressor.save_pretrained(tmp_path / "out")
+    plans = compressor.plan.blocks.values()
+    whole = compressor.source.info.blocks[0].intermediate_size
+    assert len({(plan.num_groups, plan.width or whole) for plan in plans}) == 1
+    assert compressor.plan.is_plain
+    after = sum(
+        plan.num_groups * info.expert_multiply_adds * (plan.width or whole) / whole
+        for plan, info in zip(plans, compressor.source.info.blocks, strict=True)
+    )
+    assert after <= 0.5 * before
+
+    loaded = getattr(transformers, target.architecture).from_pretrained(tmp_path / "out")
+    assert "quantization_config" not in loaded.config.to_dict()
+    assert_same_tensors(loaded, model)
+    move_out_of_the_file(loaded)
+    assert torch.equal(logits_of(loaded, inputs_for(target)), logits_of(model, inputs_for(target)))
+    report = verify(tmp_path / "out", against=tmp_path / "original", inputs=inputs_for(target))
+    assert report.passed, str(report)
+    again = CompressionPlan.from_pretrained(tmp_path / "out")
+    assert [plan.width for plan in again.blocks.values()] == [plan.width for plan in plans]
+    assert again.settings == compressor.plan.settings
+
+
+@pytest.mark.parametrize("target", every_target())
+def test_neurons_that_give_nothing_cost_nothing(target: Target) -> None:
+    """With two thirds of the neurons of every expert silent, little more than a third of the bytes gives the same outputs."""
+    model = build(target)
+    info = with_widths(model, find_blocks(model))[0].info
+    if reason := info.fixed_width or info.no_factors:
+        pytest.skip(reason)
+    left = info.intermediate_size // 3
+    assert left == get_runtime("any").step(info.intermediate_size)
+    with torch.no_grad():
+        for found in find_blocks(model):
+            for down_HI in found.surgeon.experts(found.module(model)).down:
+                down_HI[:, torch.randperm(info.intermediate_size)[left:]] = 0.0
+    expected = logits_of(model, inputs_for(target))
+    compressor = compressor_for(model, target, share=0.36)
+    actual = logits_of(compressor.apply(), inputs_for(target))
+    assert {plan.num_groups for plan in compressor.plan.blocks.values()} == {info.num_experts}
+    assert {plan.width for plan in compressor.plan.blocks.values()} == {left}
+    assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("target", every_target())
+def test_rerouting_is_what_the_smaller_router_does(target: Target) -> None:
+    """Ids and weights of the sampled tokens after half of the experts are gone, against the cut model's own."""
+    model, inputs = build(target), inputs_for(target, rows=4, length=32)
+    data = CalibrationConfig([inputs])
+    stage = ByteBudget(share=0.9, runs_in="transformers", curvature=False)
+    try:
+        statistics = MoECompressor.from_pretrained(model, stage, data, progress=False).calibrate()
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    # The inputs of the first block do not depend on any cut.
+    found = find_blocks(model)[0]
+    info, block = found.info, found.module(model)
+    if info.fixed_router:
+        pytest.skip(info.fixed_router)
+    size = info.num_experts // info.router_groups
+    kept = [group * size + slot for group in range(info.router_groups) for slot in range(0, size, 2)]
+    sample = statistics.blocks[info.name].reservoir
+    routed = Rerouter(
+        router=found.surgeon.router(block),
+        input_SX=sample.router_input_SH,
+        index_SK=sample.index_SK,
+        weights_SK=sample.weights_SK,
+        router_groups=info.router_groups,
+        groups_used=info.router_groups_used,
+    ).route(kept)
+    if routed is None:
+        assert target.name in _OWN_RULES
+        pytest.skip("its router has a rule of its own, so tokens of removed experts are left out of the refit")
+    labels = [kept.index(expert) if expert in kept else -1 for expert in range(info.num_experts)]
+    weights_E = torch.tensor([float(label >= 0) for label in labels], dtype=torch.float64)
+    plan = BlockPlan(info.name, tuple(labels), tuple(kept), "reduce", weights_E, router_weights_E=weights_E)
+    found.surgeon.carry_out(block, plan)
+    seen = Seen()
+    with torch.no_grad(), found.surgeon.watch(block, seen):
+        model(**inputs)
+    index_SK, weights_SK = routed
+    order_SK, there_SK = index_SK.argsort(-1), seen.index_TK.argsort(-1)
+    own_SK = torch.tensor(kept)[seen.index_TK.gather(1, there_SK)]
+    same_S = (index_SK.gather(1, order_SK) == own_SK).all(-1)
+    assert same_S.double().mean() >= 0.99
+    off_SK = weights_SK.gather(1, order_SK) - seen.weights_TK.gather(1, there_SK)
+    assert off_SK[same_S].abs().max() <= 1e-3 * seen.weights_TK.abs().max()
+
+
+class Seen:
+    """The routing of one call of a block."""
+
+    def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
+        """Not needed here."""
+
+    def begin(self, input_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        self.index_TK, self.weights_TK = index_TK.long(), weights_TK
+
+    def expert(self, *called: object) -> None:
+        """Not needed here."""
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_streaming_writes_the_same(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "original")
+    results = []
+    for engine in ("memory", "streaming"):
+        compressor = compressor_for(
+            tmp_path / "original",
+            name,
+            share=0.5,
+            curvature=False,
+            engine=engine,
+            output_dir=tmp_path / engine,
+        )
+        compressor.apply()
+        results.append(compressor.plan)
+        assert verify(tmp_path / engine, against=tmp_path / "original", inputs=inputs_for(name)).passed
+    ours, theirs = ({n: (b.labels_E, b.width, b.digest) for n, b in plan.blocks.items()} for plan in results)
+    assert ours == theirs
+
+
+def test_a_streaming_run_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with error propagation, where the layers that were cut run again with their written experts."""
+    build("qwen3_moe", num_hidden_layers=3).save_pretrained(tmp_path / "original")
+
+    def run(name: str) -> dict[str, object]:
+        compressor = compressor_for(
+            tmp_path / "original",
+            "qwen3_moe",
+            share=0.5,
+            engine="streaming",
+            output_dir=tmp_path / name,
+            error_propagation=True,
+        )
+        compressor.apply()
+        assert verify(tmp_path / name, against=tmp_path / "original").passed
+        return {block: (plan.labels_E, plan.width, plan.digest) for block, plan in compressor.plan.blocks.items()}
+
+    whole, finish = run("whole"), DiskStore.finish
+
+    def stop_after_two(store: DiskStore, layer: Layer, *arguments: object) -> None:
+        finish(store, layer, *arguments)
+        if layer.name.endswith(".1"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(DiskStore, "finish", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run("out")
+    monkeypatch.undo()
+    assert run("out") == whole
+
+
+def test_a_target_size_is_met_by_the_files(tmp_path: Path) -> None:
+    model = build("deepseek_v3", moe_intermediate_size=48)
+    model.save_pretrained(tmp_path / "original")
+    size = sum(path.stat().st_size for path in (tmp_path / "original").glob("*.safetensors"))
+    for share in (0.6, 0.8):
+        compressor = compressor_for(tmp_path / "original", "deepseek_v3", target_size=int(share * size))
+        compressor.apply()
+        compressor.save_pretrained(tmp_path / f"out{share}")
+        files = (tmp_path / f"out{share}").glob("*.safetensors")
+        assert 0.8 * share * size < sum(path.stat().st_size for path in files) <= share * size
+        config = json.loads((tmp_path / f"out{share}" / "config.json").read_text(encoding="utf-8"))
+        # The width of the shared expert does not change.
+        assert config["moe_intermediate_size"] * config["n_shared_experts"] == 48
+
+
+def test_groups_of_a_router_stay_equal() -> None:
+    compressor = compressor_for(build("deepseek_v3-groups"), "deepseek_v3-groups", share=0.6)
+    compressor.apply()
+    for plan in compressor.plan.blocks.values():
+        halves = [sum(expert // 4 == group for expert in plan.dominants_G) for group in (0, 1)]
+        assert halves[0] == halves[1] >= 2
+
+
+def test_what_cannot_be_expressed_is_refused() -> None:
+    model = build("qwen3_moe")
+    with pytest.raises(ValueError, match="did you mean 'any'"):
+        ByteBudget(share=0.5, runs_in="anny")
+    with pytest.raises(
+        ValueError, match=r"less than runs_in='any' can express: 2 experts of 8 neurons .* share of 0\.08"
+    ):
+        compressor_for(model, "qwen3_moe", share=0.05)
+    data = CalibrationConfig(data_for("qwen3_moe"))
+    with pytest.raises(ValueError, match=r"leave out model\.layers\.1\.mlp.*--runs-in transformers"):
+        MoECompressor.from_pretrained(model, ByteBudget(share=0.5, runs_in="any", layers=[0]), data)
+    with pytest.raises(ValueError, match=r"cannot follow m-smoe.*--runs-in transformers"):
+        MoECompressor.from_pretrained(model, [MSMoE(num_experts=4), ByteBudget(share=0.5, runs_in="any")], data)
+    with pytest.raises(ValueError, match="cannot follow byte-budget"):
+        MoECompressor.from_pretrained(model, [ByteBudget(share=0.5, runs_in="any"), LowRankSparse(rank=4)], data)
+
+
+def test_without_the_package_the_same_model_loads(tmp_path: Path) -> None:
+    compressor = compressor_for(build("mixtral"), "mixtral", share=0.5)
+    expected = logits_of(compressor.apply(), inputs_for("mixtral"))
+    compressor.save_pretrained(tmp_path / "out")
+    code = (
+        "import sys; sys.modules['optimum_moe'] = None\n"
+        "import torch, transformers\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})\n"
+        f"ids = torch.tensor({inputs_for('mixtral')['input_ids'].tolist()})\n"
+        "torch.save(model(input_ids=ids).logits, sys.argv[1])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "logits.pt")], check=True, capture_output=True)
+    assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() <= 1e-6
