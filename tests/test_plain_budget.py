@@ -86,7 +86,7 @@ def test_stock_classes_load_what_stays(target: Target, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", every_target())
 def test_neurons_that_give_nothing_cost_nothing(target: Target) -> None:
-    """With two thirds of the neurons of every expert silent, little more than a third of the bytes gives the same outputs."""
+    """With two thirds of the neurons of every expert silent, about a third of the bytes gives the same outputs."""
     model = build(target)
     info = with_widths(model, find_blocks(model))[0].info
     if reason := info.fixed_width or info.no_factors:

@@ -20,6 +20,7 @@ from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum_moe.checkpoint.names import check_checkpoint_name, data_set_name
 from optimum_moe.cli.errors import ParseArgs, ending_in_one_line, name_flags
+from optimum_moe.runtimes import RUNTIMES
 from optimum_moe.settings import percent
 
 if TYPE_CHECKING:
@@ -137,6 +138,11 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--keep-ratio", type=share, help="Share of experts that remain: 0.5, or 50%%.")
     parser.add_argument("--target-size", help='Size of the checkpoint, such as "16GB", "900MiB" or "50%%".')
     parser.add_argument(
+        "--runs-in",
+        choices=[runtime.name for runtime in RUNTIMES],
+        help="What has to load a byte budget's checkpoint: any for whatever loads the original.",
+    )
+    parser.add_argument(
         "--mtp",
         default="error",
         choices=("error", "copy", "cut", "drop"),
@@ -183,6 +189,8 @@ def recipe_of(args: Namespace) -> Recipe:
 
     overrides = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     _check_sizes(args.recipe, list(overrides))
+    if args.runs_in is not None:
+        overrides["runs_in"] = args.runs_in
     for setting in args.set:
         field, separator, text = setting.partition("=")
         if not separator or not field:
