@@ -19,6 +19,7 @@ from optimum_moe.plan import BlockPlan
 from optimum_moe.runtimes import get_runtime
 from optimum_moe.surgeons import find_blocks, with_widths
 from optimum_moe.verification import verify
+from tests.mtp_checkpoints import save_with_mtp
 from tests.test_reload import assert_same_tensors, move_out_of_the_file
 from tests.tiny_models import Target, build, every_target, inputs_for, logits_of
 
@@ -56,7 +57,7 @@ def test_stock_classes_load_what_stays(target: Target, tmp_path: Path) -> None:
     try:
         compressor = compressor_for(original, target, share=0.5)
     except ValueError as refusal:
-        if not any(text in str(refusal) for text in ("--runs-in transformers", "cannot be factorized")):
+        if not any(text in str(refusal) for text in ('runs_in="transformers"', "cannot be factorized")):
             raise
         pytest.skip(str(refusal))
     before = sum(info.num_experts * info.expert_multiply_adds for info in compressor.source.info.blocks)
@@ -246,12 +247,22 @@ def test_what_cannot_be_expressed_is_refused() -> None:
     ):
         compressor_for(model, "qwen3_moe", share=0.05)
     data = CalibrationConfig(data_for("qwen3_moe"))
-    with pytest.raises(ValueError, match=r"leave out model\.layers\.1\.mlp.*--runs-in transformers"):
+    with pytest.raises(ValueError, match=r'leave out model\.layers\.1\.mlp.*runs_in="transformers"'):
         MoECompressor.from_pretrained(model, ByteBudget(share=0.5, runs_in="any", layers=[0]), data)
-    with pytest.raises(ValueError, match=r"cannot follow m-smoe.*--runs-in transformers"):
+    with pytest.raises(ValueError, match=r'cannot follow m-smoe.*runs_in="transformers"'):
         MoECompressor.from_pretrained(model, [MSMoE(num_experts=4), ByteBudget(share=0.5, runs_in="any")], data)
     with pytest.raises(ValueError, match="cannot follow byte-budget"):
         MoECompressor.from_pretrained(model, [ByteBudget(share=0.5, runs_in="any"), LowRankSparse(rank=4)], data)
+
+
+@pytest.mark.parametrize("option", ["copy", "cut"])
+def test_experts_of_other_layers_would_keep_their_width(option: str, tmp_path: Path) -> None:
+    save_with_mtp(tmp_path / "in", "deepseek_v3")
+    with pytest.raises(ValueError, match=rf"mtp='{option}' keeps experts of the original width .* mtp=\"drop\""):
+        compressor_for(tmp_path / "in", "deepseek_v3", share=0.5, mtp=option)
+    compressor = compressor_for(tmp_path / "in", "deepseek_v3", share=0.5, mtp="drop", output_dir=tmp_path / "out")
+    compressor.apply()
+    assert verify(tmp_path / "out", against=tmp_path / "in").passed
 
 
 def test_without_the_package_the_same_model_loads(tmp_path: Path) -> None:

@@ -72,8 +72,14 @@ class MTPLayers:
             )
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Raise a `ValueError` if the layers are to be cut by a recipe that factorizes their experts."""
+        """Raise a `ValueError` if the layers cannot have the experts that a recipe leaves."""
         info = self.source.info
+        if self.option in ("copy", "cut") and self.has_experts and any(s.stores_stock_experts for s in recipe.stages):
+            raise ValueError(
+                f"mtp={self.option!r} keeps experts of the original width in the multi-token-prediction layers, but "
+                f"{recipe.name} for stock classes changes the width that the config gives for the whole model. Pass "
+                'mtp="drop", or runs_in="transformers".'
+            )
         costs = recipe.costs(info)
         if not recipe.is_adaptive:
             # For an adaptive allocation this is the average; `check_plan` checks the final counts.

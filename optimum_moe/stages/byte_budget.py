@@ -108,7 +108,7 @@ class ByteBudget(FormattingStage):
         if before is not None and self.runtime.is_stock and before.routing is not None:
             raise ValueError(
                 f"{self.name} with runs_in={self.runs_in!r} chooses the experts that remain itself, so it cannot "
-                f'follow {before.name}. Use it alone, or pass runs_in="transformers" (--runs-in transformers).'
+                f'follow {before.name}. Use it alone, or pass runs_in="transformers".'
             )
         super().check_order(before)
 
@@ -186,7 +186,7 @@ class ByteBudget(FormattingStage):
                 raise ValueError(
                     f"No calibration token reached {unreached[0]}, which would keep all of its experts, but "
                     f"runs_in={self.runs_in!r} gives all blocks the same number. Add data that reaches it, or pass "
-                    'runs_in="transformers" (--runs-in transformers).'
+                    'runs_in="transformers".'
                 )
             return choose_shapes(model.blocks, points, self._pairs(model))
         chosen = [block for block in model.original.blocks if profiles.get(block.name) is not None]

@@ -65,7 +65,7 @@ def check_uniform(blocks: Sequence[BlockInfo], chosen: Sequence[BlockInfo], runt
         ValueError: If blocks differ, are left out, or allow neither fewer experts nor fewer neurons.
     """
     otherwise = f"runs_in={runtime.name!r} gives all blocks the same number of experts of the same width"
-    remedy = 'Pass runs_in="transformers" (--runs-in transformers).'
+    remedy = 'Pass runs_in="transformers".'
     if len(chosen) < len(blocks):
         left = next(block.name for block in blocks if block not in chosen)
         raise ValueError(f"{otherwise}, but layers= and protect= leave out {left}. Compress all blocks, or: {remedy}")
@@ -113,7 +113,7 @@ def pairs(block: BlockInfo, num_blocks: int, runtime: Runtime, budget: float, ro
         raise ValueError(
             f"{budget:,.0f} bytes for the experts are less than runs_in={runtime.name!r} can express: {fewest} experts "
             f"of {widths[0]} neurons in each block, {least:,.0f} bytes or a share of {ceil(share * 1e4) / 1e4:g}. "
-            'Use a larger size, or runs_in="transformers" (--runs-in transformers).'
+            'Use a larger size, or runs_in="transformers".'
         )
     # Of pairs with as many experts only the widest is worth trying.
     return [pair for pair in found if not any(o.experts == pair.experts and o.width > pair.width for o in found)]

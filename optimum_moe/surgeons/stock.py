@@ -107,7 +107,7 @@ def _build(model: PreTrainedModel, blocks: Sequence[FoundBlock], num_experts: in
             continue
         if _differs_in_experts_only(model, blocks, built, width):
             return StockModel(named, built)
-    return f"no setting of its config changes the width of its experts ({whole}) and of nothing else"
+    return f"no setting of its config changes the width of its experts ({whole}) alone"
 
 
 def _possible_settings(config: Any, whole: int, width: int) -> Iterator[dict[str, int]]:
