@@ -1,6 +1,7 @@
 """Scores against stored bytes: merging, MC-SMoE, shared bases, uniform ranks, pruning, and the byte budget.
 
     python benchmarks/byte_budget.py [--on reference] [--seeds 0 1 2] [--output benchmarks/results/byte_budget]
+    python benchmarks/byte_budget.py --on reference_deepseek
     python benchmarks/smollm2.py && python benchmarks/byte_budget.py --on smollm2
 
 For 75 to 10% of the bytes of the experts' matrices and every variant that reaches them: perplexity relative to the
@@ -19,12 +20,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from reference import CALIBRATION, HELD_OUT, MODEL, NUM_EXPERTS, ROOT, source_line
+from reference import CALIBRATION, HELD_OUT, REFERENCES, ROOT, Reference
 from smollm2 import CHECKPOINT, SOURCE
 
 from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, Statistics
@@ -61,28 +63,34 @@ class Setting:
     at_once: int = 12
 
 
-def pruned(share: float) -> Stage | None:
+def smallest_ratio(hidden_size: int, intermediate_size: int) -> float:
+    """The share of an expert's numbers that factors of rank 8 have, the least that is compared."""
+    return 8 * (intermediate_size + hidden_size) / (intermediate_size * hidden_size)
+
+
+def pruned(reference: Reference, share: float) -> Stage | None:
     """REAP, down to the number of experts that the router selects."""
-    count = int(NUM_EXPERTS * share)
-    return ExpertPruning(num_experts=count) if count >= 4 else None
+    count = int(reference.num_experts * share)
+    return ExpertPruning(num_experts=count) if count >= reference.least_experts else None
 
 
-def merged(share: float) -> Stage:
-    return MSMoE(num_experts=max(1, int(NUM_EXPERTS * share)))
+def merged(reference: Reference, share: float) -> Stage:
+    return MSMoE(num_experts=max(1, int(reference.num_experts * share)))
 
 
-def merged_and_factorized(share: float) -> list[Stage]:
+def merged_and_factorized(reference: Reference, share: float) -> list[Stage]:
     """Of equal parts: the share of the experts and the share of the numbers of each, which has a tenth of its rows."""
-    each = max(share**0.5, REFERENCE_SMALLEST + 0.12)
-    count = max(1, int(NUM_EXPERTS * share / each))
-    return [MSMoE(num_experts=count), LowRankSparse(rank_ratio=NUM_EXPERTS * share / count - 0.11, density=0.1)]
+    total = reference.num_experts
+    each = max(share**0.5, smallest_ratio(reference.hidden_size, reference.intermediate_size) + 0.12)
+    count = max(1, int(total * share / each))
+    return [MSMoE(num_experts=count), LowRankSparse(rank_ratio=total * share / count - 0.11, density=0.1)]
 
 
-def based(share: float) -> list[Stage] | None:
+def based(reference: Reference, share: float) -> list[Stage] | None:
     """Bases and differences of equal parts."""
-    delta = max(share / 2, REFERENCE_SMALLEST)
-    count = int(NUM_EXPERTS * (share - delta))
-    ratio = share - count / NUM_EXPERTS
+    delta = max(share / 2, smallest_ratio(reference.hidden_size, reference.intermediate_size))
+    count = int(reference.num_experts * (share - delta))
+    ratio = share - count / reference.num_experts
     return (
         [MSMoE(num_experts=count), LowRankSparse(rank_ratio=ratio, density=None, base="group")] if count > 0 else None
     )
@@ -101,23 +109,29 @@ BUDGETS: dict[str, Variant] = {
     "neurons only": lambda share: ByteBudget(share=share, formats=["narrow"]),
     BUDGET: lambda share: ByteBudget(share=share),
 }
-REFERENCE_SMALLEST = 8 * (80 + 128) / (80 * 128)
-SMOLLM2_SMALLEST = 8 * (192 + 576) / (192 * 576)
-SETTINGS = {
-    "reference": Setting(
-        MODEL,
-        source_line(),
+SMOLLM2_SMALLEST = smallest_ratio(hidden_size=576, intermediate_size=192)
+
+
+def reference_setting(reference: Reference) -> Setting:
+    smallest = smallest_ratio(reference.hidden_size, reference.intermediate_size)
+    return Setting(
+        reference.model,
+        reference.source_line,
         {
-            "M-SMoE": merged,
-            "MC-SMoE": merged_and_factorized,
-            "base + delta": based,
-            "plain SVD": uniform(REFERENCE_SMALLEST, whiten=False),
-            "whitened SVD": uniform(REFERENCE_SMALLEST, whiten=True),
-            "REAP pruning": pruned,
+            "M-SMoE": partial(merged, reference),
+            "MC-SMoE": partial(merged_and_factorized, reference),
+            "base + delta": partial(based, reference),
+            "plain SVD": uniform(smallest, whiten=False),
+            "whitened SVD": uniform(smallest, whiten=True),
+            "REAP pruning": partial(pruned, reference),
             **BUDGETS,
         },
         {"max_tokens": 16384, "num_questions": 100, "num_prompts": 16},
-    ),
+    )
+
+
+SETTINGS = {
+    **{name: reference_setting(reference) for name, reference in REFERENCES.items()},
     "smollm2": Setting(
         CHECKPOINT,
         SOURCE,

@@ -16,8 +16,9 @@ import time
 import warnings
 from pathlib import Path
 
-from reference import CALIBRATION, HELD_OUT, MODEL, NUM_EXPERTS, ROOT, VARIANTS, source_line
+from reference import CALIBRATION, HELD_OUT, REFERENCES, ROOT, VARIANTS
 
+REFERENCE = REFERENCES["reference"]
 BUDGET = "byte budget"
 PRUNED = ("frequency pruning", "random pruning")
 # The byte budget first, because it wants gradients beside what the others observe.
@@ -36,8 +37,12 @@ def compress_all(output: Path) -> dict[str, Path]:
     statistics, folders = None, {}
     for share, names in SHOWN.items():
         for name in names:
-            method = ByteBudget(share=share / 100) if name == BUDGET else VARIANTS[name](NUM_EXPERTS * share // 100)
-            compressor = MoECompressor.from_pretrained(MODEL, method, calibration, progress=False)
+            method = (
+                ByteBudget(share=share / 100)
+                if name == BUDGET
+                else VARIANTS[name](REFERENCE.num_experts * share // 100)
+            )
+            compressor = MoECompressor.from_pretrained(REFERENCE.model, method, calibration, progress=False)
             statistics = statistics or compressor.calibrate()
             compressor.apply(statistics=statistics)
             label = f"{name}, {share}%"
@@ -57,9 +62,9 @@ def report(folders: dict[str, Path]) -> None:
 
     torch.set_num_threads(2)
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(REFERENCE.model)
     load = transformers.AutoModelForCausalLM.from_pretrained
-    models = {"original": load(MODEL)} | {name: load(folder) for name, folder in folders.items()}
+    models = {"original": load(REFERENCE.model)} | {name: load(folder) for name, folder in folders.items()}
     results = evaluate_many(
         models,
         str(HELD_OUT),
@@ -82,7 +87,7 @@ def report(folders: dict[str, Path]) -> None:
     header = ("", "disk MB", "params M", "MFLOPs", "ppl", "KL", "top-1", "choice", "generation", "loops")
     rows = [header]
     for name, result in results.items():
-        folder = folders.get(name, MODEL)
+        folder = folders.get(name, REFERENCE.model)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors") if not file.name.startswith("plan"))
         score = {key: value.value for key, value in result.scores.items()}
         rows.append(
@@ -128,7 +133,7 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Calibration gave no token")
         folders = compress_all(arguments.output)
-    print(source_line())
+    print(REFERENCE.source_line)
     print(
         f"Compressed {len(folders)} times into {arguments.output} in {time.perf_counter() - started:.0f} s.\n",
         flush=True,

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from reference import CALIBRATION, MODEL, ROOT
+from reference import CALIBRATION, REFERENCES, ROOT
 from safetensors import safe_open
 
 from optimum_moe import (
@@ -61,7 +61,7 @@ def runs(seeds: list[int], engines: list[str], models: list[str], folder: Path) 
     """Name, checkpoint, recipe and calibration of every run."""
     for name in models:
         if name == "reference":
-            checkpoint, rank = MODEL, 32
+            checkpoint, rank = REFERENCES["reference"].model, 32
         else:
             checkpoint, rank = folder / name, 8
             if not checkpoint.is_dir():

@@ -1,10 +1,11 @@
-"""Quality of M-SMoE and its baselines on the bundled reference model, on held-out text.
+"""Quality of M-SMoE and its baselines on a bundled reference model, on held-out text.
 
-    python benchmarks/quality.py [--seeds 0 1 2] [--max-tokens 32768]
+    python benchmarks/quality.py [--on reference] [--seeds 0 1 2] [--max-tokens 32768]
 
-For 75, 50 and 25% of the experts and every variant of `reference.VARIANTS`: perplexity relative to the original, KL
-and top-1 agreement, multiple choice, generation agreement and loop rate: mean over calibration seeds and the spread
-(largest minus smallest). Below it the paired difference of each baseline's KL to M-SMoE's, with a 95% interval.
+For 75, 50 and 25% of the experts and every variant of `reference.VARIANTS` that the model's router allows: perplexity
+relative to the original, KL and top-1 agreement, multiple choice, generation agreement and loop rate: mean over
+calibration seeds and the spread (largest minus smallest). Below it the paired difference of each baseline's KL to
+M-SMoE's, with a 95% interval.
 All rows of one share store the same number of experts; merged ones activate at most as many as the original.
 Results of finished seeds are kept in `.cache/quality`, so that an interrupted run continues.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from reference import CALIBRATION, HELD_OUT, MODEL, NUM_EXPERTS, ROOT, VARIANTS, source_line
+from reference import CALIBRATION, HELD_OUT, REFERENCES, ROOT
 
 from optimum_moe import CalibrationConfig, MoECompressor
 from optimum_moe.evaluation import EvaluationResult, evaluate_many, paired_difference
@@ -42,17 +43,17 @@ def key_of(arguments: argparse.Namespace) -> str:
 def run_seed(seed: int, share: int, arguments: argparse.Namespace) -> dict[str, EvaluationResult]:
     """All variants for one calibration seed and share of experts, the original among them."""
     folder = CACHE / key_of(arguments) / f"seed{seed}-{share}"
-    names = [ORIGINAL, *VARIANTS]
-    files = {name: folder / f"{name.replace(' ', '_')}.json" for name in names}
-    missing = {name: VARIANTS[name] for name in VARIANTS if not files[name].is_file()}
+    reference = REFERENCES[arguments.on]
+    variants = reference.variants(reference.num_experts * share // 100)
+    files = {name: folder / f"{name.replace(' ', '_')}.json" for name in (ORIGINAL, *variants)}
+    missing = {name: method for name, method in variants.items() if not files[name].is_file()}
     if not missing and files[ORIGINAL].is_file():
         return {name: EvaluationResult.load(file) for name, file in files.items()}
     calibration = CalibrationConfig(
         str(CALIBRATION), sequence_length=256, max_tokens=arguments.calibration_tokens, seed=seed
     )
     models, statistics = {ORIGINAL: transformers.AutoModelForCausalLM.from_pretrained(arguments.model)}, None
-    for name, variant in missing.items():
-        method = variant(NUM_EXPERTS * share // 100)
+    for name, method in missing.items():
         compressor = MoECompressor.from_pretrained(arguments.model, method, calibration, seed=seed, progress=False)
         statistics = statistics or compressor.calibrate()
         models[name] = compressor.apply(statistics=statistics)
@@ -81,7 +82,7 @@ def cell(values: list[float], digits: int, factor: str = "") -> str:
 def table(by_seed: list[dict[str, EvaluationResult]], share: int) -> list[str]:
     """Markdown rows of one share."""
     lines = []
-    for name in VARIANTS:
+    for name in list(by_seed[0])[1:]:
         cells = []
         for column in COLUMNS:
             values = [results[name].scores[column].value for results in by_seed]
@@ -97,7 +98,7 @@ def table(by_seed: list[dict[str, EvaluationResult]], share: int) -> list[str]:
 def differences(by_seed: list[dict[str, EvaluationResult]], share: int) -> list[str]:
     """KL of each baseline minus KL of M-SMoE, paired by window, for each seed."""
     lines = []
-    for name in list(VARIANTS)[1:]:
+    for name in list(by_seed[0])[2:]:
         cells = []
         for results in by_seed:
             mean, low, high = paired_difference(results[name], results["M-SMoE"], "kl")
@@ -108,7 +109,8 @@ def differences(by_seed: list[dict[str, EvaluationResult]], share: int) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--on", choices=REFERENCES, default="reference")
+    parser.add_argument("--model", type=Path, help="another checkpoint of the same shape")
     parser.add_argument("--shares", type=int, nargs="+", default=[75, 50, 25], help="per cent of the experts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-tokens", type=int, default=32768)
@@ -120,15 +122,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Calibration gave no token")
-    lines = [source_line(), ""]
+    arguments.model = arguments.model or REFERENCES[arguments.on].model
+    lines = [REFERENCES[arguments.on].source_line, ""]
     header = "| experts | variant | perplexity | KL | top-1 | choice | generation | loops |"
     rows, paired, original = [], [], None
     for share in arguments.shares:
         by_seed = [run_seed(seed, share, arguments) for seed in arguments.seeds]
         original = original or by_seed[0][ORIGINAL]
-        rows += table(by_seed, share)
+        added = table(by_seed, share)
+        rows += added
         paired += differences(by_seed, share)
-        print("\n".join(rows[-len(VARIANTS) :]), flush=True)
+        print("\n".join(added), flush=True)
     assert original is not None
     scores = {name: original.scores[name] for name in ("perplexity", "choice_accuracy", "loop_rate")}
     lines.append("Original: " + ", ".join(f"{n} {s.value:.3f} [{s.low:.3f}, {s.high:.3f}]" for n, s in scores.items()))

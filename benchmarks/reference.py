@@ -1,19 +1,81 @@
-"""The bundled reference MoE and the variants that every table about it compares."""
+"""The two bundled reference MoEs and the variants that every table about them compares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from optimum_moe import ExpertPruning, MSMoE
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = ROOT / "tests" / "data" / "reference"
-MODEL = REFERENCE / "model"
-"""The bundled model; `quality.py --model` takes another one that `train_reference.py` made."""
-CALIBRATION = REFERENCE / "calibration.jsonl"
-HELD_OUT = REFERENCE / "held_out.jsonl"
-NUM_EXPERTS = 32
+DATA = ROOT / "tests" / "data"
+CALIBRATION = DATA / "reference" / "calibration.jsonl"
+"""Calibration text of both models."""
+HELD_OUT = DATA / "reference" / "held_out.jsonl"
+"""Held-out text of both models."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A bundled model.
+
+    Args:
+        model: Its checkpoint.
+        description: What tables call it.
+        num_experts: Routed experts in each block.
+        least_experts: The smallest number of experts from which its router can select.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Neurons of an expert.
+    """
+
+    model: Path
+    description: str
+    num_experts: int
+    least_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    @property
+    def source_line(self) -> str:
+        """What a table ran on, with its license."""
+        return (
+            f"Model: the bundled reference MoE ({self.description}), trained by benchmarks/train_reference.py on "
+            "public-domain text (State of the Union addresses, Moby-Dick, King James Bible, Jane Austen). Evaluated on "
+            "whole held-out documents."
+        )
+
+    def variants(self, num_experts: int) -> dict[str, MSMoE | ExpertPruning]:
+        """Those of `VARIANTS` that leave a router from which as many experts can be selected as before."""
+        methods = {name: variant(num_experts) for name, variant in VARIANTS.items()}
+        enough = num_experts >= self.least_experts
+        return {
+            name: method
+            for name, method in methods.items()
+            if enough or (isinstance(method, MSMoE) and method.routing == "map")
+        }
+
+
+REFERENCES = {
+    "reference": Reference(
+        model=DATA / "reference" / "model",
+        description="Qwen3-MoE, 4 blocks x 32 experts, top-4",
+        num_experts=32,
+        least_experts=4,
+        hidden_size=128,
+        intermediate_size=80,
+    ),
+    "reference_deepseek": Reference(
+        model=DATA / "reference_deepseek" / "model",
+        description="DeepSeek-V3, 3 blocks x 24 experts in 2 router groups and a shared one, top-4",
+        num_experts=24,
+        # All four experts of a token come from one of the two router groups, which stay equally large.
+        least_experts=8,
+        hidden_size=128,
+        intermediate_size=96,
+    ),
+}
+"""The bundled models by the name of their folder in `tests/data`."""
 
 Variant = Callable[[int], MSMoE | ExpertPruning]
 
@@ -30,12 +92,3 @@ VARIANTS: dict[str, Variant] = {
     "random pruning": lambda k: ExpertPruning(num_experts=k, saliency="random"),
 }
 """Name of each variant, and its method for K remaining experts a block."""
-
-
-def source_line() -> str:
-    """What the tables of the reference model ran on, with its license."""
-    return (
-        "Model: the bundled reference MoE (Qwen3-MoE, 4 blocks x 32 experts, top-4), trained by "
-        "benchmarks/train_reference.py on public-domain text (State of the Union addresses, Moby-Dick, King James "
-        "Bible, Jane Austen). Evaluated on whole held-out documents."
-    )
