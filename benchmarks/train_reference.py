@@ -332,8 +332,10 @@ def main() -> None:
     if not arguments.documents_of:
         write_documents(arguments.output / "calibration.jsonl", calibration)
         write_documents(arguments.output / "held_out.jsonl", held_out)
+    unused = {"stream_only", *(("balance", "balance_weight") if arguments.model == "deepseek_v3" else ("bias_rate",))}
+    settings = {name: v for name, v in vars(arguments).items() if isinstance(v, (int, float, str))}
     record = {
-        "settings": {k: v for k, v in vars(arguments).items() if isinstance(v, (int, float, str))},
+        "settings": {name: value for name, value in settings.items() if name not in unused},
         "training_tokens": len(stream_T),
         "seen_tokens": arguments.steps * arguments.batch * arguments.length,
         "seconds": round(seconds),
