@@ -2,7 +2,7 @@
 
     python benchmarks/train_reference.py --output tests/data/reference
     python benchmarks/train_reference.py --model deepseek_v3 --documents-of tests/data/reference \\
-        --output tests/data/reference_deepseek
+        --output tests/data/reference_deepseek --threads 1
 
 Both are trained from scratch on the text of `reference_text.py` with the documents of `HELD_OUT` left out, with one
 4,096-token byte-level BPE. They route differently:
