@@ -20,8 +20,8 @@ from functools import cached_property
 import torch
 
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
-from optimum_moe.algorithms.fisher_loss import FisherLoss, Moments
-from optimum_moe.algorithms.neurons import DAMPING, elimination, narrowed
+from optimum_moe.algorithms.fisher_loss import FisherLoss
+from optimum_moe.algorithms.neurons import DAMPING, elimination, root, taken_over
 
 # Share of the tokens that a fit has not seen in what it is expected to lose on others.
 _HELD_OUT_SHARE = 0.75
@@ -35,11 +35,15 @@ class NarrowExpert:
         expert: Its gate and up.
         kept_N: (N,) ascending numbers of the neurons.
         made_SN: (S, N) float64 what they are mapped to, in the space of `FisherLoss.outputs`.
+        dropped_D: (D,) ascending numbers of the other neurons.
+        taken_DN: (D, N) float64 how those that stay give them.
     """
 
     expert: Expert
     kept_N: torch.Tensor
     made_SN: torch.Tensor
+    dropped_D: torch.Tensor
+    taken_DN: torch.Tensor
 
 
 class ExpertFitter:
@@ -62,15 +66,24 @@ class ExpertFitter:
         return FisherLoss(self.expert, self._tokens)
 
     @cached_property
-    def _order_I(self) -> torch.Tensor:
-        return elimination(self.loss.gram_II, self.loss.effect_II, self.damping)[0]
+    def _survivors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(I,) the neurons, the last that is eliminated first, and (I, I) the root of their Gram in this order."""
+        gram_II = self.loss.gram_II
+        order_I = elimination(gram_II, self.loss.effect_II, self.damping)[0].flip(0).to(gram_II.device)
+        return order_I, root(gram_II[order_I][:, order_I], self.damping)
 
     def narrowed(self, neurons: int) -> NarrowExpert:
         """The expert with so many neurons, refitted to what all of them gave."""
-        gram_II = self.loss.gram_II
-        kept_N = self._order_I[self.expert.inner - neurons :].sort().values.to(gram_II.device)
-        made_SN = narrowed(self.loss.outputs.target_SI, gram_II, kept_N, self.damping)
-        return NarrowExpert(self.expert.narrowed(kept_N), kept_N, made_SN)
+        order_I, lower_II = self._survivors
+        (kept_N, by_N), (dropped_D, by_D) = order_I[:neurons].sort(), order_I[neurons:].sort()
+        taken_DN = taken_over(lower_II, neurons)[by_D][:, by_N]
+        target_SI = self.loss.outputs.target_SI
+        if target_SI is None:
+            made_SN = taken_DN.new_zeros(len(order_I), neurons).index_copy_(0, dropped_D, taken_DN)
+            made_SN[kept_N, torch.arange(neurons, device=kept_N.device)] = 1.0
+        else:
+            made_SN = target_SI[:, kept_N].double() + target_SI[:, dropped_D].double() @ taken_DN
+        return NarrowExpert(self.expert.narrowed(kept_N), kept_N, made_SN, dropped_D, taken_DN)
 
 
 class HeldOutEstimate:
@@ -94,11 +107,11 @@ class HeldOutEstimate:
 
     def of_neurons(self, narrow: NarrowExpert) -> float:
         """Of an expert with fewer neurons."""
-        return self._weighed(lambda loss: loss.damage(narrow.made_SN, loss.of_neurons(narrow.kept_N)))
+        return self._weighed(lambda loss: loss.damage_without(narrow.dropped_D, narrow.kept_N, narrow.taken_DN))
 
-    def of_moments(self, made_SN: torch.Tensor, seen: Moments, held_out: Moments) -> float:
-        """Of changed gate and up projections with these moments, and a refitted down projection."""
-        return self._weighed(lambda loss: loss.damage(made_SN, seen if loss is self.seen else held_out))
+    def of_hidden(self, made_SN: torch.Tensor, seen_PN: torch.Tensor, held_out_PN: torch.Tensor) -> float:
+        """Of weighted hidden activations on either tokens, and a refitted down projection."""
+        return self._weighed(lambda loss: loss.damage_of_hidden(seen_PN if loss is self.seen else held_out_PN, made_SN))
 
     def of_outputs(self, run: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """Of anything that gives (P, H) outputs, without down bias and routing weight, for (P, H) inputs."""

@@ -12,15 +12,23 @@ model. Measured against the plain second order: the same choices, and no sample 
 Whatever is made of an expert, its output is D X h with the original down projection D, the candidate's hidden
 activations h, and some matrix X (I, N). Where I is below H it is X that is solved for, and D^T B D that measures it:
 the output of size H never appears.
+
+Damage is a sum of squares and is computed as one: as empty + own - both it would be a small difference of large sums,
+and float32 would not do. With B = R^T R of a QR of the directions, a candidate costs one product with R for all of its
+tokens; neurons that are left out are measured by the residual of the Gram, in float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
+from optimum_moe.algorithms.neurons import gram, is_finite
 
 
 class Outputs:
@@ -31,23 +39,23 @@ class Outputs:
     """
 
     def __init__(self, down_HI: torch.Tensor) -> None:
-        self.down_HI = down_HI.double()
+        self.down_HI = down_HI
         hidden, inner = down_HI.shape
-        self.target_SI = None if inner <= hidden else self.down_HI
+        self.target_SI = None if inner <= hidden else down_HI
         """(S, I) what the untouched hidden activations are mapped to, None for themselves."""
 
     def of_hidden(self, value_IN: torch.Tensor) -> torch.Tensor:
         """(S, N) what belongs to the expert's hidden activations, in the space of the outputs."""
-        return value_IN if self.target_SI is None else self.target_SI @ value_IN
+        return value_IN if self.target_SI is None else self.target_SI.to(value_IN) @ value_IN
 
     def down(self, made_SN: torch.Tensor) -> torch.Tensor:
         """(H, N) the down projection that gives such outputs."""
-        return made_SN if self.target_SI is not None else self.down_HI @ made_SN
+        return made_SN if self.target_SI is not None else self.down_HI.to(made_SN) @ made_SN
 
-    def metric(self, rows_QH: torch.Tensor) -> torch.Tensor:
-        """(S, S) float64 the metric sum r r^T over rows."""
-        rows_QS = rows_QH @ self.down_HI.to(rows_QH.dtype) if self.target_SI is None else rows_QH
-        return (rows_QS.T @ rows_QS).double()
+    def root(self, rows_QH: torch.Tensor) -> torch.Tensor:
+        """(min(Q, S), S) R of a QR of rows r, so that R^T R is the metric sum r r^T; singular metrics included."""
+        rows_QS = rows_QH @ self.down_HI.to(rows_QH) if self.target_SI is None else rows_QH
+        return torch.linalg.qr(rows_QS, mode="r").R
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +63,8 @@ class Moments:
     """What a changed expert's hidden activations have to do with each other and with the expert's outputs, over tokens.
 
     Args:
-        gram_NN: (N, N) float64 sum of q h h^T.
-        cross_SN: (S, N) float64 sum of q y h^T of the expert's outputs y.
+        gram_NN: (N, N) sum of q h h^T.
+        cross_SN: (S, N) sum of q y h^T of the expert's outputs y.
     """
 
     gram_NN: torch.Tensor
@@ -66,8 +74,9 @@ class Moments:
 class FisherLoss:
     """An expert on some of its tokens, and what changes of it cost there.
 
-    Tokens are scaled by the root of their weight and multiplied in float32; what is solved is float64. `empty_damage`
-    is that of leaving the expert out; damages are summed over the tokens.
+    Tokens are scaled by the root of their weight. Everything is computed in the dtype of the expert but the Gram and
+    the effect of the untouched neurons: neurons are eliminated in float64. `empty_damage` is that of leaving the expert
+    out; damages are summed over the tokens.
 
     Args:
         expert: In float32 or better.
@@ -79,34 +88,58 @@ class FisherLoss:
 
     def __init__(self, expert: Expert, tokens: ExpertTokens) -> None:
         for name, value in vars(tokens).items():
-            if value is not None and not bool(value.isfinite().all()):
+            if value is not None and not is_finite(value):
                 raise ValueError(f"{name} holds NaN or infinity. Check the checkpoint and the calibration data.")
-        self.outputs = Outputs(expert.down_HI)
+        self.expert, self.outputs = expert, Outputs(expert.down_HI)
         self.input_PH = tokens.input_PH.to(expert.up_IH.dtype)
-        self.weight_P, rows_QH = _weights_and_directions(tokens)
-        self._rows_QH = rows_QH.to(self.input_PH.dtype)
-        self.metric_SS = self.outputs.metric(self._rows_QH)
+        self.weight_P, self._rows_QH = _weights_and_directions(tokens, self.input_PH.dtype)
         self.root_P1 = self.weight_P.sqrt().to(self.input_PH.dtype)[:, None]
-        self.hidden_PI = expert.activated(expert.preactivations(self.input_PH)) * self.root_P1
-        self.gram_II = (self.hidden_PI.T @ self.hidden_PI).double()
-        self.cross_SI = self.outputs.of_hidden(self.gram_II)
-        self.empty_damage = 0.5 * float((self.effect_II * self.gram_II).sum())
+        self.hidden_PI = expert.activated(self._stacked_PO) * self.root_P1
+        self.root_QS = self.outputs.root(self._rows_QH)
+        root_QI = self.root_QS if self.outputs.target_SI is None else self.root_QS @ self.outputs.target_SI
+        self.effect_II = gram(root_QI).double()
+        """(I, I) float64 D^T B D."""
+        self.gram_II = gram(self.hidden_PI).double()
+        """(I, I) float64 sum of q h h^T."""
+        self._lost_PQ = self.hidden_PI @ root_QI.T
+        self.empty_damage = _half_of_squares(self._lost_PQ)
 
-    @property
-    def effect_II(self) -> torch.Tensor:
-        """(I, I) D^T B D."""
+    @cached_property
+    def _stacked_PO(self) -> torch.Tensor:
+        """(P, I or 2I) outputs of gate above up."""
+        return self.expert.preactivations(self.input_PH)
+
+    @cached_property
+    def _output_PS(self) -> torch.Tensor:
         target_SI = self.outputs.target_SI
-        return self.metric_SS if target_SI is None else target_SI.T @ self.metric_SS @ target_SI
+        return self.hidden_PI if target_SI is None else self.hidden_PI @ target_SI.T
 
-    def of_neurons(self, kept_N: torch.Tensor) -> Moments:
-        """Of some of the expert's neurons as they are."""
-        return Moments(self.gram_II[kept_N][:, kept_N], self.cross_SI[:, kept_N])
+    @cached_property
+    def _slopes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(P, O) squares, and (O, O) the Gram over weighted tokens, of the slopes of all neurons; O = I or 2I."""
+        slope_PO = _slopes(self.expert, self._stacked_PO)
+        return slope_PO.square(), gram(slope_PO * self.root_P1)
 
-    def of_factors(self, narrow: Expert, left_OR: torch.Tensor, right_RH: torch.Tensor) -> Moments:
-        """Of the neurons of an expert whose stacked gate and up are such factors."""
-        hidden_PN = narrow.activated(self.input_PH @ right_RH.T @ left_OR.T) * self.root_P1
-        cross_IN = (self.hidden_PI.T @ hidden_PN).double()
-        return Moments((hidden_PN.T @ hidden_PN).double(), self.outputs.of_hidden(cross_IN))
+    def hidden_at_ranks(
+        self, narrow: Expert, left_OR: torch.Tensor, right_RH: torch.Tensor, ranks: Sequence[int]
+    ) -> Iterator[torch.Tensor]:
+        """(P, N) weighted hidden activations of an expert whose stacked gate and up are factors cut at each rank.
+
+        Args:
+            narrow: The expert of N neurons.
+            left_OR: (O, R).
+            right_RH: (R, H).
+            ranks: Ascending, at most R.
+        """
+        seen_PR = self.input_PH @ right_RH.T
+        stacked_PO = seen_PR.new_zeros(len(seen_PR), len(left_OR))
+        for start, stop in pairwise((0, *ranks)):
+            stacked_PO.addmm_(seen_PR[:, start:stop], left_OR[:, start:stop].T)
+            yield narrow.activated(stacked_PO) * self.root_P1
+
+    def moments(self, hidden_PN: torch.Tensor) -> Moments:
+        """Of weighted hidden activations."""
+        return Moments(gram(hidden_PN), self._output_PS.T @ hidden_PN)
 
     def damage_of_outputs(self, output_PH: torch.Tensor) -> float:
         """Of any other outputs in place of the expert's.
@@ -115,46 +148,70 @@ class FisherLoss:
             output_PH: (P, H) for `input_PH`, without the down bias and the routing weight.
         """
         scaled_PH = output_PH.to(self.root_P1.dtype) * self.root_P1
-        change_PH = scaled_PH - self.hidden_PI @ self.outputs.down_HI.to(self.hidden_PI.dtype).T
+        change_PH = scaled_PH - self.hidden_PI @ self.outputs.down_HI.T
         along_HQ = change_PH.T @ change_PH @ self._rows_QH.T
         return 0.5 * float((along_HQ.double() * self._rows_QH.T.double()).sum().clamp(min=0))
 
-    def damage(self, made_SN: torch.Tensor, moments: Moments) -> float:
-        """Of a changed expert with such moments, whose hidden activations are mapped to outputs by a matrix."""
-        effect_NS = made_SN.T @ self.metric_SS
-        own = float((effect_NS @ made_SN * moments.gram_NN).sum())
-        both = float((effect_NS * moments.cross_SN.T).sum())
-        # A sum of squares: a rounding error below zero must not reach the curves.
-        return max(0.0, self.empty_damage + 0.5 * own - both)
+    def damage_of_hidden(self, hidden_PN: torch.Tensor, made_SN: torch.Tensor) -> float:
+        """Of weighted hidden activations that are mapped to outputs by a matrix, in place of the expert's own."""
+        made_QN = self.root_QS @ made_SN.to(self.root_QS)
+        return _half_of_squares(torch.addmm(self._lost_PQ, hidden_PN, made_QN.T, beta=-1))
 
-    def local(self, narrow: Expert, made_SN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same at the outputs of gate and up: (P,) weights and their (O, O) metric, O = N or 2N, of trace 1."""
-        slope_PO = _slopes(narrow, self.input_PH)
-        copies = slope_PO.shape[1] // narrow.inner
-        effect_OO = (made_SN.T @ self.metric_SS @ made_SN).repeat(copies, copies)
-        weight_P = self.weight_P * (slope_PO.square() @ effect_OO.diagonal().to(slope_PO.dtype)).double()
-        scaled_PO = slope_PO * self.root_P1
-        local_OO = effect_OO * (scaled_PO.T @ scaled_PO).double()
+    def damage_without(self, dropped_D: torch.Tensor, kept_N: torch.Tensor, taken_DN: torch.Tensor) -> float:
+        """Of leaving out some neurons, each of which the others give as a linear combination.
+
+        Args:
+            dropped_D: (D,) int64 the neurons.
+            kept_N: (N,) int64 the others.
+            taken_DN: (D, N) float64 h_D is replaced by this times h_N.
+        """
+        gram_DI = self.gram_II[dropped_D]
+        effect_DD, gram_NN = self.effect_II[dropped_D][:, dropped_D], self.gram_II[kept_N][:, kept_N]
+        own = ((effect_DD @ taken_DN) * (taken_DN @ gram_NN - 2 * gram_DI[:, kept_N])).sum()
+        # A sum of squares: a rounding error below zero must not reach the curves.
+        return max(0.0, 0.5 * float(own + (effect_DD * gram_DI[:, dropped_D]).sum()))
+
+    def local(self, kept_N: torch.Tensor, made_SN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same at the outputs of gate and up of some neurons: (P,) weights and their (O, O) metric of trace 1.
+
+        Args:
+            kept_N: (N,) int64 the neurons; O = N, or 2N with a gate.
+            made_SN: (S, N) what they are mapped to.
+        """
+        square_PO, gram_OO = self._slopes
+        copies = len(gram_OO) // self.expert.inner
+        kept_O = torch.cat([kept_N + copy * self.expert.inner for copy in range(copies)])
+        effect_OO = gram(self.root_QS @ made_SN.to(self.root_QS)).repeat(copies, copies)
+        share_O = effect_OO.new_zeros(len(gram_OO)).index_copy_(0, kept_O, effect_OO.diagonal())
+        weight_P = self.weight_P * (square_PO @ share_O).double()
+        local_OO = effect_OO * gram_OO[kept_O][:, kept_O]
         total = local_OO.trace()
         return weight_P, local_OO / (total if total > 0 else 1.0)
 
 
-def _weights_and_directions(tokens: ExpertTokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P,) float64 q, and float64 rows (Q, H) with B = sum r r^T; the squared error of the output without gradients."""
+def _half_of_squares(value_PQ: torch.Tensor) -> float:
+    # Row by row: a norm of millions of float32 numbers at once is wrong in the fourth digit.
+    return 0.5 * float(torch.linalg.vector_norm(value_PQ, dim=1).double().square().sum())
+
+
+def _weights_and_directions(tokens: ExpertTokens, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P,) float64 q, and rows (Q, H) with B = sum r r^T; the squared error of the output without gradients."""
     gate_P, (_, hidden) = tokens.weight_P.double(), tokens.input_PH.shape
     if tokens.gradient_JPH is None:
-        eye_HH = torch.eye(hidden, dtype=torch.float64, device=gate_P.device)
-        return gate_P.square() * hidden, eye_HH * hidden**-0.5
+        return gate_P.square() * hidden, torch.eye(hidden, dtype=dtype, device=gate_P.device) * hidden**-0.5
     gradient_JPH = tokens.gradient_JPH.reshape(-1, *tokens.input_PH.shape)
-    cotangent_JPH = gradient_JPH.double() * (gate_P[:, None] * len(gradient_JPH) ** -0.5)
-    weight_P = cotangent_JPH.square().sum((0, 2))
+    scale_P = gate_P * len(gradient_JPH) ** -0.5
+    # Squares of small gradients are no float32 numbers, only their roots are.
+    norm_JP = torch.linalg.vector_norm(gradient_JPH, dim=2, dtype=torch.float64) * scale_P
+    weight_P = norm_JP.square().sum(0)
     total = float(weight_P.sum())
-    return weight_P, cotangent_JPH.flatten(0, 1) * (total**-0.5 if total > 0 else 0.0)
+    scale_P = scale_P * (total**-0.5 if total > 0 else 0.0)
+    return weight_P, (gradient_JPH.to(dtype) * scale_P.to(dtype)[:, None]).flatten(0, 1)
 
 
-def _slopes(expert: Expert, input_PH: torch.Tensor) -> torch.Tensor:
-    """(P, I or 2I) derivative of every hidden activation by its own gate and up value."""
+def _slopes(expert: Expert, stacked_PO: torch.Tensor) -> torch.Tensor:
+    """(P, O) derivative of every hidden activation by its own gate and up value."""
     with torch.enable_grad():
-        stacked_PS = expert.preactivations(input_PH).detach().requires_grad_(True)
-        (slope_PS,) = torch.autograd.grad(expert.activated(stacked_PS).sum(), stacked_PS)
-    return slope_PS
+        stacked_PO = stacked_PO.detach().requires_grad_(True)
+        (slope_PO,) = torch.autograd.grad(expert.activated(stacked_PO).sum(), stacked_PO)
+    return slope_PO

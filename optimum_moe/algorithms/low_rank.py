@@ -27,7 +27,7 @@ from optimum_moe.algorithms.ranks import check_rank
 SVD_DAMPING = 1e-4
 """Default ridge of a whitened SVD as a share of a Gram's mean diagonal."""
 
-# Columns of a Gram that are widened to float64 at a time.
+# Columns of a Gram that are widened at a time.
 _CHUNK = 1024
 # Share of the mean diagonal that makes a singular Gram positive definite in float64, and the largest one tried.
 _FIRST_RIDGE, _LAST_RIDGE = 1e-10, 1e-2
@@ -89,10 +89,12 @@ def decompose(
     input_rows_PX: torch.Tensor | None = None,
     output_gram_OO: torch.Tensor | None = None,
     damping: float = SVD_DAMPING,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Spectrum:
     """Decompose a matrix once, to be truncated at any rank.
 
-    Computed in float64 on the matrix's device; where that runs out of memory, on the CPU. A Gram of zeros (no token)
+    Computed on the matrix's device; where that runs out of memory, on the CPU. A Gram of zeros (no token)
     counts as the identity for the factors, while all singular values are 0: nothing is known to be lost.
 
     Args:
@@ -102,6 +104,10 @@ def decompose(
         output_gram_OO: (O, O) sum of g g^T over loss gradients at the output, the whitening of the other side.
         damping: ridge of each Gram as a share of its mean diagonal, default 1e-4. A Gram that is singular in spite of
             it gets the smallest ridge that mends it.
+        rank: Largest rank that is wanted of the factors, default all.
+        dtype: Of the matrix products, default float64. In float32 singular values below 1e-3 of the largest are
+            rounding errors, which suits factors that are refitted and whose damage is measured. The eigenproblem and
+            the roots of Grams are float64 always.
 
     Raises:
         ValueError: If shapes do not fit, a value is NaN or infinite, or a Gram has negative eigenvalues.
@@ -110,10 +116,11 @@ def decompose(
     _check(matrix_OX, input_gram_XX, input_rows_PX, output_gram_OO, damping)
 
     def run(device: torch.device) -> Spectrum:
-        sides = _Sides.of(matrix_OX, input_gram_XX, input_rows_PX, output_gram_OO, damping, device)
-        values_S, vectors_SS = torch.linalg.eigh(sides.normal_SS())
+        sides = _Sides.of(matrix_OX, input_gram_XX, input_rows_PX, output_gram_OO, damping, device, dtype)
+        # In float64 always: an eigenproblem in float32 cost the factors of high ranks up to 0.4% of their damage.
+        values_S, vectors_SS = torch.linalg.eigh(sides.normal_SS().double())
         singular_S = sides.scaled_roots(values_S).flip(0)
-        left_SD, right_DT = sides.factors(vectors_SS.flip(1))
+        left_SD, right_DT = sides.factors(vectors_SS.flip(1)[:, :rank].to(dtype))
         left_OD, right_DX = (right_DT.T, left_SD.T) if sides.transposed else (left_SD, right_DT)
         storage = torch.promote_types(matrix_OX.dtype, torch.float32)
         home = matrix_OX.device
@@ -140,7 +147,7 @@ def singular_values(
     _check(matrix_OX, input_gram_XX, input_rows_PX, output_gram_OO, damping)
 
     def run(device: torch.device) -> torch.Tensor:
-        sides = _Sides.of(matrix_OX, input_gram_XX, input_rows_PX, output_gram_OO, damping, device)
+        sides = _Sides.of(matrix_OX, input_gram_XX, input_rows_PX, output_gram_OO, damping, device, torch.float64)
         return sides.scaled_roots(torch.linalg.eigvalsh(sides.normal_SS())).flip(0).to(matrix_OX.device)
 
     return _with_fallback(run, matrix_OX)
@@ -179,10 +186,7 @@ class _Metric:
     scale: float
 
     @classmethod
-    def of(cls, gram: torch.Tensor | None, rows: torch.Tensor | None, damping: float, device: torch.device) -> _Metric:
-        if rows is not None and len(rows) >= rows.shape[1]:
-            wide = rows.to(device, torch.float64)
-            gram, rows = wide.T @ wide, None
+    def of(cls, gram: torch.Tensor | None, rows: torch.Tensor | None, damping: float) -> _Metric:
         if gram is not None:
             mean = float(gram.diagonal().double().mean())
         elif rows is not None:
@@ -194,7 +198,7 @@ class _Metric:
         return cls(gram, rows, damping * mean, 1.0)
 
     def sandwich(self, matrix_ST: torch.Tensor) -> torch.Tensor:
-        """(S, S) W (G + ridge) W^T of a float64 matrix whose columns the metric belongs to."""
+        """(S, S) W (G + ridge) W^T of a matrix whose columns the metric belongs to."""
         if self.gram is None and self.rows is None:
             return matrix_ST @ matrix_ST.T
         total_SS = self.ridge * (matrix_ST @ matrix_ST.T)
@@ -218,14 +222,14 @@ class _Metric:
             upper_SS = torch.linalg.qr(torch.cat([rows_PS, ridge**0.5 * eye_SS]), mode="r").R
             return _Metric(None, self.rows, ridge, self.scale), upper_SS.T
         assert self.gram is not None
-        gram_SS = self.gram.to(like)
+        gram_SS = self.gram.to(like.device, torch.float64)
         mean, ridge = float(gram_SS.diagonal().mean()), self.ridge
         while True:
             damped_SS = gram_SS.clone()
             damped_SS.diagonal().add_(ridge)
             lower_SS, failed = torch.linalg.cholesky_ex(damped_SS)
             if not bool(failed):
-                return _Metric(self.gram, None, ridge, self.scale), lower_SS
+                return _Metric(self.gram, None, ridge, self.scale), lower_SS.to(like)
             ridge = max(10 * ridge, _FIRST_RIDGE * mean)
             if ridge > max(_LAST_RIDGE, 10 * self.ridge / mean) * mean:
                 raise ValueError(
@@ -236,7 +240,7 @@ class _Metric:
 
 @dataclass(frozen=True, eq=False)
 class _Sides:
-    """A float64 matrix with its shorter side first, the metric of each side and M of the shorter one's."""
+    """A matrix with its shorter side first, the metric of each side and M of the shorter one's."""
 
     matrix_ST: torch.Tensor
     short: _Metric
@@ -253,11 +257,15 @@ class _Sides:
         output_gram_OO: torch.Tensor | None,
         damping: float,
         device: torch.device,
+        dtype: torch.dtype,
     ) -> _Sides:
-        matrix_OX = matrix_OX.detach().to(device, torch.float64)
-        inputs = _Metric.of(input_gram_XX, input_rows_PX, damping, device)
-        outputs = _Metric.of(output_gram_OO, None, damping, device)
+        matrix_OX = matrix_OX.detach().to(device, dtype)
         transposed = matrix_OX.shape[0] > matrix_OX.shape[1]
+        if input_rows_PX is not None and _is_larger(input_rows_PX, matrix_OX.shape[0], transposed):
+            wide_PX = input_rows_PX.to(device, dtype)
+            input_gram_XX, input_rows_PX = wide_PX.T @ wide_PX, None
+        inputs = _Metric.of(input_gram_XX, input_rows_PX, damping)
+        outputs = _Metric.of(output_gram_OO, None, damping)
         short, long = (inputs, outputs) if transposed else (outputs, inputs)
         short, root_SS = short.factor(matrix_OX)
         return cls(matrix_OX.T if transposed else matrix_OX, short, long, root_SS, transposed)
@@ -277,12 +285,19 @@ class _Sides:
             left_SD, right_DT = vectors_SD, vectors_SD.T @ self.matrix_ST
         else:
             left_SD = torch.linalg.solve_triangular(self.root_SS.T, vectors_SD, upper=True)
-            right_DT = vectors_SD.T @ (self.root_SS.T @ self.matrix_ST)
+            right_DT = (self.root_SS @ vectors_SD).T @ self.matrix_ST
         left_D, right_D = left_SD.norm(dim=0), right_DT.norm(dim=1)
         scale_D = (right_D / left_D).sqrt()
         # A row of zeros stays one; its column is then zero as well.
         inverse_D = torch.where(scale_D > 0, scale_D.reciprocal(), torch.zeros_like(scale_D))
         return left_SD * scale_D, right_DT * inverse_D[:, None]
+
+
+def _is_larger(rows_PX: torch.Tensor, outputs: int, shorter: bool) -> bool:
+    """Whether inputs are more numbers than their Gram, or more multiplications where theirs is not the shorter side."""
+    tokens, inputs = rows_PX.shape
+    product = outputs * (outputs + inputs)
+    return tokens >= inputs if shorter else tokens * product > tokens * inputs**2 + inputs * product
 
 
 def _check(

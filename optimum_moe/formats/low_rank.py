@@ -16,9 +16,9 @@ from optimum_moe.algorithms.byte_budget import Candidate
 from optimum_moe.algorithms.expert import Expert
 from optimum_moe.algorithms.expert_fitter import ExpertFitter, NarrowExpert
 from optimum_moe.algorithms.factors import MatrixFactors
-from optimum_moe.algorithms.fisher_loss import Moments
-from optimum_moe.algorithms.low_rank import decompose
-from optimum_moe.algorithms.neurons import refitted
+from optimum_moe.algorithms.fisher_loss import FisherLoss
+from optimum_moe.algorithms.low_rank import Spectrum, decompose
+from optimum_moe.algorithms.neurons import gram, refitted
 from optimum_moe.formats.base import (
     DEFAULT,
     JOINT,
@@ -107,11 +107,9 @@ class LowRank(BodyFormat, BudgetFormat):
     def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:
         """Several ranks of gate and up at this width."""
         ranks = _ranks(*narrow.expert.stacked.shape)
-        for rank, made in zip(ranks, _fits(trial.fitter, narrow, ranks), strict=True):
-            dtype = narrow.expert.up_IH.dtype
-            left_OR, right_RH = made.stacked.u_RO.T.to(dtype), made.stacked.v_RX.to(dtype)
-            held_out = trial.estimate.held_out.of_factors(narrow.expert, left_OR, right_RH)
-            damage = trial.estimate.of_moments(made.made_SN, made.moments, held_out)
+        for rank, made in zip(ranks, _fits(trial.fitter, narrow, ranks, trial.estimate.held_out), strict=True):
+            seen_PN, held_out_PN = made.hidden
+            damage = trial.estimate.of_hidden(made.made_SN, seen_PN, held_out_PN)
             yield Candidate(self.name, len(narrow.kept_N), rank), damage
 
     def layout(self, candidate: Candidate, gated: bool) -> Layout:
@@ -122,8 +120,9 @@ class LowRank(BodyFormat, BudgetFormat):
         """Factors of gate and up, and a down projection that is refitted to them."""
         dtype, narrow = expert.up_IH.dtype, fitter.narrowed(candidate.neurons)
         (made,) = _fits(fitter, narrow, [candidate.size])
-        v_RH = made.stacked.v_RX.to(dtype)
-        lefts = [part.to(dtype).contiguous() for part in made.stacked.u_RO.split(candidate.neurons, dim=1)]
+        stacked = made.spectrum.truncated(candidate.size)
+        v_RH = stacked.v_RX.to(dtype)
+        lefts = [part.to(dtype).contiguous() for part in stacked.u_RO.split(candidate.neurons, dim=1)]
         return StoredExpert(
             up=low_rank_matrix(MatrixFactors(lefts[-1], v_RH)),
             down=stored_matrix(fitter.loss.outputs.down(made.made_SN).to(dtype)),
@@ -143,33 +142,41 @@ class _Fit:
     """An expert whose gate and up, one above the other, have a low rank.
 
     Args:
-        stacked: Factors of gate above up.
-        made_SN: (S, N) float64 what its neurons are mapped to.
-        moments: On the tokens that it was fitted to.
+        spectrum: Factors of gate above up, of this rank and higher ones.
+        made_SN: (S, N) what its neurons are mapped to.
+        hidden: (P, N) its weighted hidden activations on the tokens that it was fitted to, and on any others.
     """
 
-    stacked: MatrixFactors
+    spectrum: Spectrum
     made_SN: torch.Tensor
-    moments: Moments
+    hidden: tuple[torch.Tensor, ...]
 
 
-def _fits(fitter: ExpertFitter, narrow: NarrowExpert, ranks: Sequence[int]) -> Iterator[_Fit]:
-    """A narrowed expert at each rank, from one decomposition."""
+def _fits(fitter: ExpertFitter, narrow: NarrowExpert, ranks: Sequence[int], *others: FisherLoss) -> Iterator[_Fit]:
+    """A narrowed expert at each rank (ascending), from one decomposition; run on the tokens of other losses too."""
+    if not ranks:
+        return
     loss = fitter.loss
-    weight_P, local_OO = loss.local(narrow.expert, narrow.made_SN)
+    weight_P, local_OO = loss.local(narrow.kept_N, narrow.made_SN)
     rows_PH = loss.input_PH * weight_P.sqrt().to(loss.input_PH.dtype)[:, None]
-    gram_HH = (rows_PH.T @ rows_PH).double() if len(rows_PH) >= rows_PH.shape[1] else None
+    stacked_OH = narrow.expert.stacked
+    # The Gram of the shorter side gets a root; the longer side's is not needed.
+    gram_HH = gram(rows_PH) if stacked_OH.shape[0] > stacked_OH.shape[1] else None
     spectrum = decompose(
-        narrow.expert.stacked,
+        stacked_OH,
         input_gram_XX=gram_HH,
         input_rows_PX=rows_PH if gram_HH is None else None,
         output_gram_OO=local_OO,
         damping=fitter.damping,
+        rank=ranks[-1],
+        dtype=stacked_OH.dtype,
     )
-    for rank in ranks:
-        moments = loss.of_factors(narrow.expert, spectrum.left_OD[:, :rank], spectrum.right_DX[:rank])
+    left_OR, right_RH = spectrum.left_OD, spectrum.right_DX
+    runs = [seen.hidden_at_ranks(narrow.expert, left_OR, right_RH, ranks) for seen in (loss, *others)]
+    for hidden in zip(*runs, strict=True):
+        moments = loss.moments(hidden[0])
         made_SN = refitted(moments.cross_SN, moments.gram_NN, narrow.made_SN, fitter.damping)
-        yield _Fit(spectrum.truncated(rank), made_SN, moments)
+        yield _Fit(spectrum, made_SN, hidden)
 
 
 def _ranks(rows: int, columns: int) -> list[int]:

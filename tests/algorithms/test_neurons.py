@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_moe.algorithms import neurons
-from optimum_moe.algorithms.neurons import damped, elimination, narrowed, refitted
+from optimum_moe.algorithms.neurons import damped, elimination, gram, is_finite, refitted, root, taken_over
 
 HIDDEN, INNER = 6, 10
 
@@ -15,6 +15,14 @@ def problem(seed=0, tokens=50):
     down_HI = torch.randn(HIDDEN, INNER, generator=generator, dtype=torch.float64)
     root_HH = torch.randn(HIDDEN, HIDDEN, generator=generator, dtype=torch.float64)
     return hidden_PI.T @ hidden_PI, down_HI, root_HH @ root_HH.T
+
+
+def narrowed(down_HI, gram_II, kept_N, damping=neurons.DAMPING):
+    """(H, N) what the kept neurons are mapped to, to do what all of them did."""
+    dropped_D = torch.tensor([neuron for neuron in range(len(gram_II)) if neuron not in kept_N.tolist()])
+    order_I = torch.cat([kept_N, dropped_D])
+    taken_DN = taken_over(root(gram_II[order_I][:, order_I], damping), len(kept_N))
+    return down_HI[:, kept_N] + down_HI[:, dropped_D] @ taken_DN
 
 
 def cost(gram_II, down_HI, metric_HH, kept):
@@ -78,3 +86,33 @@ def test_nan_is_refused():
         elimination(gram_II, down_HI.T @ down_HI)
     with pytest.raises(ValueError, match=r"effect_II holds NaN"):
         elimination(torch.eye(INNER), torch.full((INNER, INNER), torch.nan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_taken_over_is_a_least_squares_fit_for_every_number_of_neurons(dtype):
+    gram_II, _, _ = problem()
+    lower_II = root(gram_II.to(dtype))
+    ridged_II = damped(gram_II.to(dtype))
+    for kept in range(INNER + 1):
+        expected_DN = torch.linalg.solve(ridged_II[:kept, :kept], ridged_II[kept:, :kept], left=False)
+        torch.testing.assert_close(taken_over(lower_II, kept), expected_DN, rtol=0, atol=1e-12)
+
+
+def test_a_gram_that_rounding_left_negative_gets_the_ridge_that_mends_it():
+    gram_II = problem(tokens=3)[0] - 1e-7 * torch.eye(INNER, dtype=torch.float64)
+    lower_II = root(gram_II, damping=0.0)
+    torch.testing.assert_close(lower_II @ lower_II.T, gram_II, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("inner", [1, 255, 256, 300, 513])
+def test_a_gram_in_blocks_is_the_product_and_symmetric(inner):
+    rows_PI = torch.randn(20, inner, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found_II = gram(rows_PI)
+    assert torch.equal(found_II, found_II.T)
+    torch.testing.assert_close(found_II, rows_PI.T @ rows_PI)
+
+
+def test_numbers_whose_sum_overflows_are_finite():
+    assert is_finite(torch.full((8,), 3e38))
+    assert not is_finite(torch.tensor([1.0, torch.inf, -torch.inf]))
+    assert not is_finite(torch.tensor([1.0, torch.nan]))
