@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 
 from optimum_moe.algorithms.factors import MatrixFactors
+from optimum_moe.algorithms.neurons import gram
 from optimum_moe.algorithms.ranks import check_rank
 
 SVD_DAMPING = 1e-4
@@ -200,11 +201,10 @@ class _Metric:
     def sandwich(self, matrix_ST: torch.Tensor) -> torch.Tensor:
         """(S, S) W (G + ridge) W^T of a matrix whose columns the metric belongs to."""
         if self.gram is None and self.rows is None:
-            return matrix_ST @ matrix_ST.T
-        total_SS = self.ridge * (matrix_ST @ matrix_ST.T)
+            return gram(matrix_ST.T)
+        total_SS = gram(matrix_ST.T).mul_(self.ridge)
         if self.rows is not None:
-            seen_SP = matrix_ST @ self.rows.to(matrix_ST).T
-            return total_SS.addmm_(seen_SP, seen_SP.T)
+            return total_SS.add_(gram(self.rows.to(matrix_ST) @ matrix_ST.T))
         assert self.gram is not None
         for start in range(0, matrix_ST.shape[1], _CHUNK):
             columns = slice(start, start + _CHUNK)
