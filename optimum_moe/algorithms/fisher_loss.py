@@ -94,7 +94,9 @@ class FisherLoss:
         self.input_PH = tokens.input_PH.to(expert.up_IH.dtype)
         self.weight_P, self._rows_QH = _weights_and_directions(tokens, self.input_PH.dtype)
         self.root_P1 = self.weight_P.sqrt().to(self.input_PH.dtype)[:, None]
-        self.hidden_PI = expert.activated(self._stacked_PO) * self.root_P1
+        self.stacked_PO = expert.preactivations(self.input_PH)
+        """(P, I or 2I) outputs of gate above up, without biases and weights."""
+        self.hidden_PI = expert.activated(self.stacked_PO) * self.root_P1
         self.root_QS = self.outputs.root(self._rows_QH)
         root_QI = self.root_QS if self.outputs.target_SI is None else self.root_QS @ self.outputs.target_SI
         self.effect_II = gram(root_QI).double()
@@ -105,11 +107,6 @@ class FisherLoss:
         self.empty_damage = _half_of_squares(self._lost_PQ)
 
     @cached_property
-    def _stacked_PO(self) -> torch.Tensor:
-        """(P, I or 2I) outputs of gate above up."""
-        return self.expert.preactivations(self.input_PH)
-
-    @cached_property
     def _output_PS(self) -> torch.Tensor:
         target_SI = self.outputs.target_SI
         return self.hidden_PI if target_SI is None else self.hidden_PI @ target_SI.T
@@ -117,7 +114,7 @@ class FisherLoss:
     @cached_property
     def _slopes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(P, O) squares, and (O, O) the Gram over weighted tokens, of the slopes of all neurons; O = I or 2I."""
-        slope_PO = _slopes(self.expert, self._stacked_PO)
+        slope_PO = _slopes(self.expert, self.stacked_PO)
         return slope_PO.square(), gram(slope_PO * self.root_P1)
 
     def hidden_at_ranks(
@@ -171,6 +168,11 @@ class FisherLoss:
         # A sum of squares: a rounding error below zero must not reach the curves.
         return max(0.0, 0.5 * float(own + (effect_DD * gram_DI[:, dropped_D]).sum()))
 
+    def stacked(self, kept_N: torch.Tensor) -> torch.Tensor:
+        """(N or 2N,) numbers of the rows of gate above up that belong to some neurons."""
+        copies = self.stacked_PO.shape[1] // self.expert.inner
+        return torch.cat([kept_N + copy * self.expert.inner for copy in range(copies)])
+
     def local(self, kept_N: torch.Tensor, made_SN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same at the outputs of gate and up of some neurons: (P,) weights and their (O, O) metric of trace 1.
 
@@ -179,8 +181,8 @@ class FisherLoss:
             made_SN: (S, N) what they are mapped to.
         """
         square_PO, gram_OO = self._slopes
-        copies = len(gram_OO) // self.expert.inner
-        kept_O = torch.cat([kept_N + copy * self.expert.inner for copy in range(copies)])
+        kept_O = self.stacked(kept_N)
+        copies = len(kept_O) // len(kept_N)
         effect_OO = gram(self.root_QS @ made_SN.to(self.root_QS)).repeat(copies, copies)
         share_O = effect_OO.new_zeros(len(gram_OO)).index_copy_(0, kept_O, effect_OO.diagonal())
         weight_P = self.weight_P * (square_PO @ share_O).double()

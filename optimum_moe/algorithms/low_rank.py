@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 
 from optimum_moe.algorithms.factors import MatrixFactors
-from optimum_moe.algorithms.neurons import gram
+from optimum_moe.algorithms.neurons import gram, is_finite
 from optimum_moe.algorithms.ranks import check_rank
 
 SVD_DAMPING = 1e-4
@@ -88,6 +88,7 @@ def decompose(
     *,
     input_gram_XX: torch.Tensor | None = None,
     input_rows_PX: torch.Tensor | None = None,
+    product_PO: torch.Tensor | None = None,
     output_gram_OO: torch.Tensor | None = None,
     damping: float = SVD_DAMPING,
     rank: int | None = None,
@@ -102,6 +103,7 @@ def decompose(
         matrix_OX: (O, X) any float dtype.
         input_gram_XX: (X, X) sum of x x^T over (weighted) calibration inputs; without it and the next the SVD is plain.
         input_rows_PX: (P, X) the (weighted) inputs themselves in place of their Gram, smaller while P < X.
+        product_PO: (P, O) their products with the matrix, where they are known: they save a matrix product if O <= X.
         output_gram_OO: (O, O) sum of g g^T over loss gradients at the output, the whitening of the other side.
         damping: ridge of each Gram as a share of its mean diagonal, default 1e-4. A Gram that is singular in spite of
             it gets the smallest ridge that mends it.
@@ -115,9 +117,15 @@ def decompose(
         MemoryError: If memory ran out on the CPU too.
     """
     _check(matrix_OX, input_gram_XX, input_rows_PX, output_gram_OO, damping)
+    tokens = 0 if input_rows_PX is None else len(input_rows_PX)
+    if product_PO is not None and product_PO.shape != (tokens, len(matrix_OX)):
+        raise ValueError(
+            f"product_PO has shape {tuple(product_PO.shape)}, but {tokens} inputs and {len(matrix_OX)} outputs are "
+            "given. Pass the products of input_rows_PX with the matrix."
+        )
 
     def run(device: torch.device) -> Spectrum:
-        sides = _Sides.of(matrix_OX, input_gram_XX, input_rows_PX, output_gram_OO, damping, device, dtype)
+        sides = _Sides.of(matrix_OX, input_gram_XX, input_rows_PX, product_PO, output_gram_OO, damping, device, dtype)
         # In float64 always: an eigenproblem in float32 cost the factors of high ranks up to 0.4% of their damage.
         values_S, vectors_SS = torch.linalg.eigh(sides.normal_SS().double())
         singular_S = sides.scaled_roots(values_S).flip(0)
@@ -148,7 +156,7 @@ def singular_values(
     _check(matrix_OX, input_gram_XX, input_rows_PX, output_gram_OO, damping)
 
     def run(device: torch.device) -> torch.Tensor:
-        sides = _Sides.of(matrix_OX, input_gram_XX, input_rows_PX, output_gram_OO, damping, device, torch.float64)
+        sides = _Sides.of(matrix_OX, input_gram_XX, input_rows_PX, None, output_gram_OO, damping, device, torch.float64)
         return sides.scaled_roots(torch.linalg.eigvalsh(sides.normal_SS())).flip(0).to(matrix_OX.device)
 
     return _with_fallback(run, matrix_OX)
@@ -198,13 +206,14 @@ class _Metric:
             return cls(None, None, 0.0, 0.0)
         return cls(gram, rows, damping * mean, 1.0)
 
-    def sandwich(self, matrix_ST: torch.Tensor) -> torch.Tensor:
-        """(S, S) W (G + ridge) W^T of a matrix whose columns the metric belongs to."""
+    def sandwich(self, matrix_ST: torch.Tensor, product_PS: torch.Tensor | None) -> torch.Tensor:
+        """(S, S) W (G + ridge) W^T of a matrix whose columns the metric belongs to, with its product with the rows."""
         if self.gram is None and self.rows is None:
             return gram(matrix_ST.T)
         total_SS = gram(matrix_ST.T).mul_(self.ridge)
         if self.rows is not None:
-            return total_SS.add_(gram(self.rows.to(matrix_ST) @ matrix_ST.T))
+            seen_PS = self.rows.to(matrix_ST) @ matrix_ST.T if product_PS is None else product_PS.to(matrix_ST)
+            return total_SS.add_(gram(seen_PS))
         assert self.gram is not None
         for start in range(0, matrix_ST.shape[1], _CHUNK):
             columns = slice(start, start + _CHUNK)
@@ -247,6 +256,7 @@ class _Sides:
     long: _Metric
     root_SS: torch.Tensor | None
     transposed: bool
+    product_PS: torch.Tensor | None
 
     @classmethod
     def of(
@@ -254,6 +264,7 @@ class _Sides:
         matrix_OX: torch.Tensor,
         input_gram_XX: torch.Tensor | None,
         input_rows_PX: torch.Tensor | None,
+        product_PO: torch.Tensor | None,
         output_gram_OO: torch.Tensor | None,
         damping: float,
         device: torch.device,
@@ -261,18 +272,23 @@ class _Sides:
     ) -> _Sides:
         matrix_OX = matrix_OX.detach().to(device, dtype)
         transposed = matrix_OX.shape[0] > matrix_OX.shape[1]
-        if input_rows_PX is not None and _is_larger(input_rows_PX, matrix_OX.shape[0], transposed):
+        product_PO = None if transposed else product_PO
+        if (
+            input_rows_PX is not None
+            and product_PO is None
+            and _is_larger(input_rows_PX, matrix_OX.shape[0], transposed)
+        ):
             wide_PX = input_rows_PX.to(device, dtype)
             input_gram_XX, input_rows_PX = wide_PX.T @ wide_PX, None
         inputs = _Metric.of(input_gram_XX, input_rows_PX, damping)
         outputs = _Metric.of(output_gram_OO, None, damping)
         short, long = (inputs, outputs) if transposed else (outputs, inputs)
         short, root_SS = short.factor(matrix_OX)
-        return cls(matrix_OX.T if transposed else matrix_OX, short, long, root_SS, transposed)
+        return cls(matrix_OX.T if transposed else matrix_OX, short, long, root_SS, transposed, product_PO)
 
     def normal_SS(self) -> torch.Tensor:
         """(S, S) the matrix whose eigenvalues are the squared singular values."""
-        inner_SS = self.long.sandwich(self.matrix_ST)
+        inner_SS = self.long.sandwich(self.matrix_ST, self.product_PS)
         return inner_SS if self.root_SS is None else self.root_SS.T @ inner_SS @ self.root_SS
 
     def scaled_roots(self, eigenvalues_S: torch.Tensor) -> torch.Tensor:
@@ -327,7 +343,7 @@ def _check(
                 f"{name} has shape {tuple(value.shape)}, but a matrix of shape {(rows, columns)} asks for "
                 f"{tuple('P' if size == -1 else size for size in shape)}. Pass the statistics of this matrix."
             )
-        if not bool(value.isfinite().all()):
+        if not is_finite(value):
             bad = int((~value.isfinite()).sum())
             raise ValueError(
                 f"{name} holds NaN or infinity ({bad} of {value.numel()} values). "

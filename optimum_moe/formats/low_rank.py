@@ -158,14 +158,16 @@ def _fits(fitter: ExpertFitter, narrow: NarrowExpert, ranks: Sequence[int], *oth
         return
     loss = fitter.loss
     weight_P, local_OO = loss.local(narrow.kept_N, narrow.made_SN)
-    rows_PH = loss.input_PH * weight_P.sqrt().to(loss.input_PH.dtype)[:, None]
+    scale_P1 = weight_P.sqrt().to(loss.input_PH.dtype)[:, None]
+    rows_PH = loss.input_PH * scale_P1
     stacked_OH = narrow.expert.stacked
     # The Gram of the shorter side gets a root; the longer side's is not needed.
-    gram_HH = gram(rows_PH) if stacked_OH.shape[0] > stacked_OH.shape[1] else None
+    transposed = stacked_OH.shape[0] > stacked_OH.shape[1]
     spectrum = decompose(
         stacked_OH,
-        input_gram_XX=gram_HH,
-        input_rows_PX=rows_PH if gram_HH is None else None,
+        input_gram_XX=gram(rows_PH) if transposed else None,
+        input_rows_PX=None if transposed else rows_PH,
+        product_PO=None if transposed else loss.stacked_PO[:, loss.stacked(narrow.kept_N)] * scale_P1,
         output_gram_OO=local_OO,
         damping=fitter.damping,
         rank=ranks[-1],

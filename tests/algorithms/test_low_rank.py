@@ -278,3 +278,26 @@ def test_rank_by_energy():
             rank_from_energy((64, 64), sigma_D, share)
         with pytest.raises(ValueError, match=rf"rank_ratio={share}"):
             rank_from_ratio((64, 64), share)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+@pytest.mark.parametrize("tokens", [4, 60])
+def test_known_products_and_a_largest_rank_change_nothing(shape, tokens):
+    matrix_OX, rows_PX = random(*shape), random(tokens, shape[1])
+    statistics = {"input_rows_PX": rows_PX, "output_gram_OO": gram(random(40, shape[0]))}
+    expected = decompose(matrix_OX, **statistics)
+    found = decompose(matrix_OX, **statistics, product_PO=rows_PX @ matrix_OX.T, rank=4)
+    torch.testing.assert_close(found.singular_values, expected.singular_values)
+    torch.testing.assert_close(found.truncated(4).densified(), expected.truncated(4).densified())
+    assert found.left_OD.shape == (shape[0], 4)
+    assert found.right_DX.shape == (4, shape[1])
+    with pytest.raises(ValueError, match=r"product_PO has shape"):
+        decompose(matrix_OX, **statistics, product_PO=rows_PX)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+def test_products_in_float32_find_the_same_factors(shape):
+    matrix_OX, rows_PX = random(*shape), random(60, shape[1])
+    statistics = {"input_rows_PX": rows_PX, "output_gram_OO": gram(random(40, shape[0]))}
+    exact, single = (decompose(matrix_OX, **statistics, dtype=dtype) for dtype in (torch.float64, torch.float32))
+    torch.testing.assert_close(single.truncated(4).densified(), exact.truncated(4).densified(), rtol=0, atol=1e-5)
