@@ -20,7 +20,7 @@ $(OLDEST_AT)/.ready: $(READY)
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST_AT) transformers==$(OLDEST)
 	touch $@
 
-.PHONY: help demo test test-all test-oldest lint docs bench
+.PHONY: help demo test test-all test-oldest test-digests lint docs bench
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -30,8 +30,11 @@ demo: $(READY)  ## compress the bundled reference model, reload it, print one ta
 test: $(READY) lint  ## lint, types and the tests of the model families
 	$(BIN)/python -m pytest -q -n 2 -m "not full"
 
-test-all: $(READY) lint test-oldest  ## every architecture and every way of saving and loading
+test-all: $(READY) lint test-oldest test-digests  ## every architecture and every way of saving and loading
 	$(BIN)/python -m pytest -q -n 2
+
+test-digests: $(READY)  ## every tensor that the presets give, against the digests of the last change of results
+	$(BIN)/python benchmarks/digests.py --check benchmarks/results/digests.json --seeds 0
 
 test-oldest: $(OLDEST_AT)/.ready  ## loading and exact properties with the oldest transformers that is supported
 	PYTHONPATH=$(CURDIR)/$(OLDEST_AT) $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(OLDEST)'"

@@ -2,10 +2,13 @@
 
     python benchmarks/digests.py --write before.json          # before the first move
     python benchmarks/digests.py --check before.json          # after it: exit code 1 and the names of what differs
+    python benchmarks/digests.py --check benchmarks/results/digests.json --seeds 0    # as `make test-all` does
 
 One line for each model, recipe, engine and seed: a digest of every tensor of the checkpoint (name, dtype, shape, bytes)
 and one of the plan in a neutral form (which experts form a group, their weights and orders, router rows, sizes). Equal
-digests are promised for one machine only: other processors round sums differently. `--seeds 0` takes minutes.
+digests are promised for one kind of machine only, which the file names: other processors and versions round sums
+differently, and there --check says so and compares nothing. A change that is meant to change results writes the file
+again, and its commit says which digests it changes. `--seeds 0` takes minutes.
 """
 
 from __future__ import annotations
@@ -143,6 +146,15 @@ def digests(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
     return found
 
 
+def kind_of_machine() -> dict[str, str]:
+    """What decides how sums are rounded."""
+    return {
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 def differences(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
     """What differs among the runs of `now`."""
     changed = []
@@ -166,11 +178,17 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
-    found = digests(arguments)
-    if arguments.write:
-        arguments.write.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    here = kind_of_machine()
+    before = None if arguments.write else json.loads(arguments.check.read_text(encoding="utf-8"))
+    if before is not None and before["machine"] != here:
+        print(f"{arguments.check} was written on {before['machine']}, this is {here}: nothing is compared.")
         return
-    changed = differences(json.loads(arguments.check.read_text(encoding="utf-8")), found)
+    found = digests(arguments)
+    if before is None:
+        record = {"machine": here, "runs": found}
+        arguments.write.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        return
+    changed = differences(before["runs"], found)
     print(f"{len(found)} runs, {len(changed)} differences")
     print("\n".join(changed))
     sys.exit(bool(changed))

@@ -228,6 +228,9 @@ def test_a_target_size_is_met_by_the_files(tmp_path: Path) -> None:
         config = json.loads((tmp_path / f"out{share}" / "config.json").read_text(encoding="utf-8"))
         # The width of the shared expert does not change.
         assert config["moe_intermediate_size"] * config["n_shared_experts"] == 48
+        width = config["moe_intermediate_size"]
+        assert compressor.measured().widths == (None if width == 48 else (48, width))
+        assert (f"of 48 -> {width} neurons" in str(compressor.measured())) == (width < 48)
 
 
 def test_groups_of_a_router_stay_equal() -> None:

@@ -101,11 +101,13 @@ def measured_preview(
         more_bytes=more_bytes,
         itemsize=itemsize,
     )
+    narrow = {block.width for block in plan.blocks.values()} - {None, blocks[0].info.intermediate_size}
     return Preview(
         before=before or preview(source.skeleton, blocks, source.info, recipe).before,
         after=after,
         counts={name: (block.num_experts, block.num_groups) for name, block in plan.blocks.items()},
         plain=plan.is_plain,
+        widths=next(((blocks[0].info.intermediate_size, width) for width in narrow if width is not None), None),
     )
 
 

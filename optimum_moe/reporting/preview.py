@@ -43,12 +43,14 @@ class Preview:
         after: Cost after compression.
         counts: `(experts, remaining)` by block; remaining is the average with an adaptive allocation.
         plain: Whether stock transformers can load the result without this package.
+        widths: `(neurons, remaining)` of every expert, where stock experts were made narrower; else None.
     """
 
     before: Cost
     after: Cost
     counts: Mapping[str, tuple[int, int]]
     plain: bool
+    widths: tuple[int, int] | None = None
 
     def warn_if_nothing_shrinks(self, recipe: Recipe) -> None:
         """Warn if the settings of a recipe remove nothing."""
@@ -92,6 +94,8 @@ class Preview:
         ]
         kept = sorted(set(self.counts.values()))
         summary = ", ".join(f"{old} -> {new}" for old, new in kept)
+        if self.widths is not None:
+            summary += " of {} -> {} neurons".format(*self.widths)
         loads = "any transformers" if self.plain else "transformers with optimum_moe imported"
         return "\n".join([*lines, f"experts of {len(self.counts)} MoE blocks: {summary}; loads in {loads}"])
 
