@@ -31,12 +31,14 @@ from smollm2 import CHECKPOINT, SOURCE
 
 from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, Statistics
 from optimum_moe.evaluation import EvaluationResult, evaluate_many
+from optimum_moe.runtimes import get_runtime
 from optimum_moe.stages import Stage
 
 COLUMNS = ("perplexity", "kl", "top1_agreement", "choice_accuracy", "generation_agreement", "loop_rate")
 ORIGINAL = "original"
 SHARES = (75, 50, 25, 20, 15, 10)
 BUDGET = "byte budget"
+PLAIN = "byte budget, any runtime"
 
 Variant = Callable[[float], "Stage | list[Stage] | None"]
 """From a share of the experts' bytes to what is left of that size; None where the variant cannot be so small."""
@@ -68,10 +70,18 @@ def smallest_ratio(hidden_size: int, intermediate_size: int) -> float:
     return 8 * (intermediate_size + hidden_size) / (intermediate_size * hidden_size)
 
 
-def pruned(reference: Reference, share: float) -> Stage | None:
-    """REAP, down to the number of experts that the router selects."""
-    count = int(reference.num_experts * share)
-    return ExpertPruning(num_experts=count) if count >= reference.least_experts else None
+def pruned(reference: Reference, saliency: str, share: float) -> Stage | None:
+    """The most salient experts, as many as the bytes allow in equal router groups."""
+    groups = reference.router_groups
+    count = int(reference.num_experts * share) // groups * groups
+    return ExpertPruning(num_experts=count, saliency=saliency) if count >= reference.least_experts else None
+
+
+def plain(reference: Reference, share: float) -> Stage | None:
+    """The byte budget for stock classes, down to the fewest experts of the least width."""
+    least = reference.least_experts * get_runtime("any").step(reference.intermediate_size)
+    whole = reference.num_experts * reference.intermediate_size
+    return ByteBudget(share=share, runs_in="any") if share * whole >= least else None
 
 
 def merged(reference: Reference, share: float) -> Stage:
@@ -123,7 +133,9 @@ def reference_setting(reference: Reference) -> Setting:
             "base + delta": partial(based, reference),
             "plain SVD": uniform(smallest, whiten=False),
             "whitened SVD": uniform(smallest, whiten=True),
-            "REAP pruning": partial(pruned, reference),
+            "frequency pruning": partial(pruned, reference, "frequency"),
+            "REAP pruning": partial(pruned, reference, "reap"),
+            PLAIN: partial(plain, reference),
             **BUDGETS,
         },
         {"max_tokens": 16384, "num_questions": 100, "num_prompts": 16},

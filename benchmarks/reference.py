@@ -27,6 +27,7 @@ class Reference:
         least_experts: The smallest number of experts from which its router can select.
         hidden_size: Width of the residual stream.
         intermediate_size: Neurons of an expert.
+        router_groups: Router groups, which must stay equally large.
     """
 
     model: Path
@@ -35,6 +36,7 @@ class Reference:
     least_experts: int
     hidden_size: int
     intermediate_size: int
+    router_groups: int = 1
 
     @property
     def source_line(self) -> str:
@@ -73,6 +75,7 @@ REFERENCES = {
         least_experts=8,
         hidden_size=128,
         intermediate_size=96,
+        router_groups=2,
     ),
 }
 """The bundled models by the name of their folder in `tests/data`."""

@@ -14,16 +14,15 @@ from optimum_moe.formats.base import (
     PROJECTIONS,
     AddedFormat,
     BodyFormat,
-    BudgetFormat,
     ExpertFormat,
     Format,
     MatrixFormat,
     StoredPart,
     TensorSpec,
-    budget_formats,
     register_format,
 )
 from optimum_moe.formats.budget import build_expert, candidates, choose
+from optimum_moe.formats.budget_format import BudgetFormat, budget_formats
 from optimum_moe.formats.refit import refit_block
 from optimum_moe.formats.specification import ExpertsSpec
 from optimum_moe.formats.stored import StoredExpert, StoredExperts, StoredMatrix

@@ -3,8 +3,8 @@
 A stored expert has a number of neurons and, for each projection, a matrix that is a sum of parts: exactly one body
 (dense, low rank, ...) and whatever is added to it (sparse rows, a base that experts share). Each kind of part is a
 `MatrixFormat`. What stands in the place of an expert without neurons is an `ExpertFormat`. Formats that a byte budget
-may choose are `BudgetFormat`s too. A format is one file; `register_format` makes it known by its name, which is also
-the key of its sizes in config.json.
+may choose are `BudgetFormat`s too (`budget_format.py`). A format is one file; `register_format` makes it known by its
+name, which is also the key of its sizes in config.json.
 
 Shape letters: C experts of a stack, O outputs and X inputs of a matrix, P tokens of one expert, Q those of several,
 H hidden.
@@ -13,20 +13,12 @@ H hidden.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
-
-from optimum_moe.algorithms.byte_budget import Candidate
-from optimum_moe.algorithms.expert import Expert
-from optimum_moe.algorithms.expert_fitter import ExpertFitter, HeldOutEstimate, NarrowExpert
-from optimum_moe.algorithms.ranks import STEP
-
-if TYPE_CHECKING:
-    from optimum_moe.formats.stored import StoredExpert
 
 PROJECTIONS = ("gate", "up", "down")
 """The matrices of an expert; experts without a gate have the last two."""
@@ -39,9 +31,6 @@ Opened: TypeAlias = dict[tuple[int, str], Sequence[torch.Tensor]]
 """Stacked tensors that one forward pass has split into those of the experts, by module and name."""
 Layout: TypeAlias = Mapping[str, Mapping[str, int]]
 """By projection the sizes of a matrix's parts, by format."""
-
-# Widths at which matrices in other formats are tried, as shares of all neurons.
-_WIDTHS = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
@@ -235,55 +224,6 @@ class ExpertFormat(Format):
         return f"{len(sizes)} {self.name}"
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What candidates of one expert are made of and measured by.
-
-    Args:
-        expert: The expert.
-        fitter: Fits to every other of its tokens.
-        estimate: Of what fits lose on other tokens.
-    """
-
-    expert: Expert
-    fitter: ExpertFitter
-    estimate: HeldOutEstimate
-
-
-class BudgetFormat(Format):
-    """A format that a byte budget may choose for an expert."""
-
-    needs_tokens: ClassVar[bool] = True
-    """False for those that every expert has, with tokens or without, and that no choice of formats leaves out."""
-
-    def widths(self, inner: int, can_narrow: bool) -> Collection[int]:
-        """Numbers of neurons at which it is tried, of `inner`; `can_narrow` tells whether fewer may be kept at all."""
-        return {min(inner, rounded(inner * share)) for share in _WIDTHS} if can_narrow else {inner}
-
-    @abstractmethod
-    def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:
-        """Candidates at a width, each with its expected damage."""
-
-    @abstractmethod
-    def layout(self, candidate: Candidate, gated: bool) -> Layout:
-        """What a candidate stores of each projection; `{}` for an expert without neurons."""
-
-    @abstractmethod
-    def build(self, expert: Expert, fitter: ExpertFitter, candidate: Candidate) -> StoredExpert:
-        """The expert as a candidate says, in its dtype.
-
-        Args:
-            expert: The expert.
-            fitter: Fits to all of its tokens.
-            candidate: One of this format.
-        """
-
-
-def dense_layout(gated: bool) -> Layout:
-    """The layout of an expert whose matrices are all dense."""
-    return {name: {DEFAULT: 1} for name in PROJECTIONS if gated or name != "gate"}
-
-
 _REGISTRY: dict[str, Format] = {}
 
 _F = TypeVar("_F", bound=type[Format])
@@ -318,13 +258,3 @@ def get_format(name: str, kind: type[Any] = Format) -> Any:
         known = sorted(form.name for form in all_formats(kind))
         raise ValueError(f"{name!r:.40} is no format of experts; there are {known}.")
     return found
-
-
-def budget_formats() -> tuple[str, ...]:
-    """Names of the formats that a byte budget may choose between an empty expert and an untouched one."""
-    return tuple(form.name for form in all_formats(BudgetFormat) if form.needs_tokens)
-
-
-def rounded(value: float) -> int:
-    """The nearest size that grouped matrix products take, at least one step."""
-    return max(STEP, round(value / STEP) * STEP)

@@ -15,7 +15,8 @@ from optimum_moe.algorithms.byte_budget import Candidate, Point, allocate, hull
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.algorithms.expert_fitter import ExpertFitter, HeldOutEstimate
 from optimum_moe.algorithms.neurons import DAMPING
-from optimum_moe.formats.base import BudgetFormat, ExpertFormat, Trial, all_formats, get_format
+from optimum_moe.formats.base import ExpertFormat, all_formats, get_format
+from optimum_moe.formats.budget_format import BudgetFormat, Trial
 from optimum_moe.formats.narrow import Narrow
 from optimum_moe.formats.specification import layout_bytes
 from optimum_moe.formats.stored import StoredExpert

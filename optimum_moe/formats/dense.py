@@ -12,16 +12,14 @@ from optimum_moe.algorithms.expert import Expert
 from optimum_moe.algorithms.expert_fitter import ExpertFitter, NarrowExpert
 from optimum_moe.formats.base import (
     BodyFormat,
-    BudgetFormat,
     Layout,
     Opened,
     Stacks,
     StoredPart,
     TensorSpec,
-    Trial,
-    dense_layout,
     register_format,
 )
+from optimum_moe.formats.budget_format import BudgetFormat, Trial, dense_layout
 from optimum_moe.formats.grouped import grouped_product
 from optimum_moe.formats.stored import StoredExpert, stored_matrix
 

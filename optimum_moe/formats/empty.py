@@ -9,15 +9,8 @@ import torch
 from optimum_moe.algorithms.byte_budget import Candidate
 from optimum_moe.algorithms.expert import Expert
 from optimum_moe.algorithms.expert_fitter import ExpertFitter, NarrowExpert
-from optimum_moe.formats.base import (
-    BudgetFormat,
-    ExpertFormat,
-    Layout,
-    StoredPart,
-    TensorSpec,
-    Trial,
-    register_format,
-)
+from optimum_moe.formats.base import ExpertFormat, Layout, StoredPart, TensorSpec, register_format
+from optimum_moe.formats.budget_format import BudgetFormat, Trial
 from optimum_moe.formats.stored import StoredExpert, without_neurons
 
 

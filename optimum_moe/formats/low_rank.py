@@ -23,16 +23,14 @@ from optimum_moe.formats.base import (
     DEFAULT,
     JOINT,
     BodyFormat,
-    BudgetFormat,
     Layout,
     Opened,
     Stacks,
     StoredPart,
     TensorSpec,
-    Trial,
     register_format,
-    rounded,
 )
+from optimum_moe.formats.budget_format import BudgetFormat, Trial, rounded
 from optimum_moe.formats.grouped import grouped_product
 from optimum_moe.formats.specification import span
 from optimum_moe.formats.stored import StoredExpert, StoredMatrix, stored_matrix

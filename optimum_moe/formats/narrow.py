@@ -8,7 +8,8 @@ from optimum_moe.algorithms.byte_budget import Candidate
 from optimum_moe.algorithms.expert import Expert
 from optimum_moe.algorithms.expert_fitter import ExpertFitter, NarrowExpert
 from optimum_moe.algorithms.ranks import STEP
-from optimum_moe.formats.base import BudgetFormat, Layout, Trial, dense_layout, register_format
+from optimum_moe.formats.base import Layout, register_format
+from optimum_moe.formats.budget_format import BudgetFormat, Trial, dense_layout
 from optimum_moe.formats.stored import StoredExpert, stored_matrix
 
 # About as many widths are tried, evenly.
