@@ -269,7 +269,7 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> No
     if bundled.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
         raise ValueError(
             f"--documents-of wants a folder that was made from the same text, but the tokenizer in {folder / 'model'} "
-            "is not the one that was trained just now. Train that model anew, or leave --documents-of out."
+            "is not the one that was trained just now. Train that model again, or leave --documents-of out."
         )
 
 

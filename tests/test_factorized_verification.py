@@ -100,7 +100,7 @@ def test_dense_experts_are_compared_with_the_original(folders: Any, tmp_path: Pa
     assert "experts" in failed(report)
     told = [text for text in report["experts"].failures if "is kept dense, but differs from the original" in text]
     # Experts 0 (all neurons) and 5 (some of them), gate and up; the down of 0 too.
-    assert len(told) == 5 * len({text.split("experts.factors")[0] for text in told})
+    assert len(told) == 5 * len({text.split(".mlp.")[0] for text in told})
     assert any("of expert 5 is kept dense" in text for text in told)
 
 
