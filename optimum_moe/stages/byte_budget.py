@@ -20,7 +20,7 @@ from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.cost import BlockCost
 from optimum_moe.stages.counts import bytes_for_tensors, check_share, check_size, header_entry, selected_blocks
 from optimum_moe.stages.formatting import FormattingStage
-from optimum_moe.stages.plain_budget import Pair, PlainShape, check_uniform, choose_shapes, pairs, plain_plan
+from optimum_moe.stages.plain_budget import Pair, check_uniform, choose_shapes, pairs, plain_plan
 from optimum_moe.statistics import Statistics
 
 
@@ -203,11 +203,11 @@ class ByteBudget(FormattingStage):
 
     def remaining(self, model: ModelInfo, block: BlockInfo, allocated: Any) -> int:
         """Number of experts that remain; all of them, but for stock classes."""
-        return len(allocated.kept) if isinstance(allocated, PlainShape) else block.num_experts
+        return len(allocated.kept) if self.runtime.is_uniform else block.num_experts
 
     def decide(self, context: BlockContext, allocated: Any) -> BlockPlan:
         """All experts in the chosen formats, or those that remain for stock classes."""
-        if isinstance(allocated, PlainShape):
+        if self.runtime.is_uniform:
             return plain_plan(context, allocated)
         return super().decide(context, allocated)
 
