@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optimum_moe.calibration import CalibrationConfig
     from optimum_moe.compressor import MoECompressor
     from optimum_moe.evaluation import evaluate
+    from optimum_moe.exporting import export
     from optimum_moe.formats import register_format
     from optimum_moe.nn import LowRankSparseLinear, MergedExpertLayer
     from optimum_moe.plan import CompressionPlan
@@ -52,6 +53,7 @@ _HOMES = {
     "Stage": "optimum_moe.stages",
     "Statistics": "optimum_moe.statistics",
     "evaluate": "optimum_moe.evaluation",
+    "export": "optimum_moe.exporting",
     "register_format": "optimum_moe.formats",
     "register_grouping": "optimum_moe.stages",
     "register_router_rows": "optimum_moe.stages",
@@ -77,6 +79,7 @@ __all__ = [
     "Stage",
     "Statistics",
     "evaluate",
+    "export",
     "register_format",
     "register_grouping",
     "register_router_rows",

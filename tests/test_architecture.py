@@ -36,6 +36,7 @@ LAYERS = {
     "reporting": 5,
     "compressor": 6,
     "evaluation": 6,
+    "exporting": 6,
     "recovery": 6,
     "verification": 6,
     "cli": 7,
@@ -116,6 +117,10 @@ def test_every_file_is_listed_in_the_layers() -> None:
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
 
 
+RUNTIMES = {"conversion", "llama_cpp", "mlx", "mlx_lm", "vllm"}
+"""What scripts import in the environment of another runtime."""
+
+
 def third_party(nodes: Iterable[ast.AST]) -> set[str]:
     """The distributions that import statements name."""
     names = set()
@@ -124,7 +129,7 @@ def third_party(nodes: Iterable[ast.AST]) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
-    found = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"optimum_moe"}
+    found = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"optimum_moe"} - RUNTIMES
     return {DISTRIBUTIONS.get(name, name) for name in found}
 
 

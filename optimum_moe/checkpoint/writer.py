@@ -18,6 +18,9 @@ from optimum_moe.hf.carried_code import carry_code
 from optimum_moe.stages.counts import parse_size
 from optimum_moe.surgeons import FoundBlock, config_at, tower_of
 
+_BUILT_IN = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
+"""Settings by model type that transformers has built in and other runtimes read from `config.json`."""
+
 
 def choose_shard_size(size: str | int | None, streams: bool) -> str | int:
     """The maximum size of weight files.
@@ -101,7 +104,9 @@ def _spell_out_config(directory: Path, blocks: Sequence[FoundBlock]) -> None:
 def spell_out(config: Mapping[str, Any], count_fields: set[tuple[str, ...]]) -> dict[str, Any]:
     """Add the settings that other versions and runtimes read: every name of the expert count, and flat `rope_theta`.
 
-    transformers 5 writes only one name; transformers 4 would then use the class's default and so wrong shapes.
+    transformers 5 writes only one name; transformers 4 would then use the class's default and so wrong shapes. It also
+    writes no setting that its class has built in, for which vLLM and llama.cpp would use another default without a
+    word: softmax scores for DeepSeek-V3.
     """
     spelled = {
         key: spell_out(value, count_fields) if isinstance(value, Mapping) and key.endswith("_config") else value
@@ -111,6 +116,8 @@ def spell_out(config: Mapping[str, Any], count_fields: set[tuple[str, ...]]) -> 
         present = [spelled[name] for name in names if isinstance(spelled.get(name), int)]
         if present:
             spelled |= dict.fromkeys(names, present[0])
+    for name, value in _BUILT_IN.get(str(spelled.get("model_type")), {}).items():
+        spelled.setdefault(name, value)
     rope = spelled.get("rope_parameters")
     if isinstance(rope, Mapping) and isinstance(rope.get("rope_theta"), (int, float)):
         spelled.setdefault("rope_theta", rope["rope_theta"])

@@ -6,6 +6,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_moe.cli.compress import CompressCommand
 from optimum_moe.cli.evaluate import EvaluateCommand
+from optimum_moe.cli.export import ExportCommand
 from optimum_moe.cli.inspect import InspectCommand
 from optimum_moe.cli.preview import PreviewCommand
 from optimum_moe.cli.verify import VerifyCommand
@@ -20,5 +21,8 @@ class MoECommand(BaseOptimumCLICommand):
         CommandInfo("preview", "Show the expected sizes of a recipe, without reading a weight.", PreviewCommand),
         CommandInfo("compress", "Compress a checkpoint.", CompressCommand),
         CommandInfo("evaluate", "Evaluate models on held-out text.", EvaluateCommand),
+        CommandInfo(
+            "export", "Write a checkpoint for another runtime: GGUF, MLX, vLLM, transformers 4.", ExportCommand
+        ),
         CommandInfo("verify", "Check a compressed checkpoint tensor by tensor.", VerifyCommand),
     )

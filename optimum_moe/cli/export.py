@@ -1,0 +1,68 @@
+"""`optimum-cli moe export`: write a checkpoint for another runtime."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from optimum_moe.cli.common import MoESubcommand, add_model_argument, check_text, model_of, prepare, text_source
+
+TARGETS = ("gguf", "mlx", "vllm", "transformers4")
+
+
+class ExportCommand(MoESubcommand):
+    """Export a checkpoint and print where it is."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """See `MoESubcommand`."""
+        prepare(parser)
+        add_model_argument(parser, "Folder of a checkpoint.")
+        parser.add_argument("--to", required=True, choices=TARGETS, help="Runtime, or its format.")
+        parser.add_argument("--output", help="New file or folder; by default beside the checkpoint.")
+        parser.add_argument("--quantize", help='Type of the values: "q4_k_m", "q8_0" (gguf), "4bit" (mlx).')
+        parser.add_argument(
+            "--calibration",
+            action="append",
+            metavar="TEXT",
+            help="Text file or Hub dataset for the importance matrix of a quantized GGUF file; may be repeated.",
+        )
+        add_runtime_arguments(parser)
+        parser.add_argument(
+            "--pre-tokenizer", help="llama.cpp's name of the pre-tokenizer, if it does not recognize the tokenizer."
+        )
+        parser.add_argument("--overwrite", action="store_true", help="Replace what is there.")
+
+    def execute(self) -> None:
+        """See `MoESubcommand`."""
+        model = model_of(self.args)
+        check_text(self.args.calibration, "--calibration")
+        from optimum_moe.exporting import export
+
+        place = export(
+            model,
+            self.args.to,
+            self.args.output,
+            quantize=self.args.quantize,
+            calibration=text_source(self.args.calibration),
+            llama_cpp=self.args.llama_cpp,
+            python=self.args.python,
+            pre_tokenizer=self.args.pre_tokenizer,
+            overwrite=self.args.overwrite,
+        )
+        size = sum(file.stat().st_size for file in ([place] if place.is_file() else Path(place).rglob("*.*")))
+        print(f"{place}: {size:,} bytes")
+
+
+def add_runtime_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments that find the tools of a runtime."""
+    parser.add_argument(
+        "--llama-cpp",
+        metavar="PATH",
+        help="Checkout of llama.cpp, or source distribution of llama-cpp-python (.tar.gz), with the converter to GGUF.",
+    )
+    parser.add_argument(
+        "--python",
+        metavar="PATH",
+        help="Interpreter of the environment that has the runtime: ENVIRONMENT/bin/python; by default this one.",
+    )
