@@ -29,7 +29,10 @@ setup(
         "optimum_moe_autoload": "optimum_moe/autoload",
         "optimum.commands.register": "optimum_moe/cli/register",
     },
-    entry_points={"torch.backends": ["optimum_moe = optimum_moe_autoload:autoload"]},
+    entry_points={
+        "torch.backends": ["optimum_moe = optimum_moe_autoload:autoload"],
+        "vllm.general_plugins": ["optimum_moe = optimum_moe.vllm_plugin:register"],
+    },
     package_data={"optimum_moe": ["py.typed", "presets/*.yaml"]},
     install_requires=[
         "torch>=2.9",
