@@ -24,7 +24,7 @@ class OwnTensors:
         self._block, self._layer = block, layer
         self._missing: set[str] = set()
         self._names: set[str] = set()
-        self.add(GUARD, torch.zeros(1), lambda tensor: None)
+        self.add(GUARD, torch.empty(0), lambda tensor: None, (1,))
         self._missing.clear()
         stock = layer.load_weights
         layer.load_weights = lambda weights: self._load(weights, stock)
