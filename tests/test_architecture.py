@@ -40,6 +40,7 @@ LAYERS = {
     "recovery": 6,
     "verification": 6,
     "cli": 7,
+    "vllm_plugin": 7,
     "__init__": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -55,9 +55,7 @@ class Activation:
         return functional.gelu(input_Pn, approximate="tanh" if self.kind == GELU_TANH else "none")
 
 
-def activation_of(
-    block: str, name: str, limit: float | None, alpha: float | None, beta: float | None
-) -> Activation:
+def activation_of(block: str, name: str, limit: float | None, alpha: float | None, beta: float | None) -> Activation:
     """The activation that vLLM calls `name`.
 
     Args:

@@ -72,7 +72,7 @@ class CompressedConfig(QuantizationConfig):
         """Find blocks by the module paths of vLLM, which may differ from the prefixes in the files."""
         self._prefixes = {hf_to_vllm_mapper.map_name(name) or name: name for name in self.blocks}
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Renames the tensors of compressed blocks before a model's own loader sees them."""
         return WeightsMapper(orig_to_new_renaming=[_Renaming(self.blocks)])
 

@@ -146,7 +146,9 @@ class PackedExperts:
         matrices = {"gate": Matrix()}
         for name in entering:
             rank = ranks[name]
-            matrices[name] = self._reserve(width, hidden if rank is None else rank, None if rank is None else first[name])
+            matrices[name] = self._reserve(
+                width, hidden if rank is None else rank, None if rank is None else first[name]
+            )
         rank = ranks["down"]
         down_right = Matrix() if rank is None else self._reserve(rank, width)
         down = self._reserve(hidden, width if rank is None else rank, None if rank is None else 0)
@@ -241,7 +243,7 @@ class PackedExperts:
             start = 0 if is_down else self.shard.rank * width // self.shard.size
             for number, place in enumerate(lefts):
                 local_M = rows_M - number * width - start
-                own_M = (0 <= local_M) & (local_M < place.outputs)
+                own_M = (local_M >= 0) & (local_M < place.outputs)
                 self.matrix(place)[local_M[own_M].to(self.flat.device), column_M[own_M].to(self.flat.device)] = 1
 
         return take
@@ -300,7 +302,9 @@ class PackedExperts:
         if not place.width:
             return None if bias_H is None else bias_H.expand(len(input_PH), -1)
         inner_PR = functional.linear(input_PH, self.matrix(place.right)) if place.right.outputs else input_PH
-        gate_Pn = self._product(input_PH, inner_PR, place.gate, self.bias(expert, "gate")) if place.gate.outputs else None
+        gate_Pn = (
+            self._product(input_PH, inner_PR, place.gate, self.bias(expert, "gate")) if place.gate.outputs else None
+        )
         up_Pn = self._product(input_PH, inner_PR, place.up, self.bias(expert, "up"))
         hidden_Pn = self.activation(gate_Pn, up_Pn)
         if place.down.first is not None:

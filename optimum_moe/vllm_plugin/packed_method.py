@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         """The sizes as they are."""
         return hidden_size, intermediate_size_per_partition
 
-    def create_weights(  # type: ignore[override]
+    def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, params_dtype: torch.dtype, **_: Any
     ) -> None:
         """The buffer, and one parameter for each tensor of the checkpoint, most of which show a part of the buffer.
@@ -87,8 +88,13 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         self._own.finish()
         # The buffer may have been moved.
         self.experts.flat = layer.experts_flat
+        self.runner: Callable[..., torch.Tensor] = self.experts
+        if layer.experts_flat.is_cuda:
+            from optimum_moe.vllm_plugin.ragged_triton import RaggedExperts
 
-    def apply(  # type: ignore[override]
+            self.runner = RaggedExperts(self.experts)
+
+    def apply(
         self,
         layer: Any,
         x: torch.Tensor,
@@ -100,25 +106,19 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         """(T, H) outputs of this process, behind an operator that torch.compile does not look into."""
         return torch.ops.vllm.optimum_moe_experts(x, topk_weights, topk_ids, layer.layer_name)
 
-    def run(
-        self, layer: Any, input_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
-    ) -> torch.Tensor:
+    def run(self, layer: Any, input_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
         """(T, H) weighted sum of the selected experts on this process."""
         if self.block.has_map:
             index_TK = mapped(layer, index_TK)
-        return self.experts(input_TH, weights_TK, index_TK, layer.apply_router_weight_on_input)
+        return self.runner(input_TH, weights_TK, index_TK, layer.apply_router_weight_on_input)
 
 
-def _experts(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
-) -> torch.Tensor:
+def _experts(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
     layer = get_forward_context().no_compile_layers[layer_name].routed_experts
     return layer.quant_method.run(layer, x, topk_weights, topk_ids)
 
 
-def _experts_fake(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
-) -> torch.Tensor:
+def _experts_fake(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 

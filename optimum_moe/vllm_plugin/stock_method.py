@@ -80,7 +80,7 @@ class MappedExpertsMethod(StockExpertsMethod):
                 "of its kernel. Choose another one, such as --moe-backend triton."
             )
 
-    def create_weights(self, layer: Any, num_experts: int, **kwargs: Any) -> None:  # type: ignore[override]
+    def create_weights(self, layer: Any, num_experts: int, **kwargs: Any) -> None:
         """The stock parameters with G experts, and the map."""
         refuse_other_count(self._sizes, num_experts)
         super().create_weights(layer, num_experts=self._sizes.num_groups, **kwargs)
