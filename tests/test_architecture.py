@@ -118,8 +118,8 @@ def test_every_file_is_listed_in_the_layers() -> None:
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
 
 
-RUNTIMES = {"conversion", "llama_cpp", "mlx", "mlx_lm", "vllm"}
-"""What scripts import in the environment of another runtime."""
+RUNTIMES = {"conversion", "llama_cpp", "mlx", "mlx_lm", "triton", "vllm"}
+"""What scripts and plugins import in the environment of another runtime."""
 
 
 def third_party(nodes: Iterable[ast.AST]) -> set[str]:
@@ -132,6 +132,12 @@ def third_party(nodes: Iterable[ast.AST]) -> set[str]:
             names.add(node.module)
     found = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"optimum_moe"} - RUNTIMES
     return {DISTRIBUTIONS.get(name, name) for name in found}
+
+
+def test_only_the_plugin_and_scripts_of_runtimes_import_them() -> None:
+    elsewhere = [path for path in FILES if not {"vllm_plugin", "runners"} & set(path.relative_to(PACKAGE).parts)]
+    for path in elsewhere:
+        assert not {name.partition(".")[0] for name in imported_names(path)} & RUNTIMES, path
 
 
 def requirements() -> tuple[set[str], set[str]]:
