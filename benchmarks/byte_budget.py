@@ -31,7 +31,7 @@ from smollm2 import CHECKPOINT, SOURCE
 
 from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, Statistics
 from optimum_moe.evaluation import EvaluationResult, evaluate_many
-from optimum_moe.runtimes import get_runtime
+from optimum_moe.runtimes import width_step
 from optimum_moe.stages import Stage
 
 COLUMNS = ("perplexity", "kl", "top1_agreement", "choice_accuracy", "generation_agreement", "loop_rate")
@@ -79,7 +79,7 @@ def pruned(reference: Reference, saliency: str, share: float) -> Stage | None:
 
 def plain(reference: Reference, share: float) -> Stage | None:
     """The byte budget for stock classes, down to the fewest experts of the least width."""
-    least = reference.least_experts * get_runtime("any").step(reference.intermediate_size)
+    least = reference.least_experts * width_step(reference.intermediate_size)
     whole = reference.num_experts * reference.intermediate_size
     return ByteBudget(share=share, runs_in="any") if share * whole >= least else None
 
@@ -114,10 +114,10 @@ def uniform(smallest: float, whiten: bool) -> Variant:
 
 
 BUDGETS: dict[str, Variant] = {
-    "experts only": lambda share: ByteBudget(share=share, formats=[]),
-    "ranks only": lambda share: ByteBudget(share=share, formats=["low_rank"]),
-    "neurons only": lambda share: ByteBudget(share=share, formats=["narrow"]),
-    BUDGET: lambda share: ByteBudget(share=share),
+    "experts only": lambda share: ByteBudget(runs_in="transformers", share=share, formats=[]),
+    "ranks only": lambda share: ByteBudget(runs_in="transformers", share=share, formats=["low_rank"]),
+    "neurons only": lambda share: ByteBudget(runs_in="transformers", share=share, formats=["narrow"]),
+    BUDGET: lambda share: ByteBudget(runs_in="transformers", share=share),
 }
 SMOLLM2_SMALLEST = smallest_ratio(hidden_size=576, intermediate_size=192)
 
@@ -176,7 +176,7 @@ def statistics_of(setting: Setting, seed: int, folder: Path) -> Statistics:
             str(CALIBRATION), sequence_length=256, max_tokens=setting.calibration_tokens, seed=seed
         )
         MoECompressor.from_pretrained(
-            setting.model, ByteBudget(share=0.5), config, seed=seed, progress=False
+            setting.model, ByteBudget(runs_in="transformers", share=0.5), config, seed=seed, progress=False
         ).calibrate().save_pretrained(kept)
     return Statistics.from_pretrained(kept)
 

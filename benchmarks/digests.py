@@ -56,7 +56,7 @@ def recipes(rank: int) -> dict[str, Any]:
         "mc-smoe": [adaptive, LowRankSparse(rank=rank, whiten=False)],
         "mc-smoe-fast": [adaptive, LowRankSparse(rank=rank)],
         "reap": ExpertPruning(keep_ratio=0.5),
-        "budget": ByteBudget(share=0.5),
+        "budget": ByteBudget(runs_in="transformers", share=0.5),
     }
 
 

@@ -200,7 +200,7 @@ def compress_layers(study: Study) -> None:
         "reap, half of the experts": lambda n: ExpertPruning(num_experts=n // 2),
         "m-smoe, half of the experts": lambda n: MSMoE(num_experts=n // 2),
         "whitened low rank, half of the bytes": lambda n: LowRankSparse(rank_ratio=0.5, density=None),
-        "byte budget, half of the bytes": lambda n: ByteBudget(share=0.5),
+        "byte budget, half of the bytes": lambda n: ByteBudget(runs_in="transformers", share=0.5),
     }
     rows, length = (4, 32) if study.small else (32, 512)
     for label, (hidden, width, experts) in SHAPES.items():
@@ -419,8 +419,8 @@ def train_and_compare(study: Study) -> None:
     say(f"{'experts’ bytes':<16}{'method':<24}{'perplexity':>12}{'KL':>9}{'top-1':>8}{'seconds':>9}")
     seen = None
     methods: dict[str, Callable[[float], Any]] = {
-        "byte budget": lambda share: ByteBudget(share=share),
-        "neurons only": lambda share: ByteBudget(share=share, formats=["narrow"]),
+        "byte budget": lambda share: ByteBudget(runs_in="transformers", share=share),
+        "neurons only": lambda share: ByteBudget(runs_in="transformers", share=share, formats=["narrow"]),
         "REAP": lambda share: ExpertPruning(num_experts=int(experts * share)),
         "frequency": lambda share: ExpertPruning(num_experts=int(experts * share), saliency="frequency"),
         "random": lambda share: ExpertPruning(num_experts=int(experts * share), saliency="random"),

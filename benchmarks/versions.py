@@ -37,7 +37,7 @@ RECIPES = {
     "map": MSMoE(num_experts=4),
     "factors": LowRankSparse(rank=8),
     "map and factors": [MSMoE(num_experts=4), LowRankSparse(rank=8)],
-    "budget": ByteBudget(share=0.5),
+    "budget": ByteBudget(runs_in="transformers", share=0.5),
 }
 SIZES = {
     "vocab_size": 99,

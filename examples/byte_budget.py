@@ -14,13 +14,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hub id or folder")
     parser.add_argument("--share", type=float, default=0.5, help="of the experts' bytes that remains")
+    parser.add_argument("--runs-in", default="any", help="any for what loads the original, or transformers")
     parser.add_argument("--calibration", required=True, help="text, another than --text")
     parser.add_argument("--text", required=True, help="held-out text")
     parser.add_argument("--output", required=True)
     parser.add_argument("--max-tokens", type=int, default=65536, help="of held-out text")
     arguments = parser.parse_args()
     compressor = MoECompressor.from_pretrained(
-        arguments.model, ByteBudget(share=arguments.share), CalibrationConfig(arguments.calibration)
+        arguments.model,
+        ByteBudget(share=arguments.share, runs_in=arguments.runs_in),
+        CalibrationConfig(arguments.calibration),
     )
     print(compressor.preview())
     compressor.apply()

@@ -241,6 +241,7 @@ class CompressionPlan:
         seed: Seed of all random choices.
         settings: Config settings of the result that differ from the original's, by dotted path, where stock classes
             have experts of another width.
+        remarks: Sentences for the user about what was decided.
     """
 
     blocks: Mapping[str, BlockPlan]
@@ -249,6 +250,7 @@ class CompressionPlan:
     calibration: Mapping[str, Any] | None = None
     seed: int = 0
     settings: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def is_plain(self) -> bool:
@@ -299,7 +301,7 @@ class CompressionPlan:
             if plan.router_fit is not None:
                 fitted = {name: getattr(plan.router_fit, name) for name in _FITTED}
                 tensors |= {f"{index}.fitted.{name}": t for name, t in fitted.items() if t is not None}
-        record = {
+        record: dict[str, Any] = {
             "stages": [dict(stage) for stage in self.stages],
             "source": dict(self.source),
             "calibration": self.calibration,
@@ -308,6 +310,8 @@ class CompressionPlan:
         }
         if self.settings:
             record["settings"] = dict(self.settings)
+        if self.remarks:
+            record |= {"remarks": list(self.remarks)}
         write_record(Path(directory), PLAN_NAME, record, tensors)
 
     @classmethod
@@ -328,6 +332,7 @@ class CompressionPlan:
                 calibration=record["calibration"],
                 seed=record["seed"],
                 settings=settings,
+                remarks=tuple(str(remark) for remark in record.get("remarks", ())),
             )
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"The plan in {directory} is broken ({error}). Copy or create it again.") from error

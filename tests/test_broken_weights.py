@@ -24,8 +24,8 @@ METHODS: dict[str, Any] = {
     "adaptive": MSMoE(num_experts=4, allocation="adaptive"),
     "rank": LowRankSparse(rank=8),
     "rank without data": LowRankSparse(rank=8, whiten=False),
-    "budget": ByteBudget(share=0.5),
-    "merged and budget": [MSMoE(num_experts=4), ByteBudget(share=0.5)],
+    "budget": ByteBudget(runs_in="transformers", share=0.5),
+    "merged and budget": [MSMoE(num_experts=4), ByteBudget(runs_in="transformers", share=0.5)],
 }
 MLP = "model.layers.1.mlp"
 PLACES = [
@@ -169,7 +169,7 @@ def test_gradients_that_say_nothing_are_blamed(factor: float, message: str, monk
     observing = importlib.import_module("optimum_moe.calibration.observe")
     real = observing.sampled_loss
     monkeypatch.setattr(observing, "sampled_loss", lambda *given: real(*given) * factor)
-    refused(compressor_of(build("qwen3_moe"), ByteBudget(share=0.5)), message)
+    refused(compressor_of(build("qwen3_moe"), ByteBudget(runs_in="transformers", share=0.5)), message)
 
 
 def test_statistics_of_another_day_are_checked_too(tmp_path: Path) -> None:

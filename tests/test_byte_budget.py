@@ -44,7 +44,7 @@ def original(compressor: MoECompressor) -> int:
 def test_the_whole_budget_changes_nothing(target: Target) -> None:
     model = build(target)
     expected = logits_of(model, inputs_for(target))
-    compressor = compressor_for(model, ByteBudget(share=1.0), target)
+    compressor = compressor_for(model, ByteBudget(runs_in="transformers", share=1.0), target)
     actual = logits_of(compressor.apply(), inputs_for(target))
     assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert stored(compressor) == original(compressor)
@@ -53,7 +53,7 @@ def test_the_whole_budget_changes_nothing(target: Target) -> None:
 @pytest.mark.parametrize("target", LANGUAGE)
 def test_the_budget_is_kept_and_nearly_spent(target: Target, tmp_path: Path) -> None:
     model = build(target)
-    compressor = compressor_for(model, ByteBudget(share=0.5), target)
+    compressor = compressor_for(model, ByteBudget(runs_in="transformers", share=0.5), target)
     model = compressor.apply()
     # What is left over is less than the largest single step, from empty to untouched.
     largest = max(found.info.expert_multiply_adds for found in compressor.source.blocks)
@@ -68,7 +68,9 @@ def test_the_budget_is_kept_and_nearly_spent(target: Target, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", [[MSMoE(num_experts=6)], [ExpertPruning(num_experts=6)]], ids=["map", "prune"])
 def test_it_composes_after_merging_and_pruning(method) -> None:
-    compressor = compressor_for(build("qwen3_moe"), [*method, ByteBudget(share=0.5)], "qwen3_moe")
+    compressor = compressor_for(
+        build("qwen3_moe"), [*method, ByteBudget(runs_in="transformers", share=0.5)], "qwen3_moe"
+    )
     compressor.apply()
     assert all(plan.num_groups == 6 for plan in compressor.plan.blocks.values())
     assert stored(compressor) <= 0.5 * original(compressor)
@@ -79,7 +81,7 @@ def test_the_order_of_experts_does_not_matter() -> None:
     for order in (list(range(8)), order_E):
         model = build("mixtral")
         permute_experts(model, order)
-        compressor = compressor_for(model, ByteBudget(share=0.4), "mixtral", order)
+        compressor = compressor_for(model, ByteBudget(runs_in="transformers", share=0.4), "mixtral", order)
         results.append(logits_of(compressor.apply(), inputs_for("mixtral")))
         widths.append([plan.sizes.widths for plan in compressor.plan.blocks.values()])
     assert widths[1] == [tuple(before[e] for e in order_E) for before in widths[0]]
@@ -89,7 +91,7 @@ def test_the_order_of_experts_does_not_matter() -> None:
 def test_a_target_size_is_the_size_of_the_file(tmp_path: Path) -> None:
     model = build("mixtral", hidden_size=256, intermediate_size=512)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    compressor = compressor_for(model, ByteBudget(target_size=size // 2), "mixtral")
+    compressor = compressor_for(model, ByteBudget(runs_in="transformers", target_size=size // 2), "mixtral")
     compressor.apply()
     compressor.save_pretrained(tmp_path / "out")
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -105,7 +107,7 @@ def test_unseen_experts_are_kept_or_emptied() -> None:
         model = build("qwen3_moe")
         compressor = MoECompressor.from_pretrained(
             model,
-            ByteBudget(share=0.6),
+            ByteBudget(runs_in="transformers", share=0.6),
             CalibrationConfig([inputs_for("qwen3_moe", rows=1, length=6)], unseen=unseen),
             progress=False,
         )
@@ -119,7 +121,7 @@ def test_unseen_experts_are_kept_or_emptied() -> None:
 
 
 def test_without_gradients_it_says_so_and_measures_output_errors() -> None:
-    compressor = compressor_for(build("olmoe"), ByteBudget(share=0.5, curvature=False), "olmoe")
+    compressor = compressor_for(build("olmoe"), ByteBudget(runs_in="transformers", share=0.5, curvature=False), "olmoe")
     with pytest.warns(UserWarning, match="No gradient of the loss was observed at 3 of 3 blocks"):
         compressor.apply()
     assert stored(compressor) <= 0.5 * original(compressor)
@@ -129,7 +131,7 @@ def test_streaming_equals_memory_without_gradients(tmp_path: Path) -> None:
     build("qwen3_moe").save_pretrained(tmp_path / "model")
     folders = []
     for engine in ("memory", "streaming"):
-        method = ByteBudget(share=0.5, curvature=False)
+        method = ByteBudget(runs_in="transformers", share=0.5, curvature=False)
         folders.append(
             compressor_for(tmp_path / "model", method, "qwen3_moe", engine=engine, output_dir=tmp_path / engine).apply()
         )
@@ -139,7 +141,7 @@ def test_streaming_equals_memory_without_gradients(tmp_path: Path) -> None:
 
 def test_equal_damage_is_spent_where_a_byte_saves_the_most() -> None:
     """An expert whose gradients are all zero costs nothing to empty, and is emptied first."""
-    compressor = compressor_for(build("mixtral"), ByteBudget(share=0.85), "mixtral")
+    compressor = compressor_for(build("mixtral"), ByteBudget(runs_in="transformers", share=0.85), "mixtral")
     statistics = compressor.calibrate()
 
     def without_expert_3(name):
@@ -166,7 +168,7 @@ def test_equal_damage_is_spent_where_a_byte_saves_the_most() -> None:
 )
 def test_wrong_settings(settings, message) -> None:
     with pytest.raises(ValueError, match=message):
-        ByteBudget(**settings)
+        ByteBudget(runs_in="transformers", **settings)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_wrong_settings_of_one_rank(settings, message) -> None:
 def test_wrong_settings_for_a_model() -> None:
     model = build("mixtral")
     with pytest.raises(ValueError, match=r"target_size=1000 cannot be reached: without any expert"):
-        compressor_for(model, ByteBudget(target_size=1000), "mixtral")
+        compressor_for(model, ByteBudget(runs_in="transformers", target_size=1000), "mixtral")
     with pytest.raises(ValueError, match=r'base="group" keeps experts as differences from merged ones'):
         compressor_for(model, LowRankSparse(rank=8, base="group"), "mixtral")
     with pytest.raises(ValueError, match=r"base=\"group\" keeps every expert, but expert-pruning"):
@@ -197,7 +199,9 @@ def test_wrong_settings_for_a_model() -> None:
 
 def test_kept_experts_that_take_more_than_the_budget_are_an_error() -> None:
     data = CalibrationConfig([inputs_for("qwen3_moe", rows=1, length=4)], unseen="keep")
-    compressor = MoECompressor.from_pretrained(build("qwen3_moe"), ByteBudget(share=0.05), data, progress=False)
+    compressor = MoECompressor.from_pretrained(
+        build("qwen3_moe"), ByteBudget(runs_in="transformers", share=0.05), data, progress=False
+    )
     with pytest.raises(ValueError, match=r"is below the least that the experts can store"):
         compressor.apply()
 
@@ -207,15 +211,16 @@ def test_a_preset_is_what_a_user_gets_who_only_says_a_size() -> None:
         warnings.simplefilter("ignore")
         compressor = compressor_for(build("mixtral"), "budget", "mixtral")
     assert compressor.recipe.stages == (ByteBudget(share=0.5),)
+    assert compressor.recipe.stages[0].runs_in == "any"
 
 
 def test_another_size_takes_the_same_survey() -> None:
     def forms(statistics, budget: float):
-        compressor = compressor_for(build("mixtral"), ByteBudget(share=budget), "mixtral")
+        compressor = compressor_for(build("mixtral"), ByteBudget(runs_in="transformers", share=budget), "mixtral")
         compressor.apply(statistics)
         return {name: plan.sizes for name, plan in compressor.plan.blocks.items()}
 
-    statistics = compressor_for(build("mixtral"), ByteBudget(share=0.5), "mixtral").calibrate()
+    statistics = compressor_for(build("mixtral"), ByteBudget(runs_in="transformers", share=0.5), "mixtral").calibrate()
     fresh = type(statistics)(statistics.blocks, statistics.calibration, statistics.source)
     forms(statistics, 0.5)
     (surveys,) = statistics.memo.values()

@@ -114,7 +114,9 @@ def test_a_model_on_the_device_is_cut_as_on_the_cpu(family, name, tmp_path: Path
     assert relative_error(found, logits_of(models["cpu"], inputs)) < 1e-3
 
 
-@pytest.mark.parametrize("method", [ByteBudget(share=0.5), MSMoE(num_experts=4)], ids=["budget", "m-smoe"])
+@pytest.mark.parametrize(
+    "method", [ByteBudget(runs_in="transformers", share=0.5), MSMoE(num_experts=4)], ids=["budget", "m-smoe"]
+)
 def test_what_was_cut_on_the_device_loads_there_and_on_the_cpu(method, tmp_path: Path):
     model = build("qwen3_moe").to(DEVICE)
     compressor = MoECompressor.from_pretrained(model, method, calibration("qwen3_moe"), progress=False)

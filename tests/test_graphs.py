@@ -14,8 +14,8 @@ from tests.tiny_models import build, inputs_for
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:No gradient of the loss")
 METHODS: dict[str, Any] = {
     "rank": LowRankSparse(rank=8),
-    "budget": ByteBudget(share=0.5),
-    "merged and budget": [MSMoE(num_experts=4), ByteBudget(share=0.5)],
+    "budget": ByteBudget(runs_in="transformers", share=0.5),
+    "merged and budget": [MSMoE(num_experts=4), ByteBudget(runs_in="transformers", share=0.5)],
     "shared bases": [MSMoE(num_experts=4), LowRankSparse(rank=8, base="group")],
 }
 

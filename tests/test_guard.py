@@ -25,7 +25,7 @@ METHODS: dict[str, Any] = {
     "map": MSMoE(num_experts=4),
     "factors": LowRankSparse(rank=8),
     "both": [MSMoE(num_experts=4), LowRankSparse(rank=8)],
-    "budget": ByteBudget(share=0.5),
+    "budget": ByteBudget(runs_in="transformers", share=0.5),
 }
 
 

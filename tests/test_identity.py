@@ -144,7 +144,9 @@ def test_samples_lie_at_the_same_numbers_in_every_layout(
 
 
 @pytest.mark.parametrize("engine", ["memory", "streaming"])
-@pytest.mark.parametrize("method", [METHOD, LowRankSparse(rank=8, density=0.25), ByteBudget(share=0.5)])
+@pytest.mark.parametrize(
+    "method", [METHOD, LowRankSparse(rank=8, density=0.25), ByteBudget(runs_in="transformers", share=0.5)]
+)
 def test_a_fine_tune_is_refused(
     method: Any, engine: str, checkpoint: Path, other: Path, observed: Statistics, tmp_path: Path
 ) -> None:
@@ -264,7 +266,7 @@ def test_what_a_budget_saw_is_remembered_with_the_model(
     checkpoint: Path, other: Path, observed: Statistics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Statistics that name no model are taken for any, but profiles are those of the model that was looked at."""
-    anonymous, method = Statistics(observed.blocks), ByteBudget(share=0.5)
+    anonymous, method = Statistics(observed.blocks), ByteBudget(runs_in="transformers", share=0.5)
     looks: list[int] = []
     real = Decider._take_profiles
 

@@ -85,7 +85,7 @@ def test_settings_become_plain(given: Any, expected: Any) -> None:
         (MSMoE(keep_ratio=np.float32(0.3), layers=np.array([0])), MSMoE(keep_ratio=0.3, layers=[0])),
         (MSMoE(keep_ratio="30%"), MSMoE(keep_ratio=0.3)),
         (LowRankSparse(rank=np.int32(8), density="12.5 %"), LowRankSparse(rank=8, density=0.125)),
-        (ByteBudget(share="50%"), ByteBudget(share=0.5)),
+        (ByteBudget(runs_in="transformers", share="50%"), ByteBudget(runs_in="transformers", share=0.5)),
         (LowRankSparse(energy=np.float64(0.9)), LowRankSparse(energy=0.9)),
         (LowRankSparse(rank_ratio=torch.tensor(0.25)), LowRankSparse(rank_ratio=0.25)),
     ],
@@ -122,7 +122,12 @@ def test_a_ratio_that_rounds_up_to_everything_is_refused(checkpoint: Path) -> No
 
 @pytest.mark.parametrize(
     "method",
-    [ExpertPruning(num_experts=8), MSMoE(keep_ratio=1.0), ByteBudget(share=1.0), LowRankSparse(rank_ratio=1.0)],
+    [
+        ExpertPruning(num_experts=8),
+        MSMoE(keep_ratio=1.0),
+        ByteBudget(runs_in="transformers", share=1.0),
+        LowRankSparse(rank_ratio=1.0),
+    ],
 )
 def test_what_removes_nothing_by_request_is_said(checkpoint: Path, method: Stage) -> None:
     with pytest.warns(UserWarning, match=rf"{method.name} with .*=.* removes nothing of [\d,]+ parameters"):
@@ -275,7 +280,11 @@ def test_statistics_made_by_hand_are_checked(checkpoint: Path, statistics: Stati
             ExpertPruning(num_experts=4),
             r"have 4 experts, but .* of its 8",
         ),
-        (replaced(reservoir=no_sample), ByteBudget(share=0.5), r"reservoir_tokens=0 keeps none"),
+        (
+            replaced(reservoir=no_sample),
+            ByteBudget(runs_in="transformers", share=0.5),
+            r"reservoir_tokens=0 keeps none",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             opened(checkpoint, method).apply(wrong)
@@ -284,7 +293,7 @@ def test_statistics_made_by_hand_are_checked(checkpoint: Path, statistics: Stati
 @pytest.mark.parametrize(
     "method",
     [
-        ByteBudget(share=0.5),
+        ByteBudget(runs_in="transformers", share=0.5),
         LowRankSparse(rank=8),
         MSMoE(num_experts=4, routing="reduce"),
         [MSMoE(num_experts=4), LowRankSparse(rank=8)],

@@ -16,7 +16,7 @@ from optimum_moe.algorithms.rerouting import Rerouter
 from optimum_moe.engine.disk_store import DiskStore
 from optimum_moe.engine.layers import Layer
 from optimum_moe.plan import BlockPlan
-from optimum_moe.runtimes import get_runtime
+from optimum_moe.runtimes import width_step
 from optimum_moe.surgeons import find_blocks, with_widths
 from optimum_moe.verification import verify
 from tests.mtp_checkpoints import save_with_mtp
@@ -93,7 +93,7 @@ def test_neurons_that_give_nothing_cost_nothing(target: Target) -> None:
     if reason := info.fixed_width or info.no_factors:
         pytest.skip(reason)
     left = info.intermediate_size // 3
-    assert left == get_runtime("any").step(info.intermediate_size)
+    assert left == width_step(info.intermediate_size)
     with torch.no_grad():
         for found in find_blocks(model):
             for down_HI in found.surgeon.experts(found.module(model)).down:
@@ -246,7 +246,7 @@ def test_what_cannot_be_expressed_is_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'any'"):
         ByteBudget(share=0.5, runs_in="anny")
     with pytest.raises(
-        ValueError, match=r"less than runs_in='any' can express: 2 experts of 8 neurons .* share of 0\.08"
+        ValueError, match=r"less than stock classes can express: 2 experts of 8 neurons .* share of 0\.08"
     ):
         compressor_for(model, "qwen3_moe", share=0.05)
     data = CalibrationConfig(data_for("qwen3_moe"))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ign
 METHODS = {
     "map": MSMoE(num_experts=4),
     "factors": [MSMoE(num_experts=4), LowRankSparse(rank=8, density=0.25)],
-    "budget": ByteBudget(share=0.5),
+    "budget": ByteBudget(runs_in="transformers", share=0.5),
     "plain": ExpertPruning(num_experts=4, saliency="reap"),
 }
 ENGINES = {"map": "streaming", "factors": "memory", "budget": "streaming", "plain": "memory"}

@@ -276,7 +276,7 @@ def test_a_merged_adapter_is_welcome() -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [HALF, ExpertPruning(num_experts=4), MSMoE(num_experts=4), ByteBudget(share=0.5)],
+    [HALF, ExpertPruning(num_experts=4), MSMoE(num_experts=4), ByteBudget(runs_in="transformers", share=0.5)],
     ids=["data-free", "prune", "merge", "budget"],
 )
 def test_offloaded_weights_are_observed_and_never_cut(

@@ -162,7 +162,9 @@ def test_biases_and_corrections_keep_their_dtype(
 def test_what_is_stored_decides_and_not_what_the_config_says(tmp_path: Path, config: Any, engine: str) -> None:
     source = mixed_checkpoint(tmp_path / "source", is_router, **config)
     target = bytes_of(stored(source)) * 3 // 4
-    for number, method in enumerate((ExpertPruning(target_size=target, saliency="aimer"), ByteBudget(share=0.5))):
+    for number, method in enumerate(
+        (ExpertPruning(target_size=target, saliency="aimer"), ByteBudget(runs_in="transformers", share=0.5))
+    ):
         after, foretold = compressed(source, tmp_path / f"out {number}", method, engine)
         assert {name: t.dtype for name, t in after.items() if t.is_floating_point()} == {
             name: torch.float32 if is_router(name) else torch.bfloat16
@@ -209,7 +211,7 @@ def test_experts_of_several_dtypes_have_no_factors(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r'stored in several dtypes, but factors have one; dtype="bfloat16" or another'
     ):
-        MoECompressor.from_pretrained(source, ByteBudget(share=0.5), TEXTS)
+        MoECompressor.from_pretrained(source, ByteBudget(runs_in="transformers", share=0.5), TEXTS)
     after, _ = compressed(source, tmp_path / "out", LowRankSparse(rank=8), dtype="bfloat16")
     assert {t.dtype for t in after.values() if t.is_floating_point()} == {torch.bfloat16}
     assert verify(tmp_path / "out", against=source).passed
@@ -220,7 +222,12 @@ def test_a_budget_counts_each_block_in_its_own_dtype(tmp_path: Path, engine: str
     source = mixed_checkpoint(tmp_path / "source", lambda name: "layers.1.mlp.experts." in name)
     before = stored(source)
     experts = bytes_of({name: t for name, t in before.items() if ".experts." in name})
-    for number, method in enumerate((ByteBudget(share=0.5), ByteBudget(target_size=int(bytes_of(before) * 0.7)))):
+    for number, method in enumerate(
+        (
+            ByteBudget(runs_in="transformers", share=0.5),
+            ByteBudget(runs_in="transformers", target_size=int(bytes_of(before) * 0.7)),
+        )
+    ):
         out = tmp_path / f"out {number}"
         after, _ = compressed(source, out, method, engine)
         kinds = {name.split(".mlp.")[0][-1]: t.dtype for name, t in after.items() if ".experts." in name}

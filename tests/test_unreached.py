@@ -19,8 +19,8 @@ METHODS: dict[str, Any] = {
     "reduce": MSMoE(num_experts=4, routing="reduce"),
     "adaptive": MSMoE(num_experts=4, allocation="adaptive"),
     "rank": LowRankSparse(rank=8),
-    "budget": ByteBudget(share=0.5),
-    "merged and budget": [MSMoE(num_experts=4), ByteBudget(share=0.5)],
+    "budget": ByteBudget(runs_in="transformers", share=0.5),
+    "merged and budget": [MSMoE(num_experts=4), ByteBudget(runs_in="transformers", share=0.5)],
     "pruned without data and rank": [ExpertPruning(num_experts=4, saliency="aimer"), LowRankSparse(rank=8)],
 }
 MESSAGE = (
@@ -75,7 +75,7 @@ def test_an_unreached_tower_stays_as_it_is_where_that_is_wanted(method: str) -> 
 
 def test_a_budget_is_a_share_of_what_is_reached() -> None:
     """Half of the thinker's experts: what the talker keeps does not count."""
-    compressor = omni(ByteBudget(share=0.5), unseen="keep")
+    compressor = omni(ByteBudget(runs_in="transformers", share=0.5), unseen="keep")
     dense = sum(p.numel() for n, p in compressor.source.live.thinker.named_parameters() if ".experts." in n)
     left = sum(p.numel() for n, p in compressor.apply().thinker.named_parameters() if ".experts." in n)
     assert 0.4 * dense < left <= 0.5 * dense
@@ -101,7 +101,7 @@ def behind_cut_layers(method: Any, seed: int, propagate: bool) -> MoECompressor:
 @pytest.mark.parametrize(("first", "seed"), [(ExpertPruning(num_experts=20), 1), (MSMoE(num_experts=20), 3)])
 def test_forms_are_those_that_the_budget_was_spent_on(first: Any, seed: int) -> None:
     """Behind cut layers tokens choose other experts; what was priced is what is made, also without any token left."""
-    method = [first, ByteBudget(share=0.5, curvature=False)]
+    method = [first, ByteBudget(runs_in="transformers", share=0.5, curvature=False)]
     plans = []
     for propagate in (False, True):
         compressor = behind_cut_layers(method, seed, propagate)

@@ -20,13 +20,14 @@ from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum_moe.checkpoint.names import check_checkpoint_name, data_set_name
 from optimum_moe.cli.errors import ParseArgs, ending_in_one_line, name_flags
-from optimum_moe.runtimes import RUNTIMES
+from optimum_moe.runtimes import QUANTIZERS, RUNTIMES
 from optimum_moe.settings import percent
 
 if TYPE_CHECKING:
     from optimum_moe.recipe import Recipe
 
 SIZES = ("num_experts", "keep_ratio", "target_size", "share")
+_TARGETS = ("runs_in", "quantize", "tensor_parallel")
 
 
 class MoESubcommand(BaseOptimumCLICommand):
@@ -140,7 +141,17 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--runs-in",
         choices=[runtime.name for runtime in RUNTIMES],
-        help="What has to load a byte budget's checkpoint: any for whatever loads the original.",
+        help="What has to load a byte budget's checkpoint; default any: whatever loads the original.",
+    )
+    parser.add_argument(
+        "--quantize",
+        type=str.lower,
+        choices=[quantizer.name for quantizer in QUANTIZERS],
+        metavar="NAME",
+        help="Quantizer that comes after a byte budget, such as q4_k_m, q8_0, awq or fp8: widths fit its blocks.",
+    )
+    parser.add_argument(
+        "--tensor-parallel", type=int, metavar="N", help="Processes that a byte budget's experts are split over."
     )
     parser.add_argument(
         "--mtp",
@@ -189,8 +200,7 @@ def recipe_of(args: Namespace) -> Recipe:
 
     overrides = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     _check_sizes(args.recipe, list(overrides))
-    if args.runs_in is not None:
-        overrides["runs_in"] = args.runs_in
+    overrides |= {name: value for name in _TARGETS if (value := getattr(args, name)) is not None}
     for setting in args.set:
         field, separator, text = setting.partition("=")
         if not separator or not field:

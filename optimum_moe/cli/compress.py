@@ -19,6 +19,7 @@ from optimum_moe.cli.common import (
     recipe_of,
     text_source,
 )
+from optimum_moe.cli.errors import name_flags
 
 if TYPE_CHECKING:
     from optimum_moe.compressor import MoECompressor
@@ -123,6 +124,8 @@ class CompressCommand(MoESubcommand):
             assert compressor.plan is not None
             print(f"\nCalibration: {describe_calibration(compressor.plan.calibration)}")
             print(f"\nMeasured\n{compressor.measured()}\n\n{_how_to_load(compressor, path)}")
+            for remark in compressor.plan.remarks:
+                print(f"\n{name_flags(remark, self.parse_args)}")
         if args.push_to_hub is not None:
             compressor.save_pretrained(path, push_to_hub=True, repo_id=args.push_to_hub or None)
         if args.quiet:

@@ -71,6 +71,8 @@ class Decider:
         self._known: list[dict[str, BlockPlan]] = []
         """By stage: its own plans of blocks, which a later stage needs."""
         self._profiled: Observed | None = None
+        self.remarks: tuple[str, ...] = ()
+        """Sentences for the user about what was decided."""
 
     def allocate(self, statistics: Statistics | None, values: Sequence[str], progress: Progress) -> None:
         """Allocate the budgets of all stages in order, and take the profiles that they need.
@@ -99,6 +101,7 @@ class Decider:
             if statistics is not None:
                 self._keep_unreached(stage.changed_by_data(model, allocation), statistics.blocks)
             self._allocations.append(allocation)
+            self.remarks += stage.remarks(model, profiles)
             counts = {block.name: stage.remaining(model, block, allocation[block.name]) for block in model.blocks}
             model = model.with_experts(counts)
         self._counts = counts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -172,7 +172,7 @@ class Run:
             decider.allocate(statistics, self.identity["values"], shown)
         if not on_the_way:
             self._cut_all(decider, statistics, self.recipe.name)
-            return self._plan(statistics), statistics
+            return self._plan(statistics, decider.remarks), statistics
         if self.propagate and self.store.holds_all and statistics is None and unseen != "keep":
             # The original on disk does not change during the pass, and a second pass would read all of it again.
             self._check_reach(decider.changed_by_data())
@@ -182,13 +182,13 @@ class Run:
             self._pass(_Cut(self, decider, kept), pending, self.recipe.name, self.recipe.needs)
         self._cut_all(decider, None, "write", show=False)
         statistics = self._finished(kept)
-        return self._plan(statistics), statistics
+        return self._plan(statistics, decider.remarks), statistics
 
     @property
     def _shows_profiles(self) -> bool:
         return self.progress and any(stage.needs_profile for stage in self.recipe.stages)
 
-    def _plan(self, statistics: Statistics | None) -> CompressionPlan:
+    def _plan(self, statistics: Statistics | None, remarks: Sequence[str]) -> CompressionPlan:
         plans = self.store.plans()
         return CompressionPlan(
             blocks=plans,
@@ -197,6 +197,7 @@ class Run:
             source=self.identity,
             calibration=None if statistics is None else statistics.calibration,
             seed=self.seed,
+            remarks=tuple(remarks),
         )
 
     def _cut_all(self, source: PlanSource, statistics: Statistics | None, what: str, show: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 # Importing a format registers it.
 from optimum_moe.formats import (  # noqa: F401
+    constant,
     dense,
     empty,
     low_rank,

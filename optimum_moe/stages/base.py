@@ -146,6 +146,10 @@ class Stage(ABC):
         """
         return {block.name: None for block in model.blocks}
 
+    def remarks(self, model: ModelInfo, profiles: Mapping[str, Any]) -> tuple[str, ...]:
+        """Sentences for the user about what was decided; arguments as for `allocate`."""
+        return ()
+
     @abstractmethod
     def decide(self, context: BlockContext, allocated: Any) -> BlockPlan:
         """The plan for one block.

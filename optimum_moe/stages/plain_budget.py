@@ -25,7 +25,7 @@ from optimum_moe.algorithms.rerouting import Rerouter
 from optimum_moe.formats import StoredExperts, build_expert, refit_block
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.plan import BlockPlan, keep_all
-from optimum_moe.runtimes import Runtime
+from optimum_moe.runtimes import Quantizer, Runtime, width_step
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.counts import fewest_experts
 
@@ -81,23 +81,49 @@ def check_uniform(blocks: Sequence[BlockInfo], chosen: Sequence[BlockInfo], runt
         )
 
 
-def pairs(block: BlockInfo, num_blocks: int, runtime: Runtime, budget: float, router_bytes: float = 0.0) -> list[Pair]:
+def possible_widths(block: BlockInfo, quantizer: Quantizer | None = None, tensor_parallel: int = 1) -> list[int]:
+    """The widths that experts of a block may get, ascending.
+
+    Args:
+        block: The block.
+        quantizer: What comes after the compression, None for nothing.
+        tensor_parallel: Processes that the neurons of every expert are split over.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    whole = block.intermediate_size
+    step = width_step(whole, quantizer, tensor_parallel)
+    last = step if quantizer is not None else tensor_parallel
+    widths = [] if block.fixed_width else [*range(step, whole, step)]
+    widths = [width for width in widths if not block.width_divides or block.width_divides % width == 0]
+    widths += [whole] if whole % last == 0 else []
+    if not widths:
+        fixed = f" The width of experts cannot change: {block.fixed_width}." if block.fixed_width else ""
+        raise ValueError(
+            f"No width of at most {whole} neurons is a multiple of {step}, as quantize="
+            f"{None if quantizer is None else quantizer.name!r} with tensor_parallel={tensor_parallel} needs.{fixed} "
+            "Use another quantizer, such as q8_0 with blocks of 32, or fewer processes."
+        )
+    return widths
+
+
+def pairs(
+    block: BlockInfo, num_blocks: int, widths: Sequence[int], budget: float, router_bytes: float = 0.0
+) -> list[Pair]:
     """The most experts for each width that together store at most the budget, at least one pair.
 
     Args:
         block: Any block of the model, see `check_uniform`.
         num_blocks: How many there are.
-        runtime: Its step of widths.
+        widths: Ascending widths to choose from, see `possible_widths`.
         budget: Bytes for the experts of all blocks.
         router_bytes: Bytes that go with each removed expert of a block, in addition to its own.
 
     Raises:
-        ValueError: If the budget is below the smallest checkpoint that the router and the runtime allow.
+        ValueError: If the budget is below the smallest checkpoint that the router and the widths allow.
     """
     whole, total = block.intermediate_size, block.num_experts
-    step = runtime.step(whole)
-    widths = [whole] if block.fixed_width else [*range(step, whole, step), whole]
-    widths = [width for width in widths if not block.width_divides or block.width_divides % width == 0]
     fewest = total if block.fixed_router else fewest_experts(block, "reduce")
     groups = block.router_groups
     found: list[Pair] = []
@@ -111,8 +137,8 @@ def pairs(block: BlockInfo, num_blocks: int, runtime: Runtime, budget: float, ro
         least = num_blocks * fewest * _bytes_of_expert(block, widths[0])
         share = least / (num_blocks * total * _bytes_of_expert(block, whole))
         raise ValueError(
-            f"{budget:,.0f} bytes for the experts are less than runs_in={runtime.name!r} can express: {fewest} experts "
-            f"of {widths[0]} neurons in each block, {least:,.0f} bytes or a share of {ceil(share * 1e4) / 1e4:g}. "
+            f"{budget:,.0f} bytes for the experts are less than stock classes can express: {fewest} experts of "
+            f"{widths[0]} neurons in each block, {least:,.0f} bytes or a share of {ceil(share * 1e4) / 1e4:g}. "
             'Use a larger size, or runs_in="transformers".'
         )
     # Of pairs with as many experts only the widest is worth trying.
@@ -139,6 +165,18 @@ def choose_shapes(
         if total < best:
             best, result = total, shapes
     return result
+
+
+def expected_damage(
+    blocks: Sequence[BlockInfo], points: Mapping[str, Points], shapes: Mapping[str, PlainShape]
+) -> float:
+    """What the chosen shapes lose before anything is refitted, in the unit of the points."""
+    total = 0.0
+    for block in blocks:
+        shape = shapes[block.name]
+        for expert, own in enumerate(points[block.name]):
+            total += _damage_at(own, shape.width if expert in shape.kept else 0)
+    return total
 
 
 def _keep(block: BlockInfo, points: Points, pair: Pair) -> tuple[float, tuple[int, ...]]:

@@ -97,7 +97,9 @@ def test_a_model_without_logits_falls_back_to_output_errors() -> None:
     target_model = build("qwen3_moe").model
     statistics = observed(target_model, inputs_for("qwen3_moe"))
     assert all(block.reservoir.gradient_SJH is None for block in statistics.blocks.values())
-    compressor = MoECompressor.from_pretrained(target_model, ByteBudget(share=0.5), [inputs_for("qwen3_moe")])
+    compressor = MoECompressor.from_pretrained(
+        target_model, ByteBudget(runs_in="transformers", share=0.5), [inputs_for("qwen3_moe")]
+    )
     with pytest.warns(UserWarning, match="damage is measured by output errors"):
         compressor.apply()
     target_model = build("qwen3_moe").model

@@ -108,7 +108,9 @@ def test_an_unknown_block_is_compressed_saved_and_loaded(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recipe", [MSMoE(num_experts=4), ByteBudget(share=0.5)], ids=["map", "budget"])
+@pytest.mark.parametrize(
+    "recipe", [MSMoE(num_experts=4), ByteBudget(runs_in="transformers", share=0.5)], ids=["map", "budget"]
+)
 def test_a_process_that_never_saw_the_block_loads_it(
     recipe: Any, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

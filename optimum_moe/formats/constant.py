@@ -1,0 +1,74 @@
+"""The constant format: an expert becomes its mean output, for which the router goes on selecting it.
+
+MoNE (arXiv:2507.00390) replaces redundant experts so; vLLM calls them approximate experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+
+from optimum_moe.algorithms.byte_budget import Candidate
+from optimum_moe.algorithms.expert import Expert
+from optimum_moe.algorithms.expert_fitter import ExpertFitter, NarrowExpert
+from optimum_moe.formats.base import ExpertFormat, Layout, StoredPart, TensorSpec, register_format
+from optimum_moe.formats.budget_format import BudgetFormat, Trial
+from optimum_moe.formats.stored import StoredExpert, without_neurons
+
+
+@register_format
+class Constant(ExpertFormat, BudgetFormat):
+    """`approx_value` (1, H), the down bias included, of size 1; the name is that of vLLM."""
+
+    name = "constant"
+
+    def tensors(self, size: int, hidden_size: int, has_bias: bool) -> dict[str, TensorSpec]:
+        """The output."""
+        return {"approx_value": TensorSpec((1, hidden_size))}
+
+    def values(self, part: StoredPart | None, bias_H: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The mean output and the down bias."""
+        assert part is not None
+        output_1H = part.tensors["approx_value"]
+        return {"approx_value": output_1H if bias_H is None else output_1H + bias_H.to(output_1H)}
+
+    def forward(self, tensors: Mapping[str, torch.Tensor], input_PH: torch.Tensor) -> torch.Tensor:
+        """The output, whatever the input."""
+        return tensors["approx_value"]
+
+    def refittable(self, part: StoredPart, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ones, and the output as a matrix of one column."""
+        return input_PH.new_ones(len(input_PH), 1), part.tensors["approx_value"].T
+
+    def with_matrix(self, part: StoredPart, matrix_HN: torch.Tensor) -> StoredPart:
+        """The column as the output."""
+        return StoredPart(self.name, part.size, {"approx_value": matrix_HN.T.to(part.tensors["approx_value"].dtype)})
+
+    def widths(self, inner: int, can_narrow: bool) -> Collection[int]:
+        """Always zero neurons."""
+        return {0}
+
+    def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:
+        """The mean output on the fitted tokens."""
+        mean_1H = _mean(trial.fitter)
+        damage = trial.estimate.of_outputs(lambda input_PH: mean_1H.expand(len(input_PH), -1))
+        yield Candidate(self.name, 0, 1), damage
+
+    def layout(self, candidate: Candidate, gated: bool) -> Layout:
+        """Empty, since there are no matrices."""
+        return {}
+
+    def build(self, expert: Expert, fitter: ExpertFitter, candidate: Candidate) -> StoredExpert:
+        """No neurons, and the mean output on all tokens."""
+        part = StoredPart(self.name, 1, {"approx_value": _mean(fitter).to(expert.up_IH.dtype)})
+        return without_neurons(expert, part)
+
+
+def _mean(fitter: ExpertFitter) -> torch.Tensor:
+    """(1, H) mean output without the down bias, weighted as the loss is."""
+    loss = fitter.loss
+    weight_P1 = loss.weight_P[:, None].to(loss.input_PH.dtype)
+    hidden_PI = fitter.expert.activated(fitter.expert.preactivations(loss.input_PH))
+    total = weight_P1.sum()
+    return (weight_P1 * hidden_PI).sum(0, keepdim=True) @ fitter.expert.down_HI.T / (total if total > 0 else 1.0)
