@@ -19,6 +19,7 @@ class Runtime:
         is_uniform: Whether all blocks must have the same number of experts, and all experts the same width, because one
             number in config.json says it for the whole model.
         is_stock: Whether experts must be stored in the original's own tensors, without other formats.
+        removed_as: Format of what is left of a removed expert that calibration tokens reached.
         keeps_one: Whether every block must keep at least one whole expert.
         can_split: Whether the neurons of every expert can be split over processes (tensor parallelism).
     """
@@ -28,6 +29,7 @@ class Runtime:
     formats: tuple[str, ...] | None = None
     is_uniform: bool = False
     is_stock: bool = False
+    removed_as: str = "empty"
     keeps_one: bool = False
     can_split: bool = True
 
@@ -57,6 +59,18 @@ RUNTIMES: tuple[Runtime, ...] = (
         formats=("narrow",),
         is_uniform=True,
         is_stock=True,
+    ),
+    Runtime(
+        "vllm",
+        "vLLM from 0.33 on as it is, and transformers with this package",
+        formats=(),
+        removed_as="constant",
+        keeps_one=True,
+    ),
+    Runtime(
+        "vllm+optimum_moe",
+        "vLLM and transformers, both with this package",
+        formats=("narrow", "low_rank", "constant"),
     ),
     Runtime(
         "transformers",

@@ -219,14 +219,6 @@ class ExpertFormat(Format):
     def forward(self, tensors: Mapping[str, torch.Tensor], input_PH: torch.Tensor) -> torch.Tensor:
         """(P, H) or (H,) output of one expert, whose tensors have no stacking axis here."""
 
-    def refittable(self, part: StoredPart, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(P, N) what a matrix is applied to, and that matrix (H, N); None where no refit changes the output."""
-        return None
-
-    def with_matrix(self, part: StoredPart, matrix_HN: torch.Tensor) -> StoredPart:
-        """The part with another matrix in the place of the one of `refittable`."""
-        raise NotImplementedError(f"{self.name} has no matrix to refit")
-
     def describe(self, sizes: Sequence[int]) -> str:
         """Several of them in a few words."""
         return f"{len(sizes)} {self.name}"

@@ -6,6 +6,7 @@ Shape letters: S sampled tokens of the block, P routed tokens of one expert, H h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -24,8 +25,8 @@ def refit_block(
     ridge: float | None = None,
     target_SH: torch.Tensor | None = None,
 ) -> list[StoredExpert]:
-    """Refit the down projections of the experts that were changed, and what stands in the place of others; untouched
-    ones, and those in a format that cannot store any matrix, stay as they are.
+    """Refit the down projections of the experts that were changed; untouched ones, and those in a format that cannot
+    store any matrix, stay as they are.
 
     Args:
         experts: The block's experts before the cut, in the order of the ids.
@@ -55,18 +56,24 @@ def refit_block(
         lost_PH = torch.zeros_like(input_PH)
         if target_SH is None:
             lost_PH = whole.activated(whole.preactivations(input_PH)) * scale_P1 @ whole.down_HI.T
-        found = kept.refittable(whole, input_PH) if len(token_P) else None
-        if found is None:
+        if len(token_P) and kept.width:
+            hidden_PN, down_HN = kept.hidden(whole, input_PH) * scale_P1, kept.down.densified().float()
+            lost_PH = lost_PH - hidden_PN @ down_HN.T
+            if kept.down.encoded_again(down_HN) is not None:
+                parts[index] = DownRefit(token_P, hidden_PN, down_HN)
+        elif kept.instead is not None:
             lost_PH = lost_PH - kept.run(whole, input_PH) * scale_P1
-        else:
-            hidden_PN, last_HN = found[0] * scale_P1, found[1]
-            lost_PH = lost_PH - hidden_PN @ last_HN.T
-            parts[index] = DownRefit(token_P, hidden_PN, last_HN)
         left_SH.index_add_(0, token_P, lost_PH.float())
     refit_downs(list(parts.values()), left_SH, sweeps, ridge)
-    return [kept.with_last(parts[e].down_HN) if e in parts else kept for e, kept in enumerate(stored)]
+    return [_with_down(kept, parts[e].down_HN) if e in parts else kept for e, kept in enumerate(stored)]
 
 
 def _is_untouched(expert: Expert, kept: StoredExpert) -> bool:
     same = kept.down.is_dense and kept.down.densified().data_ptr() == expert.down_HI.data_ptr()
     return kept.neurons is None and kept.up.is_dense and same
+
+
+def _with_down(kept: StoredExpert, down_HN: torch.Tensor) -> StoredExpert:
+    down = kept.down.encoded_again(down_HN.to(kept.down.densified().dtype))
+    assert down is not None
+    return replace(kept, down=down)

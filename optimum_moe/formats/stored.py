@@ -7,7 +7,7 @@ kept, G experts of a block.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -182,29 +182,6 @@ class StoredExpert:
         entering = [self.up] if self.gate is None else [self.gate, self.up]
         stacked_PS = torch.cat([input_PH @ matrix.densified().to(input_PH.dtype).T for matrix in entering], dim=1)
         return narrow.activated(stacked_PS)
-
-    def refittable(self, expert: Expert, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(P, N) what the last matrix is applied to, and that matrix (H, N); None where it cannot be any other.
-
-        Arguments as for `hidden`.
-        """
-        if self.width:
-            down_HN = self.down.densified().to(input_PH.dtype)
-            return None if self.down.encoded_again(down_HN) is None else (self.hidden(expert, input_PH), down_HN)
-        if self.instead is None:
-            return None
-        form: ExpertFormat = get_format(self.instead.format, ExpertFormat)
-        found = form.refittable(self.instead, input_PH)
-        return None if found is None else (found[0], found[1].to(input_PH.dtype))
-
-    def with_last(self, matrix_HN: torch.Tensor) -> StoredExpert:
-        """The expert with another matrix in the place of the last one of `refittable`."""
-        if self.instead is not None:
-            form: ExpertFormat = get_format(self.instead.format, ExpertFormat)
-            return replace(self, instead=form.with_matrix(self.instead, matrix_HN))
-        down = self.down.encoded_again(matrix_HN.to(self.down.densified().dtype))
-        assert down is not None
-        return replace(self, down=down)
 
     def run(self, expert: Expert, input_PH: torch.Tensor) -> torch.Tensor:
         """(P, H) outputs without the down bias; arguments as for `hidden`."""

@@ -11,6 +11,8 @@ from optimum_moe.algorithms.byte_budget import Candidate, Point
 from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.ranks import STEP
 from optimum_moe.formats import StoredExperts, budget_formats, build_expert, candidates, choose, refit_block
+from optimum_moe.formats.base import get_format
+from optimum_moe.formats.budget_format import BudgetFormat
 from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.runtimes import Quantizer, Runtime, get_quantizer, get_runtime
@@ -22,6 +24,7 @@ from optimum_moe.stages.counts import bytes_for_tensors, check_share, check_size
 from optimum_moe.stages.formatting import FormattingStage
 from optimum_moe.stages.plain_budget import (
     Pair,
+    block_output,
     check_uniform,
     choose_shapes,
     expected_damage,
@@ -30,6 +33,8 @@ from optimum_moe.stages.plain_budget import (
     possible_widths,
 )
 from optimum_moe.statistics import Statistics
+
+_REMOVED = Candidate("empty", 0)
 
 # Smaller gains of another runtime are not worth a sentence.
 _LEAST_REMARK = 0.05
@@ -65,7 +70,9 @@ class ByteBudget(FormattingStage):
             their present size.
         runs_in: What has to load the checkpoint (`optimum_moe.runtimes`). `"any"` (default): everything that loads the
             original, since all blocks keep the same number of experts, of the same width, in the original's own
-            tensors. `"transformers"`: transformers with this package; at the same size it loses much less.
+            tensors. `"vllm"`: vLLM from 0.33 on without any code; experts are whole or constants, different numbers of
+            them in each block. `"vllm+optimum_moe"`: vLLM with this package as its plugin. `"transformers"`:
+            transformers with this package. The later ones lose less at the same size.
         formats: Formats that an expert may get between empty and unchanged: `"narrow"` (fewer neurons), `"low_rank"`,
             `"constant"` (its mean output) and other registered ones; default all that `runs_in` can take.
         curvature: Measure damage in the loss, with backward passes over the calibration data (default); False measures
@@ -179,12 +186,27 @@ class ByteBudget(FormattingStage):
         """See `Stage.check`."""
         super().check(model)
         chosen = selected_blocks(model.original, self.layers, self.protect)
+        self._check_split(chosen)
         if self.runtime.is_uniform:
             check_uniform(model.blocks, chosen, self.runtime)
             self._pairs(model)
             self._warn_of_fallback(model.blocks[0])
         else:
             self._budget(model.original, chosen)
+
+    def _check_split(self, chosen: Sequence[BlockInfo]) -> None:
+        """Check that whole experts, and those of any width, can be split over the processes."""
+        odd = next((block for block in chosen if block.intermediate_size % self.tensor_parallel), None)
+        if odd is not None and not self.runtime.is_uniform:
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} does not divide the {odd.intermediate_size} neurons of the "
+                f"experts of {odd.name}. Use fewer processes."
+            )
+        if "narrow" in self.tried_formats and not self.runtime.is_uniform and STEP % self.tensor_parallel:
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} does not divide {STEP}, of which all widths are multiples. "
+                f"Use a divisor of {STEP}, or formats=[], which keeps the width of every expert."
+            )
 
     def _warn_of_fallback(self, block: BlockInfo) -> None:
         """Say what the quantizer does to gate and up projections whose rows it cannot divide, whatever is planned."""
@@ -252,7 +274,7 @@ class ByteBudget(FormattingStage):
         chosen = [block for block in model.original.blocks if profiles.get(block.name) is not None]
         found: dict[str, tuple[Candidate, ...]] = {}
         if chosen:
-            found = spend_budget(chosen, profiles, self._budget(model.original, chosen))
+            found = spend_budget(chosen, profiles, self._budget(model.original, chosen), self.runtime.keeps_one)
         return {block.name: found.get(block.name) for block in model.blocks}
 
     def remarks(self, model: ModelInfo, profiles: Mapping[str, BlockProfile | None]) -> tuple[str, ...]:
@@ -325,11 +347,23 @@ class ByteBudget(FormattingStage):
         sample, profiled = context.sample(), context.profiled_sample()
         experts = [single_expert(context.experts, index) for index in range(len(allocated))]
         tokens = [found if len(found := sample.of_expert(e)) else profiled.of_expert(e) for e in range(len(experts))]
-        chosen = zip(experts, tokens, allocated, strict=True)
-        stored = [build_expert(expert, seen, candidate) for expert, seen, candidate in chosen]
-        # If expert outputs are not simply summed, one expert cannot compensate the error of another.
-        summed = context.experts.finish is None and not context.experts.fixed_neurons
-        return StoredExperts(tuple(refit_block(experts, stored, sample) if summed else stored))
+        # What a constant saves is less certain than what it takes: which experts go does not depend on it.
+        left = Candidate(self.runtime.removed_as, 0, size=1)
+        chosen = [
+            left if candidate == _REMOVED and len(seen) and self.runtime.removed_as != _REMOVED.format else candidate
+            for candidate, seen in zip(allocated, tokens, strict=True)
+        ]
+        stored = [build_expert(expert, seen, each) for expert, seen, each in zip(experts, tokens, chosen, strict=True)]
+        if context.experts.finish is not None or context.experts.fixed_neurons:
+            # Where expert outputs are not simply summed, one expert cannot make up for the error of another.
+            return StoredExperts(tuple(stored))
+        # Where experts are either whole or gone, the whole ones make up for the others.
+        partial = any(c.neurons and get_format(c.format, BudgetFormat).needs_tokens for c in allocated)
+        gone = any(not candidate.neurons for candidate in allocated)
+        target_SH = None
+        if gone and not partial:
+            target_SH = block_output(context.experts, range(len(experts)), sample, biased=False)
+        return StoredExperts(tuple(refit_block(experts, stored, sample, target_SH=target_SH)))
 
     def costs(self, model: ModelInfo, before: Mapping[str, BlockCost]) -> dict[str, BlockCost]:
         """Bounds of the costs: from no expert at all to the whole budget."""
@@ -348,7 +382,10 @@ class ByteBudget(FormattingStage):
 
 
 def spend_budget(
-    blocks: Sequence[BlockInfo], profiles: Mapping[str, BlockProfile | None], budget: float
+    blocks: Sequence[BlockInfo],
+    profiles: Mapping[str, BlockProfile | None],
+    budget: float,
+    keeps_one: bool = False,
 ) -> dict[str, tuple[Candidate, ...]]:
     """Choose a candidate for every expert, so that all of them store at most `budget` bytes.
 
@@ -356,11 +393,16 @@ def spend_budget(
         blocks: The blocks.
         profiles: Profile of each block.
         budget: Budget in bytes.
+        keeps_one: Whether the expert of a block that loses the most without its neurons stays as it is.
 
     Raises:
         ValueError: If experts that must be kept need more than the budget.
     """
     points = comparable({block.name: profile for block in blocks if (profile := profiles[block.name]) is not None})
+    if keeps_one:
+        for found in points.values():
+            most = max(range(len(found)), key=lambda expert: found[expert][0].damage)
+            found[most] = found[most][-1:]
     offered = [own for found in points.values() for own in found]
     owners = [name for name, found in points.items() for _ in found]
     allocated: dict[str, list[Candidate]] = {name: [] for name in points}

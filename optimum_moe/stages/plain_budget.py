@@ -284,15 +284,17 @@ def _tokens(rerouted: SampledTokens, sample: SampledTokens, slot: int) -> Expert
     return ExpertTokens(input_SH, torch.ones(len(input_SH), device=input_SH.device))
 
 
-def block_output(experts: ExpertTensors, ids: Sequence[int], tokens: SampledTokens) -> torch.Tensor:
-    """(S, H) float32 weighted sum of the outputs of some experts, down biases included."""
+def block_output(
+    experts: ExpertTensors, ids: Sequence[int], tokens: SampledTokens, biased: bool = True
+) -> torch.Tensor:
+    """(S, H) float32 weighted sum of the outputs of some experts, with their down biases or without."""
     output_SH = torch.zeros(tokens.input_SH.shape, device=tokens.input_SH.device)
     for slot, index in enumerate(ids):
         token_P, seen = tokens.routed(slot)
         expert = single_expert(experts, index)
         hidden_PI = expert.activated(expert.preactivations(seen.input_PH))
         output_SH.index_add_(0, token_P, (hidden_PI * seen.weight_P[:, None] @ expert.down_HI.T).float())
-    if experts.down_bias is not None:
+    if experts.down_bias is not None and biased:
         output_SH += _bias_output(experts.down_bias, ids, tokens)
     return output_SH
 
