@@ -39,6 +39,7 @@ ORIGINAL = "original"
 SHARES = (75, 50, 25, 20, 15, 10)
 BUDGET = "byte budget"
 PLAIN = "byte budget, any runtime"
+VLLM = "byte budget, vLLM as it is"
 
 Variant = Callable[[float], "Stage | list[Stage] | None"]
 """From a share of the experts' bytes to what is left of that size; None where the variant cannot be so small."""
@@ -81,7 +82,18 @@ def plain(reference: Reference, share: float) -> Stage | None:
     """The byte budget for stock classes, down to the fewest experts of the least width."""
     least = reference.least_experts * width_step(reference.intermediate_size)
     whole = reference.num_experts * reference.intermediate_size
-    return ByteBudget(share=share, runs_in="any") if share * whole >= least else None
+    return ByteBudget(share=share) if share * whole >= least else None
+
+
+def whole_experts(reference: Reference, share: float) -> Stage | None:
+    """For stock classes, the experts that the loss is expected to miss the most."""
+    least = reference.least_experts / reference.num_experts
+    return ByteBudget(share=share, formats=[], refit=False) if share >= least else None
+
+
+def uneven_experts(share: float) -> Stage:
+    """The same, with other numbers of experts in each block."""
+    return ByteBudget(share=share, runs_in="transformers", formats=[], refit=False)
 
 
 def merged(reference: Reference, share: float) -> Stage:
@@ -135,7 +147,10 @@ def reference_setting(reference: Reference) -> Setting:
             "whitened SVD": uniform(smallest, whiten=True),
             "frequency pruning": partial(pruned, reference, "frequency"),
             "REAP pruning": partial(pruned, reference, "reap"),
+            "whole experts by loss": partial(whole_experts, reference),
             PLAIN: partial(plain, reference),
+            "uneven whole experts by loss": uneven_experts,
+            VLLM: lambda share: ByteBudget(share=share, runs_in="vllm"),
             **BUDGETS,
         },
         {"max_tokens": 16384, "num_questions": 100, "num_prompts": 16},
@@ -181,7 +196,7 @@ def statistics_of(setting: Setting, seed: int, folder: Path) -> Statistics:
     return Statistics.from_pretrained(kept)
 
 
-def run_seed(setting: Setting, seed: int, shares: list[int], arguments: argparse.Namespace) -> None:
+def run_seed(setting: Setting, seed: int, shares: list[float], arguments: argparse.Namespace) -> None:
     """Measure everything of one calibration seed that was not measured yet."""
     folder = arguments.cache / key_of(setting) / f"seed{seed}"
     wanted = [(share, name) for share in shares for name in setting.variants if name in arguments.variants]
@@ -198,7 +213,7 @@ def run_seed(setting: Setting, seed: int, shares: list[int], arguments: argparse
             method = setting.variants[name](share / 100)
             compressor = MoECompressor.from_pretrained(setting.model, method, seed=seed, progress=False)
             models[share, name] = compressor.apply(statistics=statistics)
-            print(f"seed {seed}: {name} at {share}% made", file=sys.stderr, flush=True)
+            print(f"seed {seed}: {name} at {share:g}% made", file=sys.stderr, flush=True)
         results = evaluate_many(
             {f"{share} {name}": model for (share, name), model in models.items()},
             str(HELD_OUT),
@@ -214,13 +229,13 @@ def run_seed(setting: Setting, seed: int, shares: list[int], arguments: argparse
         gc.collect()
 
 
-def file_of(folder: Path, share: int, name: str) -> Path:
-    return folder / f"{share}-{name.replace(' ', '_').replace('+', 'and')}.json"
+def file_of(folder: Path, share: float, name: str) -> Path:
+    return folder / f"{share:g}-{name.replace(' ', '_').replace('+', 'and')}.json"
 
 
-def read(setting: Setting, arguments: argparse.Namespace) -> dict[tuple[int, str], list[EvaluationResult]]:
+def read(setting: Setting, arguments: argparse.Namespace) -> dict[tuple[float, str], list[EvaluationResult]]:
     """All results by share and variant, one for each seed."""
-    found: dict[tuple[int, str], list[EvaluationResult]] = {}
+    found: dict[tuple[float, str], list[EvaluationResult]] = {}
     for seed in arguments.seeds:
         folder = arguments.cache / key_of(setting) / f"seed{seed}"
         for share, name in [(100, ORIGINAL), *((s, n) for s in arguments.shares for n in setting.variants)]:
@@ -234,7 +249,7 @@ def values_of(results: list[EvaluationResult], column: str, base: float) -> list
     return [value / base for value in values] if column == "perplexity" else values
 
 
-def table(setting: Setting, found: dict[tuple[int, str], list[EvaluationResult]], shares: list[int]) -> list[str]:
+def table(setting: Setting, found: dict[tuple[float, str], list[EvaluationResult]], shares: list[float]) -> list[str]:
     """Lines of a Markdown table."""
     base = found[100, ORIGINAL][0].scores["perplexity"].value
     lines = ["| expert bytes | variant | perplexity | KL | top-1 | choice | generation | loops |", "|---" * 8 + "|"]
@@ -247,11 +262,13 @@ def table(setting: Setting, found: dict[tuple[int, str], list[EvaluationResult]]
                 values = values_of(found[share, name], column, base)
                 digits, factor = (4, "") if column == "kl" else (3, "x" if column == "perplexity" else "")
                 cells.append(f"{factor}{stats.mean(values):.{digits}f} ({max(values) - min(values):.{digits}f})")
-            lines.append(f"| {share}% | {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {share:g}% | {name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def plot(setting: Setting, found: dict[tuple[int, str], list[EvaluationResult]], shares: list[int], path: Path) -> None:
+def plot(
+    setting: Setting, found: dict[tuple[float, str], list[EvaluationResult]], shares: list[float], path: Path
+) -> None:
     """KL and perplexity against the share of the experts' bytes."""
     from matplotlib import pyplot
 
@@ -274,7 +291,7 @@ def plot(setting: Setting, found: dict[tuple[int, str], list[EvaluationResult]],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--on", choices=SETTINGS, default="reference")
-    parser.add_argument("--shares", type=int, nargs="+", default=list(SHARES), help="per cent of the experts' bytes")
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="per cent of the experts' bytes")
     parser.add_argument("--variants", nargs="+", help="default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)

@@ -77,6 +77,7 @@ class ByteBudget(FormattingStage):
             `"constant"` (its mean output) and other registered ones; default all that `runs_in` can take.
         curvature: Measure damage in the loss, with backward passes over the calibration data (default); False measures
             output errors, which are also used if no backward pass is possible.
+        refit: Refit the down projections of each block together, to what the block gave before (default).
         layers: Positions of the MoE blocks to compress, None for all.
         protect: Patterns of block names to leave unchanged.
         tensor_parallel: Number of processes that the neurons of every expert have to be split over evenly.
@@ -96,6 +97,7 @@ class ByteBudget(FormattingStage):
     runs_in: str = "any"
     formats: Sequence[str] | None = None
     curvature: bool = True
+    refit: bool = True
     layers: Sequence[int] | None = None
     protect: Sequence[str] | None = None
     tensor_parallel: int = 1
@@ -311,7 +313,7 @@ class ByteBudget(FormattingStage):
     def decide(self, context: BlockContext, allocated: Any) -> BlockPlan:
         """All experts in the chosen formats, or those that remain for stock classes."""
         if self.runtime.is_uniform:
-            return plain_plan(context, allocated)
+            return plain_plan(context, allocated, self.refit)
         return super().decide(context, allocated)
 
     def _budget(self, model: ModelInfo, chosen: Sequence[BlockInfo]) -> int:
@@ -354,7 +356,7 @@ class ByteBudget(FormattingStage):
             for candidate, seen in zip(allocated, tokens, strict=True)
         ]
         stored = [build_expert(expert, seen, each) for expert, seen, each in zip(experts, tokens, chosen, strict=True)]
-        if context.experts.finish is not None or context.experts.fixed_neurons:
+        if not self.refit or context.experts.finish is not None or context.experts.fixed_neurons:
             # Where expert outputs are not simply summed, one expert cannot make up for the error of another.
             return StoredExperts(tuple(stored))
         # Where experts are either whole or gone, the whole ones make up for the others.

@@ -15,8 +15,9 @@ from optimum_moe.statistics import OBSERVATION_OF
 Function = Callable[..., Any]
 
 _OF_THE_CONTEXT = ("experts", "info", "router", "generator")
-_SAMPLES = ("sample", "reservoir")
-"""`sample` is on the device of the experts, `reservoir` is the same data as observed."""
+_SAMPLES = ("sample", "reservoir", "loss_sample")
+"""`sample` is on the device of the experts, `reservoir` is the same data as observed, and `loss_sample` has gradients of
+the loss as well, where a backward pass is possible."""
 READABLE = (*_OF_THE_CONTEXT, *_SAMPLES, *OBSERVATION_OF)
 """What a function of any kind may read of a block."""
 
@@ -41,7 +42,8 @@ class FromContext:
     def observations(self) -> frozenset[str]:
         """Names of the observations that the function reads."""
         found = {OBSERVATION_OF[part] for part in self.parts if part in OBSERVATION_OF}
-        return frozenset(found | ({"sample"} if self.parts.intersection(_SAMPLES) else set()))
+        sampled = {"sample"} if self.parts.intersection(_SAMPLES) else set()
+        return frozenset(found | sampled | ({"gradients"} if "loss_sample" in self.parts else set()))
 
     def __call__(self, context: BlockContext, **more: Any) -> Any:
         """The checked result of the function for a block; `more` are arguments that the context does not have.
@@ -50,8 +52,7 @@ class FromContext:
             WrongResult: If the function returns what its kind does not allow.
         """
         given = {part: getattr(context, part) for part in self.parts if part in _OF_THE_CONTEXT}
-        if "sample" in self.parts:
-            given["sample"] = context.sample()
+        given |= {part: context.sample() for part in self.parts.intersection(("sample", "loss_sample"))}
         if "reservoir" in self.parts:
             given["reservoir"] = context.observed().reservoir
         given |= {part: getattr(context.observed(), part) for part in self.parts if part in OBSERVATION_OF}

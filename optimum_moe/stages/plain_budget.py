@@ -215,12 +215,13 @@ def _bytes_of_expert(block: BlockInfo, width: int) -> float:
     return matrices + (fixed + (biases - fixed) * width / whole) * block.bias_itemsize
 
 
-def plain_plan(context: BlockContext, shape: PlainShape) -> BlockPlan:
-    """The plan for one block that keeps some experts with some of their neurons, refitted to the block's output.
+def plain_plan(context: BlockContext, shape: PlainShape, refit: bool = True) -> BlockPlan:
+    """The plan for one block that keeps some experts with some of their neurons.
 
     Args:
         context: The block.
         shape: What it keeps.
+        refit: Whether the down projections are refitted together to the block's output.
     """
     info, experts = context.info, context.experts
     plan = keep_all(info.name, info.num_experts)
@@ -237,15 +238,16 @@ def plain_plan(context: BlockContext, shape: PlainShape) -> BlockPlan:
             router_weights_E=weights_E,
         )
     is_whole = shape.width == info.intermediate_size
-    if is_whole and (plan.keeps_all or experts.finish is not None or experts.fixed_neurons):
-        # Nothing is narrowed, and where outputs are not simply summed nothing can be refitted.
+    refit = refit and experts.finish is None and not experts.fixed_neurons
+    if is_whole and (plan.keeps_all or not refit):
+        # Nothing is narrowed, and nothing is, or where outputs are not simply summed can be, refitted.
         return plan
     sample = context.sample()
     rerouted = _rerouted(context, sample, shape.kept)
     kept = [single_expert(experts, expert) for expert in shape.kept]
     candidate = Candidate("dense" if is_whole else "narrow", shape.width)
     stored = [build_expert(expert, _tokens(rerouted, sample, slot), candidate) for slot, expert in enumerate(kept)]
-    if experts.finish is None:
+    if refit:
         target_SH = block_output(experts, range(info.num_experts), sample)
         if experts.down_bias is not None:
             target_SH -= _bias_output(experts.down_bias, shape.kept, rerouted)

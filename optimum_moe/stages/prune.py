@@ -26,7 +26,8 @@ class ExpertPruning(CountedStage):
         target_size: Maximum size of the weight files, headers included: bytes, or for example `"16GB"`, or `"50%"` of
             their present size.
         saliency: Registered criterion: `"reap"`, `"frequency"`, `"gate_sum"`, `"ean"`, `"output_norm"`,
-            `"output_norm_squared"`, `"aimer"` (data-free) or `"random"` (baseline).
+            `"output_norm_squared"`, `"fisher"` (expected rise of the loss), `"aimer"` (data-free) or `"random"`
+            (baseline).
         layers: Positions of the MoE blocks to compress, None for all.
         protect: Patterns of block names to leave unchanged.
 

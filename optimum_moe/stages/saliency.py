@@ -7,7 +7,9 @@ from itertools import chain
 
 import torch
 
+from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
 from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.algorithms.fisher_loss import FisherLoss
 from optimum_moe.algorithms.merging import in_parts
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.stages.from_context import Choice, Function
@@ -21,9 +23,10 @@ def register_saliency(name: str) -> Callable[[Function], Function]:
 
     The names of the function's parameters say what it reads: fields of `BlockStatistics` such as `gated_norm_sum_E`,
     and `experts` (an `ExpertTensors`), `router` (a `RouterView`), `info` (a `BlockInfo`), `sample` (`SampledTokens`),
-    `reservoir` (a `Reservoir`) and `generator` (a seeded `torch.Generator`). Only the statistics that it names are
-    observed. Without any it is data-free; without `experts` a streaming run does not read removed experts. It returns
-    a finite value for each expert, (E,); experts with higher values are kept.
+    `loss_sample` (the same with gradients of the loss), `reservoir` (a `Reservoir`) and `generator` (a seeded
+    `torch.Generator`). Only the statistics that it names are observed. Without any it is data-free; without `experts` a
+    streaming run does not read removed experts. It returns a finite value for each expert, (E,); experts with higher
+    values are kept.
 
     Args:
         name: Name of the criterion in recipes.
@@ -72,6 +75,19 @@ def mean_squared_activation_norm(output_sq_sum_E: torch.Tensor, token_count_E: t
 def router_weighted_activation(gated_norm_sum_E: torch.Tensor, token_count_E: torch.Tensor) -> torch.Tensor:
     """Mean of g ||f(x)|| over the expert's tokens (REAP, arXiv:2510.13999)."""
     return _mean(gated_norm_sum_E, token_count_E)
+
+
+@register_saliency("fisher")
+def expected_loss(experts: ExpertTensors, loss_sample: SampledTokens) -> torch.Tensor:
+    """What the loss is expected to rise by when the expert gives nothing, in second order (Fisher information).
+
+    Tokens of removed experts are not routed anew in it. Without gradients it is half of the squared output.
+    """
+    damages = []
+    for e in range(experts.num_experts):
+        tokens = loss_sample.of_expert(e)
+        damages.append(FisherLoss(single_expert(experts, e), tokens).empty_damage if len(tokens) else 0.0)
+    return torch.tensor(damages, dtype=torch.float64)
 
 
 @register_saliency("aimer")
