@@ -93,7 +93,7 @@ def test_neurons_that_give_nothing_cost_nothing(target: Target) -> None:
     if reason := info.fixed_width or info.no_factors:
         pytest.skip(reason)
     left = info.intermediate_size // 3
-    assert left == width_step(info.intermediate_size)
+    assert left % width_step(info.intermediate_size) == 0
     with torch.no_grad():
         for found in find_blocks(model):
             for down_HI in found.surgeon.experts(found.module(model)).down:

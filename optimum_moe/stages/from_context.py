@@ -16,8 +16,8 @@ Function = Callable[..., Any]
 
 _OF_THE_CONTEXT = ("experts", "info", "router", "generator")
 _SAMPLES = ("sample", "reservoir", "loss_sample")
-"""`sample` is on the device of the experts, `reservoir` is the same data as observed; `loss_sample` also has gradients of
-the loss, where a backward pass is possible."""
+"""`sample` is on the device of the experts, `reservoir` is the same data as observed; `loss_sample` also has gradients
+of the loss, where a backward pass is possible."""
 READABLE = (*_OF_THE_CONTEXT, *_SAMPLES, *OBSERVATION_OF)
 """What a function of any kind may read of a block."""
 
