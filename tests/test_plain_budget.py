@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from optimum_moe.algorithms.rerouting import Rerouter
 from optimum_moe.engine.disk_store import DiskStore
 from optimum_moe.engine.layers import Layer
 from optimum_moe.plan import BlockPlan
-from optimum_moe.runtimes import width_step
+from optimum_moe.runtimes import get_quantizer, width_step
+from optimum_moe.stages.plain_budget import possible_widths
 from optimum_moe.surgeons import find_blocks, with_widths
 from optimum_moe.verification import verify
 from tests.mtp_checkpoints import save_with_mtp
@@ -31,7 +34,7 @@ def data_for(target: Target | str) -> list[dict[str, torch.Tensor]]:
 
 
 def compressor_for(model, target: Target | str, **kwargs) -> MoECompressor:
-    settings = {name: kwargs.pop(name) for name in ("share", "target_size", "curvature") if name in kwargs}
+    settings = {name: kwargs.pop(name) for name in ("share", "target_size", "curvature", "quantize") if name in kwargs}
     stage = ByteBudget(runs_in="any", **settings)
     return MoECompressor.from_pretrained(model, stage, CalibrationConfig(data_for(target)), progress=False, **kwargs)
 
@@ -281,3 +284,73 @@ def test_without_the_package_the_same_model_loads(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "logits.pt")], check=True, capture_output=True)
     assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() <= 1e-6
+
+
+def test_widths_are_those_of_the_quantizer_and_of_the_processes() -> None:
+    info = replace(with_widths(build("qwen3_moe"), find_blocks(build("qwen3_moe")))[0].info, intermediate_size=768)
+    assert possible_widths(info) == [*range(32, 769, 32)]
+    assert possible_widths(info, get_quantizer("q4_k_m")) == [256, 512, 768]
+    assert possible_widths(info, get_quantizer("fp8"), tensor_parallel=2) == [256, 512, 768]
+    assert possible_widths(info, get_quantizer("q8_0"), tensor_parallel=3) == [96 * n for n in range(1, 9)]
+    assert possible_widths(replace(info, width_divides=1536), get_quantizer("q4_k_m")) == [256, 512, 768]
+    odd = replace(info, intermediate_size=1408)
+    # The width of the original is on the grid of q8_0, and not on that of the K-quants.
+    assert possible_widths(odd, get_quantizer("q8_0"))[-1] == 1408
+    assert possible_widths(odd, get_quantizer("q4_k_m")) == [256, 512, 768, 1024, 1280]
+    assert possible_widths(replace(info, fixed_width="so"), get_quantizer("q4_k_m")) == [768]
+    for block, quantizer, processes in ((replace(info, intermediate_size=96), "q4_k_m", 1), (info, "fp8", 7)):
+        with pytest.raises(ValueError, match=rf"No width of at most {block.intermediate_size} neurons is a multiple"):
+            possible_widths(block, get_quantizer(quantizer), processes)
+    with pytest.raises(ValueError, match="fixed here"):
+        possible_widths(replace(odd, fixed_width="fixed here"), get_quantizer("q4_k_m"))
+    # As fine as can be chosen among where experts are small, and what every kernel takes where they are large.
+    assert [width_step(size) for size in (24, 48, 80, 96, 192, 704, 768, 1408, 1000)] == [
+        8,
+        8,
+        8,
+        16,
+        32,
+        32,
+        32,
+        32,
+        8,
+    ]
+
+
+def test_a_budget_for_a_quantizer_stays_on_its_grid() -> None:
+    model = build("qwen3_moe", hidden_size=64, moe_intermediate_size=96)
+    compressor = compressor_for(model, "qwen3_moe", share=0.45, quantize="q8_0", curvature=False)
+    compressor.apply()
+    assert {plan.width % 32 if plan.width else 0 for plan in compressor.plan.blocks.values()} == {0}
+    with pytest.warns(UserWarning, match=r"hidden size 48 is no multiple of 32: .* is stored in a larger type"):
+        compressor_for(
+            build("qwen3_moe", hidden_size=48, moe_intermediate_size=96), "qwen3_moe", share=0.45, quantize="q4_0"
+        )
+    for settings, message in (
+        ({"runs_in": "transformers", "quantize": "q4_0"}, r'does not write\. Pass runs_in="any"'),
+        ({"runs_in": "transformers", "tensor_parallel": 2}, "has no meaning for runs_in='transformers'"),
+        (
+            {"runs_in": "any", "formats": ["low_rank"]},
+            r"can take experts in the formats \['narrow'\], not in 'low_rank'",
+        ),
+        ({"runs_in": "any", "quantize": "q4_9"}, "quantize='q4_9' is unknown; did you mean 'q4_"),
+        ({"runs_in": "any", "tensor_parallel": 0}, "tensor_parallel=0 is out of range"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ByteBudget(share=0.5, **settings)
+    with pytest.raises(ValueError, match=r"tensor_parallel=5 does not divide the 48 neurons"):
+        MoECompressor.from_pretrained(
+            build("qwen3_moe", moe_intermediate_size=48),
+            ByteBudget(share=0.5, runs_in="vllm", tensor_parallel=5),
+            data_for("qwen3_moe"),
+        )
+
+
+def test_another_runtime_would_lose_less(tmp_path: Path) -> None:
+    """The last sentence, which the plan keeps; none where nothing can be gained."""
+    compressor = compressor_for(build("qwen3_moe", num_hidden_layers=3), "qwen3_moe", share=0.4)
+    compressor.apply()
+    (remark,) = compressor.plan.remarks
+    assert re.search(r'With runs_in="transformers" as many bytes are expected to lose at least \d+% less', remark)
+    compressor.save_pretrained(tmp_path / "out")
+    assert CompressionPlan.from_pretrained(tmp_path / "out").remarks == (remark,)

@@ -90,10 +90,11 @@ def _dense_failures(
     assert sizes is not None
     kept = None if plan.neurons is None else plan.neurons[expert]
     exact = {name: _is_exact(sizes.sizes_of(name, expert)) for name in originals}
+    # Experts that keep all of their neurons are refitted to the tokens of removed ones, if no others can be.
+    make_up = plan.is_stock or (not sizes.parts and 0 in sizes.widths and len(set(sizes.widths)) == 2)
     failures = []
     for projection in originals:
-        # Stock experts are refitted to the tokens of removed ones even if they keep all neurons.
-        refitted = projection == "down" and (kept is not None or plan.is_stock or not all(exact.values()))
+        refitted = projection == "down" and (kept is not None or make_up or not all(exact.values()))
         if not exact[projection] or refitted:
             continue
         # Matrices in other formats are not made: the values of a broken checkpoint may not allow it.

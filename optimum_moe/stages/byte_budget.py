@@ -109,25 +109,26 @@ class ByteBudget(FormattingStage):
         check_share("share", self.share)
         if self.target_size is not None:
             check_size(self.target_size)
+        runtime, quantizer = self.runtime, self.quantizer
         if isinstance(self.formats, str):
             raise ValueError(f"formats={self.formats!r} must be a list, for example ['narrow'].")
         for name in self.formats or ():
             choose_one("formats", name, budget_formats())
             if name not in self._runtime_formats:
                 raise ValueError(
-                    f"runs_in={self.runs_in!r} can take experts in the formats {list(self._runtime_formats)}, not in "
+                    f"runs_in={runtime.name!r} can take experts in the formats {list(self._runtime_formats)}, not in "
                     f'{name!r}. Leave it out, or pass runs_in="transformers".'
                 )
         check_count("tensor_parallel", self.tensor_parallel, 1)
-        if self.tensor_parallel > 1 and not self.runtime.can_split:
+        if self.tensor_parallel > 1 and not runtime.can_split:
             raise ValueError(
-                f"tensor_parallel={self.tensor_parallel} has no meaning for runs_in={self.runs_in!r}, which loads "
+                f"tensor_parallel={self.tensor_parallel} has no meaning for runs_in={runtime.name!r}, which loads "
                 'every expert as a whole. Leave it out, or pass runs_in="any".'
             )
-        if self.quantizer is not None and not self.runtime.is_stock:
+        if quantizer is not None and not runtime.is_stock:
             raise ValueError(
-                f"quantize={self.quantize!r} reads experts in the original's own tensors, which runs_in="
-                f'{self.runs_in!r} does not write. Pass runs_in="any".'
+                f"quantize={quantizer.name!r} reads experts in the original's own tensors, which runs_in="
+                f'{runtime.name!r} does not write. Pass runs_in="any".'
             )
 
     @property
