@@ -75,11 +75,11 @@ def test_for_vllm_experts_are_whole_or_constant(name: str, tmp_path: Path) -> No
     for found in compressor.source.blocks:
         plan = compressor.plan.blocks[found.info.name]
         whole = [width == found.info.intermediate_size for width in plan.sizes.widths]
-        assert set(plan.sizes.widths) == {0, found.info.intermediate_size}
+        assert set(plan.sizes.widths) <= {0, found.info.intermediate_size}
         assert plan.num_groups == found.info.num_experts
         assert set(plan.sizes.parts) == set()
         assert any(whole)
-        left = plan.sizes.instead["constant"]
+        left = plan.sizes.instead.get("constant", (None,) * len(whole))
         assert all((size is None) == is_whole for size, is_whole in zip(left, whole, strict=True))
         total, kept = total + len(whole), kept + sum(whole)
     assert 0 < kept <= total / 2

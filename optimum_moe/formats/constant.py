@@ -30,7 +30,7 @@ class Constant(ExpertFormat, BudgetFormat):
     name = "constant"
 
     def tensors(self, size: int, hidden_size: int, has_bias: bool) -> dict[str, TensorSpec]:
-        """The output."""
+        """The stored output."""
         return {"approx_value": TensorSpec((1, hidden_size))}
 
     def values(self, part: StoredPart | None, bias_H: torch.Tensor | None) -> dict[str, torch.Tensor]:

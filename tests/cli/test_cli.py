@@ -175,9 +175,10 @@ def test_preview_overrides_the_recipe(run: Run, checkpoint: Path, tmp_path: Path
     assert [partly["counts"][name][1] for name in blocks] == [8, 2, 8]
     adaptive = preview("--recipe", "m-smoe-adaptive", "--num-experts", 3)
     assert adaptive["counts"] == {name: [8, 3] for name in blocks}
-    # Who only says a size gets the byte budget.
+    # Who only says a size gets the byte budget, as a plain checkpoint.
     assert preview("--share", 0.25)["after"]["bytes"] < preview("--share", 0.5)["after"]["bytes"]
-    assert preview("--target-size", preview("--share", 0.5)["after"]["bytes"])["plain"] is False
+    assert preview("--target-size", preview("--share", 0.5)["after"]["bytes"])["plain"] is True
+    assert preview("--share", 0.5, "--runs-in", "transformers")["plain"] is False
     full = preview("--recipe", "reap", "--set", "num_experts=8")
     assert full["before"] == full["after"]
     target = full["before"]["bytes"] * 3 // 4
