@@ -81,7 +81,8 @@ def router_weighted_activation(gated_norm_sum_E: torch.Tensor, token_count_E: to
 def expected_loss(experts: ExpertTensors, loss_sample: SampledTokens) -> torch.Tensor:
     """What the loss is expected to rise by when the expert gives nothing, in second order (Fisher information).
 
-    It does not know which experts the tokens of a removed one are routed to. Without gradients it is half of the squared output.
+    It does not know which experts the tokens of a removed one are routed to. Without gradients it is half of the
+    squared output.
     """
     damages = []
     for e in range(experts.num_experts):
