@@ -3,7 +3,8 @@
     python benchmarks/demo.py [--output out/demo]
 
 Prints one table: bytes on disk, parameters, FLOPs per token and the scores of `optimum_moe.evaluate` for the original,
-the byte budget for any runtime and for transformers, M-SMoE and baselines at 50% and 25% of the experts, and a few generated words.
+the byte budget for any runtime and for transformers, M-SMoE and baselines at 50% and 25% of the experts, and a few
+generated words.
 """
 
 from __future__ import annotations

@@ -354,3 +354,14 @@ def test_another_runtime_would_lose_less(tmp_path: Path) -> None:
     assert re.search(r'With runs_in="transformers" as many bytes are expected to lose at least \d+% less', remark)
     compressor.save_pretrained(tmp_path / "out")
     assert CompressionPlan.from_pretrained(tmp_path / "out").remarks == (remark,)
+
+
+def test_a_small_sample_is_said() -> None:
+    stage, target = ByteBudget(share=0.5, curvature=False), "qwen3_moe"
+    for sample, expected in ((64, 1), (384, 0)):
+        data = CalibrationConfig(data_for(target), reservoir_tokens=sample)
+        compressor = MoECompressor.from_pretrained(build(target), stage, data, progress=False)
+        compressor.apply()
+        said = [remark for remark in compressor.plan.remarks if "reservoir_tokens=384" in remark]
+        assert len(said) == expected
+        assert all("a sample of 64 of 384 calibration tokens" in remark for remark in said)

@@ -101,7 +101,7 @@ class Decider:
             if statistics is not None:
                 self._keep_unreached(stage.changed_by_data(model, allocation), statistics.blocks)
             self._allocations.append(allocation)
-            self.remarks += stage.remarks(model, profiles)
+            self.remarks += stage.remarks(model, statistics, profiles)
             counts = {block.name: stage.remaining(model, block, allocation[block.name]) for block in model.blocks}
             model = model.with_experts(counts)
         self._counts = counts

@@ -146,7 +146,7 @@ class Stage(ABC):
         """
         return {block.name: None for block in model.blocks}
 
-    def remarks(self, model: ModelInfo, profiles: Mapping[str, Any]) -> tuple[str, ...]:
+    def remarks(self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, Any]) -> tuple[str, ...]:
         """Sentences for the user about what was decided; arguments as for `allocate`."""
         return ()
 

@@ -34,6 +34,9 @@ from optimum_moe.stages.plain_budget import (
 )
 from optimum_moe.statistics import Statistics
 
+# So many times as many observed as sampled tokens are worth one.
+_MANY_MORE = 1.5
+
 _REMOVED = Candidate("empty", 0)
 
 # Smaller gains of another runtime are not worth a sentence.
@@ -280,10 +283,16 @@ class ByteBudget(FormattingStage):
             found = spend_budget(chosen, profiles, self._budget(model.original, chosen), self.runtime.keeps_one)
         return {block.name: found.get(block.name) for block in model.blocks}
 
-    def remarks(self, model: ModelInfo, profiles: Mapping[str, BlockProfile | None]) -> tuple[str, ...]:
-        """For stock classes, what experts of unlike widths and numbers would lose less at the same bytes."""
+    def remarks(
+        self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, BlockProfile | None]
+    ) -> tuple[str, ...]:
+        """How much of the calibration data was used, and for stock classes what another runtime would gain."""
         found = {name: profile for name, profile in profiles.items() if profile is not None}
-        if not self.runtime.is_uniform or not found:
+        return (*_unused_tokens(statistics, found), *(self._gain_elsewhere(model, found) if found else ()))
+
+    def _gain_elsewhere(self, model: ModelInfo, found: Mapping[str, BlockProfile]) -> tuple[str, ...]:
+        """For stock classes, what experts of unlike widths and numbers would lose less at the same bytes."""
+        if not self.runtime.is_uniform:
             return ()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -382,6 +391,21 @@ class ByteBudget(FormattingStage):
                 stock=self.runtime.is_stock,
             )
         return costs
+
+
+def _unused_tokens(statistics: Statistics | None, found: Mapping[str, BlockProfile]) -> tuple[str, ...]:
+    """A sentence if the sample has much less tokens than were observed."""
+    if statistics is None or not found:
+        return ()
+    sampled, observed = max(
+        (len(b.reservoir.index_SK), b.num_tokens) for n, b in statistics.blocks.items() if n in found
+    )
+    if observed < _MANY_MORE * sampled:
+        return ()
+    return (
+        f"Experts were fitted to a sample of {sampled:,} of {observed:,} calibration tokens; more of them lose less. "
+        f"Calibrate with reservoir_tokens={observed} to use all, in as many times the memory.",
+    )
 
 
 def spend_budget(
