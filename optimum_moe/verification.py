@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from optimum_moe.formats import ExpertsSpec
 from optimum_moe.hf.structure import METHOD
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.reporting.verification import SHOWN, Check, VerificationReport
-from optimum_moe.surgeons import FoundBlock, owning_configs, stock_block
+from optimum_moe.surgeons import FoundBlock, block_names, owning_configs, stock_block
 
 
 @dataclass
@@ -43,6 +44,11 @@ class _Work:
     original: CheckpointTensors | None = None
     inputs: Mapping[str, torch.Tensor] | None = None
     trained: bool = False
+
+    @cached_property
+    def in_files(self) -> dict[str, str]:
+        """Prefix in the files of each block, by its module path."""
+        return {found.info.name: block_names(self.model, found).block for found in self.blocks}
 
 
 def verify(
@@ -114,7 +120,14 @@ def _run(
         add("plan", _plan_failures(work), f"{len(plan.blocks)} blocks")
         original = None if source is None else source.config
         failures = config_failures(
-            raw, skeleton.config, blocks, plan, original, tensors=checkpoint_tensors.tensors, saved_again=trained
+            raw,
+            skeleton.config,
+            blocks,
+            plan,
+            original,
+            tensors=checkpoint_tensors.tensors,
+            saved_again=trained,
+            in_files=work.in_files,
         )
         add("config", failures)
         add("keys", _key_failures(work))
@@ -184,7 +197,8 @@ def _key_failures(work: _Work) -> list[str]:
     """Check that the checkpoint has every tensor of the model, and no other."""
     given = set(work.checkpoint_tensors.tensors)
     tied: dict[str, str] = getattr(work.model, "all_tied_weights_keys", {})
-    failures = []
+    incomplete = work.checkpoint_tensors.reader.incomplete
+    failures = [f"{name} is missing" for names in incomplete.values() for name in names]
     groups = [{target, other} for target, other in tied.items()]
     for key in sorted(set(work.model.state_dict()) - given):
         linked, seen = {key}, 0
@@ -223,7 +237,8 @@ def _count_failures(work: _Work) -> list[str]:
 def _shape_failures(work: _Work) -> list[str]:
     """Check that every tensor has the shape that the model needs."""
     state = work.model.state_dict()
-    wrong = [f"{name} cannot be read: {reason}" for name, reason in work.checkpoint_tensors.broken.items()]
+    broken, incomplete = work.checkpoint_tensors.broken, work.checkpoint_tensors.reader.incomplete
+    wrong = [f"{name} cannot be read: {reason}" for name, reason in broken.items() if name not in incomplete]
     return wrong + [
         f"{name} has shape {tuple(tensor.shape)}, the model needs {tuple(state[name].shape)}"
         for name, tensor in work.checkpoint_tensors.tensors.items()
@@ -293,7 +308,7 @@ def _expected_block(
         stored = work.checkpoint_tensors.read(work.checkpoint_tensors.inside(name))
         sizes = plan.sizes
         if work.trained and not plan.is_stock:
-            sizes = ExpertsSpec.from_dict(work.config["quantization_config"]["blocks"][name]["factors"])
+            sizes = ExpertsSpec.from_dict(work.config["quantization_config"]["blocks"][work.in_files[name]]["factors"])
         stock = stock_block(work.source.skeleton, work.source.blocks, plan)
         compare_factors(found, block, plan, stored, factors, sizes, stock)
         left = {f"{name}.{key}" for key in block.state_dict()} - {f"{name}.{key}" for key in plan.digest or ()}

@@ -18,7 +18,7 @@ from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.recipe import Recipe
 from optimum_moe.statistics import Statistics
-from optimum_moe.surgeons import update_config
+from optimum_moe.surgeons import block_names, expert_names, update_config
 
 
 def refuse_original(directory: Path, source: ModelSource) -> None:
@@ -73,8 +73,9 @@ def mark_structure(model: PreTrainedModel, source: ModelSource, plan: Compressio
     if plan.is_plain:
         set_expert_counts(model, source.blocks, {name: block.num_groups for name, block in plan.blocks.items()})
         update_config(model.config, plan.settings)
-    elif plan.structure():
-        mark_model(model, MoEStructureConfig(plan.structure()))
+    elif structure := plan.structure():
+        in_files = {found.info.name: block_names(model, found).block for found in source.blocks}
+        mark_model(model, MoEStructureConfig({in_files[name]: entry for name, entry in structure.items()}))
 
 
 def refresh_structure(model: nn.Module) -> None:
@@ -87,10 +88,9 @@ def refresh_structure(model: nn.Module) -> None:
     structure = getattr(getattr(owner, "config", None), "quantization_config", None)
     if not isinstance(structure, MoEStructureConfig):
         return
-    modules, prefix = dict(owner.named_modules()), f"{owner.base_model_prefix}."
+    in_files = {names.block: path for path, names in expert_names(owner).blocks.items()}
     for name, entry in structure.blocks.items():
-        paths = name, name.removeprefix(prefix), prefix + name
-        block = next((modules[path] for path in paths if path in modules), None)
-        held = [] if block is None else [m for m in block.modules() if isinstance(m, FactorizedExperts)]
+        path = next((path for mine, path in in_files.items() if mine.endswith(name) or name.endswith(mine)), None)
+        held = [] if path is None else [m for m in owner.get_submodule(path).modules() if isinstance(m, FactorizedExperts)]
         if held:
             entry["factors"] = held[0].sizes.to_dict()

@@ -26,6 +26,7 @@ def config_failures(
     original: PreTrainedConfig | None,
     tensors: Mapping[str, torch.Tensor],
     saved_again: bool,
+    in_files: Mapping[str, str],
 ) -> list[str]:
     """Check all settings against plan and original, equivalent settings against each other, and the structure.
 
@@ -37,11 +38,12 @@ def config_failures(
         original: The config of the original; None if it is not compared.
         tensors: The tensors of the model that are in the checkpoint.
         saved_again: Whether transformers saved the config since, which writes only one of the equivalent settings.
+        in_files: Prefix in the files of each block, by its module path.
     """
     counted = {found.surgeon.count_fields for found in blocks}
     failures = list(_other_spellings(raw, counted, saved_again))
     failures += _count_failures(blocks, plan)
-    failures += _structure_failures(raw, plan, saved_again)
+    failures += _structure_failures(raw, plan, saved_again, in_files)
     failures += _setting_failures(raw, config, counted, plan, original)
     failures += _name_failures(raw, plan, original, tensors)
     return failures
@@ -68,9 +70,11 @@ def _count_failures(blocks: Sequence[FoundBlock], plan: CompressionPlan) -> Iter
                 yield f"{found.info.name} has {found.info.num_experts} experts by config.json, {expected} by the plan"
 
 
-def _structure_failures(raw: Mapping[str, Any], plan: CompressionPlan, saved_again: bool) -> Iterator[str]:
+def _structure_failures(
+    raw: Mapping[str, Any], plan: CompressionPlan, saved_again: bool, in_files: Mapping[str, str]
+) -> Iterator[str]:
     structure = raw.get("quantization_config")
-    expected = {} if plan.is_plain else plan.structure()
+    expected = {} if plan.is_plain else {in_files.get(name, name): entry for name, entry in plan.structure().items()}
     stored = dict((structure or {}).get("blocks", {}))
     if saved_again:
         # Training may drop sparse rows.

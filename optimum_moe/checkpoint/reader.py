@@ -27,7 +27,7 @@ from optimum_moe.hf.compat import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-from optimum_moe.surgeons import guard_renamings
+from optimum_moe.surgeons import own_conversions
 
 Entries = tuple[tuple[str, ...], ...]
 """By entry of a tensor's first axis: names of the stored tensors that make up its bytes, in this order."""
@@ -53,7 +53,8 @@ class CheckpointReader:
         self.quantizer = quantizer
         self.unloaded: list[str] = []
         self._state = model.state_dict()
-        conversions = [*guard_renamings(model), *get_model_conversion_mapping(model, None, quantizer)]
+        own, self._names = own_conversions(model)
+        conversions = [*own, *get_model_conversion_mapping(model, None, quantizer)]
         self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
@@ -64,6 +65,10 @@ class CheckpointReader:
                 self._parts.setdefault(target, []).append((name, pattern))
             else:
                 self.unloaded.append(name)
+        self.incomplete = {
+            target: lacking for target in self._parts if (lacking := self._names.lacking(target)) != [target]
+        }
+        """By tensor of the model what the checkpoint lacks of several tensors that it is converted from."""
         self.used_conversions = [c for c in conversions if c.was_used()]
 
     def _target(self, name: str) -> tuple[str, str | None]:

@@ -5,7 +5,7 @@ Imports nothing of transformers beyond its quantizers, because it is registered 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ from optimum_moe.hf.structure import CARRIED_MODULE, METHOD, SENTINEL, MoEStruct
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from optimum_moe.surgeons import ExpertNames
+
 
 SUPPORTED_TRANSFORMERS = ((5, 23), (5, 25))
 """First supported version, and first unsupported one after it; setup.py says the same."""
@@ -42,6 +44,7 @@ class StructureMixin:
     """Gives the empty model the structure of the checkpoint, in front of whatever a quantizer does to its values."""
 
     structure: MoEStructureConfig
+    names: ExpertNames
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Before anything is built.
@@ -68,10 +71,11 @@ class StructureMixin:
         return super().update_attn_implementation(config)  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """The names of guards come first: transformers takes them for experts."""
-        from optimum_moe.surgeons import guard_renamings
+        """Ours come first: transformers takes guards and compressed experts for stock ones."""
+        from optimum_moe.surgeons import own_conversions
 
-        return [*guard_renamings(model), *super().update_weight_conversions(weight_conversions, model)]  # type: ignore[misc]
+        own, self.names = own_conversions(model)
+        return [*own, *super().update_weight_conversions(weight_conversions, model)]  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _check_expert_parallel(self.structure, getattr(model.config, "distributed_config", None))
@@ -82,7 +86,7 @@ class StructureMixin:
         blocks = rebuild_structure(model, self.structure)
         numbers = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
         _refuse_larger_than_files(f"a model of {numbers:,} numbers", numbers, files)
-        _refuse_misfits(model, blocks)
+        _refuse_misfits(model, blocks, lambda: self.names)
         super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[misc]
         return model
 
@@ -91,6 +95,7 @@ class StructureMixin:
 
         super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
         unwatch_loading(model)
+        self.names.forget()
         self.structure.quantize_on_load = False
         self.structure.saved_again = True
         mark_model(model, self.structure)
@@ -196,11 +201,12 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
     Raises:
         ValueError: If a block is missing or has another number of experts.
     """
-    from optimum_moe.surgeons import find_blocks, guarded
+    from optimum_moe.surgeons import find_blocks, guarded, names_of
 
     found = {block.info.name: block for block in find_blocks(model)}
+    in_files = {names_of(model, block).block: name for name, block in found.items()}
     for saved_name, entry in config.blocks.items():
-        name = _name_in(model, saved_name, found)
+        name = _name_in(model, saved_name, in_files)
         experts = found[name].info.num_experts
         if experts != entry["num_experts"]:
             raise ValueError(
@@ -233,32 +239,33 @@ def _refuse_larger_than_files(what: str, number: int, files: Sequence[str] | Non
         )
 
 
-def _name_in(model: PreTrainedModel, saved_name: str, found: Mapping[str, Any]) -> str:
-    prefix = f"{model.base_model_prefix}."
-    for name in (saved_name, saved_name.removeprefix(prefix), prefix + saved_name):
-        if name in found:
-            return name
+def _name_in(model: PreTrainedModel, saved_name: str, in_files: Mapping[str, str]) -> str:
+    """The module path of a block by its prefix in the files, which may have more or less of a prefix itself."""
+    for name, path in sorted(in_files.items(), key=lambda item: item[0] != saved_name):
+        if f".{name}".endswith(f".{saved_name}") or f".{saved_name}".endswith(f".{name}"):
+            return path
     raise ValueError(
         f"quantization_config names the block {saved_name}, which {type(model).__name__} does not have. "
         "Load the checkpoint with the class it was saved from."
     )
 
 
-def _refuse_misfits(model: Any, blocks: list[str]) -> None:
+def _refuse_misfits(model: Any, blocks: list[str], names: Callable[[], ExpertNames]) -> None:
     """Make the load fail where transformers would initialize missing tensors at random."""
     from optimum_moe.checkpoint.missing import lacking, refuse_lacking
 
     def check(loading_info: Any) -> None:
         prefixes = tuple(f"{name}." for name in blocks)
         suspects = {key for key, *_ in loading_info.mismatched_keys} | set(loading_info.unexpected_keys)
-        misfits = sorted(key for key in suspects if key.startswith(prefixes))
+        misfits = sorted({key for key in suspects if key.startswith(prefixes)} | names().misfits)
         if misfits:
             raise ValueError(
                 f"{len(misfits)} tensors of compressed blocks ({', '.join(misfits[:3])}, ...) are not what config.json "
                 "says of their number or size. Restore the saved config.json, or compress again."
             )
         given = set(model.state_dict()) - set(loading_info.missing_keys)
-        refuse_lacking("The checkpoint", lacking(model, given, blocks))
+        gone = lacking(model, given, blocks)
+        refuse_lacking("The checkpoint", [name for key in gone for name in names().lacking(key)])
 
     watch_loading(model, check)
 

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_moe.formats import ExpertsSpec
 
 METHOD = "optimum_moe"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CARRIED_MODULE = "modeling_optimum_moe"
 """The module of code that `hf.carried_code` puts beside the weights."""
 SENTINEL = {"a compressed checkpoint: pip install optimum-moe, or pass trust_remote_code=True": True}
@@ -28,7 +28,7 @@ class MoEStructureConfig(QuantizationConfigMixin):
     """`config.quantization_config` of a compressed checkpoint: the sizes of every block that differs from stock.
 
     Args:
-        blocks: By module path: `num_experts` (before), `num_groups` (after), `routing` (`"map"` or `"reduce"`), and
+        blocks: By prefix in the files: `num_experts` (before), `num_groups` (after), `routing` (`"map"` or `"reduce"`), and
             `factors` (`ExpertsSpec.to_dict()`) where experts are kept in compressed forms.
         format_version: Version of this schema.
         quantization: Quantization config of the values, where another method quantized them.

@@ -6,7 +6,8 @@ expert, Q those of all experts with equal bodies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
@@ -27,6 +28,31 @@ from optimum_moe.hf.compat import own_parameter
 from optimum_moe.nn.sparse_part import SparsePart, keep_rows
 
 _ROWS = "sparse_rows"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a checkpoint: what one expert, or one group of experts, has in a stacked tensor.
+
+    Args:
+        stack: Dotted path of the stacked tensor.
+        owner: Number of the expert, or of the group.
+        is_shared: Whether the owner is a group.
+        projection: `"gate"`, `"up"`, `"down"` or `"gate_up"`; None for what stands in the place of an expert.
+        tensor: Its name within the format, or `"bias"`.
+        part: Its part of the first axis of the stack.
+        shape: Its own shape.
+        is_entry: Whether it is one entry of the stack, without the first axis.
+    """
+
+    stack: str
+    owner: int
+    is_shared: bool
+    projection: str | None
+    tensor: str
+    part: slice
+    shape: tuple[int, ...]
+    is_entry: bool
 
 
 class ExpertProjection(nn.Module):
@@ -106,6 +132,46 @@ class ExpertProjection(nn.Module):
         specs = form.tensors(1, self.outputs, self.inputs)
         lengths = {name: sum(self._lengths[name]) for name in specs}
         return {name: ((lengths[name], *s.shape[1:]), s.dtype) for name, s in specs.items() if lengths[name]}
+
+    def pieces(self, members: Sequence[int], path: str, projection: str) -> Iterator[Piece]:
+        """The stacked tensors in pieces, each stack in the order in which its pieces lie; pieces without any number are
+        left out.
+
+        Args:
+            members: Numbers of the experts in their block.
+            path: Of this module.
+            projection: Its name.
+        """
+        for form in self._formats:
+            specs, others = (form.tensors(size, self.outputs, self.inputs) for size in (1, 2))
+            for name in self._stacked(form):
+                is_entry = specs[name].shape[0] == others[name].shape[0] == 1
+                places = range(len(self._lengths[name])) if form.is_shared else self.order_C
+                for owner, part in zip(places, _slices(self._lengths[name]), strict=True):
+                    if part.start < part.stop:
+                        own = specs[name].shape[1:]
+                        yield Piece(
+                            stack=f"{path}.{name}",
+                            owner=owner if form.is_shared else members[owner],
+                            is_shared=form.is_shared,
+                            projection=projection,
+                            tensor=name,
+                            part=part,
+                            shape=own if is_entry else (part.stop - part.start, *own),
+                            is_entry=is_entry,
+                        )
+        if self.has_bias:
+            for slot, owner in enumerate(members):
+                yield Piece(
+                    stack=f"{path}.bias",
+                    owner=owner,
+                    is_shared=False,
+                    projection=projection,
+                    tensor="bias",
+                    part=slice(slot, slot + 1),
+                    shape=(self.outputs,),
+                    is_entry=True,
+                )
 
     @property
     def labels_C(self) -> list[int]:

@@ -9,7 +9,7 @@ all of them by expert, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from optimum_moe.algorithms.experts import PerExpert
 from optimum_moe.formats.base import JOINT, ExpertFormat, MatrixFormat, Opened, get_format
 from optimum_moe.formats.specification import ExpertsSpec, matrix_shape
 from optimum_moe.formats.stored import StoredExperts
-from optimum_moe.nn.expert_projection import ExpertProjection
+from optimum_moe.nn.expert_projection import ExpertProjection, Piece
 
 _EMPTY = "empty"
 
@@ -88,7 +88,7 @@ class ExpertsWithoutNeurons(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.members = tuple(members)
+        self.members, self.hidden_size = tuple(members), hidden_size
         self.format: ExpertFormat = get_format(format, ExpertFormat)
         specs = [self.format.tensors(size, hidden_size, has_bias) for size in sizes]
         self._pieces: dict[str, list[slice]] = {}
@@ -111,6 +111,25 @@ class ExpertsWithoutNeurons(nn.Module):
         """Take over the tensors of one of them, as `ExpertFormat.values` gives them."""
         for name, value in values.items():
             getattr(self, name)[self._pieces[name][self.members.index(expert)]] = value
+
+    def pieces(self) -> Iterator[Piece]:
+        """Its tensors in pieces, as `ExpertProjection.pieces`."""
+        specs, others = (self.format.tensors(size, self.hidden_size, True) for size in (1, 2))
+        for name, parts in self._pieces.items():
+            is_entry = specs[name].shape[0] == others[name].shape[0] == 1
+            for owner, part in zip(self.members, parts, strict=True):
+                if part.start < part.stop:
+                    own = specs[name].shape[1:]
+                    yield Piece(
+                        stack=f"{self.format.name}.{name}",
+                        owner=owner,
+                        is_shared=False,
+                        projection=None,
+                        tensor=name,
+                        part=part,
+                        shape=own if is_entry else (part.stop - part.start, *own),
+                        is_entry=is_entry,
+                    )
 
 
 class FactorizedExperts(nn.Module):
@@ -186,6 +205,15 @@ class FactorizedExperts(nn.Module):
     def without_neurons(self) -> list[ExpertsWithoutNeurons]:
         """What stands in the place of experts without neurons, where it is not nothing."""
         return [cast(ExpertsWithoutNeurons, getattr(self, name)) for name in sorted(set(self._instead_E.values()))]
+
+    def pieces(self) -> Iterator[Piece]:
+        """All tensors in the pieces that a checkpoint stores; paths are those within this module."""
+        for number, found in enumerate(self.classes):
+            assert isinstance(found, WidthClass)
+            for name in self._sizes.projections:
+                yield from found.stored(name).pieces(found.members, f"classes.{number}.{name}_stacks", name)
+        for module in self.without_neurons:
+            yield from module.pieces()
 
     @property
     def num_experts(self) -> int:

@@ -2,7 +2,8 @@
 
 from optimum_moe.surgeons.architecture import ARCHITECTURES, Architecture
 from optimum_moe.surgeons.base import BlockWatcher, ExpertAxis, Surgeon
-from optimum_moe.surgeons.guard import guard_renamings, guarded
+from optimum_moe.surgeons.expert_names import BlockNames, ExpertNames, names_of
+from optimum_moe.surgeons.guard import block_names, expert_names, guarded, own_conversions
 from optimum_moe.surgeons.registry import (
     FoundBlock,
     find_blocks,
@@ -17,15 +18,20 @@ from optimum_moe.surgeons.towers import config_at, tower_of
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "BlockNames",
     "BlockWatcher",
+    "ExpertNames",
     "ExpertAxis",
     "FoundBlock",
     "Surgeon",
     "config_at",
     "find_blocks",
     "get_surgeon",
-    "guard_renamings",
+    "block_names",
+    "expert_names",
     "guarded",
+    "names_of",
+    "own_conversions",
     "owning_configs",
     "register_surgeon",
     "registered_surgeons",

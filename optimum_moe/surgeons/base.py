@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.algorithms.router_fit import RouterView
-from optimum_moe.formats import ExpertsSpec, StoredExperts
+from optimum_moe.formats import PROJECTIONS, ExpertsSpec, StoredExperts
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import BlockPlan, Routing
@@ -108,6 +108,13 @@ class Surgeon(ABC):
     def router_tensors(self, block: Block, holds_ids: bool = False) -> list[tuple[RouterTensor, torch.Tensor]]:
         """The router tensors of this block with an expert axis, or with `holds_ids` those of expert ids."""
         return []
+
+    def probe(self, block: Block) -> dict[str, torch.Tensor]:
+        """Small tensors by the dotted paths of two stock experts, in their layout, every matrix full of `probed`.
+
+        Saving them shows under which names the checkpoints of the architecture store an expert.
+        """
+        return {}
 
     def expert_axes(self, block: Block) -> dict[str, ExpertAxis]:
         """The tensors that stack all experts, by dotted path; none if experts are modules."""
@@ -258,6 +265,11 @@ class Surgeon(ABC):
     def digest(self, block: Block) -> dict[str, str]:
         """SHA-256 of each tensor of a block's compressed experts, by dotted path."""
         return {path: digest({}, {path: tensor}) for path, tensor in self.written_experts(block).items()}
+
+
+def probed(projection: str, expert: int) -> float:
+    """The value of a projection (gate, up or down) of expert 0 or 1 in `Surgeon.probe`."""
+    return float(1 + PROJECTIONS.index(projection) + len(PROJECTIONS) * expert)
 
 
 def _fill(target: ExpertTensors, source: ExpertTensors, experts: StoredExperts) -> None:

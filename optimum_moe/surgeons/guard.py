@@ -22,6 +22,7 @@ from optimum_moe.hf.compat import (
     set_weight_conversions,
     weight_conversions,
 )
+from optimum_moe.surgeons.expert_names import BlockNames, ExpertConverter, ExpertNames, ExpertRenaming, names_of
 
 if TYPE_CHECKING:
     from optimum_moe.surgeons.registry import FoundBlock
@@ -32,26 +33,38 @@ GUARD = "optimum_moe_guard"
 
 @contextmanager
 def guarded(model: PreTrainedModel, found: FoundBlock, needed: bool) -> Iterator[None]:
-    """Add a guard to a block that loses stock experts within this context.
+    """Give the experts that a block gets within this context their names in the files, and the block a guard.
 
-    It is saved under the name of the last expert tensor. If a stock tensor keeps that name, because it stacks all
-    experts, its shape does not fit a stock model, and the block needs no guard.
+    The guard is saved under the name of the last stock expert tensor that no expert of the block has. If a stock tensor
+    keeps that name, because it stacks all experts, its shape does not fit a stock model, and the block needs no guard.
 
     Args:
         model: The model around the block.
         found: The block, with its stock experts.
         needed: Whether a stock model could otherwise load the compressed block without an error.
     """
+    if not needed:
+        yield
+        return
     block: Any = found.module(model)
     taken = {name for renaming in guard_renamings(model) for name in renaming.names}
-    last = [name for name in _stored_names(model, found) if name not in taken][-1]
-    dtype = found.surgeon.expert_parameters(block)[-1].dtype
+    stock = [name for name in _stored_names(model, found) if name not in taken]
+    names, dtype = names_of(model, found), found.surgeon.expert_parameters(block)[-1].dtype
     yield
-    if needed and last not in _stored_names(model, found):
+    known = expert_names(model).with_block(found.info.name, names, block)
+    _convert_with(model, guard_renamings(model), known)
+    held = [path for path, owner in known.factors.items() if owner == found.info.name]
+    if held:
+        used = {name for path in held for named in known.pieces(model, path).values() for name, _ in named}
+        free = [name for name in stock if name not in used]
+    else:
+        free = [name for name in stock[-1:] if name not in _stored_names(model, found)]
+    # Where all names are used, some experts have other shapes than stock ones.
+    if free:
         # Experts may be on the meta device while they are copied from file to file; the router is not.
         device = found.surgeon.router_rows(block).device
         block.register_buffer(GUARD, torch.zeros(1, dtype=dtype, device=device))
-        _save_as(model, f"{found.info.name}.{GUARD}", last)
+        _save_as(model, f"{found.info.name}.{GUARD}", free[-1])
 
 
 class GuardRenaming(WeightRenaming):
@@ -95,20 +108,46 @@ def guard_renamings(model: PreTrainedModel) -> list[GuardRenaming]:
     return [c for c in weight_conversions(model) or () if isinstance(c, GuardRenaming)]
 
 
+def block_names(model: PreTrainedModel, found: FoundBlock) -> BlockNames:
+    """The names in the files of a block, which may be compressed."""
+    return expert_names(model).blocks.get(found.info.name) or names_of(model, found)
+
+
+def expert_names(model: PreTrainedModel) -> ExpertNames:
+    """The names in the files of a model's compressed experts."""
+    found = (c.names for c in weight_conversions(model) or () if isinstance(c, ExpertRenaming))
+    return next(found, ExpertNames())
+
+
+def own_conversions(model: PreTrainedModel) -> tuple[list[Any], ExpertNames]:
+    """The conversions by which a checkpoint of ours is read, to be tried before all others, and the names therein."""
+    names = expert_names(model).reading(model)
+    return [*guard_renamings(model), *_conversions_of(names)], names
+
+
 def as_stored(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a model with only the guards renamed to their names in the checkpoint."""
-    guards = {name for name in state if name.rpartition(".")[2] == GUARD}
-    kept = {name: tensor for name, tensor in state.items() if name not in guards}
-    return kept | revert_weight_conversion(model, {name: state[name] for name in guards})
+    """Tensors of a model with only what is ours converted to what the checkpoint has."""
+    names = expert_names(model)
+    own = {name for name in state if name.rpartition(".")[2] == GUARD or names.holds(name)}
+    kept = {name: tensor for name, tensor in state.items() if name not in own}
+    return kept | revert_weight_conversion(model, {name: state[name] for name in own})
 
 
 def _save_as(model: Any, name: str, stored: str) -> None:
     """Have `save_pretrained` write a guard under another name."""
     alias = next(iter(revert_weight_conversion(model, {name: torch.empty(1, device="meta")})))
     names = {old: new for renaming in guard_renamings(model) for old, new in renaming.names.items()}
-    others = [conversion for conversion in _conversions(model) if not isinstance(conversion, GuardRenaming)]
-    # Guards are renamed first, since the other conversions use names of the model.
-    set_weight_conversions(model, [GuardRenaming({**names, stored: alias}), *others])
+    _convert_with(model, [GuardRenaming({**names, stored: alias})], expert_names(model))
+
+
+def _convert_with(model: PreTrainedModel, guards: list[GuardRenaming], names: ExpertNames) -> None:
+    """Have a model converted by these names and guards, which come first: other conversions use names of the model."""
+    others = [c for c in _conversions(model) if not isinstance(c, GuardRenaming | ExpertRenaming | ExpertConverter)]
+    set_weight_conversions(model, [*guards, *_conversions_of(names), *others])
+
+
+def _conversions_of(names: ExpertNames) -> list[Any]:
+    return [ExpertRenaming(names), ExpertConverter(names)] if names.blocks else []
 
 
 def _conversions(model: Any) -> list[Any]:
@@ -120,16 +159,21 @@ def _conversions(model: Any) -> list[Any]:
 
 
 def _stored_names(model: PreTrainedModel, found: FoundBlock) -> list[str]:
-    """Names of a block's expert tensors in the checkpoint of its model, those of the last expert last."""
+    """Names of a block's expert tensors in the checkpoint of its model, last those of the last parameter's last."""
     block: Any = found.module(model)
     own = {id(parameter) for parameter in found.surgeon.expert_parameters(block)}
     named = {f"{found.info.name}.{path}": p for path, p in block.named_parameters() if id(p) in own}
-    empty: dict[str, torch.Tensor] = {}
-    # The last tensor is enough; if all experts are empty there is none.
-    for name, parameter in [*named.items()][-1:]:
-        like = torch.empty(parameter.shape, device="meta")
-        empty |= dict.fromkeys(_converted_with(model, name), like)
-    return sorted(revert_weight_conversion(model, empty), key=dot_natural_key)
+    *others, last = named or [""]
+    stored: dict[str, None] = {}
+    # The last one's alone first; if all experts are empty there is none.
+    for names in ([last], others):
+        empty: dict[str, torch.Tensor] = {}
+        for name in filter(None, names):
+            like = torch.empty(named[name].shape, device="meta")
+            empty |= dict.fromkeys(_converted_with(model, name), like)
+        saved = revert_weight_conversion(model, empty)
+        stored |= dict.fromkeys(sorted(saved, key=dot_natural_key, reverse=True))
+    return list(stored)[::-1]
 
 
 def _converted_with(model: PreTrainedModel, name: str) -> list[str]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.formats import PROJECTIONS
 from optimum_moe.hf.compat import mark_initialized
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import SwappedModule, swapped_class
@@ -29,6 +30,7 @@ from optimum_moe.surgeons.base import (
     hooked,
     merge_group,
     merged_router_rows,
+    probed,
     replace_tensor,
 )
 
@@ -148,6 +150,15 @@ class StackedSurgeon(Surgeon):
         if factors is not None:
             return list(factors.parameters())
         return [attribute(block, stack.path) for stack in self.stacks(block)]
+
+    def probe(self, block: Block) -> dict[str, torch.Tensor]:
+        """See `Surgeon.probe`; flat stacks are saved as they are."""
+        found = {stack.path: torch.zeros(2, 2, 2, device="cpu") for stack in self.stacks(block) if not stack.flat}
+        for stack in (stack for stack in self.stacks(block) if not stack.flat):
+            for name, pair in stack.fields(found[stack.path]).items():
+                for expert, matrix in enumerate(pair) if name in PROJECTIONS else ():
+                    matrix.fill_(probed(name, expert))
+        return found
 
     def router_rows(self, block: Block) -> torch.Tensor:
         """The first of `tensors`, without entries after the routed experts."""

@@ -24,6 +24,7 @@ from optimum_moe.surgeons.base import (
     hooked,
     merge_group,
     merged_router_rows,
+    probed,
     replace_tensor,
 )
 
@@ -110,6 +111,15 @@ class SwitchTransformersSurgeon(Surgeon):
             down=[m.wo.weight for m in modules],
             activate=partial(self.activate, block),
         )
+
+    def probe(self, block: Block) -> dict[str, torch.Tensor]:
+        """See `Surgeon.probe`."""
+        layers = {"wi": "up", "wo": "down"}
+        return {
+            f"experts.expert_{expert}.{layer}.weight": torch.full((2, 2), probed(projection, expert), device="cpu")
+            for expert in range(2)
+            for layer, projection in layers.items()
+        }
 
     def expert_parameters(self, block: Block) -> list[nn.Parameter]:
         """The weights of all expert modules."""
