@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MARK = "optimum_moe_expert_"
 """Begins the last part of a name that hides one of ours, in hexadecimal, from the patterns of transformers."""
 _STEMS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-_FACTORS = ".factors."
+_FACTORS, _INSIDE = ".factors.", "optimum_moe_block"
 
 
 @dataclass(frozen=True)
@@ -268,17 +268,17 @@ def names_of(model: PreTrainedModel, found: FoundBlock) -> BlockNames:
     get `<block>.experts.<number>.gate_proj`, `up_proj` and `down_proj`.
     """
     path, block = found.info.name, found.module(model)
-    (alias,) = _saved(model, {f"{path}.{MARK}": torch.empty(1, device="meta")})
-    alias = alias.removesuffix(MARK)
+    alias = next(iter(_saved(model, {f"{path}.{_INSIDE}": torch.empty(1, device="meta")}))).removesuffix(_INSIDE)
     expert, stems = _stock_names(_saved(model, {f"{path}.{name}": t for name, t in found.surgeon.probe(block).items()}))
     if expert:
         return BlockNames(expert.rpartition(".")[0].rpartition(".")[0], expert, stems, alias)
-    shapes = {f"{path}.{name}": tensor.to("meta") for name, tensor in block.state_dict().items()}
     own = {*map(id, found.surgeon.expert_parameters(block)), *(id(t) for _, t in found.surgeon.router_tensors(block))}
-    named = [*block.named_parameters(), *block.named_buffers()]
-    inside = [_saved(model, {key: shapes[key]}) for name, t in named if id(t) in own and (key := f"{path}.{name}") in shapes]
-    prefix = os.path.commonprefix([name.split(".") for names in inside for name in names])
-    prefix = ".".join(prefix) or path
+    tensors = [(f"{path}.{name}", t) for name, t in [*block.named_parameters(), *block.named_buffers()] if id(t) in own]
+    inside = [_saved(model, {name: torch.empty(tensor.shape, device="meta")}) for name, tensor in tensors]
+    prefix = ".".join(os.path.commonprefix([name.split(".") for names in inside for name in names]))
+    # Some blocks have only experts, and others share a list of experts with another block.
+    if f"{prefix}.".startswith(alias) or not all(inside):
+        prefix = alias.removesuffix(".")
     return BlockNames(prefix, f"{prefix}.experts.", dict(_STEMS), alias)
 
 
@@ -301,11 +301,11 @@ def _stock_names(saved: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, str]
 
 
 def _saved(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by their names in the files; unchanged where they are saved together with others only."""
+    """Tensors by their names in the files; none where they are saved together with others only."""
     try:
         return dict(revert_weight_conversion(model, dict(tensors))) if tensors else {}
     except ValueError:
-        return dict(tensors)
+        return {}
 
 
 def _moved(name: str, before: str, after: str) -> str:
