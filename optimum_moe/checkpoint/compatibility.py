@@ -18,7 +18,7 @@ from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.recipe import Recipe
 from optimum_moe.statistics import Statistics
-from optimum_moe.surgeons import block_names, expert_names, update_config
+from optimum_moe.surgeons import block_names, expert_names, in_one_place, update_config
 
 
 def refuse_original(directory: Path, source: ModelSource) -> None:
@@ -88,9 +88,10 @@ def refresh_structure(model: nn.Module) -> None:
     structure = getattr(getattr(owner, "config", None), "quantization_config", None)
     if not isinstance(structure, MoEStructureConfig):
         return
-    in_files = {names.block: path for path, names in expert_names(owner).blocks.items()}
     for name, entry in structure.blocks.items():
-        path = next((path for mine, path in in_files.items() if mine.endswith(name) or name.endswith(mine)), None)
-        held = [] if path is None else [m for m in owner.get_submodule(path).modules() if isinstance(m, FactorizedExperts)]
+        paths = [path for path, names in expert_names(owner).blocks.items() if in_one_place(names.block, name)]
+        held = [
+            m for path in paths[:1] for m in owner.get_submodule(path).modules() if isinstance(m, FactorizedExperts)
+        ]
         if held:
             entry["factors"] = held[0].sizes.to_dict()

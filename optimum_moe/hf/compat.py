@@ -28,8 +28,8 @@ INTERNALS: dict[str, tuple[str, str]] = {
         "transformers.integrations.moe",
         "the registry of experts implementations, where calibration registers one that watches",
     ),
-    "ConversionOps": ("transformers.core_model_loading", "what turns stored tensors into those of a model"),
     "Concatenate": ("transformers.core_model_loading", "gate and up of an expert lie one behind the other"),
+    "ConversionOps": ("transformers.core_model_loading", "what turns stored tensors into those of a model"),
     "FineGrainedFP8HfQuantizer": (
         "transformers.quantizers.quantizer_finegrained_fp8",
         "the FP8 quantizer, whose dequantization is mended in `hf.fp8`",

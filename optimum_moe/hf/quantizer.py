@@ -241,8 +241,10 @@ def _refuse_larger_than_files(what: str, number: int, files: Sequence[str] | Non
 
 def _name_in(model: PreTrainedModel, saved_name: str, in_files: Mapping[str, str]) -> str:
     """The module path of a block by its prefix in the files, which may have more or less of a prefix itself."""
+    from optimum_moe.surgeons import in_one_place
+
     for name, path in sorted(in_files.items(), key=lambda item: item[0] != saved_name):
-        if f".{name}".endswith(f".{saved_name}") or f".{saved_name}".endswith(f".{name}"):
+        if in_one_place(name, saved_name):
             return path
     raise ValueError(
         f"quantization_config names the block {saved_name}, which {type(model).__name__} does not have. "

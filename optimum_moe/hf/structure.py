@@ -28,8 +28,8 @@ class MoEStructureConfig(QuantizationConfigMixin):
     """`config.quantization_config` of a compressed checkpoint: the sizes of every block that differs from stock.
 
     Args:
-        blocks: By prefix in the files: `num_experts` (before), `num_groups` (after), `routing` (`"map"` or `"reduce"`), and
-            `factors` (`ExpertsSpec.to_dict()`) where experts are kept in compressed forms.
+        blocks: By prefix in the files: `num_experts` (before), `num_groups` (after), `routing` (`"map"` or
+            `"reduce"`), and `factors` (`ExpertsSpec.to_dict()`) where experts are kept in compressed forms.
         format_version: Version of this schema.
         quantization: Quantization config of the values, where another method quantized them.
         quantize_on_load: Whether the stored values are still those before `quantization`.

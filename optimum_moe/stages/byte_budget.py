@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from optimum_moe.algorithms.byte_budget import Candidate, Point
 from optimum_moe.algorithms.expert_tokens import single_expert
-from optimum_moe.algorithms.ranks import STEP
 from optimum_moe.formats import StoredExperts, budget_formats, build_expert, candidates, choose, refit_block
 from optimum_moe.formats.base import get_format
 from optimum_moe.formats.budget_format import BudgetFormat
@@ -333,13 +332,11 @@ class ByteBudget(FormattingStage):
             assert self.share is not None
             return int(product(self.share, whole))
         rest = model.bytes - whole
-        # Experts are stacked by width, a multiple of 8: gate and up dense or in two factors, down dense. The guard has
-        # one element.
+        # An expert has three tensors: gate and up dense or in two factors, and down dense. The guard has one element.
         headers = 0
         for block in () if self.runtime.is_stock else chosen:
-            stacks = min(block.num_experts, block.intermediate_size // STEP + 1)
             biases = 3 if block.expert_parameters > block.expert_multiply_adds else 0
-            headers += (stacks * (7 + biases) + 3) * header_entry(block)
+            headers += (block.num_experts * (3 + biases) + 3) * header_entry(block)
         left = bytes_for_tensors(model, self.target_size, headers) - rest
         if left < 0:
             raise ValueError(

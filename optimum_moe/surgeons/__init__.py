@@ -2,7 +2,7 @@
 
 from optimum_moe.surgeons.architecture import ARCHITECTURES, Architecture
 from optimum_moe.surgeons.base import BlockWatcher, ExpertAxis, Surgeon
-from optimum_moe.surgeons.expert_names import BlockNames, ExpertNames, names_of
+from optimum_moe.surgeons.expert_names import BlockNames, ExpertNames, in_one_place, names_of
 from optimum_moe.surgeons.guard import block_names, expert_names, guarded, own_conversions
 from optimum_moe.surgeons.registry import (
     FoundBlock,
@@ -30,6 +30,7 @@ __all__ = [
     "block_names",
     "expert_names",
     "guarded",
+    "in_one_place",
     "names_of",
     "own_conversions",
     "owning_configs",

@@ -6,11 +6,10 @@ width lie in stacks, so loading joins tensors of the files into a stack, and sav
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from copy import copy
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -204,10 +203,16 @@ class ExpertConverter(WeightConverter):
         return ExpertConverter(self.names, not self.is_saving)
 
     def __deepcopy__(self, memo: Any) -> ExpertConverter:
-        # transformers copies it for each tensor of the files.
-        twin = copy(self)
+        # transformers copies it for each tensor of the files, and all but what is collected may be shared.
+        twin = object.__new__(type(self))
+        for name in _SLOTS:
+            setattr(twin, name, getattr(self, name))
+        twin.names, twin.is_saving = self.names, self.is_saving
         twin.collected_tensors, twin.layer_targets = defaultdict(list), defaultdict(set)
         return twin
+
+
+_SLOTS = [name for cls in ExpertConverter.__mro__ for name in getattr(cls, "__slots__", ())]
 
 
 class _Join(ConversionOps):
@@ -275,7 +280,8 @@ def names_of(model: PreTrainedModel, found: FoundBlock) -> BlockNames:
     own = {*map(id, found.surgeon.expert_parameters(block)), *(id(t) for _, t in found.surgeon.router_tensors(block))}
     tensors = [(f"{path}.{name}", t) for name, t in [*block.named_parameters(), *block.named_buffers()] if id(t) in own]
     inside = [_saved(model, {name: torch.empty(tensor.shape, device="meta")}) for name, tensor in tensors]
-    prefix = ".".join(os.path.commonprefix([name.split(".") for names in inside for name in names]))
+    parts = zip(*(name.split(".") for names in inside for name in names), strict=False)
+    prefix = ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, parts))
     # Some blocks have only experts, and others share a list of experts with another block.
     if f"{prefix}.".startswith(alias) or not all(inside):
         prefix = alias.removesuffix(".")
@@ -306,6 +312,11 @@ def _saved(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[
         return dict(revert_weight_conversion(model, dict(tensors))) if tensors else {}
     except ValueError:
         return {}
+
+
+def in_one_place(prefix: str, other: str) -> bool:
+    """Whether two prefixes of files are those of one block, of which one may have or lack that of the base model."""
+    return f".{prefix}".endswith(f".{other}") or f".{other}".endswith(f".{prefix}")
 
 
 def _moved(name: str, before: str, after: str) -> str:
