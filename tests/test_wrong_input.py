@@ -234,7 +234,7 @@ def test_quantized_and_compressed_checkpoints(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"already quantized \(fp8\).*dequantize=True"):
         opened(checkpoint)
     blocks = {"model.layers.0.mlp": {"num_experts": 8, "num_groups": 4, "routing": "map"}}
-    edit_config(checkpoint, quantization_config={"quant_method": "optimum_moe", "blocks": blocks, "format_version": 1})
+    edit_config(checkpoint, quantization_config={"quant_method": "optimum_moe", "blocks": blocks, "format_version": 2})
     with pytest.raises(ValueError, match=r"already compressed by optimum_moe. Start from the original"):
         opened(checkpoint)
 
