@@ -30,6 +30,10 @@ INTERNALS: dict[str, tuple[str, str]] = {
     ),
     "Concatenate": ("transformers.core_model_loading", "gate and up of an expert lie one behind the other"),
     "ConversionOps": ("transformers.core_model_loading", "what turns stored tensors into those of a model"),
+    "DtensorShardOperation": (
+        "transformers.distributed.sharding_utils",
+        "the part of a tensor that a process holds, where several load a model together",
+    ),
     "FineGrainedFP8HfQuantizer": (
         "transformers.quantizers.quantizer_finegrained_fp8",
         "the FP8 quantizer, whose dequantization is mended in `hf.fp8`",
@@ -208,8 +212,36 @@ def watch_loading(model: Any, check: Callable[[Any], None]) -> None:
 
 
 def unwatch_loading(model: Any) -> None:
-    """Take away what `watch_loading` put there."""
+    """Take away what `watch_loading` and `read_whole` put there."""
     del model._adjust_missing_and_unexpected_keys
+    vars(model).pop("state_dict", None)
+
+
+def read_whole(model: Any, is_chosen: Callable[[str], bool]) -> None:
+    """Have tensors read as a whole while a model is loaded, although each process holds only a part of them.
+
+    transformers cuts every stored tensor by itself, which is wrong where several are joined along the same axis. It
+    asks `state_dict` for what is distributed.
+    """
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    stock = model.state_dict
+
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        state = stock(*args, **kwargs)
+        chosen = {name: tensor for name, tensor in state.items() if is_distributed(tensor) and is_chosen(name)}
+        for name, tensor in chosen.items():
+            state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return state
+
+    model.state_dict = whole
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether a tensor is a `DTensor`, whose module takes seconds to import."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def forget_quantization(model: Any) -> None:

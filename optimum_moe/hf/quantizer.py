@@ -25,6 +25,7 @@ from optimum_moe.hf.compat import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     forget_quantization,
     mark_initialized,
+    read_whole,
     unwatch_loading,
     watch_loading,
 )
@@ -75,6 +76,7 @@ class StructureMixin:
         from optimum_moe.surgeons import own_conversions
 
         own, self.names = own_conversions(model)
+        read_whole(model, lambda name: name in self.names.stacks)
         return [*own, *super().update_weight_conversions(weight_conversions, model)]  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

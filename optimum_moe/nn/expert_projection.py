@@ -39,7 +39,7 @@ class Piece:
         owner: Number of the expert, or of the group.
         is_shared: Whether the owner is a group.
         projection: `"gate"`, `"up"`, `"down"` or `"gate_up"`; None for what stands in the place of an expert.
-        tensor: Its name within the format, or `"bias"`.
+        tensor: Its name within the format, `"dense"` for a dense matrix to which others are added, or `"bias"`.
         part: Its part of the first axis of the stack.
         shape: Its own shape.
         is_entry: Whether it is one entry of the stack, without the first axis.
@@ -150,12 +150,14 @@ class ExpertProjection(nn.Module):
                 for owner, part in zip(places, _slices(self._lengths[name]), strict=True):
                     if part.start < part.stop:
                         own = specs[name].shape[1:]
+                        # No other runtime may take for the whole matrix what others are added to.
+                        is_part = form.name == DEFAULT and len(self.parts_C[owner]) > 1
                         yield Piece(
                             stack=f"{path}.{name}",
                             owner=owner if form.is_shared else members[owner],
                             is_shared=form.is_shared,
                             projection=projection,
-                            tensor=name,
+                            tensor=DEFAULT if is_part else name,
                             part=part,
                             shape=own if is_entry else (part.stop - part.start, *own),
                             is_entry=is_entry,

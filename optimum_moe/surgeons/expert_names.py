@@ -17,7 +17,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_moe.formats.base import JOINT, PROJECTIONS
-from optimum_moe.hf.compat import ConversionOps, WeightConverter, WeightRenaming, revert_weight_conversion
+from optimum_moe.hf.compat import (
+    ConversionOps,
+    DtensorShardOperation,
+    WeightConverter,
+    WeightRenaming,
+    is_distributed,
+    revert_weight_conversion,
+)
 from optimum_moe.nn import FactorizedExperts
 from optimum_moe.nn.expert_projection import Piece
 from optimum_moe.surgeons.base import probed
@@ -181,7 +188,9 @@ class ExpertConverter(WeightConverter):
     """
 
     def __init__(self, names: ExpertNames, is_saving: bool = False) -> None:
-        super().__init__(MARK, MARK, operations=[_Divide(names) if is_saving else _Join(names)])
+        # Processes that load a model together read its experts as a whole, for which a device may have no room.
+        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        super().__init__(MARK, MARK, operations=[_Divide(names) if is_saving else _Join(names)], force_cpu=shared)
         self.names, self.is_saving = names, is_saving
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
@@ -222,7 +231,9 @@ class _Join(ConversionOps):
         self.names = names
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, model: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """See `ConversionOps`.
 
         Raises:
@@ -237,7 +248,12 @@ class _Join(ConversionOps):
                 self.names.misfits.add(name)
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and should have {piece.shape}")
             parts.append(tensor.unsqueeze(0) if piece.is_entry else tensor)
-        return {full_layer_name: torch.cat(parts)}
+        path, _, name = full_layer_name.rpartition(".")
+        stack, target = torch.cat(parts), getattr(model.get_submodule(path), name)
+        if is_distributed(target):
+            # A copy, so that the rest is freed.
+            stack = DtensorShardOperation(target).shard_tensor(stack).clone()
+        return {full_layer_name: stack}
 
 
 class _Divide(ConversionOps):

@@ -59,7 +59,7 @@ def guarded(model: PreTrainedModel, found: FoundBlock, needed: bool) -> Iterator
         free = [name for name in stock if name not in used]
     else:
         free = [name for name in stock[-1:] if name not in _stored_names(model, found)]
-    # Where all names are used, some experts have other shapes than stock ones.
+    # Where all names are used, some matrices have other shapes than stock ones.
     if free:
         # Experts may be on the meta device while they are copied from file to file; the router is not.
         device = found.surgeon.router_rows(block).device
