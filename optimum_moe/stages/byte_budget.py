@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from optimum_moe.algorithms.byte_budget import Candidate, Point
 from optimum_moe.algorithms.expert_tokens import single_expert
+from optimum_moe.algorithms.ranks import STEP
 from optimum_moe.formats import StoredExperts, budget_formats, build_expert, candidates, choose, refit_block
 from optimum_moe.formats.base import get_format
 from optimum_moe.formats.budget_format import BudgetFormat
