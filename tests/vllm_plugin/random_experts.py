@@ -31,6 +31,7 @@ SPECS = {
     "without a gate": ExpertsSpec((24, 16, 0, 8), ("up", "down"), {"low_rank": {"up": (8, None, None, 3)}}),
 }
 
+WHOLE = Shard()
 Tensors = dict[tuple[int, str, str], torch.Tensor]
 
 
@@ -48,7 +49,7 @@ def random_tensors(packed: PackedExperts) -> Tensors:
 
 
 def packed(
-    spec: ExpertsSpec, activation: Activation, biases: tuple[str, ...] = (), shard: Shard = Shard()
+    spec: ExpertsSpec, activation: Activation, biases: tuple[str, ...] = (), shard: Shard = WHOLE
 ) -> PackedExperts:
     constants = [expert for expert, width in enumerate(spec.widths) if not width]
     return PackedExperts(spec, HIDDEN, biases, constants, activation, shard, torch.float32)

@@ -2,8 +2,8 @@
 
     python serve.py REQUESTS.json ANSWERS.json
 
-Requests are `{"checkpoint": ..., "prompts": [[id, ...], ...], "tokens": n, "options": {...}}`; answers have `tokens`, or
-`error` where vLLM refused.
+Requests are `{"checkpoint": ..., "prompts": [[id, ...], ...], "tokens": n, "options": {...}}`; answers have `tokens`,
+or `error` where vLLM refused.
 """
 
 import gc

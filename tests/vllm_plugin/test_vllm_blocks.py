@@ -68,12 +68,12 @@ def test_formats_that_are_not_built_are_refused_by_name() -> None:
     added = ExpertsSpec((8, 8), ("up", "down"), {"sparse_rows": {"up": (0, 3)}})
     with pytest.raises(ValueError, match="adds sparse rows to the dense up matrix of expert 1"):
         CompressedBlock.of_entry(NAME, entry(added, 2, 2))
-    with pytest.raises(ValueError, match="a router of 3 rows where config.json says 8 experts"):
+    with pytest.raises(ValueError, match=r"a router of 3 rows where config\.json says 8 experts"):
         CompressedBlock.of_entry(NAME, entry(experts=8, routing="reduce"))
 
 
 def test_another_number_of_experts_is_refused() -> None:
-    with pytest.raises(ValueError, match="has 4 experts by config.json and 3 by its quantization_config"):
+    with pytest.raises(ValueError, match=r"has 4 experts by config\.json and 3 by its quantization_config"):
         refuse_other_count(CompressedBlock.of_entry(NAME, entry()), 4)
 
 

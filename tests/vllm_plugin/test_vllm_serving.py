@@ -40,8 +40,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 STAGES: dict[str, Callable[[], Any]] = {
     "plain": lambda: MSMoE(num_experts=4, routing="reduce"),
     "map": lambda: MSMoE(num_experts=4),
-    "budget": lambda: ByteBudget(share=0.5, runs_in="transformers"),
-    "some layers": lambda: ByteBudget(share=0.7, runs_in="transformers", layers=[1]),
+    "budget": lambda: ByteBudget(share=0.4, runs_in="vllm+optimum_moe"),
+    "some layers": lambda: ByteBudget(share=0.7, runs_in="vllm+optimum_moe", layers=[1]),
     "factors": lambda: LowRankSparse(rank_ratio=0.5, density=0.1),
     "map and factors": lambda: [MSMoE(num_experts=4), LowRankSparse(rank_ratio=0.5, density=0.1)],
 }
@@ -223,7 +223,15 @@ BROKEN: list[tuple[str, str, str, Callable[[dict[str, Any], dict[str, Any]], Non
     ("a bias is gone", "gpt_oss", "budget", without("experts.0.", "bias"), "_bias)"),
     ("a matrix of another size", "mixtral", "budget", with_shape("experts.0.w2.weight"), "for expert_0_down_weight"),
     ("a tensor too many", "mixtral", "budget", unknown_tensor, "where config.json says (1,)"),
-    ("an expert of an untouched layer is gone", "olmoe", "some layers", without("layers.0", "experts.3.up_proj"), "w13"),
+    (
+        "an untouched expert is gone",
+        "olmoe",
+        "some layers",
+        without("layers.0", "experts.3.up_proj"),
+        "w13",
+    ),
+    ("a router is gone", "mixtral", "budget", without("layers.1", "gate.weight"), "not initialized from checkpoint"),
+    ("a norm is gone", "olmoe", "map", without("layers.1.input_layernorm"), "not initialized from checkpoint"),
     ("another version", "mixtral", "map", with_structure(format_version=99), "format_version=99"),
     (
         "quantized twice",
