@@ -169,6 +169,20 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def add_runtime_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments that find the tools of a runtime."""
+    parser.add_argument(
+        "--llama-cpp",
+        metavar="PATH",
+        help="Checkout of llama.cpp, or source distribution of llama-cpp-python (.tar.gz), with the converter to GGUF.",
+    )
+    parser.add_argument(
+        "--python",
+        metavar="PATH",
+        help="Interpreter of the environment that has the runtime: ENVIRONMENT/bin/python; by default this one.",
+    )
+
+
 def share(text: str) -> float:
     """Parse a share, written as a number or in percent, for argparse."""
     return float(percent(text))

@@ -5,7 +5,15 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-from optimum_moe.cli.common import MoESubcommand, add_model_argument, check_text, model_of, prepare, text_source
+from optimum_moe.cli.common import (
+    MoESubcommand,
+    add_model_argument,
+    add_runtime_arguments,
+    check_text,
+    model_of,
+    prepare,
+    text_source,
+)
 
 TARGETS = ("gguf", "mlx", "vllm", "transformers4")
 
@@ -52,17 +60,3 @@ class ExportCommand(MoESubcommand):
         )
         size = sum(file.stat().st_size for file in ([place] if place.is_file() else Path(place).rglob("*.*")))
         print(f"{place}: {size:,} bytes")
-
-
-def add_runtime_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments that find the tools of a runtime."""
-    parser.add_argument(
-        "--llama-cpp",
-        metavar="PATH",
-        help="Checkout of llama.cpp, or source distribution of llama-cpp-python (.tar.gz), with the converter to GGUF.",
-    )
-    parser.add_argument(
-        "--python",
-        metavar="PATH",
-        help="Interpreter of the environment that has the runtime: ENVIRONMENT/bin/python; by default this one.",
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from optimum_moe.exporting.targets import CONVERTER, QUANTIZER
 
 SCRIPT = "convert_hf_to_gguf.py"
 _IN_ARCHIVE = (SCRIPT, "conversion", "gguf-py")
+_NO_MODULE = re.compile(r"No module named '(\w+)")
 _BINARIES = ("llama-quantize", "build/bin/llama-quantize", "bin/llama-quantize")
 
 
@@ -108,6 +110,13 @@ def convert(script: Path, checkpoint: Path, output: Path, kind: str, name: str, 
     try:
         answer = run_script(sys.executable, "convert_to_gguf", request, "convert the checkpoint with llama.cpp")
     except RuntimeFailed as error:
+        lacking = _NO_MODULE.search(str(error))
+        if lacking is not None:
+            raise RuntimeFailed(
+                f"llama.cpp's converter needs {lacking[1]}, which {sys.executable} lacks. Install it: pip install "
+                f"{lacking[1]}.",
+                error.reason,
+            ) from error
         if "pre-tokenizer was not recognized" not in str(error):
             raise
         raise RuntimeFailed(

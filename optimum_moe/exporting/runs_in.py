@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_moe.exporting.environment import RuntimeFailed, check_python, has_module, run_script
 from optimum_moe.exporting.exported import open_exported
 from optimum_moe.exporting.exporter import export
+from optimum_moe.reporting.loads_in import LoadsIn, record_run
 from optimum_moe.settings import choose_one
 
 _TEXTS = ("The capital of France is", "In the beginning", "def fibonacci(n):\n    ", "He said that she")
@@ -68,9 +69,21 @@ class Run:
     detail: str = ""
     quantize: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values for the report; without empty fields."""
-        return {key: value for key, value in asdict(self).items() if value}
+    @property
+    def title(self) -> str:
+        """The runtime, with the type of quantized values in brackets."""
+        return self.runtime if self.quantize is None else f"{self.runtime} ({self.quantize})"
+
+    @property
+    def says(self) -> str:
+        """What it did, in words."""
+        words = {"same": "same greedy tokens", "differs": "other greedy tokens", "refused": "refused"}
+        return f"{words[self.outcome]}: {' '.join(self.detail.split())}"
+
+    def record(self, checkpoint: str | os.PathLike[str]) -> None:
+        """Write it into the report and the card of a checkpoint."""
+        says = self.says.replace("|", "/")
+        record_run(Path(checkpoint), LoadsIn(self.title, says, "run", self.version))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +163,7 @@ def run_in(
     quantize: str | None = None,
     reference: Reference | None = None,
     tensor_parallel: int = 1,
+    plugins: bool = True,
 ) -> Run:
     """Run a checkpoint in another runtime, and compare its greedy tokens with those of transformers.
 
@@ -162,6 +176,7 @@ def run_in(
         quantize: As in `export`.
         reference: Greedy tokens of transformers; by default computed.
         tensor_parallel: Number of processes that share the matrices, for vLLM.
+        plugins: Whether plugins of the environment are loaded, such as this package's for vLLM.
 
     Returns:
         What the runtime did. A refusal of the runtime, or of the export to it, is an outcome and no error.
@@ -197,6 +212,7 @@ def run_in(
                 "prompts": reference.prompts,
                 "num_tokens": len(reference.tokens[0]),
                 "tensor_parallel": tensor_parallel,
+                "plugins": plugins,
             }
             answer = run_script(interpreter, runner.script, request, "run the checkpoint")
         except RuntimeFailed as error:

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from optimum_moe.plan import CompressionPlan
+from optimum_moe.reporting.loads_in import LoadsIn, markdown
 from optimum_moe.reporting.preview import Preview
 from optimum_moe.reporting.versions import versions
 
@@ -37,6 +38,8 @@ _TEMPLATE = """---
 {rows}
 
 Experts of each MoE block: {experts}. FLOPs are 2 x multiply-adds of all weight matmuls for one token.{stable_rank}
+
+{loads_in}
 
 ## How it was made
 
@@ -104,8 +107,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def model_card(facts: CardFacts, name: str) -> str:
-    """Text of `README.md` for a checkpoint called `name`."""
+def model_card(facts: CardFacts, name: str, loads_in: Sequence[LoadsIn]) -> str:
+    """Text of `README.md` for a checkpoint called `name`, with rows on where it loads."""
     before, after = facts.cost.before, facts.cost.after
     metadata = ModelCardData(
         base_model=facts.hub_id,
@@ -136,6 +139,7 @@ def model_card(facts: CardFacts, name: str) -> str:
         rows="\n".join(f"| {label} | {old:,.0f} | {new:,.0f} | {new / old:.3f} |" for label, old, new in rows),
         experts=", ".join(f"{old} -> {new}" for old, new in sorted(set(facts.cost.counts.values()))),
         stable_rank=_stable_rank(facts.plan),
+        loads_in=markdown(loads_in),
         recipe=facts.recipe.strip(),
         stages=describe_stages(facts.plan.stages),
         calibration=describe_calibration(facts.plan.calibration),

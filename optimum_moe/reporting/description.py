@@ -18,13 +18,13 @@ from optimum_moe.nn import FactorizedExperts
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.recipe import Recipe
 from optimum_moe.reporting.card import CardFacts, inherited_metadata, mean_stable_ranks, model_card
+from optimum_moe.reporting.loads_in import FIELD, REPORT_FILE, known_rows, to_json
 from optimum_moe.reporting.preview import Cost, Preview, flops_per_token, preview
 from optimum_moe.reporting.versions import versions
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
 
 RECIPE_FILE = "recipe.yaml"
-REPORT_FILE = "compression_report.json"
 
 
 def card_facts(source: ModelSource, recipe: Recipe, plan: CompressionPlan, cost: Preview, auto_class: str) -> CardFacts:
@@ -45,7 +45,7 @@ def write_description(directory: Path, name: str, facts: CardFacts) -> None:
     facts.plan.save_pretrained(directory)
     (directory / RECIPE_FILE).write_text(facts.recipe, encoding="utf-8")
     ranks = mean_stable_ranks(facts.plan)
-    report = facts.cost.to_dict() | {"versions": versions()}
+    report = facts.cost.to_dict() | {"versions": versions(), FIELD: to_json(known_rows(directory))}
     report |= {} if ranks is None else {"stable_rank": dict(zip(("before", "after"), ranks, strict=True))}
     (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     write_card(directory, name, facts)
@@ -55,7 +55,9 @@ def write_description(directory: Path, name: str, facts: CardFacts) -> None:
 def write_card(directory: Path, name: str, facts: CardFacts) -> None:
     """Write the model card of a checkpoint called `name`."""
     # Paths that the locale cannot encode are written as their bytes.
-    (directory / "README.md").write_text(model_card(facts, name), encoding="utf-8", errors="surrogateescape")
+    (directory / "README.md").write_text(
+        model_card(facts, name, known_rows(directory)), encoding="utf-8", errors="surrogateescape"
+    )
 
 
 def expected_preview(source: ModelSource, recipe: Recipe, mtp: MTPLayers) -> Preview:

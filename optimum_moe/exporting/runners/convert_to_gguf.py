@@ -3,10 +3,12 @@
 A tokenizer whose pre-tokenizer llama.cpp does not recognize gets the one that the request names.
 """
 
+import importlib.util
 import json
 import logging
 import runpy
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,14 @@ def main() -> None:
     found: dict[str, Any] = {"pre_tokenizer": "recognized"}
     if request["pre_tokenizer"] is not None:
         found = _name_pre_tokenizer(request["pre_tokenizer"])
+    if (
+        importlib.util.find_spec("sentencepiece") is None
+        and not (Path(request["checkpoint"]) / "tokenizer.model").exists()
+    ):
+        # The converter imports it for such a file before it sees that there is none.
+        absent: Any = types.ModuleType("sentencepiece")
+        absent.SentencePieceProcessor = None
+        sys.modules["sentencepiece"] = absent
     answer = sys.argv[2]
     sys.argv = [str(script), request["checkpoint"], "--outfile", request["output"], "--outtype", request["type"]]
     sys.argv += ["--model-name", request["name"]]
