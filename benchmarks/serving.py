@@ -17,7 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,6 @@ class Column:
         runtime: As in `run_in`.
         environment: Its environment.
         quantize: As in `export`.
-        exports: Whether a plain checkpoint is exported to it first, as `export` does for what it reads.
         plugins: Whether vLLM loads this package's plugin.
     """
 
@@ -93,6 +92,7 @@ COLUMNS = (
         "transformers4",
         Environment("transformers4", ("torch==2.13.0", "transformers==4.57.6", "accelerate")),
     ),
+    Column("llama.cpp f32", "llama.cpp", LLAMA, "f32"),
     Column("llama.cpp f16", "llama.cpp", LLAMA, "f16"),
     Column("llama.cpp q8_0", "llama.cpp", LLAMA, "q8_0"),
     Column("MLX", "mlx", Environment("mlx", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"))),
@@ -301,7 +301,7 @@ def table(results: dict[str, dict[str, Any]], models: list[Model]) -> str:
     ]
     for model in models:
         for kind in KINDS:
-            cells = [_cell(results.get(f"{model.title}/{kind}/{column.title}"), notes) for column in COLUMNS]
+            cells = [_cell(results.get(f"{model.title}/{kind}/{column.title}"), column, notes) for column in COLUMNS]
             lines.append(f"| {model.title} | {kind} | " + " | ".join(cells) + " |")
     own = f"transformers {transformers.__version__}"
     head = [
@@ -310,7 +310,8 @@ def table(results: dict[str, dict[str, Any]], models: list[Model]) -> str:
         f"Written by benchmarks/serving.py. Greedy tokens of four prompts, 16 each, compared with {own} and this "
         "package, both in float32 where the runtime has it. `same`: all equal, up to ties within 0.05 standard "
         "deviations of the logits. Small random models of each architecture (8 experts of width 128, top 2, hidden "
-        "size 128); compressed to half of the experts or of their bytes.",
+        "size 128); compressed to half of the experts or of their bytes. In types that round (f16 rounds activations, "
+        "q8_0 weights as well) a count says how many tokens are equal before the first other one of each prompt.",
         "",
         "Versions: " + ", ".join(f"{title}: {version}" for title, version in versions.items()) + ".",
         "",
@@ -319,12 +320,15 @@ def table(results: dict[str, dict[str, Any]], models: list[Model]) -> str:
     return "\n".join([*head, *lines, *tail])
 
 
-def _cell(found: dict[str, Any] | None, notes: list[str]) -> str:
+def _cell(found: dict[str, Any] | None, column: Column, notes: list[str]) -> str:
     if found is None:
         return "not run"
     if found["outcome"] == "same":
         return "same"
     said = " ".join(found["detail"].split())
+    if found["outcome"] == "differs" and column.quantize not in (None, "f32"):
+        # Rounding to the type decides tokens, and which experts are selected.
+        return said.partition(" greedy")[0]
     if said not in notes:
         notes.append(said)
     return f"{found['outcome']} ({notes.index(said) + 1})"
@@ -362,6 +366,7 @@ def main() -> None:
             for column in left:
                 key = f"{model.title}/{kind}/{column.title}"
                 found = run(place, column, pythons[column.title], converter, reference, places)
+                found = replace(found, detail=found.detail.replace(f"{place}", "The checkpoint"))
                 print(key, found.outcome, found.detail, flush=True)
                 results.add(key, found)
                 args.output.write_text(table(results.runs, list(MODELS)), encoding="utf-8")

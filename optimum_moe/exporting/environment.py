@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 _SCRIPTS = Path(__file__).parent / "runners"
+_LONGEST = 300
 _LINES = 4
 """Last lines of a failed script's output that an error quotes."""
 
@@ -71,15 +72,18 @@ def run_script(python: str, script: str, request: Mapping[str, Any], what: str) 
             lines = [line.strip() for line in _text(run.stderr).splitlines() if line.strip()]
             lines = lines or [line.strip() for line in _text(run.stdout).splitlines() if line.strip()]
             lines = lines or [f"it ended with status {run.returncode}"]
-            said = " / ".join(line[:300] for line in lines[-_LINES:])
+            said = " / ".join(line[:_LONGEST] for line in lines[-_LINES:])
             raise RuntimeFailed(f"{python} could not {what}: {said}", reason_of(lines))
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def reason_of(lines: list[str]) -> str:
-    """The line of a traceback that names the error, else the last line."""
-    named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception")) and ": " in line]
-    return (named or lines)[-1][:300]
+    """The line of a traceback that names the error, with the one that follows a colon; else the last line."""
+    named = [i for i, line in enumerate(lines) if line.partition(":")[0].endswith(("Error", "Exception")) and ":" in line]
+    if not named:
+        return lines[-1][:_LONGEST]
+    last = named[-1]
+    return " ".join(lines[last : last + 1 + lines[last].endswith(":")])[:_LONGEST]
 
 
 def _text(output: bytes) -> str:

@@ -22,7 +22,8 @@ def main() -> None:
     if (script.parent / "gguf-py").is_dir():
         sys.path.insert(1, str(script.parent / "gguf-py"))
     found: dict[str, Any] = {"pre_tokenizer": "recognized"}
-    if request["pre_tokenizer"] is not None:
+    # Older versions have no such package, and recognize what they recognize.
+    if request["pre_tokenizer"] is not None and (script.parent / "conversion").is_dir():
         found = _name_pre_tokenizer(request["pre_tokenizer"])
     if (
         importlib.util.find_spec("sentencepiece") is None
