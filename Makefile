@@ -50,9 +50,11 @@ test-oldest: $(OLDEST_AT)/.ready  ## loading and exact properties with the oldes
 	PYTHONPATH=$(CURDIR)/$(OLDEST_AT) $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(OLDEST)'"
 	PYTHONPATH=$(CURDIR)/$(OLDEST_AT) $(BIN)/python -m pytest -q -n 2 -m "not full" $(ON_BOTH)
 
-test-serving: $(READY) $(VLLM)/.ready  ## checkpoints in vLLM, in an environment of its own (Python 3.11)
+test-serving: $(READY) $(VLLM)/.ready  ## checkpoints in vLLM, llama.cpp, MLX and transformers 4 (Python 3.11)
 	$(VLLM)/bin/python -m pytest -q tests/vllm_plugin/test_packed_experts.py tests/vllm_plugin/test_ragged_triton.py
 	OPTIMUM_MOE_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -q tests/vllm_plugin/test_vllm_serving.py
+	$(BIN)/python benchmarks/serving.py --make-only
+	OPTIMUM_MOE_SERVING=$(CURDIR)/.cache/serving $(BIN)/python -m pytest -q tests/serving
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
@@ -72,3 +74,4 @@ bench: $(READY)  ## the tables of docs/source/benchmarks.md
 	$(BIN)/python benchmarks/byte_budget.py --output benchmarks/results/byte_budget
 	$(BIN)/python benchmarks/smollm2.py
 	$(BIN)/python benchmarks/byte_budget.py --on smollm2 --output benchmarks/results/byte_budget_smollm2
+	$(BIN)/python benchmarks/serving.py

@@ -1,6 +1,6 @@
 """What compressed checkpoints do in other runtimes: the same greedy tokens as in transformers, or the reason.
 
-    python benchmarks/serving.py [--only OLMoE ...] [--runtimes llama.cpp ...] [--again]
+    python benchmarks/serving.py [--only OLMoE ...] [--runtimes "llama.cpp f32" ...] [--again] [--make-only]
 
 Makes an environment for each runtime under `.cache/serving` (llama-cpp-python is compiled there, up to half an hour on
 one core), and small random models of five architectures in three kinds of checkpoint that stock classes load and two
@@ -342,6 +342,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, help="default: FOLDER/checkpoints")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "serving.md")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--make-only", action="store_true", help="only make the environments")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     folder, places = args.folder, args.checkpoints or args.folder / "checkpoints"
@@ -352,6 +353,8 @@ def main() -> None:
     if not list(downloads.glob("llama_cpp_python-*.tar.gz")):
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         subprocess.run([*pip, "--dest", str(downloads), LLAMA_CPP], check=True)
+    if args.make_only:
+        return
     converter = str(next(downloads.glob("llama_cpp_python-*.tar.gz")))
     results = Results.read(places / "results.json", args.again)
     for model in MODELS:

@@ -79,7 +79,9 @@ def run_script(python: str, script: str, request: Mapping[str, Any], what: str) 
 
 def reason_of(lines: list[str]) -> str:
     """The line of a traceback that names the error, with the one that follows a colon; else the last line."""
-    named = [i for i, line in enumerate(lines) if line.partition(":")[0].endswith(("Error", "Exception")) and ":" in line]
+    named = [
+        i for i, line in enumerate(lines) if line.partition(":")[0].endswith(("Error", "Exception")) and ":" in line
+    ]
     if not named:
         return lines[-1][:_LONGEST]
     last = named[-1]
