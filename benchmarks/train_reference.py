@@ -118,9 +118,27 @@ def deepseek_v3_config() -> DeepseekV3Config:
     )
 
 
+def wide_config() -> Qwen3MoeConfig:
+    """Not bundled: with rows that llama.cpp's K-quants divide, super-blocks of 256."""
+    config = qwen3_moe_config()
+    config.update(
+        {
+            "hidden_size": 256,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        }
+    )
+    return config
+
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_moe": qwen3_moe_config,
     "deepseek_v3": deepseek_v3_config,
+    "qwen3_moe_wide": wide_config,
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optimum_moe.exporting.approximate_experts import ReplacedExport, plan_replaced, replaced_experts
 from optimum_moe.exporting.exported import Exported
 from optimum_moe.exporting.staging import stage, write_json
 
@@ -41,15 +42,18 @@ class FolderExport:
                 write_json(file, values | {"tokenizer_class": self.tokenizer_class(values["tokenizer_class"])})
 
 
-def plan_folder(checkpoint: Exported, runtime: str) -> FolderExport:
+def plan_folder(checkpoint: Exported, runtime: str) -> FolderExport | ReplacedExport:
     """Check an export to vLLM or transformers 4 before any tensor is read.
 
     Raises:
         ValueError: If the model class or the names of the tensors are not those that the runtime reads.
     """
+    replaced = replaced_experts(checkpoint) if runtime == "vLLM" else None
+    if replaced is not None:
+        return plan_replaced(checkpoint, replaced, PER_EXPERT)
     config = checkpoint.spelled_config()
     stacked = [name for name in checkpoint.headers.tensors if name.endswith(tuple(f"experts.{s}" for s in _STACKED))]
-    if stacked and not checkpoint.structure and checkpoint.config.get("model_type") in _PER_EXPERT:
+    if stacked and not checkpoint.structure and checkpoint.config.get("model_type") in PER_EXPERT:
         raise ValueError(
             f"{checkpoint.directory} stores experts as stacked tensors ({stacked[0]}), which {runtime} does not read "
             "for this architecture. Save it again with model.save_pretrained(folder, save_original_format=True)."
@@ -57,5 +61,5 @@ def plan_folder(checkpoint: Exported, runtime: str) -> FolderExport:
     return FolderExport(checkpoint, config, lambda name: _OLD_TOKENIZERS.get(name, name))
 
 
-_PER_EXPERT = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
+PER_EXPERT = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
 """Model types of which other runtimes read one tensor for each expert."""

@@ -9,8 +9,10 @@ Imports neither transformers nor torch when it is imported: `nn/`, which knows n
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -43,6 +45,7 @@ INTERNALS: dict[str, tuple[str, str]] = {
     "PrefixChange": ("transformers.core_model_loading", "left out when a model is saved"),
     "WeightConverter": ("transformers.core_model_loading", "how stored tensors become those of a model"),
     "WeightRenaming": ("transformers.core_model_loading", "under which name a stored tensor is loaded"),
+    "get_hf_quantizer": ("transformers.quantizers.auto", "see `before_quantizers`"),
     "dot_natural_key": ("transformers.core_model_loading", "the order in which stored experts are stacked"),
     "get_model_conversion_mapping": (
         "transformers.conversion_mapping",
@@ -189,6 +192,22 @@ def weight_conversions(model: Any) -> list[Any] | None:
 def set_weight_conversions(model: Any, conversions: list[Any]) -> None:
     """Choose what `save_pretrained` and `revert_weight_conversion` revert."""
     model._weight_conversions = conversions
+
+
+def before_quantizers(adopt: Callable[[Any], None]) -> None:
+    """Have `adopt(config)` called before transformers looks for the quantizer of a checkpoint."""
+    auto: Any = importlib.import_module("transformers.quantizers.auto")
+    stock = auto.get_hf_quantizer
+
+    @functools.wraps(stock)
+    def adopted(config: Any, *args: Any, **kwargs: Any) -> Any:
+        adopt(config)
+        return stock(config, *args, **kwargs)
+
+    auto.get_hf_quantizer = adopted
+    user: Any = sys.modules.get("transformers.modeling_utils")
+    if getattr(user, "get_hf_quantizer", None) is stock:
+        user.get_hf_quantizer = adopted
 
 
 def watch_loading(model: Any, check: Callable[[Any], None]) -> None:

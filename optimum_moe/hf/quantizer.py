@@ -23,13 +23,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_moe.formats import ExpertsSpec
 from optimum_moe.hf.compat import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
+    before_quantizers,
     forget_quantization,
     mark_initialized,
     read_whole,
     unwatch_loading,
     watch_loading,
 )
-from optimum_moe.hf.structure import CARRIED_MODULE, METHOD, SENTINEL, MoEStructureConfig
+from optimum_moe.hf.structure import CARRIED_MODULE, METHOD, SENTINEL, MoEStructureConfig, adopt_replacements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -279,6 +280,7 @@ def register() -> None:
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(MoEStructureConfig)
         register_quantizer(METHOD)(MoEStructureQuantizer)
+        before_quantizers(adopt_replacements)
 
 
 register()

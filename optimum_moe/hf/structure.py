@@ -21,6 +21,10 @@ SENTINEL = {"a compressed checkpoint: pip install optimum-moe, or pass trust_rem
 """Stands in `config.fusion_config`. transformers only warns of an unknown quantization method and would go on to
 initialize missing experts at random; of an unknown fusion it raises, with this name in the message."""
 
+REPLACEMENTS = "compression_config"
+"""Field of `config.json` where vLLM looks for experts that are replaced by constants; it refuses them in a checkpoint
+with a `quantization_config`."""
+
 ENTRY_FIELDS = {"num_experts", "num_groups", "routing"}
 
 
@@ -74,6 +78,14 @@ class MoEStructureConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; fields of an inner quantization only where there is one."""
         return {key: value for key, value in super().to_dict().items() if value not in (None, False)}
+
+
+def adopt_replacements(config: Any) -> None:
+    """Make a config that was written for vLLM one of ours."""
+    found = getattr(config, REPLACEMENTS, None)
+    if isinstance(found, Mapping) and METHOD in found and getattr(config, "quantization_config", None) is None:
+        config.quantization_config = dict(found[METHOD])
+        delattr(config, REPLACEMENTS)
 
 
 def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
