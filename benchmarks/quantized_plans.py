@@ -1,9 +1,10 @@
 """Compressed and then quantized to GGUF: file size, perplexity and KL from the original, measured in llama.cpp itself.
 
-    python benchmarks/quantized_plans.py original=DIR reap=DIR budget=DIR --original DIR --types q8_0 q4_0 \
+    python benchmarks/quantized_plans.py --original DIR --shares 50 25 --types q8_0 q4_0 \
         --llama-cpp PATH --python ENVIRONMENT/bin/python [--text held_out.jsonl] [--calibration corpus.txt]
 
-Each checkpoint is exported with `optimum_moe.export`, which quantizes with llama.cpp, and runs in llama.cpp through
+The original is compressed to each share of its experts' bytes by REAP, by the byte budget for any runtime, and by one
+that was made for the quantizer; `NAME=FOLDER` adds checkpoints, `--whole` types of the whole original. Each checkpoint is exported with `optimum_moe.export`, which quantizes with llama.cpp, and runs in llama.cpp through
 llama-cpp-python, activations quantized as llama.cpp does on this processor, on whole windows of held-out text. KL is
 from the logits of the original in transformers, in float32. `measure` is the same as a function.
 """
@@ -19,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import HELD_OUT
+from reference import CALIBRATION, HELD_OUT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_moe import CalibrationConfig, export
+from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, MoECompressor, export
 from optimum_moe.calibration.data import build_batches
 from optimum_moe.exporting.environment import run_script
 from optimum_moe.exporting.gguf_file import read_gguf
@@ -138,10 +139,31 @@ def table(rows: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
+def made(original: str, shares: Sequence[float], types: Sequence[str], folder: Path) -> list[tuple[str, str, str]]:
+    """Name, folder and type of the original compressed in all ways; one calibration serves all."""
+    calibration = CalibrationConfig(str(CALIBRATION), sequence_length=256, max_tokens=32768)
+    found, statistics = [], None
+    for share in shares:
+        budgets = {f"byte budget for {kind}": ByteBudget(share=share / 100, quantize=kind) for kind in types}
+        methods = {"byte budget": ByteBudget(share=share / 100), **budgets}
+        methods["REAP"] = ExpertPruning(keep_ratio=share / 100, saliency="reap")
+        for name, method in methods.items():
+            compressor = MoECompressor.from_pretrained(original, method, calibration, progress=False)
+            statistics = statistics or compressor.calibrate()
+            compressor.apply(statistics=statistics)
+            at = compressor.save_pretrained(folder / f"{name} {share:g}".replace(" ", "_"))
+            served = [kind for kind in types if name not in budgets or name.endswith(f" {kind}")]
+            found += [(f"{name}, {share:g}%", str(at), kind) for kind in served]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("checkpoints", nargs="*", metavar="NAME=FOLDER")
     parser.add_argument("--original", required=True)
+    parser.add_argument("--shares", type=float, nargs="*", default=[], help="per cent of the experts' bytes")
+    parser.add_argument("--whole", nargs="*", default=[], help="types of the original itself")
+    parser.add_argument("--output", type=Path, help="also write the table there")
     parser.add_argument("--types", nargs="+", default=["q8_0", "q4_0"])
     parser.add_argument("--text", default=str(HELD_OUT))
     parser.add_argument("--calibration", help="text for importance matrices")
@@ -150,13 +172,14 @@ def main() -> None:
     args = parser.parse_args()
     tools = Tools(args.llama_cpp, args.python)
     held_out = HeldOutLogits.of(args.original, args.text)
-    named = dict(entry.split("=", 1) for entry in args.checkpoints)
-    rows = [
-        measure(name, folder, kind, held_out, tools, args.calibration)
-        for name, folder in named.items()
-        for kind in args.types
-    ]
+    wanted = [("original", args.original, kind) for kind in args.whole]
+    wanted += [(*entry.split("=", 1), kind) for entry in args.checkpoints for kind in args.types]
+    with TemporaryDirectory() as folder:
+        wanted += made(args.original, args.shares, args.types, Path(folder))
+        rows = [measure(name, at, kind, held_out, tools, args.calibration) for name, at, kind in wanted]
     print(table(rows))
+    if args.output:
+        args.output.write_text(f"{args.original}\n\n{table(rows)}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
