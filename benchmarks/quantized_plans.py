@@ -4,9 +4,10 @@
         --llama-cpp PATH --python ENVIRONMENT/bin/python [--text held_out.jsonl] [--calibration corpus.txt]
 
 The original is compressed to each share of its experts' bytes by REAP, by the byte budget for any runtime, and by one
-that was made for the quantizer; `NAME=FOLDER` adds checkpoints, `--whole` types of the whole original. Each checkpoint is exported with `optimum_moe.export`, which quantizes with llama.cpp, and runs in llama.cpp through
-llama-cpp-python, activations quantized as llama.cpp does on this processor, on whole windows of held-out text. KL is
-from the logits of the original in transformers, in float32. `measure` is the same as a function.
+that was made for the quantizer; `NAME=FOLDER` adds checkpoints, `--whole` types of the whole original. Each checkpoint
+is exported with `optimum_moe.export`, which quantizes with llama.cpp, and runs in llama.cpp through llama-cpp-python,
+activations quantized as llama.cpp does on this processor, on whole windows of held-out text. KL is from the logits of
+the original in transformers, in float32. `measure` is the same as a function.
 """
 
 from __future__ import annotations
