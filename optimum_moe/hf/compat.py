@@ -45,7 +45,6 @@ INTERNALS: dict[str, tuple[str, str]] = {
     "PrefixChange": ("transformers.core_model_loading", "left out when a model is saved"),
     "WeightConverter": ("transformers.core_model_loading", "how stored tensors become those of a model"),
     "WeightRenaming": ("transformers.core_model_loading", "under which name a stored tensor is loaded"),
-    "get_hf_quantizer": ("transformers.quantizers.auto", "see `before_quantizers`"),
     "dot_natural_key": ("transformers.core_model_loading", "the order in which stored experts are stacked"),
     "get_model_conversion_mapping": (
         "transformers.conversion_mapping",
@@ -78,6 +77,7 @@ ATTRIBUTES: dict[str, tuple[str, str]] = {
     "_is_quantized": ("transformers.quantizers.base", "see `forget_quantization`"),
     "_keys_to_ignore_on_load_missing": ("transformers:PreTrainedModel", "see `patterns_that_may_be_missing`"),
     "_keys_to_ignore_on_save": ("transformers:PreTrainedModel", "see `names_not_saved`"),
+    "get_hf_quantizer": ("transformers.quantizers.auto", "see `before_quantizers`"),
     "_orig_mod": ("torch._dynamo.eval_frame", "see `is_compiled`"),
     "_parameters": ("torch.nn:Module", "see `load_at_first_use`"),
     "_process_model_after_weight_loading": ("transformers.quantizers:HfQuantizer", "overridden in `hf.quantizer`"),
