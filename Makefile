@@ -7,7 +7,8 @@ READY := $(VENV)/.ready
 # The oldest transformers that setup.py allows, in a folder of its own in front of the newest, which is in $(VENV).
 OLDEST := 5.23.0
 OLDEST_AT := .cache/oldest/$(OLDEST)
-ON_BOTH := tests/test_loading.py tests/test_exact_properties.py tests/test_reload.py tests/hf
+ON_BOTH := tests/test_loading.py tests/test_exact_properties.py tests/test_reload.py tests/surgeons/test_expert_names.py \
+  tests/hf
 
 # Elsewhere than on Linux or macOS, or for a CUDA build, install torch into $(VENV) first.
 $(READY): setup.py

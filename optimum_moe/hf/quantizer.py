@@ -76,7 +76,7 @@ class StructureMixin:
         """Ours come first: transformers takes guards and compressed experts for stock ones."""
         from optimum_moe.surgeons import own_conversions
 
-        own, self.names = own_conversions(model)
+        own, self.names = own_conversions(model, self.structure.blocks)
         read_whole(model, lambda name: name in self.names.stacks)
         return [*own, *super().update_weight_conversions(weight_conversions, model)]  # type: ignore[misc]
 

@@ -7,7 +7,7 @@ width lie in stacks, so loading joins tensors of the files into a stack, and sav
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -66,10 +66,6 @@ class BlockNames:
         stem = f"{JOINT}_proj" if projection == JOINT else self.stems[projection]
         return f"{owner}.{stem}.{piece.tensor if piece.tensor in ('weight', 'bias') else f'weight_{piece.tensor}'}"
 
-    def stock_name(self, expert: int, projection: str) -> str:
-        """The name of a stock expert's matrix."""
-        return f"{self.expert}{expert}.{self.stems[projection]}.weight"
-
 
 @dataclass(eq=False)
 class ExpertNames:
@@ -78,7 +74,8 @@ class ExpertNames:
     Args:
         blocks: Names by the path of the block.
         factors: Path of the block by that of its `FactorizedExperts`.
-        base: Prefix of the base model, which names in the files may have or lack.
+        base: Prefix of the base model, which names in the files may lack.
+        more: Prefixes that they may have in addition.
         homes: Stacked tensor by name in the files; only where a checkpoint is read.
         stacks: By stacked tensor its pieces with their names, in their order; likewise.
         seen: Names that were read.
@@ -88,6 +85,7 @@ class ExpertNames:
     blocks: dict[str, BlockNames] = field(default_factory=dict)
     factors: dict[str, str] = field(default_factory=dict)
     base: str = ""
+    more: frozenset[str] = frozenset()
     homes: dict[str, str] = field(default_factory=dict)
     stacks: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
@@ -98,9 +96,17 @@ class ExpertNames:
         held = {f"{path}.{name}": path for name, found in block.named_modules() if isinstance(found, FactorizedExperts)}
         return ExpertNames({**self.blocks, path: names}, {**self.factors, **held})
 
-    def reading(self, model: PreTrainedModel) -> ExpertNames:
-        """The names with the tables by which a checkpoint is read into a model."""
-        read = ExpertNames(self.blocks, self.factors, f"{model.base_model_prefix}.")
+    def reading(self, model: PreTrainedModel, in_files: Iterable[str] = ()) -> ExpertNames:
+        """The names with the tables by which a checkpoint is read into a model.
+
+        Args:
+            model: The model.
+            in_files: Prefixes of its blocks in the files, as far as they are known.
+        """
+        base = f"{model.base_model_prefix}."
+        pairs = ((prefix, names.block) for prefix in in_files for names in self.blocks.values())
+        more = {prefix.removesuffix(own) for prefix, own in pairs if prefix.endswith(f".{own}")}
+        read = ExpertNames(self.blocks, self.factors, base, frozenset({base, *more}))
         for factors in self.factors:
             for stack, named in self.pieces(model, factors).items():
                 read.stacks[stack] = named
@@ -133,7 +139,9 @@ class ExpertNames:
             return key
         if self.base + key in self.homes:
             return self.base + key
-        return next((end for end in _ends(key) if end in self.homes), None)
+        # Other layers of the same structure (for multi-token prediction) differ in their prefix only.
+        ends = (key.removeprefix(prefix) for prefix in self.more if key.startswith(prefix))
+        return next((end for end in ends if end in self.homes), None)
 
     def intermediate(self, key: str) -> str | None:
         """What other conversions meet instead of a tensor of the files; None if it is none of ours."""
@@ -215,7 +223,8 @@ class ExpertConverter(WeightConverter):
         # transformers copies it for each tensor of the files, and all but what is collected may be shared.
         twin = object.__new__(type(self))
         for name in _SLOTS:
-            setattr(twin, name, getattr(self, name))
+            if hasattr(self, name):
+                setattr(twin, name, getattr(self, name))
         twin.names, twin.is_saving = self.names, self.is_saving
         twin.collected_tensors, twin.layer_targets = defaultdict(list), defaultdict(set)
         return twin
@@ -340,13 +349,6 @@ def _moved(name: str, before: str, after: str) -> str:
     if after.endswith(before):
         return after.removesuffix(before) + name
     return name.removeprefix(before.removesuffix(after)) if before.endswith(after) else name
-
-
-def _ends(key: str) -> Iterator[str]:
-    """A dotted name without its first part, without its first two parts, and so on."""
-    while key:
-        _, _, key = key.partition(".")
-        yield key
 
 
 def _factors_of(stack: str) -> str:

@@ -6,7 +6,7 @@ guard is a buffer, so it is kept by training, copies and `save_pretrained`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -119,9 +119,14 @@ def expert_names(model: PreTrainedModel) -> ExpertNames:
     return next(found, ExpertNames())
 
 
-def own_conversions(model: PreTrainedModel) -> tuple[list[Any], ExpertNames]:
-    """The conversions by which a checkpoint of ours is read, to be tried before all others, and the names therein."""
-    names = expert_names(model).reading(model)
+def own_conversions(model: PreTrainedModel, in_files: Iterable[str] = ()) -> tuple[list[Any], ExpertNames]:
+    """The conversions by which a checkpoint of ours is read, to be tried before all others, and the names therein.
+
+    Args:
+        model: The model, with the structure of the checkpoint.
+        in_files: Prefixes of its blocks in the files, as far as they are known.
+    """
+    names = expert_names(model).reading(model, in_files)
     return [*guard_renamings(model), *_conversions_of(names)], names
 
 

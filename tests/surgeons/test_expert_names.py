@@ -207,6 +207,18 @@ def test_what_is_wrong_has_the_name_of_the_file(kind: str, folders: Any, tmp_pat
         load("mixtral", folder)
 
 
+def test_layers_beside_the_model_are_not_taken_for_its_own(folders: Any, tmp_path: Path) -> None:
+    """The base model knows its blocks without the prefix that tells them from those for multi-token prediction."""
+    folder = Path(shutil.copytree(folders("qwen3_moe", mixture), tmp_path / "out"))
+    stored = tensors(folder)
+    name = "layers.0.mlp.experts.0.gate_proj.weight"
+    stored[f"mtp.{name}"] = stored[f"model.{name}"] + 1
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    base, whole = transformers.AutoModel.from_pretrained(folder), load("qwen3_moe", folder)
+    for key, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, base.state_dict()[key]), key
+
+
 def test_a_block_that_the_model_does_not_have(folders: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders("mixtral", mixture), tmp_path / "out"))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
