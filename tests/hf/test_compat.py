@@ -198,4 +198,4 @@ def test_compat_imports_neither_transformers_nor_torch() -> None:
     tree = ast.parse((PACKAGE / "hf" / "compat.py").read_text(encoding="utf-8"))
     imported = {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
     imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert imported <= {"__future__", "importlib", "re", "collections.abc", "contextlib", "typing"}
+    assert imported <= {"__future__", "collections.abc", "contextlib", "functools", "importlib", "re", "sys", "typing"}
