@@ -41,6 +41,7 @@ LAYERS = {
     "verification": 6,
     "cli": 7,
     "vllm_plugin": 7,
+    "vllm_plugin/blocks": 2,
     "__init__": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -32,6 +32,11 @@ class Exported:
     headers: Headers
 
     @property
+    def is_structured(self) -> bool:
+        """Whether it has a map or experts in compressed formats, which this package runs."""
+        return (self.config.get("quantization_config") or {}).get("quant_method") == METHOD
+
+    @property
     def structure(self) -> tuple[str, ...]:
         """What its experts have that stock model classes cannot load, in words; empty for a plain checkpoint."""
         said = []

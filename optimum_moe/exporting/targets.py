@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from optimum_moe.exporting.exported import CONSTANTS_FIELD, Exported
 from optimum_moe.exporting.gguf_types import FILE_TYPES
+from optimum_moe.reporting.loads_in import objection_of_plugin
 from optimum_moe.settings import choose_one
 
 
@@ -77,12 +78,14 @@ def refuse_inexpressible(checkpoint: Exported, target: Target) -> None:
             "the original again with --runs-in any (the same number of experts and the same width in every layer), "
             "or with a preset that makes plain checkpoints (reap, m-smoe-plain)."
         )
-    if checkpoint.quantization is not None and target.name != "gguf":
-        return
-    if checkpoint.quantization is not None:
+    if checkpoint.is_structured and target.runs_formats:
+        objection = objection_of_plugin(checkpoint.config)
+        if objection is not None:
+            raise ValueError(objection)
+    if checkpoint.quantization is not None and target.quantize:
         raise ValueError(
-            f"{checkpoint.directory} is quantized with {checkpoint.quantization}. Export the checkpoint before its "
-            "quantization, and give quantize= instead."
+            f"{checkpoint.directory} is quantized with {checkpoint.quantization}. Export the checkpoint from before "
+            "its quantization, and give quantize= instead."
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from optimum_moe.checkpoint.checkpoint_tensors import raw_config
 from optimum_moe.checkpoint.checksums import CHECKSUMS_FILE
 from optimum_moe.hf.structure import METHOD
 from optimum_moe.settings import choose_one
+from optimum_moe.vllm_plugin.blocks import CompressedBlock
 
 Kind = Literal["plain", "structured", "constants"]
 FIELD = "loads_in"
@@ -82,7 +83,27 @@ def known_rows(directory: Path) -> list[LoadsIn]:
         rows = json.loads(file.read_text(encoding="utf-8")).get(FIELD)
         if rows is not None:
             return [LoadsIn(**row) for row in rows]
-    return list(_TABLE[kind_of(directory)])
+    kind = kind_of(directory)
+    rows = list(_TABLE[kind])
+    if kind == "structured":
+        objection = objection_of_plugin(raw_config(directory))
+        says = "loads with this package installed beside it" if objection is None else f"cannot run it: {objection}"
+        rows.insert(1, LoadsIn("vllm", says))
+    return rows
+
+
+def objection_of_plugin(config: Mapping[str, Any]) -> str | None:
+    """Why this package's plugin for vLLM does not run a structured checkpoint; None if it does.
+
+    Args:
+        config: The content of `config.json`.
+    """
+    try:
+        for name, entry in config["quantization_config"]["blocks"].items():
+            CompressedBlock.of_entry(name, entry)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def to_json(rows: Sequence[LoadsIn]) -> list[dict[str, Any]]:

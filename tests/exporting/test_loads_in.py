@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
+from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE, export
 from optimum_moe.exporting import runs_in
 from optimum_moe.exporting.environment import RuntimeFailed
 from optimum_moe.exporting.runs_in import Reference, Run, run_in
@@ -54,7 +54,20 @@ def test_what_is_known_of_each_kind(checkpoints: dict[str, Path]) -> None:
         card = (checkpoints[name] / "README.md").read_text(encoding="utf-8")
         assert markdown(known_rows(checkpoints[name])) in card
     assert "cannot express it. Compress with --runs-in any" in card
-    assert "| vllm |" not in card
+    assert "| vllm | loads with this package installed beside it |" in card
+
+
+def test_what_the_plugin_does_not_run_is_said(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["structured"], tmp_path / "reduced")
+    config = json.loads((tmp_path / "reduced" / "config.json").read_text(encoding="utf-8"))
+    for entry in config["quantization_config"]["blocks"].values():
+        entry["routing"] = "reduce"
+    (tmp_path / "reduced" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "reduced" / "compression_report.json").unlink()
+    said = next(row.says for row in known_rows(tmp_path / "reduced") if row.runtime == "vllm")
+    assert said.startswith("cannot run it: ")
+    with pytest.raises(ValueError, match="routing 'reduce'"):
+        export(tmp_path / "reduced", "vllm")
 
 
 def test_a_run_takes_the_place_of_what_was_expected(plain: Path) -> None:

@@ -17,11 +17,12 @@ def main() -> None:
     if not request["plugins"]:
         os.environ |= {"VLLM_PLUGINS": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     import vllm
+    from vllm.platforms import current_platform
 
     longest = max(map(len, request["prompts"])) + request["num_tokens"] + 1
     config = json.loads((Path(request["checkpoint"]) / "config.json").read_text(encoding="utf-8"))
     # On a CPU, float32 and latent attention go together only in this one.
-    latent = "kv_lora_rank" in config and vllm.platforms.current_platform.is_cpu()
+    latent = "kv_lora_rank" in config and current_platform.is_cpu()
     model = vllm.LLM(
         request["checkpoint"],
         dtype="float32",
