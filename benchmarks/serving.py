@@ -326,7 +326,7 @@ def _cell(found: dict[str, Any] | None, column: Column, notes: list[str]) -> str
     if found["outcome"] == "same":
         return "same"
     said = " ".join(found["detail"].split())
-    if found["outcome"] == "differs" and column.quantize not in (None, "f32"):
+    if found["outcome"] == "rounded":
         # Rounding to the type decides tokens, and which experts are selected.
         return said.partition(" greedy")[0]
     if said not in notes:

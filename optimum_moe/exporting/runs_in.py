@@ -15,11 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_moe.exporting.environment import RuntimeFailed, check_python, has_module, run_script
 from optimum_moe.exporting.exported import open_exported
 from optimum_moe.exporting.exporter import export
+from optimum_moe.exporting.gguf_file import read_gguf
+from optimum_moe.exporting.gguf_types import FILE_TYPES
 from optimum_moe.reporting.loads_in import LoadsIn, record_run
 from optimum_moe.settings import choose_one
 
 _TEXTS = ("The capital of France is", "In the beginning", "def fibonacci(n):\n    ", "He said that she")
 _TOKENS = 16
+_EXACT = (None, "f32")
+"""Types in which nothing is rounded: float32 values, and float32 activations."""
 _TIE = 0.05
 """Share of a standard deviation of the logits below which two of them count as tied."""
 
@@ -58,7 +62,8 @@ class Run:
     Args:
         runtime: Its name, as in `RUNNERS`.
         version: Its version; empty if it did not start.
-        outcome: "same" (the same greedy tokens as transformers), "differs", or "refused".
+        outcome: "same" (the same greedy tokens as transformers), "rounded" (others, because the values or the
+            activations are rounded to a type), "differs", or "refused".
         detail: The runtime's message, or how many tokens are the same.
         quantize: Type that the values were quantized to; None for the checkpoint's own.
     """
@@ -70,6 +75,11 @@ class Run:
     quantize: str | None = None
 
     @property
+    def passed(self) -> bool:
+        """Whether it runs, and only rounding changes its tokens."""
+        return self.outcome in ("same", "rounded")
+
+    @property
     def title(self) -> str:
         """The runtime, with the type of quantized values in brackets."""
         return self.runtime if self.quantize is None else f"{self.runtime} ({self.quantize})"
@@ -77,7 +87,7 @@ class Run:
     @property
     def says(self) -> str:
         """What it did, in words."""
-        words = {"same": "same greedy tokens", "differs": "other greedy tokens", "refused": "refused"}
+        words = {"same": "same greedy tokens", "rounded": "runs", "differs": "OTHER TOKENS", "refused": "refused"}
         return f"{words[self.outcome]}: {' '.join(self.detail.split())}"
 
     def record(self, checkpoint: str | os.PathLike[str]) -> None:
@@ -188,6 +198,8 @@ def run_in(
     runner = next(runner for runner in RUNNERS if runner.name == runtime)
     interpreter = check_python(python)
     opened = open_exported(checkpoint)
+    if exported is not None:
+        quantize = quantize or _type_of(Path(exported))
     if not has_module(interpreter, runner.module):
         raise ValueError(
             f"{interpreter} has no {runner.module}. Install it in an environment of its own ({runner.install}), and "
@@ -220,4 +232,27 @@ def run_in(
         except ValueError as error:
             return Run(runtime, "", "refused", str(error), quantize)
     is_same, said = reference.compare(answer["tokens"])
-    return Run(runtime, str(answer["version"]), "same" if is_same else "differs", said, quantize)
+    version = str(answer["version"])
+    if is_same or quantize in _EXACT:
+        return Run(runtime, version, "same" if is_same else "differs", said, quantize)
+    if exported is not None:
+        return Run(runtime, version, "rounded", f"{said}, rounded to {quantize}", quantize)
+    # Only rounding may make the difference: without it the tokens have to be the same.
+    exact = run_in(
+        runtime,
+        checkpoint,
+        python=python,
+        llama_cpp=llama_cpp,
+        quantize="f32" if runner.exported == "gguf" else None,
+        reference=reference,
+    )
+    said = f"{said}, rounded to {quantize}; {exact.detail} without rounding"
+    return Run(runtime, version, "rounded" if exact.outcome == "same" else "differs", said, quantize)
+
+
+def _type_of(exported: Path) -> str | None:
+    """The type of the values of a GGUF file; None for another export, or a type that is not in the table."""
+    if exported.suffix != ".gguf":
+        return None
+    number = read_gguf(exported).metadata.get("general.file_type")
+    return next((kind.name for kind in FILE_TYPES if kind.number == number), None)

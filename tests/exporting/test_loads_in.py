@@ -119,14 +119,23 @@ def test_what_a_runtime_does_is_an_outcome(plain: Path, monkeypatch: pytest.Monk
     answers["tokens"] = [[0, 3]]
     assert run_in("vllm", plain, reference=reference).outcome == "differs"
 
+    monkeypatch.setattr(runs_in, "export", lambda *args, **kwargs: plain)
+    rounded = {"q8_0": answers, "f32": {"version": "1.0", "tokens": [[0, 0]]}}
+    monkeypatch.setattr(runs_in, "run_script", lambda *args: rounded.pop("q8_0", rounded["f32"]))
+    found = run_in("llama.cpp", plain, reference=reference, quantize="q8_0")
+    # Without rounding the tokens are the same, so rounding is what changes them.
+    assert (found.outcome, found.passed) == ("rounded", True)
+    assert found.says == "runs: 1 of 2 greedy tokens, rounded to q8_0; 2 of 2 greedy tokens without rounding"
+    monkeypatch.setattr(runs_in, "run_script", lambda *args: answers)
+    found = run_in("llama.cpp", plain, reference=reference, quantize="q8_0")
+    assert (found.outcome, found.passed) == ("differs", False)
+
     def fail(*args: object) -> None:
         raise RuntimeFailed("python could not run the checkpoint: ...", "KeyError: 'experts'")
 
     monkeypatch.setattr(runs_in, "run_script", fail)
     found = run_in("vllm", plain, reference=reference)
     assert (found.outcome, found.says) == ("refused", "refused: KeyError: 'experts'")
-    # What cannot be exported is not run.
-    assert "convert_hf_to_gguf" not in run_in("llama.cpp", plain, reference=reference).version
 
 
 def test_a_runtime_that_is_not_there(plain: Path) -> None:
