@@ -17,6 +17,7 @@ from optimum_moe.exporting.exported import open_exported
 from optimum_moe.exporting.exporter import export
 from optimum_moe.exporting.gguf_file import read_gguf
 from optimum_moe.exporting.gguf_types import FILE_TYPES
+from optimum_moe.exporting.to_gguf import stored_type
 from optimum_moe.reporting.loads_in import LoadsIn, record_run
 from optimum_moe.settings import choose_one
 
@@ -233,10 +234,12 @@ def run_in(
             return Run(runtime, "", "refused", str(error), quantize)
     is_same, said = reference.compare(answer["tokens"])
     version = str(answer["version"])
-    if is_same or quantize in _EXACT:
+    # llama.cpp rounds activations to the type of the values.
+    rounded_to = quantize or (stored_type(opened) if runner.exported == "gguf" else None)
+    if is_same or rounded_to in _EXACT:
         return Run(runtime, version, "same" if is_same else "differs", said, quantize)
     if exported is not None:
-        return Run(runtime, version, "rounded", f"{said}, rounded to {quantize}", quantize)
+        return Run(runtime, version, "rounded", f"{said}, rounded to {rounded_to}", quantize)
     # Only rounding may make the difference: without it the tokens have to be the same.
     exact = run_in(
         runtime,
@@ -246,7 +249,7 @@ def run_in(
         quantize="f32" if runner.exported == "gguf" else None,
         reference=reference,
     )
-    said = f"{said}, rounded to {quantize}; {exact.detail} without rounding"
+    said = f"{said}, rounded to {rounded_to}; {exact.detail} without rounding"
     return Run(runtime, version, "rounded" if exact.outcome == "same" else "differs", said, quantize)
 
 
