@@ -60,7 +60,7 @@ _TABLE: dict[Kind, tuple[LoadsIn, ...]] = {
     ),
     "constants": (
         LoadsIn("transformers", "loads with this package"),
-        LoadsIn("vllm", "loads from version 0.33 on; versions up to 0.32 are silently wrong: do not use them", "code"),
+        LoadsIn("vllm", "loads from version 0.33 on; 0.32 stops at a name that it does not know", "code"),
         LoadsIn("llama.cpp", f"cannot express it. {_ANY}"),
         LoadsIn("mlx", f"cannot express it. {_ANY}"),
     ),
