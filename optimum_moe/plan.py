@@ -229,6 +229,29 @@ def keep_all(name: str, num_experts: int, routing: Routing = "reduce") -> BlockP
     return BlockPlan(name, every, every, routing, ones_E, router_weights_E=ones_E if routing == "reduce" else None)
 
 
+def keep_some(name: str, num_experts: int, kept: Sequence[int]) -> BlockPlan:
+    """The plan of a block that loses all experts but some, with their rows of the router.
+
+    Args:
+        name: Module path of the block.
+        num_experts: Its experts.
+        kept: Ids of those that remain.
+    """
+    kept = tuple(sorted(kept))
+    labels = [-1] * num_experts
+    for slot, expert in enumerate(kept):
+        labels[expert] = slot
+    weights_E = torch.tensor([float(label >= 0) for label in labels], dtype=torch.float64)
+    return BlockPlan(
+        name=name,
+        labels_E=tuple(labels),
+        dominants_G=kept,
+        routing="reduce",
+        merge_weights_E=weights_E,
+        router_weights_E=weights_E,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class CompressionPlan:
     """The plans of all MoE blocks of one checkpoint, and the record of how they were decided.

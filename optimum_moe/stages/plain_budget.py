@@ -24,7 +24,7 @@ from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
 from optimum_moe.algorithms.rerouting import Rerouter
 from optimum_moe.formats import StoredExperts, build_expert, refit_block
 from optimum_moe.model_info import BlockInfo
-from optimum_moe.plan import BlockPlan, keep_all
+from optimum_moe.plan import BlockPlan, keep_all, keep_some
 from optimum_moe.runtimes import Quantizer, Runtime, width_step
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.counts import fewest_experts
@@ -224,19 +224,8 @@ def plain_plan(context: BlockContext, shape: PlainShape, refit: bool = True) -> 
         refit: Whether the down projections are refitted together to the block's output.
     """
     info, experts = context.info, context.experts
-    plan = keep_all(info.name, info.num_experts)
-    if len(shape.kept) < info.num_experts:
-        labels = [-1] * info.num_experts
-        for slot, expert in enumerate(shape.kept):
-            labels[expert] = slot
-        weights_E = torch.tensor([float(label >= 0) for label in labels], dtype=torch.float64)
-        plan = replace(
-            plan,
-            labels_E=tuple(labels),
-            dominants_G=shape.kept,
-            merge_weights_E=weights_E,
-            router_weights_E=weights_E,
-        )
+    keeps_all = len(shape.kept) == info.num_experts
+    plan = keep_all(info.name, info.num_experts) if keeps_all else keep_some(info.name, info.num_experts, shape.kept)
     is_whole = shape.width == info.intermediate_size
     refit = refit and experts.finish is None and not experts.fixed_neurons
     if is_whole and (plan.keeps_all or not refit):

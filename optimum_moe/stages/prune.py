@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from optimum_moe.algorithms.grouping import dominant_experts
-from optimum_moe.plan import BlockPlan, Routing, keep_all
+from optimum_moe.plan import BlockPlan, Routing, keep_all, keep_some
 from optimum_moe.stages.base import register_stage
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.counted import CountedStage
@@ -66,16 +64,4 @@ class ExpertPruning(CountedStage):
         saliency_E = context.rank(SALIENCIES[self.saliency](context))
         # Criteria may be negative, frequencies may not; only the order counts.
         saliency_E = saliency_E - saliency_E.min()
-        kept = tuple(sorted(dominant_experts(saliency_E, allocated, info.router_groups)))
-        labels = [-1] * info.num_experts
-        for slot, expert in enumerate(kept):
-            labels[expert] = slot
-        weights_E = torch.tensor([float(label >= 0) for label in labels], dtype=torch.float64)
-        return BlockPlan(
-            name=info.name,
-            labels_E=tuple(labels),
-            dominants_G=kept,
-            routing="reduce",
-            merge_weights_E=weights_E,
-            router_weights_E=weights_E,
-        )
+        return keep_some(info.name, info.num_experts, dominant_experts(saliency_E, allocated, info.router_groups))
