@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -13,6 +13,18 @@ from optimum_moe.hf.structure import METHOD
 from optimum_moe.vllm_plugin.blocks import GUARD, MAP, CompressedBlock
 
 Take = Callable[[torch.Tensor], None]
+
+
+_NOT_LOADED = "not initialized from checkpoint"
+"""In vLLM's message for parameters that have not come."""
+
+
+@runtime_checkable
+class CheckedMethod(Protocol):
+    """A quantization method that knows what its layer needs."""
+
+    def refuse_incomplete(self, layer: Any) -> None:
+        """Raise a ValueError if something has not come."""
 
 
 class OwnTensors:
@@ -74,16 +86,17 @@ class OwnTensors:
 
         self.add(MAP, map_N, take)
 
-    def finish(self) -> None:
-        """Refuse an incomplete block, and remove all parameters but the map; what they showed lies in other memory.
-
-        vLLM itself does not look at what a quantization method loads.
+    def check(self) -> None:
+        """Refuse an incomplete block.
 
         Raises:
             ValueError: If a tensor has not come.
         """
         if self._missing:
             refuse_missing(self._block, sorted(self._missing))
+
+    def drop(self) -> None:
+        """Remove all parameters but the map; what the others stood for lies in other memory."""
         for name in self._names - {MAP}:
             delattr(self._layer, name)
 
@@ -117,7 +130,16 @@ def track_loading() -> None:
     def load_weights(loader: Any, model: torch.nn.Module, model_config: Any) -> None:
         if model_config.quantization == METHOD and loader.enable_weights_track is None:
             loader.enable_weights_track = True
-        load(loader, model, model_config)
+        try:
+            load(loader, model, model_config)
+        except ValueError as error:
+            if _NOT_LOADED not in str(error) or model_config.quantization != METHOD:
+                raise
+            for module in model.modules():
+                method = getattr(module, "quant_method", None)
+                if isinstance(method, CheckedMethod):
+                    method.refuse_incomplete(module)
+            raise ValueError(f"{error}. The checkpoint is not complete. Download it again.") from error
 
     DefaultModelLoader.load_weights = load_weights
 

@@ -79,13 +79,22 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         for expert, projection, tensor, shape, take in self.experts.tensors():
             self._own.add(parameter_name(expert, projection, tensor), torch.empty(0), take, shape)
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that all has come.
+    def refuse_incomplete(self, layer: Any) -> None:
+        """Refuse a block of which a tensor has not come.
 
         Raises:
-            ValueError: If a tensor has not.
+            ValueError: With what has not come.
         """
-        self._own.finish()
+        self._own.check()
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Choose what runs the experts, on the device that they are on now.
+
+        Raises:
+            ValueError: If a tensor has not come.
+        """
+        self.refuse_incomplete(layer)
+        self._own.drop()
         # The buffer may have been moved.
         self.experts.flat = layer.experts_flat
         self.runner: Callable[..., torch.Tensor] = self.experts

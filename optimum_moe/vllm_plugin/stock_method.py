@@ -30,11 +30,11 @@ class StockExpertsMethod(UnquantizedFusedMoEMethod):
         for part in self._stored(layer).values():
             part.fill_(float("nan"))
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """As in vLLM.
+    def refuse_incomplete(self, layer: Any) -> None:
+        """Refuse experts of which a part has not come.
 
         Raises:
-            ValueError: If a part of the experts has not come.
+            ValueError: With their numbers.
         """
         missing = [
             f"{name} of expert {int(expert)}"
@@ -43,6 +43,14 @@ class StockExpertsMethod(UnquantizedFusedMoEMethod):
         ]
         if missing:
             refuse_missing(self.block, missing)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """As in vLLM.
+
+        Raises:
+            ValueError: If something has not come.
+        """
+        self.refuse_incomplete(layer)
         super().process_weights_after_loading(layer)
 
     def _stored(self, layer: Any) -> dict[str, torch.Tensor]:
@@ -88,14 +96,23 @@ class MappedExpertsMethod(StockExpertsMethod):
         self._own = OwnTensors(self.block, layer)
         self._own.add_map(self._sizes)
 
+    def refuse_incomplete(self, layer: Any) -> None:
+        """Refuse a block of which a part has not come.
+
+        Raises:
+            ValueError: With what has not come.
+        """
+        self._own.check()
+        super().refuse_incomplete(layer)
+
     def process_weights_after_loading(self, layer: Any) -> None:
         """As in vLLM.
 
         Raises:
             ValueError: If something has not come.
         """
-        self._own.finish()
         super().process_weights_after_loading(layer)
+        self._own.drop()
 
     def apply(self, layer: Any, x: torch.Tensor, topk_weights: Any, topk_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """As in vLLM, with the ids of groups."""
