@@ -69,8 +69,8 @@ class CompressedConfig(QuantizationConfig):
         return []
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Find blocks by the module paths of vLLM, which may differ from the prefixes in the files."""
-        self._prefixes = {hf_to_vllm_mapper.map_name(name) or name: name for name in self.blocks}
+        """Find blocks by the module paths of vLLM; called by a model and by those that it is made of."""
+        self._prefixes = {hf_to_vllm_mapper.map_name(path) or path: name for path, name in self._prefixes.items()}
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Renames the tensors of compressed blocks before a model's own loader sees them."""

@@ -14,7 +14,6 @@ from optimum_moe.vllm_plugin.blocks import GUARD, MAP, CompressedBlock
 
 Take = Callable[[torch.Tensor], None]
 
-
 _NOT_LOADED = "not initialized from checkpoint"
 """In vLLM's message for parameters that have not come."""
 
@@ -39,32 +38,31 @@ class OwnTensors:
         self._block, self._layer = block, layer
         self._missing: set[str] = set()
         self._names: set[str] = set()
-        self.add(GUARD, torch.empty(0), lambda tensor: None, (1,))
+        self.add(GUARD, (1,), lambda tensor: None)
         self._missing.clear()
         stock = layer.load_weights
         layer.load_weights = lambda weights: self._load(weights, stock)
 
-    def add(self, name: str, target: torch.Tensor, take: Take, shape: tuple[int, ...] | None = None) -> None:
+    def add(self, name: str, shape: tuple[int, ...], take: Take, target: torch.Tensor | None = None) -> None:
         """Register one.
 
         Args:
             name: Of the parameter.
-            target: What it shows of the memory that `take` fills.
-            take: Called with the tensor of the checkpoint, which has the right shape.
-            shape: Of the tensor in the files; by default that of `target`.
+            shape: Of the tensor in the files.
+            take: Called with the tensor, which has this shape.
+            target: What the parameter holds; by default nothing, as `take` fills other memory.
         """
-        wanted = tuple(target.shape) if shape is None else shape
 
         def load(parameter: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-            if tuple(tensor.shape) != wanted:
+            if tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"{self._block}: the checkpoint has a tensor of shape {tuple(tensor.shape)} for {name}, where "
-                    f"config.json says {wanted}. Download the checkpoint again, or restore its config.json."
+                    f"config.json says {shape}. Download the checkpoint again, or restore its config.json."
                 )
             take(tensor)
             self._missing.discard(name)
 
-        parameter = torch.nn.Parameter(target, requires_grad=False)
+        parameter = torch.nn.Parameter(torch.empty(0) if target is None else target, requires_grad=False)
         parameter.weight_loader = load  # type: ignore[attr-defined]
         self._layer.register_parameter(name, parameter)
         self._names.add(name)
@@ -84,7 +82,7 @@ class OwnTensors:
                 )
             map_N.copy_(tensor)
 
-        self.add(MAP, map_N, take)
+        self.add(MAP, tuple(map_N.shape), take, map_N)
 
     def check(self) -> None:
         """Refuse an incomplete block.
@@ -96,7 +94,7 @@ class OwnTensors:
             refuse_missing(self._block, sorted(self._missing))
 
     def drop(self) -> None:
-        """Remove all parameters but the map; what the others stood for lies in other memory."""
+        """Remove all parameters but the map: what the others stood for lies in other memory."""
         for name in self._names - {MAP}:
             delattr(self._layer, name)
 

@@ -43,7 +43,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, params_dtype: torch.dtype, **_: Any
     ) -> None:
-        """The buffer, and one parameter for each tensor of the checkpoint, most of which show a part of the buffer.
+        """The buffer, and an empty parameter for each tensor of the checkpoint, whose loader fills a part of it.
 
         Raises:
             ValueError: If the checkpoint does not fit the model that vLLM builds.
@@ -77,7 +77,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         self._own = OwnTensors(block.name, layer)
         self._own.add_map(block)
         for expert, projection, tensor, shape, take in self.experts.tensors():
-            self._own.add(parameter_name(expert, projection, tensor), torch.empty(0), take, shape)
+            self._own.add(parameter_name(expert, projection, tensor), shape, take)
 
     def refuse_incomplete(self, layer: Any) -> None:
         """Refuse a block of which a tensor has not come.

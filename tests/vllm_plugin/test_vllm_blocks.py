@@ -33,6 +33,7 @@ def entry(spec: ExpertsSpec | None = SPEC, experts: int = 3, groups: int = 3, ro
         ("experts.1.gate_proj.weight_row_index", "expert_1_gate_weight_row_index"),
         ("experts.2.down_proj.bias", "expert_2_down_bias"),
         ("router.expert_map", MAP),
+        ("experts.routed_experts.expert_0_gate_weight", None),
         ("gate.weight", None),
         ("shared_experts.gate_proj.weight", None),
         # A matrix of rank 0 stores no factors, an empty expert no matrix, and there is no expert 7.
