@@ -135,6 +135,13 @@ def third_party(nodes: Iterable[ast.AST]) -> set[str]:
     return {DISTRIBUTIONS.get(name, name) for name in found}
 
 
+def test_the_vllm_plugin_needs_little_of_this_package() -> None:
+    for path in (PACKAGE / "vllm_plugin").rglob("*.py"):
+        own = {name for name in imported_names(path) if name.startswith("optimum_moe.")}
+        others = {modules_of(name).partition("/")[0] for name in own - {"optimum_moe.hf.structure"}}
+        assert others <= {"formats", "vllm_plugin"}, path
+
+
 def test_only_the_plugin_and_scripts_of_runtimes_import_them() -> None:
     elsewhere = [path for path in FILES if not {"vllm_plugin", "runners"} & set(path.relative_to(PACKAGE).parts)]
     for path in elsewhere:
