@@ -356,6 +356,14 @@ def test_another_runtime_would_lose_less(tmp_path: Path) -> None:
     assert CompressionPlan.from_pretrained(tmp_path / "out").remarks == (remark,)
 
 
+def test_the_preview_shows_among_what_the_data_will_choose() -> None:
+    preview = compressor_for(build("qwen3_moe", moe_intermediate_size=48), "qwen3_moe", share=0.5).preview()
+    # Of pairs with as many experts the widest one.
+    assert preview.choices == ((8, 24), (6, 32), (4, 48))
+    assert "8 -> 8 of 24, 6 of 32 or 4 of 48 neurons, by the data; loads in any transformers" in str(preview)
+    assert preview.to_dict()["choices"] == preview.choices
+
+
 def test_a_small_sample_is_said() -> None:
     stage, target = ByteBudget(share=0.5, curvature=False), "qwen3_moe"
     for sample, expected in ((64, 1), (384, 0)):

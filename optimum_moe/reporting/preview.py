@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class Preview:
         counts: `(experts, remaining)` by block; remaining is the average with an adaptive allocation.
         plain: Whether stock transformers can load the result without this package.
         widths: `(neurons, remaining)` of every expert, where stock experts were made narrower; else None.
+        choices: `(experts, neurons)` of every block among which the calibration data will choose; empty for none.
     """
 
     before: Cost
@@ -51,6 +52,7 @@ class Preview:
     counts: Mapping[str, tuple[int, int]]
     plain: bool
     widths: tuple[int, int] | None = None
+    choices: tuple[tuple[int, int], ...] = ()
 
     def warn_if_nothing_shrinks(self, recipe: Recipe) -> None:
         """Warn if the settings of a recipe remove nothing."""
@@ -96,8 +98,19 @@ class Preview:
         summary = ", ".join(f"{old} -> {new}" for old, new in kept)
         if self.widths is not None:
             summary += " of {} -> {} neurons".format(*self.widths)
+        elif self.choices:
+            shown = [f"{experts} of {width}" for experts, width in _ends_of(self.choices)]
+            summary = (
+                f"{kept[0][0]} -> {', '.join(shown[:-1])}{' or ' * (len(shown) > 1)}{shown[-1]} neurons, by the data"
+            )
         loads = "any transformers" if self.plain else "transformers with optimum_moe imported"
         return "\n".join([*lines, f"experts of {len(self.counts)} MoE blocks: {summary}; loads in {loads}"])
+
+
+def _ends_of(choices: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """At most five of many choices, evenly."""
+    last, most = len(choices) - 1, min(len(choices), 5)
+    return [choices[round(n * last / max(most - 1, 1))] for n in range(most)]
 
 
 def _ratio(after: float, before: float) -> str:
@@ -149,4 +162,5 @@ def preview(skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo
         ),
         counts={block.name: (block.num_experts, counts[block.name]) for block in info.blocks},
         plain=stock and not mapped and is_expressible(counts, unchanged, towers),
+        choices=next((found for stage in recipe.stages if (found := stage.choices(info))), ()),
     )

@@ -126,6 +126,10 @@ class Stage(ABC):
         """Measurements of a block that `allocate` needs; only called if `needs_profile`."""
         raise NotImplementedError(f"{self.name} takes no profile of a block")
 
+    def choices(self, model: ModelInfo) -> tuple[tuple[int, int], ...]:
+        """The numbers of experts and their widths among which the data will choose; empty where none are chosen."""
+        return ()
+
     @property
     def profile_key(self) -> str:
         """Key of the stage's profiles; stages with the same key share them, so one profile serves several sizes."""

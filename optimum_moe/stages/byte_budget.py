@@ -307,6 +307,12 @@ class ByteBudget(FormattingStage):
             "checkpoint that transformers loads with this package only.",
         )
 
+    def choices(self, model: ModelInfo) -> tuple[tuple[int, int], ...]:
+        """For stock classes, the pairs that fill the budget, the most experts first."""
+        if not self.runtime.is_uniform:
+            return ()
+        return tuple(sorted(((pair.experts, pair.width) for pair in self._pairs(model)), reverse=True))
+
     def _pairs(self, model: ModelInfo) -> list[Pair]:
         """The numbers of experts and widths that fill the budget, for stock classes."""
         blocks = model.blocks

@@ -77,7 +77,14 @@ OPTIONS = {
         "--output",
         "--quiet",
     },
-    "verify": {"--model", "--against", "--quiet", "--trained"},
+    "verify": {
+        *{"--model", "--against", "--quiet", "--trained"},
+        *{"--runs-in", "--exported", "--quantize", "--llama-cpp", "--python"},
+    },
+    "export": {
+        *{"--model", "--to", "--output", "--overwrite", "--quantize", "--calibration"},
+        *{"--llama-cpp", "--pre-tokenizer", "--python"},
+    },
 }
 
 
