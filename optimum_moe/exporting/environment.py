@@ -78,14 +78,15 @@ def run_script(python: str, script: str, request: Mapping[str, Any], what: str) 
 
 
 def reason_of(lines: list[str]) -> str:
-    """The line of a traceback that names the error, with the one that follows a colon; else the last line."""
+    """The line of a traceback that names the error, with the next one if that says more; else the last line."""
     named = [
         i for i, line in enumerate(lines) if line.partition(":")[0].endswith(("Error", "Exception")) and ":" in line
     ]
     if not named:
         return lines[-1][:_LONGEST]
     last = named[-1]
-    return " ".join(lines[last : last + 1 + lines[last].endswith(":")])[:_LONGEST]
+    goes_on = lines[last].endswith(":") or "validation error" in lines[last]
+    return " ".join(lines[last : last + 1 + goes_on])[:_LONGEST]
 
 
 def _text(output: bytes) -> str:

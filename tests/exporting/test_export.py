@@ -269,6 +269,7 @@ def test_scripts_that_fail(tmp_path: Path) -> None:
         run_script(sys.executable, "convert_to_gguf", {"checkpoint": "none"}, "convert")
     assert failure.value.reason.startswith("KeyError")
     assert reason_of(["a", "ValueError: the cause", "b"]) == "ValueError: the cause"
+    assert reason_of(["RuntimeError: in Linear:", "size mismatch"]) == "RuntimeError: in Linear: size mismatch"
     assert check_python(None) == sys.executable
 
 
