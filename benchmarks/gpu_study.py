@@ -1,6 +1,6 @@
 """What the package does on one GPU: right, how fast to compress, how fast to run, and how good.
 
-    python benchmarks/gpu_study.py [--only a b c d] [--minutes 5] [--device cuda:0]
+    python benchmarks/gpu_study.py [--only a b c d e] [--minutes 5] [--device cuda:0]
 
 Phases, each printed as it ends:
 
@@ -11,6 +11,8 @@ Phases, each printed as it ends:
         layer in its fastest implementation, with the ratio that FLOPs and bytes promise
     d   an MoE of about 100M parameters, trained for some minutes on a stream of tokens (`--stream`, made by
         `train_reference.py --stream-only`), and the table of methods at 75, 50 and 25% of the experts' bytes on it
+    e   experts of any width and rank in the vLLM plugin's launches, beside the stock layer (`ragged_experts.py`); less
+        than a minute, needs Triton
 
 Before them the card's own limits: a large copy, and a large matmul in bfloat16. `--small` shrinks every size, so that
 the script runs on a CPU within a minute.
@@ -22,7 +24,6 @@ import argparse
 import gc
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ from typing import Any
 import torch
 import transformers
 from factorized_speed import compressed_block, mixed, predicted, random_factors, uniform
+from gpu_timing import captured, milliseconds
 from layer_speed import Layer, cut_block, random_block
 from torch import nn
 
@@ -92,19 +94,9 @@ class Study:
         if self.on_gpu:
             torch.cuda.synchronize()
 
-    def milliseconds(self, run: Callable[[], Any], least: int = 5, most: int = 50, limit: float = 0.6) -> float:
-        """Median over runs, each waited for; the first two do not count."""
-        for _ in range(2):
-            run()
-        self.synchronize()
-        times: list[float] = []
-        started = time.perf_counter()
-        while len(times) < least or (len(times) < most and time.perf_counter() - started < limit):
-            start = time.perf_counter()
-            run()
-            self.synchronize()
-            times.append(time.perf_counter() - start)
-        return 1e3 * statistics.median(times)
+    def milliseconds(self, run: Callable[[], Any]) -> float:
+        """Median over runs, each waited for."""
+        return milliseconds(run, self.device)
 
     def peak_gib(self) -> float:
         """Most memory since `fresh`."""
@@ -262,23 +254,6 @@ def forms(layer: Layer) -> dict[str, ExpertsSpec]:
     }
 
 
-def captured(study: Study, run: Callable[[], Any]) -> Callable[[], Any] | str:
-    """The run as a CUDA graph, or why there is none."""
-    try:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                run()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
-    except Exception as error:
-        torch.cuda.synchronize()
-        return type(error).__name__
-
-
 def compressed_blocks(
     layer: Layer, stock: Any, surgeon: Any, study: Study
 ) -> Iterator[tuple[str, nn.Module, ExpertsSpec | None]]:
@@ -357,7 +332,7 @@ def measure(
             spent = study.milliseconds(lambda: block(input_1TH))
             # Experts in compressed forms read counts on the host.
             fits = study.on_gpu and implementation != "eager" and not hasattr(block.experts, "factors")
-            graph = captured(study, lambda: block(input_1TH)) if fits else "none"
+            graph = captured(lambda: block(input_1TH)) if fits else "none"
             replayed = study.milliseconds(graph) if callable(graph) else None
         except Exception as error:
             say(f"{name:<34}{tokens:>7}{implementation:>16} {type(error).__name__}: {str(error)[:160]}")
@@ -489,9 +464,20 @@ def perplexity(found: torch.Tensor, held: torch.Tensor) -> float:
     return float((-found.gather(1, held[:, 1:].reshape(-1, 1))).mean().exp())
 
 
+# Phase e
+
+
+def ragged_experts(study: Study) -> None:
+    # The other phases run where Triton is not installed.
+    from ragged_experts import FULL, TINY, lines
+
+    for line in lines(TINY if study.small else FULL, study.device):
+        say(line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["a", "b", "c", "d"], default=["a", "b", "c"])
+    parser.add_argument("--only", nargs="+", choices=["a", "b", "c", "d", "e"], default=["a", "b", "c"])
     parser.add_argument("--minutes", type=float, default=5.0, help="for all phases together")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stream", type=Path, help="safetensors file with int16 `training` and `held_out` token ids")
@@ -512,6 +498,7 @@ def main() -> None:
         "b": lambda: compress_layers(study),
         "c": lambda: layer_speed(study, rates),
         "d": lambda: train_and_compare(study),
+        "e": lambda: ragged_experts(study),
     }
     for name in arguments.only:
         say(f"\n## Phase {name}")
