@@ -317,7 +317,7 @@ class Tiles:
     stages: int
 
 
-# For few tokens and for many; chosen after `benchmarks/results/ragged_experts.txt`, where kernels like these ran on a GPU.
+# For few tokens and for many, after what `benchmarks/results/ragged_experts.txt` shows of similar kernels on a GPU.
 _FEW, _MANY, _FEW_TOKENS = Tiles(16, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 3), 64
 
 
