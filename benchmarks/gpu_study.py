@@ -471,7 +471,7 @@ def ragged_experts(study: Study) -> None:
     # The other phases run where Triton is not installed.
     from ragged_experts import FULL, TINY, lines
 
-    for line in lines(TINY if study.small else FULL, study.device):
+    for line in lines(FULL if study.on_gpu and not study.small else TINY, study.device):
         say(line)
 
 
