@@ -24,7 +24,7 @@ from optimum_moe.formats.base import (
 )
 from optimum_moe.formats.budget import build_expert, candidates, choose
 from optimum_moe.formats.budget_format import BudgetFormat, budget_formats
-from optimum_moe.formats.refit import refit_block
+from optimum_moe.formats.refit import is_worth_refitting, refit_block
 from optimum_moe.formats.specification import ExpertsSpec
 from optimum_moe.formats.stored import StoredExpert, StoredExperts, StoredMatrix
 
@@ -47,6 +47,7 @@ __all__ = [
     "build_expert",
     "candidates",
     "choose",
+    "is_worth_refitting",
     "refit_block",
     "register_format",
 ]

@@ -77,3 +77,44 @@ def _with_down(kept: StoredExpert, down_HN: torch.Tensor) -> StoredExpert:
     down = kept.down.encoded_again(down_HN.to(kept.down.densified().dtype))
     assert down is not None
     return replace(kept, down=down)
+
+
+def is_worth_refitting(
+    experts: Sequence[Expert], stored: Sequence[StoredExpert], tokens: SampledTokens, target_SH: torch.Tensor
+) -> bool:
+    """Whether down projections that are refitted to every other token come closer to the target on the rest.
+
+    Args:
+        experts: As for `refit_block`.
+        stored: Likewise.
+        tokens: Likewise.
+        target_SH: Likewise.
+    """
+    halves = [
+        (
+            replace(
+                tokens,
+                input_SH=tokens.input_SH[n::2],
+                index_SK=tokens.index_SK[n::2],
+                weights_SK=tokens.weights_SK[n::2],
+                gradient_SJH=None if tokens.gradient_SJH is None else tokens.gradient_SJH[n::2],
+            ),
+            target_SH[n::2],
+        )
+        for n in (0, 1)
+    ]
+    (seen, seen_target_SH), (held_out, target_SH) = halves
+    fitted = refit_block(experts, stored, seen, target_SH=seen_target_SH)
+    return _error(experts, fitted, held_out, target_SH) < _error(experts, stored, held_out, target_SH)
+
+
+def _error(
+    experts: Sequence[Expert], stored: Sequence[StoredExpert], tokens: SampledTokens, target_SH: torch.Tensor
+) -> float:
+    """Squared distance of the experts' sum from the target, weighted as `refit_block` does."""
+    left_SH = target_SH.float().clone()
+    for index, (expert, kept) in enumerate(zip(experts, stored, strict=True)):
+        token_P, seen = tokens.routed(index)
+        output_PH = kept.run(expert.float(), seen.input_PH.float()) * seen.weight_P.float()[:, None]
+        left_SH.index_add_(0, token_P, output_PH, alpha=-1)
+    return float((left_SH.square().sum(1).double() * tokens.importance().double()).sum())

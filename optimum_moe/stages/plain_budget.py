@@ -22,7 +22,7 @@ from optimum_moe.algorithms.expert import ExpertTokens
 from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
 from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
 from optimum_moe.algorithms.rerouting import Rerouter
-from optimum_moe.formats import StoredExperts, build_expert, refit_block
+from optimum_moe.formats import StoredExperts, build_expert, is_worth_refitting, refit_block
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.plan import BlockPlan, keep_all, keep_some
 from optimum_moe.runtimes import Quantizer, Runtime, width_step
@@ -240,6 +240,8 @@ def plain_plan(context: BlockContext, shape: PlainShape, refit: bool = True) -> 
         target_SH = block_output(experts, range(info.num_experts), sample)
         if experts.down_bias is not None:
             target_SH -= _bias_output(experts.down_bias, shape.kept, rerouted)
+        if is_whole and not is_worth_refitting(kept, stored, rerouted, target_SH):
+            return plan
         stored = refit_block(kept, stored, rerouted, target_SH=target_SH)
     return replace(plan, factors=StoredExperts(tuple(stored)), is_stock=True)
 

@@ -5,7 +5,7 @@ import torch
 from test_byte_budget import HIDDEN, INNER, candidate, make_expert, output
 
 from optimum_moe.algorithms.expert_tokens import SampledTokens
-from optimum_moe.formats import build_expert, refit_block
+from optimum_moe.formats import build_expert, is_worth_refitting, refit_block
 from optimum_moe.formats.stored import stored_matrix
 
 SAMPLED, TOP_K = 400, 2
@@ -120,3 +120,13 @@ def test_refused():
     tokens.input_SH[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaN"):
         refit_block(experts, factors, tokens)
+
+
+def test_a_refit_is_worth_it_where_it_helps_on_tokens_that_it_has_not_seen():
+    experts, _, tokens = make_block()
+    whole = [build_expert(expert, tokens.routed(e)[1], candidate(INNER)) for e, expert in enumerate(experts)]
+    output_SH = block_output(experts, whole, tokens)
+    noise_SH = torch.randn(output_SH.shape, generator=torch.Generator().manual_seed(1))
+    # Smaller outputs come from smaller down projections; noise cannot be learned from other tokens.
+    assert is_worth_refitting(experts, whole, tokens, 0.5 * output_SH)
+    assert not is_worth_refitting(experts, whole, tokens, output_SH + noise_SH)
