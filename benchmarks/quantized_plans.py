@@ -13,6 +13,7 @@ the original in transformers, in float32. `measure` is the same as a function.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +150,11 @@ def made(original: str, shares: Sequence[float], types: Sequence[str], folder: P
         methods = {"byte budget": ByteBudget(share=share / 100), **budgets}
         methods["REAP"] = ExpertPruning(keep_ratio=share / 100, saliency="reap")
         for name, method in methods.items():
-            compressor = MoECompressor.from_pretrained(original, method, calibration, progress=False)
+            try:
+                compressor = MoECompressor.from_pretrained(original, method, calibration, progress=False)
+            except ValueError as refusal:
+                print(f"{name} cannot leave {share:g}%: {refusal}", file=sys.stderr)
+                continue
             statistics = statistics or compressor.calibrate()
             compressor.apply(statistics=statistics)
             at = compressor.save_pretrained(folder / f"{name} {share:g}".replace(" ", "_"))

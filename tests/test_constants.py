@@ -121,3 +121,20 @@ def test_whole_experts_make_up_for_those_that_are_gone() -> None:
     assert all(torch.equal(downs[False][e], own[e]) for e in own)
     assert downs[True].keys() == downs[False].keys()
     assert any((downs[True][e] - own[e]).abs().max() > 1e-4 for e in own)
+
+
+def test_constants_count_in_the_budget() -> None:
+    """With experts of few neurons, so that what is left of many removed ones has the bytes of some."""
+    data = CalibrationConfig([inputs_for("qwen3_moe", rows=8, length=64, seed=seed) for seed in range(3)])
+    model = build("qwen3_moe", moe_intermediate_size=8, num_experts=32)
+    compressor = MoECompressor.from_pretrained(model, ByteBudget(share=0.5, runs_in="vllm"), data, progress=False)
+    compressor.apply()
+    stored = constants = 0
+    for found in compressor.source.blocks:
+        sizes = compressor.plan.blocks[found.info.name].sizes
+        stored += sum(sizes.numbers(expert, found.info.hidden_size) for expert in range(32))
+        constants += sum(size is not None for size in sizes.instead["constant"])
+    info = compressor.source.blocks[0].info
+    whole = len(compressor.source.blocks) * 32 * info.expert_parameters
+    assert constants * info.hidden_size > info.expert_parameters
+    assert 0.5 * whole - info.expert_parameters < stored <= 0.5 * whole

@@ -12,6 +12,7 @@ from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.ranks import STEP
 from optimum_moe.formats import StoredExperts, budget_formats, build_expert, candidates, choose, refit_block
 from optimum_moe.formats.base import get_format
+from optimum_moe.formats.budget import candidate_bytes
 from optimum_moe.formats.budget_format import BudgetFormat
 from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, Routing
@@ -61,10 +62,10 @@ class BlockProfile:
 class ByteBudget(FormattingStage):
     """Allocate a budget of bytes among the experts of the whole model, wherever a byte saves the most loss.
 
-    What it may become depends on what has to load the checkpoint. For whatever loads the original, all blocks keep the
-    same number of experts, of the same width. For this package, every expert becomes empty or its mean output, keeps
-    some of its neurons, gets low-rank gate and up projections, or is unchanged (`optimum_moe.formats`); the budget can
-    then follow a stage that merges or prunes.
+    What experts may become depends on what has to load the checkpoint. For whatever loads the original, all blocks
+    keep the same number of experts, of the same width. For this package, every expert becomes empty or a constant,
+    keeps some of its neurons, gets low-rank gate and up projections, or is unchanged (`optimum_moe.formats`); the
+    budget can then follow a stage that merges or prunes.
 
     Args:
         share: Share of the original experts' bytes that remains, in (0, 1] or as `"50%"`. Exactly one of this and
@@ -77,7 +78,7 @@ class ByteBudget(FormattingStage):
             them in each block. `"vllm+optimum_moe"`: vLLM with this package as its plugin. `"transformers"`:
             transformers with this package. The later ones lose less at the same size.
         formats: Formats that an expert may get between empty and unchanged: `"narrow"` (fewer neurons), `"low_rank"`,
-            `"constant"` (its mean output) and other registered ones; default all that `runs_in` can take.
+            `"constant"` (half of its mean output) and other registered ones; default all that `runs_in` can take.
         curvature: Measure damage in the loss, with backward passes over the calibration data (default); False measures
             output errors, which are also used if no backward pass is possible.
         refit: Refit the down projections of each block together, to what the block gave before (default).
@@ -153,6 +154,12 @@ class ByteBudget(FormattingStage):
     def tried_formats(self) -> tuple[str, ...]:
         """Formats that an expert may get between empty and unchanged."""
         return self._runtime_formats if self.formats is None else tuple(self.formats)
+
+    @property
+    def _left(self) -> Candidate:
+        """What is left of a removed expert that tokens reached."""
+        name = self.runtime.removed_as
+        return _REMOVED if name == _REMOVED.format else Candidate(name, 0, size=1)
 
     @property
     def routing(self) -> Routing | None:
@@ -258,6 +265,10 @@ class ByteBudget(FormattingStage):
                 bias_itemsize=info.bias_itemsize,
                 constant_bytes=down_bias * info.bias_itemsize,
             )
+            if len(tokens) and self.runtime.removed_as != _REMOVED.format:
+                # What is left of a removed expert has bytes of its own.
+                left = candidate_bytes(self._left, expert, info.expert_itemsize, info.bias_itemsize)
+                points = [replace(p, bytes=p.bytes + left) if p.candidate == _REMOVED else p for p in points]
             if len(tokens) == 0 and context.unseen in ("keep", "prune"):
                 points = points[-1:] if context.unseen == "keep" else points[:1]
             found.append(tuple(replace(point, damage=point.damage / sample.share) for point in points))
@@ -364,9 +375,8 @@ class ByteBudget(FormattingStage):
         experts = [single_expert(context.experts, index) for index in range(len(allocated))]
         tokens = [found if len(found := sample.of_expert(e)) else profiled.of_expert(e) for e in range(len(experts))]
         # What a constant saves is less certain than what it takes: which experts go does not depend on it.
-        left = Candidate(self.runtime.removed_as, 0, size=1)
         chosen = [
-            left if candidate == _REMOVED and len(seen) and self.runtime.removed_as != _REMOVED.format else candidate
+            self._left if candidate == _REMOVED and len(seen) else candidate
             for candidate, seen in zip(allocated, tokens, strict=True)
         ]
         stored = [build_expert(expert, seen, each) for expert, seen, each in zip(experts, tokens, chosen, strict=True)]
