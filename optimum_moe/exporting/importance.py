@@ -70,6 +70,14 @@ class ImportanceMatrix:
     sequence_length: int = _SEQUENCE
     source: str = ""
 
+    def add_expert(self, name: str, num_experts: int, expert: int, sums_1I: torch.Tensor, count: torch.Tensor) -> None:
+        """Add sums and a count to those of one expert's matrix."""
+        if name not in self.sums:
+            self.sums[name] = sums_1I.new_zeros(num_experts, sums_1I.shape[1])
+            self.counts[name] = count.new_zeros(num_experts)
+        self.sums[name][expert] += sums_1I[0]
+        self.counts[name][expert] += count[0]
+
     def add(self, name: str, sums_NI: torch.Tensor, counts: torch.Tensor) -> None:
         """Add sums and counts to those of a matrix."""
         if name in self.sums:
@@ -166,11 +174,8 @@ class _BlockImportance:
     ) -> None:
         """See `BlockWatcher`."""
         for name, values in (("gate", input_PH), ("up", input_PH), ("down", hidden_PI)):
-            sums_1I, count = _squares(values)
-            sums_EI = sums_1I.new_zeros(self.num_experts, sums_1I.shape[1])
-            counts_E = count.new_zeros(self.num_experts)
-            sums_EI[expert], counts_E[expert] = sums_1I[0], count[0]
-            self.matrix.add(f"{self.prefix}.ffn_{name}_exps.weight", sums_EI, counts_E)
+            matrix = f"{self.prefix}.ffn_{name}_exps.weight"
+            self.matrix.add_expert(matrix, self.num_experts, expert, *_squares(values))
 
 
 def _squares(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
