@@ -24,6 +24,7 @@ from optimum_moe.formats.constant import Constant
 from optimum_moe.hf.structure import METHOD, REPLACEMENTS
 
 _FILE, _INDEX = "model-approximate-experts.safetensors", "model.safetensors.index.json"
+_SINGLE, _FIRST = "model.safetensors", "model-00001-of-00001.safetensors"
 _ROOT = "approximate_experts"
 """First part of names that no model has."""
 
@@ -37,8 +38,8 @@ _ROUTER = {
 
 def replaced_experts(checkpoint: Exported) -> dict[str, list[int]] | None:
     """By block the experts that are replaced; None for a checkpoint that this export cannot express."""
-    record = checkpoint.config.get("quantization_config") or {}
-    if record.get("quant_method") != METHOD or "quantization" in record:
+    record = checkpoint.record
+    if not record or "quantization" in record:
         return None
     found: dict[str, list[int]] = {}
     for name, entry in record["blocks"].items():
@@ -71,7 +72,7 @@ class ReplacedExport:
     def write(self, output: Path) -> None:
         """Write the folder; weights are hard links where the file system has them."""
         output.mkdir()
-        record, stored = self.config["quantization_config"], self.checkpoint.headers.tensors
+        record, stored = self.checkpoint.record, self.checkpoint.headers.tensors
         tensors: dict[str, torch.Tensor] = {}
         targets: dict[str, Any] = {}
         for block, experts in self.replaced.items():
@@ -91,6 +92,8 @@ class ReplacedExport:
         config = {key: value for key, value in self.config.items() if key != "quantization_config"}
         config[REPLACEMENTS] = {"transform_config": {"expert_substitution": substitution}, METHOD: record}
         stage(self.checkpoint, output, config, link=False)
+        # It may be a link to the same file of a folder that was exported before.
+        (output / _FILE).unlink(missing_ok=True)
         save_file(tensors, output / _FILE, metadata={"format": "pt"})
         _add_to_index(output, self.checkpoint, tensors)
 
@@ -108,9 +111,13 @@ class ReplacedExport:
 
 def _add_to_index(output: Path, checkpoint: Exported, tensors: Mapping[str, torch.Tensor]) -> None:
     """Name the new file in the index of the shards, which a checkpoint of one file does not have."""
-    index = output / _INDEX
+    index, homes = output / _INDEX, {name: home.name for name, home in checkpoint.headers.homes.items()}
+    if (output / _SINGLE).is_file():
+        # Readers take this name for all of the checkpoint, and look into no index.
+        (output / _SINGLE).rename(output / _FIRST)
+        homes = dict.fromkeys(homes, _FIRST)
     found = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {"metadata": {}, "weight_map": {}}
-    found["weight_map"] |= {name: home.name for name, home in checkpoint.headers.homes.items()}
+    found["weight_map"] |= homes
     found["weight_map"] |= dict.fromkeys(tensors, _FILE)
     # It may be a link to the checkpoint's own.
     index.unlink(missing_ok=True)

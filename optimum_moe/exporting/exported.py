@@ -11,7 +11,7 @@ from typing import Any
 from optimum_moe.checkpoint.checkpoint_tensors import built, raw_config
 from optimum_moe.checkpoint.headers import Headers, read_headers
 from optimum_moe.checkpoint.writer import spell_out
-from optimum_moe.hf.structure import METHOD
+from optimum_moe.hf.structure import METHOD, REPLACEMENTS
 
 CONSTANTS_FIELD = "approximate_experts"
 """Field of `config.json` that lists, by layer, experts that are replaced by a constant output."""
@@ -37,12 +37,18 @@ class Exported:
         return (self.config.get("quantization_config") or {}).get("quant_method") == METHOD
 
     @property
+    def record(self) -> Mapping[str, Any]:
+        """What its config says of the structure of its experts; empty for a plain checkpoint."""
+        quantization = self.config.get("quantization_config") or {}
+        replacements = self.config.get(REPLACEMENTS) or {}
+        return quantization if quantization.get("quant_method") == METHOD else replacements.get(METHOD) or {}
+
+    @property
     def structure(self) -> tuple[str, ...]:
         """What its experts have that stock model classes cannot load, in words; empty for a plain checkpoint."""
         said = []
-        quantization = self.config.get("quantization_config") or {}
-        if quantization.get("quant_method") == METHOD:
-            blocks = [dict(entry) for entry in quantization.get("blocks", {}).values()]
+        if self.record:
+            blocks = [dict(entry) for entry in self.record.get("blocks", {}).values()]
             if any(entry.get("routing") == "map" and entry["num_groups"] < entry["num_experts"] for entry in blocks):
                 said.append("a map of the router's experts to merged ones")
             if any("factors" in entry for entry in blocks):

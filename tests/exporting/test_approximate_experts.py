@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_moe import ByteBudget, CalibrationConfig, MoECompressor, export
+from optimum_moe.checkpoint.headers import read_headers
 from tests.tiny_models import build, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:No gradient of the loss")
@@ -38,7 +39,7 @@ def test_replaced_experts_are_spelled_out(name: str, tmp_path: Path) -> None:
     tensors = {key: value for file in out.glob("*.safetensors") for key, value in load_file(file).items()}
     own = load_file(checkpoint / "model.safetensors")
     index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
-    assert index.keys() == tensors.keys()
+    assert index.keys() == tensors.keys() == read_headers(out).tensors.keys()
     spelled = []
     for path, target in substitution["targets"].items():
         assert path.endswith(".experts")
@@ -70,6 +71,14 @@ def test_without_this_package_it_does_not_load(tmp_path: Path) -> None:
     )
     assert run.returncode != 0
     assert "Error" in run.stderr
+
+
+def test_what_was_exported_is_not_taken_for_a_plain_checkpoint(tmp_path: Path) -> None:
+    out = export(compressed("qwen3_moe", tmp_path / "in"), "vllm", tmp_path / "out")
+    for to in ("gguf", "transformers4"):
+        with pytest.raises(ValueError, match=r"has experts in compressed formats, which .* cannot express"):
+            export(out, to, tmp_path / "again")
+        assert not (tmp_path / "again").exists()
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
