@@ -70,6 +70,7 @@ class ModelInfo:
         bytes: Bytes of the whole checkpoint.
         header_bytes: Maximum bytes of the headers of its files, for any number of shards.
         before: The model before the first stage of a recipe; None if this is that model.
+        model_type: The field of that name in `config.json`.
     """
 
     blocks: tuple[BlockInfo, ...]
@@ -77,6 +78,7 @@ class ModelInfo:
     bytes: int
     header_bytes: int = 0
     before: ModelInfo | None = None
+    model_type: str = ""
 
     @property
     def original(self) -> ModelInfo:

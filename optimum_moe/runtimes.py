@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import lcm
 
 from optimum_moe.settings import choose_one
+
+PER_EXPERT = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
+"""Model types of which other runtimes read one tensor for each expert."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,9 @@ class Runtime:
         removed_as: Format of what is left of a removed expert that calibration tokens reached.
         keeps_one: Whether every block must keep at least one whole expert.
         can_split: Whether the neurons of every expert can be split over processes (tensor parallelism).
+        model_types: Model types whose replaced experts it finds; None where it does not matter.
+        export_to: Target of `optimum_moe.export` without which the runtime does not load the checkpoint; empty if it
+            loads the checkpoint as it is.
     """
 
     name: str
@@ -32,6 +39,30 @@ class Runtime:
     removed_as: str = "empty"
     keeps_one: bool = False
     can_split: bool = True
+    model_types: tuple[str, ...] | None = None
+    export_to: str = ""
+
+    def objection(self, model_type: str, blocks: Iterable[str]) -> str | None:
+        """Why the runtime does not find the replaced experts of a model; None if it does.
+
+        Args:
+            model_type: The field of that name in `config.json`.
+            blocks: Names of the MoE blocks.
+        """
+        if self.model_types is None:
+            return None
+        if model_type not in self.model_types:
+            return (
+                f"vLLM replaces experts by constants only where it reads them one by one, which is known of "
+                f"{', '.join(self.model_types)}, not of {model_type or 'a model without a type'}"
+            )
+        odd = next((block for block in blocks if sum(part.isdigit() for part in block.split(".")) != 1), None)
+        if odd is None:
+            return None
+        return (
+            "vLLM takes the layer of replaced experts from the one number in the name of their block, and "
+            f"{odd} has another number of them"
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +97,8 @@ RUNTIMES: tuple[Runtime, ...] = (
         formats=(),
         removed_as="constant",
         keeps_one=True,
+        model_types=PER_EXPERT,
+        export_to="vllm",
     ),
     Runtime(
         "vllm+optimum_moe",

@@ -13,6 +13,7 @@ from optimum_moe.algorithms.byte_budget import Candidate, Point
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.formats import build_expert, candidates
 from optimum_moe.model_info import BlockInfo
+from optimum_moe.runtimes import get_runtime
 from optimum_moe.stages.byte_budget import BlockProfile, spend_budget
 from optimum_moe.verification import verify
 from tests.tiny_models import build, inputs_for, logits_of
@@ -62,7 +63,7 @@ def test_an_expert_without_tokens_has_no_constant() -> None:
     assert [p.candidate.format for p in candidates(expert, tokens)] == ["empty", "dense"]
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_for_vllm_experts_are_whole_or_constant(name: str, tmp_path: Path) -> None:
     model = build(name)
     model.save_pretrained(tmp_path / "original")
@@ -87,6 +88,43 @@ def test_for_vllm_experts_are_whole_or_constant(name: str, tmp_path: Path) -> No
     loaded = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits_of(loaded, inputs_for(name)), logits_of(model, inputs_for(name)))
     assert verify(tmp_path / "out", against=tmp_path / "original", inputs=inputs_for(name)).passed
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h"])
+def test_constants_load_beside_biases_and_without_gates(name: str, tmp_path: Path) -> None:
+    data = CalibrationConfig([inputs_for(name, rows=4, length=32, seed=seed) for seed in range(3)])
+    stage = ByteBudget(share=0.5, runs_in="transformers", formats=["constant"])
+    compressor = MoECompressor.from_pretrained(build(name), stage, data, progress=False)
+    model = compressor.apply()
+    constants = [plan.sizes.instead.get("constant", ()) for plan in compressor.plan.blocks.values()]
+    assert any(size is not None for block in constants for size in block)
+    compressor.save_pretrained(tmp_path / "out")
+    loaded = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits_of(loaded, inputs_for(name)), logits_of(model, inputs_for(name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("gpt_oss", r'"any" or runs_in="vllm\+optimum_moe" or runs_in="transformers"'),
+        # Its experts are chosen once for two blocks, from whose router none can be removed.
+        ("jetmoe", r'"vllm\+optimum_moe" or runs_in="transformers"'),
+    ],
+)
+def test_an_architecture_that_vllm_reads_in_another_way_is_refused_early(name: str, others: str) -> None:
+    reason = rf"vLLM replaces experts by constants only where .* glm4_moe, not of {name}\. Pass runs_in={others}\.$"
+    with pytest.raises(ValueError, match=rf'^runs_in="vllm" does not fit this model: {reason}'):
+        MoECompressor.from_pretrained(build(name), ByteBudget(share=0.5, runs_in="vllm"), ["no text is read"])
+
+
+def test_names_of_blocks_have_to_tell_the_layer() -> None:
+    vllm, other = get_runtime("vllm"), get_runtime("vllm+optimum_moe")
+    assert vllm.objection("mixtral", ["model.layers.0.mlp", "model.layers.11.mlp"]) is None
+    for odd in ("model.mlp", "towers.1.layers.2.mlp"):
+        said = vllm.objection("mixtral", ["model.layers.0.mlp", odd])
+        assert said is not None
+        assert f"and {odd} has another number of them" in said
+        assert other.objection("any_moe", [odd]) is None
 
 
 def test_every_block_keeps_the_expert_that_it_needs_most() -> None:

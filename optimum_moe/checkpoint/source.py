@@ -258,7 +258,9 @@ def open_source(
         stored = CheckpointTensors(CheckpointReader(skeleton, headers.tensors, cast=False), headers, no_numbers)
         blocks = with_itemsizes(blocks, skeleton, stored.itemsize, stored.mixed())
     described = header_bytes(headers.tensors, len(headers.files))
-    info = ModelInfo(tuple(found.info for found in blocks), plain.parameters, size, described)
+    info = ModelInfo(
+        tuple(found.info for found in blocks), plain.parameters, size, described, model_type=config.model_type
+    )
     arguments: dict[str, Any] = {**kwargs, "dtype": dtype}
     location: str | Path = model
     if is_local:
@@ -314,6 +316,7 @@ def _from_memory(model: PreTrainedModel) -> ModelSource:
         sum(p.numel() for p in parameters),
         sum(p.numel() * p.element_size() for p in parameters),
         header_bytes(_names_when_saved(model, blocks)),
+        model_type=model.config.model_type,
     )
     return ModelSource(type(model).__name__, model.config, model, blocks, info, live=model)
 

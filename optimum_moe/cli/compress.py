@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from argparse import ArgumentParser
 from dataclasses import replace
@@ -126,6 +127,8 @@ class CompressCommand(MoESubcommand):
             print(f"\nMeasured\n{compressor.measured()}\n\n{_how_to_load(compressor, path)}")
             for remark in compressor.plan.remarks:
                 print(f"\n{name_flags(remark, self.parse_args)}")
+            for target in (stage.export_to for stage in compressor.recipe.stages if stage.export_to):
+                print(f"\n{_how_to_export(path, target)}")
         if args.push_to_hub is not None:
             compressor.save_pretrained(path, push_to_hub=True, repo_id=args.push_to_hub or None)
         if args.quiet:
@@ -201,3 +204,13 @@ def _how_to_load(compressor: MoECompressor, path: Path) -> str:
     if not compressor.measured().plain:
         lines[0] = f"Saved to {path}. With optimum-moe installed, load it with"
     return "\n".join(lines)
+
+
+def _how_to_export(path: Path, target: str) -> str:
+    from optimum_moe.exporting.targets import get_target
+
+    folder, output = shlex.quote(str(path)), shlex.quote(f"{path}-{target}")
+    return (
+        f"{get_target(target).runtime} without this package loads what a second command makes of it:\n\n"
+        f"    optimum-cli moe export {folder} --to {target} --output {output}"
+    )

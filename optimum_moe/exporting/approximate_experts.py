@@ -22,6 +22,7 @@ from optimum_moe.exporting.staging import stage, write_json
 from optimum_moe.formats import ExpertsSpec
 from optimum_moe.formats.constant import Constant
 from optimum_moe.hf.structure import METHOD, REPLACEMENTS
+from optimum_moe.runtimes import get_runtime
 
 _FILE, _INDEX = "model-approximate-experts.safetensors", "model.safetensors.index.json"
 _SINGLE, _FIRST = "model.safetensors", "model-00001-of-00001.safetensors"
@@ -124,29 +125,21 @@ def _add_to_index(output: Path, checkpoint: Exported, tensors: Mapping[str, torc
     write_json(index, found)
 
 
-def plan_replaced(checkpoint: Exported, replaced: Mapping[str, list[int]], served: tuple[str, ...]) -> ReplacedExport:
+def plan_replaced(checkpoint: Exported, replaced: Mapping[str, list[int]]) -> ReplacedExport:
     """Check an export to vLLM as it is, before any tensor is read.
 
     Args:
         checkpoint: The checkpoint.
         replaced: See `replaced_experts`.
-        served: Model types of which vLLM reads one tensor for each expert.
 
     Raises:
         ValueError: If vLLM reads the experts of this architecture in another way, or cannot tell the layers.
     """
-    kind = checkpoint.config.get("model_type")
-    if kind not in served:
+    objection = get_runtime("vllm").objection(checkpoint.config.get("model_type", ""), replaced)
+    if objection is not None:
         raise ValueError(
-            f"vLLM replaces experts by constants only where it reads them one by one, which is known of "
-            f"{', '.join(served)}, not of {kind}. Serve the checkpoint with this package in vLLM, or compress the "
-            "original again with --runs-in any."
+            f"{objection}. Serve the checkpoint with this package in vLLM, or compress the original again with "
+            "--runs-in any."
         )
-    for block in replaced:
-        if sum(part.isdigit() for part in block.split(".")) != 1:
-            raise ValueError(
-                f"vLLM takes the layer of replaced experts from the one number in the name of their block, and {block} "
-                "has another number of them. Compress the original again with --runs-in any."
-            )
     _, blocks = built(checkpoint.directory, checkpoint.headers)
     return ReplacedExport(checkpoint, checkpoint.spelled_config(), replaced, blocks[0].info.hidden_size)

@@ -11,6 +11,7 @@ from typing import Any
 from optimum_moe.exporting.approximate_experts import ReplacedExport, plan_replaced, replaced_experts
 from optimum_moe.exporting.exported import Exported
 from optimum_moe.exporting.staging import stage, write_json
+from optimum_moe.runtimes import PER_EXPERT
 
 _STACKED = ("gate_up_proj", "down_proj")
 _OLD_TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
@@ -50,7 +51,7 @@ def plan_folder(checkpoint: Exported, runtime: str) -> FolderExport | ReplacedEx
     """
     replaced = replaced_experts(checkpoint) if runtime == "vLLM" else None
     if replaced is not None:
-        return plan_replaced(checkpoint, replaced, PER_EXPERT)
+        return plan_replaced(checkpoint, replaced)
     config = checkpoint.spelled_config()
     stacked = [name for name in checkpoint.headers.tensors if name.endswith(tuple(f"experts.{s}" for s in _STACKED))]
     if stacked and not checkpoint.structure and checkpoint.config.get("model_type") in PER_EXPERT:
@@ -59,7 +60,3 @@ def plan_folder(checkpoint: Exported, runtime: str) -> FolderExport | ReplacedEx
             "for this architecture. Save it again with model.save_pretrained(folder, save_original_format=True)."
         )
     return FolderExport(checkpoint, config, lambda name: _OLD_TOKENIZERS.get(name, name))
-
-
-PER_EXPERT = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
-"""Model types of which other runtimes read one tensor for each expert."""

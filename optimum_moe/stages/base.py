@@ -87,6 +87,11 @@ class Stage(ABC):
         """Whether experts that lose neurons are stored in the original's own tensors, which stock classes load."""
         return False
 
+    @property
+    def export_to(self) -> str:
+        """Target of `optimum_moe.export` without which the intended runtime does not load the result; else empty."""
+        return ""
+
     def check_order(self, before: Stage | None) -> None:
         """Check that this stage can follow another one in a recipe.
 

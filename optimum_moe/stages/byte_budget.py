@@ -16,7 +16,7 @@ from optimum_moe.formats.budget import candidate_bytes
 from optimum_moe.formats.budget_format import BudgetFormat
 from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, Routing
-from optimum_moe.runtimes import Quantizer, Runtime, get_quantizer, get_runtime
+from optimum_moe.runtimes import RUNTIMES, Quantizer, Runtime, get_quantizer, get_runtime
 from optimum_moe.settings import check_count, choose_one, exactly_one, product
 from optimum_moe.stages.base import Stage, register_stage
 from optimum_moe.stages.context import BlockContext
@@ -171,6 +171,11 @@ class ByteBudget(FormattingStage):
         """Whether narrower experts are stored in the original's own tensors."""
         return self.runtime.is_stock
 
+    @property
+    def export_to(self) -> str:
+        """See `Stage.export_to`; for vLLM as it is, whose names of replaced experts only the export writes."""
+        return self.runtime.export_to
+
     def check_order(self, before: Stage | None) -> None:
         """See `Stage.check_order`; for stock classes the budget itself chooses the experts that stay."""
         if before is not None and self.runtime.is_stock and before.routing is not None:
@@ -199,6 +204,7 @@ class ByteBudget(FormattingStage):
         """See `Stage.check`."""
         super().check(model)
         chosen = selected_blocks(model.original, self.layers, self.protect)
+        self._check_architecture(model, chosen)
         self._check_split(chosen)
         if self.runtime.is_uniform:
             check_uniform(model.blocks, chosen, self.runtime)
@@ -206,6 +212,25 @@ class ByteBudget(FormattingStage):
             self._warn_of_fallback(model.blocks[0])
         else:
             self._budget(model.original, chosen)
+
+    def _check_architecture(self, model: ModelInfo, chosen: Sequence[BlockInfo]) -> None:
+        """Check that the runtime finds the replaced experts of this architecture."""
+        objection = self.runtime.objection(model.original.model_type, [block.name for block in chosen])
+        if objection is not None:
+            others = [f'runs_in="{runtime.name}"' for runtime in RUNTIMES if self._is_possible_in(runtime, model)]
+            raise ValueError(
+                f'runs_in="{self.runs_in}" does not fit this model: {objection}. Pass {" or ".join(others)}.'
+            )
+
+    def _is_possible_in(self, runtime: Runtime, model: ModelInfo) -> bool:
+        """Whether the same settings, but for the formats, pass all checks for a runtime that takes any architecture."""
+        if runtime.model_types is not None:
+            return False
+        try:
+            replace(self, runs_in=runtime.name, formats=None).check(model)
+        except ValueError:
+            return False
+        return True
 
     def _check_split(self, chosen: Sequence[BlockInfo]) -> None:
         """Check that whole experts, and those of any width, can be split over the processes."""

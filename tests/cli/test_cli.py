@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -213,6 +214,18 @@ def test_compress_writes_what_it_says(compress: Run, tmp_path: Path):
     assert plan["seed"] == 7
     assert plan["calibration"]["num_tokens"] == 1024
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_last_line_is_the_command_that_vllm_needs(compress: Run, run: Run, tmp_path: Path):
+    out = tmp_path / "with space"
+    status, printed, err = compress("--share", 0.5, "--runs-in", "vllm", "--output", out)
+    assert status == 0, err
+    command = shlex.split(printed.strip().splitlines()[-1])
+    assert command[:3] == ["optimum-cli", "moe", "export"]
+    assert run(*command[2:])[0] == 0
+    config = json.loads((tmp_path / "with space-vllm" / "config.json").read_text(encoding="utf-8"))
+    assert "compression_config" in config
+    assert "moe export" not in compress("--share", 0.5, "--output", tmp_path / "any")[1]
 
 
 def test_compress_again_from_saved_statistics(compress: Run, run: Run, checkpoint: Path, tmp_path: Path):

@@ -19,11 +19,12 @@ from tests.tiny_models import build, inputs_for, logits_of
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:No gradient of the loss")
 
 
-def compressed(name: str, folder: Path, share: float = 0.4, **options) -> Path:
+FOR_VLLM = ByteBudget(share=0.4, runs_in="vllm")
+
+
+def compressed(name: str, folder: Path, stage: ByteBudget = FOR_VLLM) -> Path:
     data = CalibrationConfig([inputs_for(name, rows=4, length=32, seed=seed) for seed in range(3)])
-    compressor = MoECompressor.from_pretrained(
-        build(name, **options), ByteBudget(share=share, runs_in="vllm"), data, progress=False
-    )
+    compressor = MoECompressor.from_pretrained(build(name), stage, data, progress=False)
     compressor.apply()
     return compressor.save_pretrained(folder)
 
@@ -82,7 +83,8 @@ def test_what_was_exported_is_not_taken_for_a_plain_checkpoint(tmp_path: Path) -
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    checkpoint = compressed("gpt_oss", tmp_path / "in")
+    stage = ByteBudget(share=0.4, runs_in="transformers", formats=["constant"])
+    checkpoint = compressed("gpt_oss", tmp_path / "in", stage)
     with pytest.raises(ValueError, match=r"vLLM replaces experts by constants only where .* not of gpt_oss"):
         export(checkpoint, "vllm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
