@@ -52,7 +52,8 @@ test-oldest: $(OLDEST_AT)/.ready  ## loading and exact properties with the oldes
 	PYTHONPATH=$(CURDIR)/$(OLDEST_AT) $(BIN)/python -m pytest -q -n 2 -m "not full" $(ON_BOTH)
 
 test-serving: $(READY) $(VLLM)/.ready  ## checkpoints in vLLM, llama.cpp, MLX and transformers 4 (Python 3.11)
-	$(VLLM)/bin/python -m pytest -q tests/vllm_plugin/test_packed_experts.py tests/vllm_plugin/test_ragged_triton.py
+	TRITON_INTERPRET=1 $(VLLM)/bin/python -m pytest -q tests/vllm_plugin/test_packed_experts.py \
+	  tests/vllm_plugin/test_ragged_experts.py tests/nn/test_ragged_launches.py
 	OPTIMUM_MOE_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -q tests/vllm_plugin/test_vllm_serving.py
 	$(BIN)/python benchmarks/serving.py --make-only
 	OPTIMUM_MOE_SERVING=$(CURDIR)/.cache/serving $(BIN)/python -m pytest -q tests/serving

@@ -34,7 +34,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from optimum_moe.formats import JOINT, ExpertsSpec
 from optimum_moe.vllm_plugin.activations import SWISH, Activation
 from optimum_moe.vllm_plugin.packed_experts import PackedExperts, Shard
-from optimum_moe.vllm_plugin.ragged_triton import RaggedExperts
+from optimum_moe.vllm_plugin.ragged_experts import RaggedExperts
 
 INPUTS, SHARE, STEP, SCALE = 8, 0.5, 8, 0.03
 """Inputs that take turns, share of the bytes, divisor of widths and ranks, deviation of the random weights."""

@@ -70,6 +70,21 @@ class StoredPart:
     tensors: Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Product:
+    """A part of a matrix as products that every device can run: V x, or U^T (V x).
+
+    Args:
+        right: V (R, X).
+        left: U (R, O); None where V x are outputs themselves.
+        rows: (R,) the outputs that these are added to; None for all of them in their order.
+    """
+
+    right: torch.Tensor
+    left: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+
 class Stacks(Protocol):
     """The stacked tensors of one projection of several experts (`optimum_moe.nn.expert_projection`)."""
 
@@ -131,6 +146,14 @@ class MatrixFormat(Format):
     def shared_product(self, stacks: Stacks, expert: int, input_PX: torch.Tensor) -> torch.Tensor:
         """(P, O) output of what an expert shares with its group, alone; for formats that share tensors."""
         raise NotImplementedError(f"The format {self.name!r} shares nothing.")
+
+    def product(self, tensors: Mapping[str, torch.Tensor]) -> Product | None:
+        """The part of one expert for kernels that run the experts of a block together; None where they cannot.
+
+        Args:
+            tensors: Those of the part.
+        """
+        return None
 
     def encode(self, matrix_OX: torch.Tensor) -> StoredPart | None:
         """A matrix in this format, where there is one way to store any; None where there is none."""
@@ -218,6 +241,10 @@ class ExpertFormat(Format):
     @abstractmethod
     def forward(self, tensors: Mapping[str, torch.Tensor], input_PH: torch.Tensor) -> torch.Tensor:
         """(P, H) or (H,) output of one expert, whose tensors have no stacking axis here."""
+
+    def constant(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """(H,) output of one expert whatever the input; None where it depends on the input."""
+        return None
 
     def describe(self, sizes: Sequence[int]) -> str:
         """Several of them in a few words."""

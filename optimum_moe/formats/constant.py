@@ -43,6 +43,10 @@ class Constant(ExpertFormat, BudgetFormat):
         """The output, whatever the input."""
         return tensors["approx_value"]
 
+    def constant(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The stored output, whatever the input."""
+        return tensors["approx_value"][0]
+
     def widths(self, inner: int, can_narrow: bool) -> Collection[int]:
         """Always zero neurons."""
         return {0}

@@ -14,6 +14,7 @@ from optimum_moe.formats.base import (
     BodyFormat,
     Layout,
     Opened,
+    Product,
     Stacks,
     StoredPart,
     TensorSpec,
@@ -58,6 +59,10 @@ class Dense(BodyFormat, BudgetFormat):
         """One grouped matmul."""
         weight_COX = stacks.run_of("weight", experts[0], experts[-1])
         return grouped_product(input_QX, weight_COX.transpose(1, 2), counts)
+
+    def product(self, tensors: Mapping[str, torch.Tensor]) -> Product:
+        """W x."""
+        return Product(tensors["weight"][0])
 
     def densified(self, part: Mapping[str, torch.Tensor], matrix_OX: torch.Tensor | None) -> torch.Tensor:
         """The stored matrix (O, X)."""

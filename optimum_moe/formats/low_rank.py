@@ -25,6 +25,7 @@ from optimum_moe.formats.base import (
     BodyFormat,
     Layout,
     Opened,
+    Product,
     Stacks,
     StoredPart,
     TensorSpec,
@@ -78,6 +79,10 @@ class LowRank(BodyFormat, BudgetFormat):
             return input_QX.new_zeros(len(input_QX), stacks.outputs)
         u_CRO, v_CRX = (stacks.run_of(name, experts[0], experts[-1]).unflatten(0, (-1, size)) for name in ("u", "v"))
         return grouped_product(grouped_product(input_QX, v_CRX.transpose(1, 2), counts), u_CRO, counts)
+
+    def product(self, tensors: Mapping[str, torch.Tensor]) -> Product:
+        """U^T (V x)."""
+        return Product(tensors["v"], left=tensors["u"])
 
     def densified(self, part: Mapping[str, torch.Tensor], matrix_OX: torch.Tensor | None) -> torch.Tensor:
         """The product U^T V (O, X)."""

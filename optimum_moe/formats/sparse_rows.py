@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from optimum_moe.formats.base import AddedFormat, Opened, Stacks, StoredPart, TensorSpec, register_format
+from optimum_moe.formats.base import AddedFormat, Opened, Product, Stacks, StoredPart, TensorSpec, register_format
 from optimum_moe.formats.specification import span
 
 
@@ -46,6 +46,10 @@ class SparseRows(AddedFormat):
             # Three times faster there for many tokens.
             return output_PO.scatter_add_(-1, index_M.long().expand_as(sparse_PM), sparse_PM)
         return output_PO.index_add_(-1, index_M, sparse_PM)
+
+    def product(self, tensors: Mapping[str, torch.Tensor]) -> Product:
+        """The rows, each added to an output of its own."""
+        return Product(tensors["rows"], rows=tensors["row_index"])
 
     def densified(self, part: Mapping[str, torch.Tensor], matrix_OX: torch.Tensor | None) -> torch.Tensor:
         """The matrix (O, X) with these rows added."""

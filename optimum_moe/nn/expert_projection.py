@@ -20,6 +20,7 @@ from optimum_moe.formats.base import (
     BodyFormat,
     MatrixFormat,
     Opened,
+    Product,
     all_formats,
     get_format,
 )
@@ -273,6 +274,19 @@ class ExpertProjection(nn.Module):
             matrix_OX = form.densified(tensors, matrix_OX)
         assert matrix_OX is not None
         return matrix_OX
+
+    def products(self, expert: int) -> list[Product] | None:
+        """One expert's matrix as a sum of products; None where a format has none."""
+        found: list[Product] = []
+        for form, size in [self._body_C[expert], *self._added_C[expert]]:
+            specs = form.tensors(size, self.outputs, self.inputs)
+            if all(spec.numbers == 0 for spec in specs.values()):
+                continue
+            product = form.product({name: self.piece(name, expert) for name in specs})
+            if product is None:
+                return None
+            found.append(product)
+        return found
 
     def sparse_parts(self) -> dict[str, SparsePart]:
         """The sparse rows of all experts, as those of one tall matrix; see `HasSparseRows`."""

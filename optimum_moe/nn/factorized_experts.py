@@ -106,6 +106,11 @@ class ExpertsWithoutNeurons(nn.Module):
         slot = self.members.index(expert)
         return self.format.forward({n: getattr(self, n)[part[slot]][0] for n, part in self._pieces.items()}, input_PH)
 
+    def constant(self, expert: int) -> torch.Tensor | None:
+        """(H,) output of one of them whatever the input; None where it depends on the input."""
+        slot = self.members.index(expert)
+        return self.format.constant({n: getattr(self, n)[part[slot]] for n, part in self._pieces.items()})
+
     @torch.no_grad()
     def fill(self, expert: int, values: Mapping[str, torch.Tensor]) -> None:
         """Take over the tensors of one of them, as `ExpertFormat.values` gives them."""
@@ -144,6 +149,8 @@ class FactorizedExperts(nn.Module):
 
     def __init__(self, sizes: ExpertsSpec, hidden_size: int, biases: Sequence[str] = (), **factory: Any) -> None:
         super().__init__()
+        # What runs it on an accelerator, with the addresses that it was made for (`ragged_launches`).
+        self.launches: tuple[tuple[int, ...], Any] | None = None
         self._sizes, self.hidden_size = sizes, hidden_size
         by_width: dict[int, list[int]] = {}
         for expert, width in enumerate(sizes.widths):

@@ -22,6 +22,7 @@ from optimum_moe.nn.merged_experts import (
     sort_pairs,
     wide,
 )
+from optimum_moe.nn.ragged_launches import ragged_launches
 from optimum_moe.nn.shared_bases import run_shared
 
 
@@ -53,6 +54,10 @@ class FactorizedExpertLayer(MergedExpertLayer):
             return run_everywhere(traced, self.num_experts, hidden_states, index_TK, top_k_weights)
         if self.factors.shares_tensors and native_finish(self) is None:
             return run_shared(self, activate, hidden_states, index_TK, top_k_weights)
+        if experts_implementation(self.config) != "eager":
+            launches = ragged_launches(self.factors, hidden_states)
+            if launches is not None:
+                return launches(activate, native_finish(self), hidden_states, index_TK, top_k_weights)
         # Grouped matmuls save launches, of which a CPU has none; there one expert after the other is faster.
         grouped = experts_implementation(self.config) == "grouped_mm" and hidden_states.device.type != "cpu"
         if grouped and hasattr(nn.functional, "grouped_mm"):

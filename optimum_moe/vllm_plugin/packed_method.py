@@ -99,7 +99,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         self.experts.flat = layer.experts_flat
         self.runner: Callable[..., torch.Tensor] = self.experts
         if layer.experts_flat.is_cuda:
-            from optimum_moe.vllm_plugin.ragged_triton import RaggedExperts
+            from optimum_moe.vllm_plugin.ragged_experts import RaggedExperts
 
             self.runner = RaggedExperts(self.experts)
 

@@ -9,8 +9,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed; make test-serving has it")
 
+from optimum_moe.kernels.ragged_matmul import UNSORTED_SLOTS, Tiles
 from optimum_moe.vllm_plugin.activations import activation_of
-from optimum_moe.vllm_plugin.ragged_triton import RaggedExperts, Tiles, sorted_pairs
+from optimum_moe.vllm_plugin.ragged_experts import RaggedExperts
 from tests.vllm_plugin.random_experts import SPECS, load, packed, random_tensors, routed
 
 TILES = Tiles(rows=16, columns=16, depth=16, warps=4, stages=2)
@@ -34,8 +35,9 @@ def test_launches_give_what_torch_gives(name: str, activation: str, limit: float
     biases = ("gate", "up", "down") if spec.has_gate else ("up", "down")
     experts = packed(spec, activation_of("block", activation, limit, None, None), biases if with_biases else ())
     load(experts, random_tensors(experts))
-    given = routed(len(spec.widths))
-    torch.testing.assert_close(RaggedExperts(experts, TILES)(*given), experts(*given), rtol=0, atol=2e-5)
+    for tokens in (7, UNSORTED_SLOTS):
+        given = routed(len(spec.widths), tokens)
+        torch.testing.assert_close(RaggedExperts(experts, TILES)(*given), experts(*given), rtol=0, atol=2e-5)
 
 
 def test_experts_that_all_are_empty_give_zeros() -> None:
@@ -52,11 +54,3 @@ def test_weights_can_scale_the_input() -> None:
     given = routed(4, top_k=1)
     expected = experts(*given, scales_input=True)
     torch.testing.assert_close(RaggedExperts(experts, TILES)(*given, scales_input=True), expected, rtol=0, atol=2e-5)
-
-
-def test_every_pair_has_a_row_in_a_block_of_its_expert() -> None:
-    index_TK = torch.rand(9, 6).argsort(-1)[:, :2]
-    padded, owner = sorted_pairs(index_TK, num_experts=6, height=4)
-    assert padded.shape[0] == 4 * owner.shape[0]
-    found = [(int(slot), int(owner[row // 4])) for row, slot in enumerate(padded) if slot < 18]
-    assert sorted(found) == [(slot, int(expert)) for slot, expert in enumerate(index_TK.reshape(-1))]
