@@ -61,7 +61,7 @@ class Dense(BodyFormat, BudgetFormat):
         return grouped_product(input_QX, weight_COX.transpose(1, 2), counts)
 
     def product(self, tensors: Mapping[str, torch.Tensor]) -> Product:
-        """W x."""
+        """The matrix alone."""
         return Product(tensors["weight"][0])
 
     def densified(self, part: Mapping[str, torch.Tensor], matrix_OX: torch.Tensor | None) -> torch.Tensor:

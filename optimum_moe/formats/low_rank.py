@@ -81,7 +81,7 @@ class LowRank(BodyFormat, BudgetFormat):
         return grouped_product(grouped_product(input_QX, v_CRX.transpose(1, 2), counts), u_CRO, counts)
 
     def product(self, tensors: Mapping[str, torch.Tensor]) -> Product:
-        """U^T (V x)."""
+        """The two factors."""
         return Product(tensors["v"], left=tensors["u"])
 
     def densified(self, part: Mapping[str, torch.Tensor], matrix_OX: torch.Tensor | None) -> torch.Tensor:
