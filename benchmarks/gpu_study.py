@@ -330,8 +330,7 @@ def measure(
         block.experts.config._experts_implementation = implementation
         try:
             spent = study.milliseconds(lambda: block(input_1TH))
-            # Experts in compressed forms read counts on the host.
-            fits = study.on_gpu and implementation != "eager" and not hasattr(block.experts, "factors")
+            fits = study.on_gpu and implementation != "eager"
             graph = captured(lambda: block(input_1TH)) if fits else "none"
             replayed = study.milliseconds(graph) if callable(graph) else None
         except Exception as error:

@@ -10,8 +10,10 @@ O outputs and X inputs of a matrix, R inputs of left factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -169,9 +171,18 @@ class Tiles:
     warps: int
     stages: int
 
+    def bytes(self, itemsize: int) -> int:
+        """Shared memory that a launch wants: each of its two loops over a matrix has loads of its own."""
+        return 2 * (self.rows + self.columns) * self.depth * itemsize * self.stages
 
-# By the rows that an expert gets on average, measured by `benchmarks/ragged_tiles.py`.
-_TILES = ((8, Tiles(16, 32, 64, 4, 4)), (10**9, Tiles(64, 64, 64, 4, 3)))
+
+# By the rows that an expert gets on average, the fastest first, measured on one H200 by `benchmarks/ragged_tiles.py`;
+# those after it want less shared memory.
+_TILES = (
+    (8, (Tiles(16, 32, 128, 2, 3), Tiles(16, 32, 64, 2, 3))),
+    (32, (Tiles(16, 64, 64, 2, 3),)),
+    (math.inf, (Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 3))),
+)
 UNSORTED_SLOTS = 64
 """Slots up to which each is a block of rows of its own, which saves the launches that sort them."""
 
@@ -201,17 +212,43 @@ class RoutedSlots:
         return self.count if self.owner is None else len(self.owner)
 
 
-def routed_slots(index_TK: torch.Tensor, num_experts: int, tiles: Tiles | None = None) -> RoutedSlots:
+@cache
+def tiles_for(rows: float, itemsize: int, device: torch.device) -> Tiles:
+    """Tiles for a number of rows that experts get on average, which fit the shared memory of a device.
+
+    Args:
+        rows: Of an expert.
+        itemsize: Bytes of a number.
+        device: Where they run.
+    """
+    fastest_first = next(found for most, found in _TILES if rows <= most)
+    if device.type != "cuda":
+        return fastest_first[0]
+    properties = torch.cuda.get_device_properties(device)
+    memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    fitting = [tiles for tiles in fastest_first if tiles.bytes(itemsize) <= memory]
+    tiles = fitting[0] if fitting else fastest_first[-1]
+    while tiles.bytes(itemsize) > memory and tiles.depth > 16:
+        tiles = replace(tiles, stages=tiles.stages - 1) if tiles.stages > 2 else replace(tiles, depth=tiles.depth // 2)
+    return tiles
+
+
+def routed_slots(
+    index_TK: torch.Tensor, num_experts: int, dtype: torch.dtype, tiles: Tiles | None = None
+) -> RoutedSlots:
     """Blocks of rows for the experts of all tokens.
 
     Args:
         index_TK: (T, K) experts; ids of `num_experts` and above stand for none.
         num_experts: E.
+        dtype: Of inputs and weights.
         tiles: For any number of tokens; by default chosen by it.
     """
     slots, top_k = index_TK.numel(), index_TK.shape[1]
     if tiles is None:
-        tiles = next(tiles for rows, tiles in _TILES if slots <= rows * num_experts)
+        # Few different arguments, so that they are found in the cache.
+        rows = next(most for most, _ in _TILES if slots <= most * num_experts)
+        tiles = tiles_for(rows, dtype.itemsize, index_TK.device)
     if slots <= UNSORTED_SLOTS:
         return RoutedSlots(index_TK.reshape(-1).contiguous(), None, slots, top_k, tiles)
     padded, owner = sorted_slots(index_TK, num_experts, tiles.rows)

@@ -149,8 +149,8 @@ class FactorizedExperts(nn.Module):
 
     def __init__(self, sizes: ExpertsSpec, hidden_size: int, biases: Sequence[str] = (), **factory: Any) -> None:
         super().__init__()
-        # What runs it on an accelerator, with the addresses that it was made for (`ragged_launches`).
-        self.launches: tuple[tuple[int, ...], Any] | None = None
+        # What runs it on a GPU, and the parts that it was made for (`ragged_launches`).
+        self.launches: tuple[Any, Any] | None = None
         self._sizes, self.hidden_size = sizes, hidden_size
         by_width: dict[int, list[int]] = {}
         for expert, width in enumerate(sizes.widths):
@@ -172,6 +172,10 @@ class FactorizedExperts(nn.Module):
                 self._instead_E |= dict.fromkeys(experts, name)
         ordered = [members for _, members in sorted(by_width.items())]
         self._home_E = {e: (str(n), slot) for n, members in enumerate(ordered) for slot, e in enumerate(members)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the launches, which hold addresses of this copy."""
+        return self.__dict__ | {"launches": None}
 
     @property
     def sizes(self) -> ExpertsSpec:

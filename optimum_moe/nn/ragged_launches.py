@@ -44,21 +44,55 @@ def ragged_launches(factors: FactorizedExperts, hidden_TH: torch.Tensor) -> Ragg
     """
     if hidden_TH.device.type != "cuda" or not len(hidden_TH) or not _has_triton():
         return None
-    tensors = _plain_tensors(factors)
-    if tensors is None or any(t.dtype != hidden_TH.dtype or t.device != hidden_TH.device for t in tensors):
+    if factors.launches is None or not factors.launches[0].is_unchanged():
+        factors.launches = Watched(factors), launches_of(factors)
+    watched, launches = factors.launches
+    first = watched.tensors[0] if watched.tensors else None
+    if launches is None or first is None or first.dtype != hidden_TH.dtype or first.device != hidden_TH.device:
         return None
-    if torch.is_grad_enabled() and (hidden_TH.requires_grad or any(t.requires_grad for t in tensors)):
+    if torch.is_grad_enabled() and (hidden_TH.requires_grad or any(t.requires_grad for t in watched.tensors)):
         return None
-    key = tuple(tensor.data_ptr() for tensor in tensors)
-    if factors.launches is None or factors.launches[0] != key:
-        factors.launches = key, launches_of(factors)
-    return factors.launches[1]
+    return launches
+
+
+class Watched:
+    """Modules and parameters as they were: others may stand in their places later, or lie elsewhere.
+
+    Args:
+        factors: What they are parts of.
+    """
+
+    def __init__(self, factors: FactorizedExperts) -> None:
+        # The dictionaries themselves, since a walk over hundreds of modules takes longer than the experts.
+        self._entries = [
+            (entries, name, entry)
+            for module in factors.modules()
+            for entries in (module._modules, module._parameters)
+            for name, entry in entries.items()
+        ]
+        self.tensors = [entry for _, _, entry in self._entries if isinstance(entry, torch.Tensor)]
+        self._places = [tensor.data_ptr() for tensor in self.tensors]
+
+    def is_unchanged(self) -> bool:
+        """Whether everything is where it was."""
+        return all(entries.get(name) is entry for entries, name, entry in self._entries) and all(
+            tensor.data_ptr() == place for tensor, place in zip(self.tensors, self._places, strict=True)
+        )
 
 
 def launches_of(factors: FactorizedExperts) -> RaggedLaunches | None:
-    """The same for experts that are known to lie on a device which runs Triton; None where a format has no products."""
-    tensors = _plain_tensors(factors)
-    if not tensors or tensors[0].dtype not in _DTYPES:
+    """The same for experts that are known to lie on a device which runs Triton.
+
+    Returns:
+        None where adapters, shards or several dtypes and devices are among them, or a format has no products.
+    """
+    # Adapters wrap projections, and parametrizations have modules of their own.
+    if any(type(module) not in _PARTS for module in factors.modules()):
+        return None
+    tensors = list(factors.parameters())
+    if any(type(tensor) is not nn.Parameter for tensor in tensors):
+        return None
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) != 1 or tensors[0].dtype not in _DTYPES:
         return None
     base = tensors[0]
     if any((tensor.data_ptr() - base.data_ptr()) % base.itemsize for tensor in tensors):
@@ -69,21 +103,6 @@ def launches_of(factors: FactorizedExperts) -> RaggedLaunches | None:
     if leaving is None or any(found is None for found in entering):
         return None
     return RaggedLaunches(factors, base, [found for found in entering if found is not None], leaving)
-
-
-def _plain_tensors(factors: FactorizedExperts) -> list[torch.Tensor] | None:
-    """All parameters, in an order of their own; None where adapters or shards stand in the place of one."""
-    found: list[torch.Tensor] = []
-    for module in factors.modules():
-        # Adapters wrap projections, and parametrizations have modules of their own.
-        if type(module) not in _PARTS:
-            return None
-        for parameter in module._parameters.values():
-            if type(parameter) not in (nn.Parameter, torch.Tensor):
-                return None
-            assert parameter is not None
-            found.append(parameter)
-    return found
 
 
 @dataclass(frozen=True)
@@ -258,7 +277,7 @@ class RaggedLaunches:
         from optimum_moe.kernels.ragged_matmul import routed_slots
 
         hidden_TH, weights_TK = hidden_TH.contiguous(), weights_TK.contiguous()
-        slots = routed_slots(index_TK, self._num_experts)
+        slots = routed_slots(index_TK, self._num_experts, hidden_TH.dtype)
         projected = self._entering(hidden_TH, index_TK, slots, rows_are_tokens=True)
         gate_Sn, up_Sn = projected.chunk(2, dim=-1) if self._has_gate else (None, projected)
         hidden_Sn = activate(gate_Sn, up_Sn).contiguous()

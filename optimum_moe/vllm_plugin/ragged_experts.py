@@ -43,7 +43,7 @@ class RaggedExperts:
         """
         if scales_input:
             input_TH, weights_TK = (input_TH * weights_TK).to(input_TH.dtype), torch.ones_like(weights_TK)
-        slots = routed_slots(index_TK, len(self._packed.experts), self._tiles)
+        slots = routed_slots(index_TK, len(self._packed.experts), input_TH.dtype, self._tiles)
         input_TH, weights_TK = input_TH.contiguous(), weights_TK.contiguous()
         inner_SR = self._right(input_TH, slots, rows_are_tokens=True)
         projected = self._entering(input_TH, slots, True, inner_SR)

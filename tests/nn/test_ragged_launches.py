@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed; make test-serving has it")
 
-from optimum_moe.kernels.ragged_matmul import UNSORTED_SLOTS
+from optimum_moe.kernels.ragged_matmul import UNSORTED_SLOTS, Tiles, tiles_for
 from optimum_moe.nn.factorized_layer import native_activation, native_finish, run_factorized
 from optimum_moe.nn.merged_experts import run_routed
-from optimum_moe.nn.ragged_launches import launches_of
+from optimum_moe.nn.ragged_launches import Watched, launches_of
 from tests.nn.test_factorized_experts import FAMILIES, Held
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,3 +51,23 @@ def test_launches_give_what_single_experts_give(held: Held, tokens: int) -> None
 def test_adapters_are_left_to_torch(held: Held) -> None:
     torch.nn.utils.parametrizations.weight_norm(held.factors.classes[0].stored("down"), "weight")
     assert launches_of(held.factors) is None
+
+
+def test_changes_are_seen(held: Held) -> None:
+    watched = Watched(held.factors)
+    assert watched.is_unchanged()
+    down = held.factors.classes[0].stored("down")
+    kept = down.weight.data
+    down.weight.data = kept.clone()
+    assert not watched.is_unchanged()
+    down.weight.data = kept
+    assert watched.is_unchanged()
+    held.factors.classes[0].down_stacks = torch.nn.Sequential(down)
+    assert not watched.is_unchanged()
+
+
+def test_tiles_fit_the_shared_memory() -> None:
+    assert tiles_for(8, 2, torch.device("cpu")) == Tiles(16, 32, 128, 2, 3)
+    # What compilers asked for on an H200.
+    assert Tiles(128, 128, 64, 8, 4).bytes(2) == 262_144
+    assert Tiles(64, 256, 64, 4, 3).bytes(2) == 245_760
