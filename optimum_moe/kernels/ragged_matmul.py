@@ -208,7 +208,7 @@ class RoutedSlots:
 
     @property
     def blocks(self) -> int:
-        """B."""
+        """Number of blocks of rows (B)."""
         return self.count if self.owner is None else len(self.owner)
 
 
