@@ -24,9 +24,10 @@ OBSERVATIONS: Mapping[str, tuple[str, ...]] = {
     "coactivation": ("coactivation_EE",),
     "router_logits": ("router_gram_EE", "router_sum_E"),
     "sample": ("reservoir",),
+    "residual": (),
     "gradients": (),
 }
-"""Fields of `BlockStatistics` by observation; gradients are part of the sample."""
+"""Fields of `BlockStatistics` by observation; residual stream and gradients are part of the sample."""
 OBSERVATION_OF: Mapping[str, str] = {
     field: name for name, fields_ in OBSERVATIONS.items() for field in fields_ if field != "reservoir"
 }
@@ -44,6 +45,7 @@ class Reservoir:
         weights_SK: (S, K) routing weights.
         gradient_SJH: (S, J, H) gradient of the loss, summed over tokens, with respect to the weighted sum of the
             selected experts, for each of J draws of labels from the model's predictions; None without backward passes.
+        residual_SH: (S, H) residual stream before the block; None where no stage asked for it, or it cannot be seen.
     """
 
     router_input_SH: torch.Tensor
@@ -51,6 +53,7 @@ class Reservoir:
     index_SK: torch.Tensor
     weights_SK: torch.Tensor
     gradient_SJH: torch.Tensor | None = None
+    residual_SH: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

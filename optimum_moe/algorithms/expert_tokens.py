@@ -87,3 +87,38 @@ def single_expert(experts: ExpertTensors, index: int) -> Expert:
     assert up_IH is not None
     assert down_HI is not None
     return Expert(up_IH, down_HI, activate, own(experts.gate), own(experts.up_bias), own(experts.gate_bias))
+
+
+def routed_output(
+    experts: ExpertTensors, index: int, input_SH: torch.Tensor, token_P: torch.Tensor, weight_P: torch.Tensor
+) -> torch.Tensor:
+    """(P, H) float32 what one expert adds to the block's output, with its down bias and whatever follows down.
+
+    Args:
+        experts: The block's experts.
+        index: Id of the expert.
+        input_SH: (S, H) inputs of the block's experts.
+        token_P: (P,) numbers of the tokens, which may repeat with other weights.
+        weight_P: (P,) their routing weights.
+
+    Raises:
+        ValueError: If something outside of the expert takes part in its output, or it has no gate function.
+    """
+    if experts.fixed_neurons:
+        raise ValueError(
+            "The neurons of these experts meet what all experts share, so that the output of one does not follow from "
+            "its own weights. Use a criterion that needs no outputs, or leave the block out with protect=."
+        )
+    weight_P1 = weight_P.float()[:, None]
+    if experts.scales_input:
+        return _output(experts, index, input_SH[token_P].float() * weight_P1)
+    unique_U, place_P = token_P.unique(return_inverse=True)
+    return _output(experts, index, input_SH[unique_U].float())[place_P] * weight_P1
+
+
+def _output(experts: ExpertTensors, index: int, input_PH: torch.Tensor) -> torch.Tensor:
+    expert, down_HI = single_expert(experts, index), experts.down[index]
+    output_PH = expert.activated(expert.preactivations(input_PH)) @ expert.down_HI.T
+    if experts.down_bias is not None:
+        output_PH = output_PH + experts.down_bias[index].float()
+    return output_PH if experts.finish is None else experts.finish(output_PH.to(down_HI.dtype)).float()

@@ -1,13 +1,14 @@
 """Which experts the sampled tokens select, and with what weights, once some experts are gone.
 
-Shape letters: E experts, S sampled tokens, K top-k, N router logits (E and those of no routed expert), X width of the
-router's last linear layer.
+Shape letters: E experts, S sampled tokens, P some of them, K top-k, N router logits (E and those of no routed expert),
+X width of the router's last linear layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -37,24 +38,43 @@ class Rerouter:
     router_groups: int = 1
     groups_used: int = 1
 
-    def route(self, kept: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(S, K) original ids and weights that the tokens have among the experts `kept`, as many in each router group.
+    def route(
+        self, kept: Sequence[int], token_P: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(P, K) original ids and weights that the tokens have among the experts `kept`.
+
+        Args:
+            kept: Ids of the experts that stay.
+            token_P: (P,) numbers of the tokens; default all of the sample.
 
         Returns:
             None where the model's own routing does not follow from its logits by a rule that is known here: a selection
             of the highest scores within router groups, with weights that are the scores, or their shares, times one
             factor for each expert.
         """
-        if bool((self.index_SK >= self.router.num_experts).any()) or self.input_SX.shape[1] != self._width:
+        if self._rule is None:
+            return None
+        shares, factor_E = self._rule
+        index_PK, scores_PK = self._selected(kept, token_P)
+        return index_PK, (_raw(scores_PK, shares) * factor_E[index_PK]).to(self.weights_SK.dtype)
+
+    @cached_property
+    def _rule(self) -> tuple[bool, torch.Tensor] | None:
+        """Whether weights are shares of the scores, and the factor (E,) of each expert; None where neither fits."""
+        width = int(self.router.rows_NX.shape[1])
+        if bool((self.index_SK >= self.router.num_experts).any()) or self.input_SX.shape[1] != width:
             return None
         index_SK, scores_SK = self._selected(range(self.router.num_experts))
         for shares in (False, True):
             raw_SK = _raw(scores_SK, shares)
             factor_E = self._factors(index_SK, raw_SK)
             if self._agrees(index_SK, raw_SK * factor_E[index_SK]):
-                index_SK, chosen_SK = self._selected(kept)
-                return index_SK, (_raw(chosen_SK, shares) * factor_E[index_SK]).to(self.weights_SK.dtype)
+                return shares, factor_E
         return None
+
+    @cached_property
+    def _logits_SN(self) -> torch.Tensor:
+        return self.router.logits(self.input_SX)
 
     def _factors(self, index_SK: torch.Tensor, raw_SK: torch.Tensor) -> torch.Tensor:
         """(E,) what the router multiplies the weights of each expert by; the mean for experts without tokens."""
@@ -67,30 +87,21 @@ class Rerouter:
         mean = own_E.sum() / raw_E.sum().clamp(min=1e-12)
         return torch.where(raw_E > 0, own_E.to(raw_E) / raw_E.clamp(min=1e-300), mean)
 
-    @property
-    def _width(self) -> int:
-        return int(self.router.rows_NX.shape[1])
-
-    def _selected(self, kept: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(S, K) original ids, and their scores."""
+    def _selected(self, kept: Sequence[int], token_P: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(P, K) original ids, and their scores."""
         router, total = self.router, self.router.num_experts
-        device = router.rows_NX.device
-        kept_E = torch.tensor(list(kept), device=device)
-        rows_N = torch.cat([kept_E, torch.arange(total, len(router.rows_NX), device=device)])
-        smaller = replace(
-            router,
-            rows_NX=router.rows_NX[rows_N],
-            num_experts=len(kept_E),
-            bias_N=None if router.bias_N is None else router.bias_N[rows_N],
-            correction_E=None if router.correction_E is None else router.correction_E[kept_E],
-        )
-        logits_SN = smaller.logits(self.input_SX)
-        scores_SE = smaller.scores(logits_SN)[:, : len(kept_E)]
-        choice_SE = logits_SN[:, : len(kept_E)] if smaller.selects_by == "logits" else scores_SE
-        if smaller.correction_E is not None:
-            choice_SE = choice_SE + smaller.correction_E.to(choice_SE)
-        slot_SK = select(choice_SE, self.index_SK.shape[1], self.router_groups, self.groups_used)
-        return kept_E.to(slot_SK.device)[slot_SK], scores_SE.gather(1, slot_SK)
+        logits_PN = self._logits_SN if token_P is None else self._logits_SN[token_P]
+        kept_E = torch.tensor(list(kept), device=logits_PN.device)
+        column_N = torch.cat([kept_E, torch.arange(total, logits_PN.shape[1], device=logits_PN.device)])
+        logits_PN = logits_PN[:, column_N]
+        scores_PE = router.scores(logits_PN)[:, : len(kept_E)]
+        choice_PE = logits_PN[:, : len(kept_E)] if router.selects_by == "logits" else scores_PE
+        if router.correction_E is not None:
+            choice_PE = choice_PE + router.correction_E.to(choice_PE)[kept_E]
+        # Router groups are those of all experts, whichever of them stay.
+        every_PE = choice_PE.new_full((len(choice_PE), total), float("-inf")).index_copy_(1, kept_E, choice_PE)
+        index_PK = select(every_PE, self.index_SK.shape[1], self.router_groups, self.groups_used)
+        return index_PK, torch.zeros_like(every_PE).index_copy_(1, kept_E, scores_PE).gather(1, index_PK)
 
     def _agrees(self, index_SK: torch.Tensor, weights_SK: torch.Tensor) -> bool:
         """Whether a routing is the model's own, up to rounding and ties."""

@@ -19,6 +19,7 @@ from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.gradients import differentiable, gives_logits, sampled_loss
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.recorder import BlockRecorder
+from optimum_moe.calibration.residual import residual_before
 from optimum_moe.statistics import OBSERVATIONS, BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
 
@@ -75,6 +76,8 @@ def observe(
         stack.enter_context(differentiable(part) if draws else torch.no_grad())
         for found in blocks:
             block, recorder = found.module(model), recorders[found.info.name]
+            if "residual" in needs:
+                recorder.residual_of = stack.enter_context(residual_before(model, found.info.name))
             stack.enter_context(found.surgeon.watch(block, recorder))
             if draws:
                 stack.enter_context(found.surgeon.watch_gradient(block, recorder.gradient))

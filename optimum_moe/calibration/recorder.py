@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 
 from optimum_moe.calibration.collectors import BlockSizes, Collector, ExpertCall, make_collectors
+from optimum_moe.calibration.residual import ResidualOf
 from optimum_moe.statistics import OBSERVATIONS, BlockStatistics, Reservoir
 
 
@@ -44,6 +45,8 @@ class BlockRecorder:
         self._waiting: tuple[torch.Tensor | None, ...] | None = None
         self._gradients: list[torch.Tensor] = []
         self._reached = False
+        self.residual_of: ResidualOf | None = None
+        """Gives the (T, H) residual stream of the inputs of a call, where a stage asked for it."""
 
     def expect(self, mask_T: torch.Tensor | None) -> None:
         """Set the (T,) padding mask of the next forward pass, False for padding; None if no token is padding."""
@@ -73,7 +76,14 @@ class BlockRecorder:
         router_input_TH = self._router_input_TH
         same = router_input_TH.data_ptr() == input_TH.data_ptr() or torch.equal(router_input_TH, input_TH)
         index = index.masked_fill(~counts, self.num_experts)
-        columns = router_input_TH.detach()[valid_T], None if same else input_TH.detach()[valid_T], index, weights
+        residual_TH = None if self.residual_of is None else self.residual_of(input_TH)
+        columns = (
+            router_input_TH.detach()[valid_T],
+            None if same else input_TH.detach()[valid_T],
+            index,
+            weights,
+            None if residual_TH is None else residual_TH[valid_T],
+        )
         if self._draws:
             self._sample_waiting()
             self._waiting = columns
@@ -178,9 +188,10 @@ class _Sample:
         if not self._columns:
             empty = torch.empty(0, 0)
             return Reservoir(empty, empty, torch.empty(0, 0, dtype=torch.int64), empty)
-        router_input_SH, experts_input_SH, index_SK, weights_SK, gradient_SJH = self._columns
+        router_input_SH, experts_input_SH, index_SK, weights_SK, residual_SH, gradient_SJH = self._columns
         assert router_input_SH is not None
         assert index_SK is not None
         assert weights_SK is not None
         shared = router_input_SH if experts_input_SH is None else experts_input_SH
-        return Reservoir(router_input_SH, shared, index_SK, weights_SK, gradient_SJH if with_gradients else None)
+        gradient_SJH = gradient_SJH if with_gradients else None
+        return Reservoir(router_input_SH, shared, index_SK, weights_SK, gradient_SJH, residual_SH)

@@ -13,6 +13,7 @@ from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.observe import forward_calls, placed
 from optimum_moe.calibration.recorder import BlockRecorder
+from optimum_moe.calibration.residual import residual_before
 from optimum_moe.checkpoint.system import return_freed
 from optimum_moe.engine.layers import Layer, other_layers
 from optimum_moe.engine.lockstep import Lockstep, Runner
@@ -180,8 +181,10 @@ class LayerwiseRun:
     def _watched(self, layer: Layer, recorders: Mapping[str, BlockRecorder]) -> Iterator[None]:
         with ExitStack() as stack:
             for found in layer.blocks:
-                watch = found.surgeon.watch(found.module(self.store.model), recorders[found.info.name])
-                stack.enter_context(watch)
+                recorder = recorders[found.info.name]
+                if "residual" in self.needs:
+                    recorder.residual_of = stack.enter_context(residual_before(self.store.model, found.info.name))
+                stack.enter_context(found.surgeon.watch(found.module(self.store.model), recorder))
             yield
 
 

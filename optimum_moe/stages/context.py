@@ -9,6 +9,7 @@ import torch
 from optimum_moe.algorithms.expert_tokens import SampledTokens
 from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
 from optimum_moe.algorithms.merging import merge_matrices
+from optimum_moe.algorithms.rerouting import Rerouter
 from optimum_moe.algorithms.router_fit import RouterView
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import map_routing
@@ -74,6 +75,18 @@ class BlockContext:
             gradient_SJH=None if gradient_SJH is None else gradient_SJH.to(device),
             scales_input=experts.scales_input,
             share=len(found.index_SK) / max(observed.num_tokens, 1) or 1.0,
+        )
+
+    def rerouter(self) -> Rerouter:
+        """The router's rule on the sampled tokens, for when some experts are gone; on the CPU."""
+        info, found = self.info, self.observed().reservoir
+        return Rerouter(
+            router=self.router,
+            input_SX=found.router_input_SH,
+            index_SK=found.index_SK.long(),
+            weights_SK=found.weights_SK,
+            router_groups=info.router_groups,
+            groups_used=info.router_groups_used,
         )
 
     def after(self, plan: BlockPlan) -> BlockContext:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from optimum_moe.settings import check_free, choose_one
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.results import Returned, WrongResult
@@ -15,9 +17,10 @@ from optimum_moe.statistics import OBSERVATION_OF
 Function = Callable[..., Any]
 
 _OF_THE_CONTEXT = ("experts", "info", "router", "generator")
-_SAMPLES = ("sample", "reservoir", "loss_sample")
+_SAMPLES = ("sample", "reservoir", "loss_sample", "rerouter", "residual_SH")
 """`sample` is on the device of the experts, `reservoir` is the same data as observed; `loss_sample` also has gradients
-of the loss, where a backward pass is possible."""
+of the loss, where a backward pass is possible; `rerouter` is the router's rule on these tokens, and `residual_SH` their
+residual stream before the block."""
 READABLE = (*_OF_THE_CONTEXT, *_SAMPLES, *OBSERVATION_OF)
 """What a function of any kind may read of a block."""
 
@@ -42,8 +45,9 @@ class FromContext:
     def observations(self) -> frozenset[str]:
         """Names of the observations that the function reads."""
         found = {OBSERVATION_OF[part] for part in self.parts if part in OBSERVATION_OF}
-        sampled = {"sample"} if self.parts.intersection(_SAMPLES) else set()
-        return frozenset(found | sampled | ({"gradients"} if "loss_sample" in self.parts else set()))
+        found |= {"sample"} if self.parts.intersection(_SAMPLES) else set()
+        found |= {"gradients"} if "loss_sample" in self.parts else set()
+        return frozenset(found | ({"residual"} if "residual_SH" in self.parts else set()))
 
     def __call__(self, context: BlockContext, **more: Any) -> Any:
         """The checked result of the function for a block; `more` are arguments that the context does not have.
@@ -55,6 +59,10 @@ class FromContext:
         given |= {part: context.sample() for part in self.parts.intersection(("sample", "loss_sample"))}
         if "reservoir" in self.parts:
             given["reservoir"] = context.observed().reservoir
+        if "rerouter" in self.parts:
+            given["rerouter"] = context.rerouter()
+        if "residual_SH" in self.parts:
+            given["residual_SH"] = self._residual(context)
         given |= {part: getattr(context.observed(), part) for part in self.parts if part in OBSERVATION_OF}
         given |= {name: value for name, value in more.items() if name in self._others}
         try:
@@ -67,6 +75,16 @@ class FromContext:
                 error.add_note(f"It was raised in the {self.title} for {context.info.name}.")
             raise
         return self.check(Returned(self.title, context, value, more))
+
+    def _residual(self, context: BlockContext) -> torch.Tensor:
+        found, name = context.observed().reservoir.residual_SH, context.info.name
+        if found is None:
+            raise ValueError(
+                f"{self.title} reads the residual stream before {name}, which the statistics do not have: they were "
+                "observed without it, or no module of the layer gives what the experts get. Observe again with "
+                f'calibrate(), use another function, or leave the block out with protect=["{name}"].'
+            )
+        return found
 
     @property
     def _others(self) -> frozenset[str]:

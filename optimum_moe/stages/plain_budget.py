@@ -21,7 +21,6 @@ from optimum_moe.algorithms.byte_budget import Candidate, Point
 from optimum_moe.algorithms.expert import ExpertTokens
 from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
 from optimum_moe.algorithms.experts import ExpertTensors, PerExpert
-from optimum_moe.algorithms.rerouting import Rerouter
 from optimum_moe.formats import StoredExperts, build_expert, is_worth_refitting, refit_block
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.plan import BlockPlan, keep_all, keep_some
@@ -254,14 +253,7 @@ def _rerouted(context: BlockContext, sample: SampledTokens, kept: Sequence[int])
     info, found = context.info, context.observed().reservoir
     slots_E = torch.full((info.num_experts + 1,), len(kept))
     slots_E[list(kept)] = torch.arange(len(kept))
-    routed = Rerouter(
-        router=context.router,
-        input_SX=found.router_input_SH,
-        index_SK=found.index_SK,
-        weights_SK=found.weights_SK,
-        router_groups=info.router_groups,
-        groups_used=info.router_groups_used,
-    ).route(kept)
+    routed = context.rerouter().route(kept)
     index_SK, weights_SK = (found.index_SK, found.weights_SK) if routed is None else routed
     device = sample.input_SH.device
     slot_SK = slots_E[index_SK.long().clamp(max=info.num_experts).cpu()].to(device)

@@ -24,8 +24,9 @@ class ExpertPruning(CountedStage):
         target_size: Maximum size of the weight files, headers included: bytes, or for example `"16GB"`, or `"50%"` of
             their present size.
         saliency: Registered criterion: `"reap"`, `"frequency"`, `"gate_sum"`, `"ean"`, `"output_norm"`,
-            `"output_norm_squared"`, `"fisher"` (expected rise of the loss), `"aimer"` (data-free) or `"random"`
-            (baseline).
+            `"output_norm_squared"`, `"razor"` (what removing the expert changes in the block's output), `"rcs"` (its
+            first order), `"easy_ep"`, `"fisher"` (expected rise of the loss), `"aimer"` (data-free), `"random"`
+            (baseline), or a name registered with `register_saliency`.
         layers: Positions of the MoE blocks to compress, None for all.
         protect: Patterns of block names to leave unchanged.
 

@@ -11,6 +11,8 @@ from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.fisher_loss import FisherLoss
 from optimum_moe.algorithms.merging import in_parts
+from optimum_moe.algorithms.removal import distances_to_mean, over_tokens, removal_changes, turned_norms
+from optimum_moe.algorithms.rerouting import Rerouter
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.stages.from_context import Choice, Function
 from optimum_moe.stages.results import Returned
@@ -23,10 +25,10 @@ def register_saliency(name: str) -> Callable[[Function], Function]:
 
     The names of the function's parameters say what it reads: fields of `BlockStatistics` such as `gated_norm_sum_E`,
     and `experts` (an `ExpertTensors`), `router` (a `RouterView`), `info` (a `BlockInfo`), `sample` (`SampledTokens`),
-    `loss_sample` (the same with gradients of the loss), `reservoir` (a `Reservoir`) and `generator` (a seeded
-    `torch.Generator`). Only the statistics that it names are observed. Without any it is data-free; without `experts` a
-    streaming run does not read removed experts. It returns a finite value for each expert, (E,); experts with higher
-    values are kept.
+    `loss_sample` (the same with gradients of the loss), `reservoir` (a `Reservoir`), `rerouter` (a `Rerouter` of the
+    same tokens), `residual_SH` (their residual stream before the block) and `generator` (a seeded `torch.Generator`).
+    Only the statistics that it names are observed. Without any it is data-free; without `experts` a streaming run does
+    not read removed experts. It returns a finite value for each expert, (E,); experts with higher values are kept.
 
     Args:
         name: Name of the criterion in recipes.
@@ -75,6 +77,54 @@ def mean_squared_activation_norm(output_sq_sum_E: torch.Tensor, token_count_E: t
 def router_weighted_activation(gated_norm_sum_E: torch.Tensor, token_count_E: torch.Tensor) -> torch.Tensor:
     """Mean of g ||f(x)|| over the expert's tokens (REAP, arXiv:2510.13999)."""
     return _mean(gated_norm_sum_E, token_count_E)
+
+
+@register_saliency("razor")
+def change_of_the_output(
+    experts: ExpertTensors, sample: SampledTokens, rerouter: Rerouter, info: BlockInfo
+) -> torch.Tensor:
+    """Root mean square, over the expert's sampled tokens, of what removing it changes in the block's output (RAZOR).
+
+    The next best expert of the token comes in, and weights are renormalized where the router does so
+    (arXiv:2609.30465; formula from its abstract, derived again for every router in `algorithms.removal`). It is
+    measured on the sample, and for one removed expert at a time.
+
+    Raises:
+        ValueError: If the router's rule is not known (`algorithms.rerouting`).
+    """
+    change_SK = removal_changes(experts, sample, rerouter)
+    if change_SK is None:
+        raise ValueError(
+            f"Where {info.name} sends the tokens of a removed expert does not follow from its router logits alone, and "
+            '"razor" has to know it. Use "rcs", which does not, or "reap".'
+        )
+    return _root_mean_square(change_SK, sample, info.num_experts)
+
+
+@register_saliency("rcs")
+def distance_from_the_mean(experts: ExpertTensors, sample: SampledTokens, info: BlockInfo) -> torch.Tensor:
+    """Root mean square of g ||f(x) - c|| over the expert's sampled tokens, c the weighted mean of their experts.
+
+    The variant of RAZOR (arXiv:2609.30465) to first order in g, which does not know what comes in for the expert.
+    """
+    return _root_mean_square(distances_to_mean(experts, sample), sample, info.num_experts)
+
+
+def _root_mean_square(values_SK: torch.Tensor, sample: SampledTokens, num_experts: int) -> torch.Tensor:
+    sum_E, count_E = over_tokens(values_SK.double().square(), sample, num_experts)
+    return _mean(sum_E, count_E).sqrt()
+
+
+@register_saliency("easy_ep")
+def turning_of_the_residual(
+    experts: ExpertTensors, sample: SampledTokens, residual_SH: torch.Tensor, info: BlockInfo
+) -> torch.Tensor:
+    """Sum of g ||f(x)|| (1 - cos(r, r + c)) over the expert's sampled tokens (EASY-EP, arXiv:2504.06792).
+
+    r is the residual stream before the block, c the weighted sum of the token's routed experts. Where an architecture
+    scales or normalizes the sum before it is added, c is the sum before that.
+    """
+    return over_tokens(turned_norms(experts, sample, residual_SH), sample, info.num_experts)[0]
 
 
 @register_saliency("fisher")
