@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -14,7 +15,7 @@ from optimum_moe.calibration import CalibrationConfig, batches_for
 from optimum_moe.calibration.data import CalibrationBatches
 from optimum_moe.checkpoint.carried_files import carry_files
 from optimum_moe.checkpoint.compatibility import check_plan, check_statistics, mark_structure, refuse_original
-from optimum_moe.checkpoint.destination import check_destination, check_space, owned, written_beside
+from optimum_moe.checkpoint.destination import check_destination, check_space, free_space, owned, written_beside
 from optimum_moe.checkpoint.identity import identity, same_model
 from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp
 from optimum_moe.checkpoint.push import push
@@ -26,6 +27,7 @@ from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.checkpoint.writer import choose_shard_size, describe_model, write_model
 from optimum_moe.engine import MemoryStore, Run, Store, check_model, check_together
 from optimum_moe.engine.layerwise import Keep, keep_in_memory
+from optimum_moe.engine.sample_size import Room, choose_sample_size, free_on, recorded_sample_size
 from optimum_moe.engine.streaming import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.recipe import Recipe, calibration_config, coerce_recipe, run_seed
@@ -201,10 +203,12 @@ class MoECompressor:
 
     def _observe(self, batches: CalibrationBatches) -> Statistics:
         if self.streaming is not None:
+            self._settle_sample(batches)
             with StreamingJob(self.source, None, {}, self.streaming) as job:
                 self.statistics = self._run(job.store, batches, job.keep).observe(tuple(OBSERVATIONS))
         else:
             store = MemoryStore(self._loaded(), self.source.blocks)
+            self._settle_sample(batches)
             self.statistics = replace(self._run(store, batches), propagate=False).observe(tuple(OBSERVATIONS))
         return self.statistics
 
@@ -214,6 +218,22 @@ class MoECompressor:
                 f"{self.recipe.name} needs calibration data. Pass calibration='corpus.txt', or another source."
             )
         return batches_for(self.source.skeleton, self.calibration, self.tokenizer)
+
+    def _settle_sample(self, batches: CalibrationBatches | None, streams_to: Path | None = None) -> None:
+        """Choose how many tokens are sampled, unless the user did; in memory once the model is loaded."""
+        if batches is None or self.calibration is None or self.calibration.reservoir_tokens is not None:
+            return
+        size = None if streams_to is None or self.overwrite else recorded_sample_size(streams_to)
+        if size is None:
+            limit = None if self.streaming is None else self.streaming.max_memory
+            devices = {p.device for p in self.model.parameters()} if self.model else set()
+            room = Room(
+                memory=psutil.virtual_memory().available if limit is None else limit,
+                disk=None if streams_to is None else free_space(streams_to) - self.preview().after.bytes,
+                device=free_on(devices if self.streaming is None else {self.streaming.device}),
+            )
+            size = choose_sample_size(self.recipe, self.source.info.blocks, batches.num_tokens, room)
+        self.calibration = replace(self.calibration, reservoir_tokens=size)
 
     def apply(self, statistics: Statistics | None = None, plan: CompressionPlan | None = None) -> Any:
         """Compress the model.
@@ -245,6 +265,7 @@ class MoECompressor:
             if self.output_dir is not None:
                 check_space(self.output_dir, self.preview().after.bytes)
             model = all_in_memory(self._loaded())
+            self._settle_sample(batches)
             run = self._run(MemoryStore(model, self.source.blocks, self._stored), batches)
             try:
                 self.plan, observed = run.decide(self.statistics if self.recipe.needs else None, plan)
@@ -331,6 +352,7 @@ class MoECompressor:
         assert self.streaming is not None
         assert self.output_dir is not None
         used = self.statistics if self.recipe.needs else None
+        self._settle_sample(batches, self.output_dir)
         made_from = {
             "recipe": {"stages": self.recipe.settings(), "mtp": self.mtp.option},
             "seed": self.seed,

@@ -68,6 +68,12 @@ class Recipe:
         return max(sizes, default=self.stages[0].sample_size)
 
     @property
+    def largest_sample(self) -> int:
+        """Number of tokens that the sample grows to where as many are observed and memory allows it."""
+        sizes = [stage.largest_sample for stage in self.stages if "sample" in stage.needs]
+        return max(sizes, default=self.sample_size)
+
+    @property
     def is_adaptive(self) -> bool:
         """Whether all blocks must be observed before the first one is decided."""
         return any(stage.is_adaptive for stage in self.stages)
@@ -116,7 +122,8 @@ class Recipe:
         if "source" in self.calibration:
             calibration["source"] = _without_folders(self.calibration["source"])
         record = plan.calibration or {}
-        calibration |= {name: record[name] for name in _SAMPLED if record.get(name) is not None}
+        sampled = (*_SAMPLED, "reservoir_tokens") if "sample" in self.needs else _SAMPLED
+        calibration |= {name: record[name] for name in sampled if record.get(name) is not None}
         if record.get("sequence_length") is not None and record.get("max_tokens") is None:
             # None (no limit) differs from the default, so it must be written.
             calibration["max_tokens"] = None
@@ -356,6 +363,4 @@ def calibration_config(recipe: Recipe, calibration: Any, seed: Any = None) -> Ca
         config = dataclasses.replace(config, seed=next((s for s in seeds if s is not None), 0))
     if config.reservoir_tokens == 0 and "sample" in recipe.needs:
         raise ValueError(NO_SAMPLE)
-    if config.reservoir_tokens is None:
-        config = dataclasses.replace(config, reservoir_tokens=recipe.sample_size)
     return config

@@ -49,7 +49,9 @@ class CalibrationConfig:
             run, or 0.
         unseen: policy for an expert that no calibration token reached: "warn" (default), "error", "keep", "prune".
         reservoir_tokens: tokens sampled at each block with their inputs and routing. None (default) for the number
-            that the recipe needs (4,096, or more if it factorizes); 0 samples none.
+            that the recipe needs (4,096, or 32,768 if it factorizes); for the byte budget twice or four times 32,768
+            where as many tokens are observed and their samples take at most a quarter of the free memory (streaming:
+            of the free disk). The number is recorded with the statistics. 0 samples none.
 
     Raises:
         ValueError: a value is outside of its range.

@@ -96,7 +96,11 @@ def observe(
                 sampled_loss(part, output, inputs, generator).backward(retain_graph=draw + 1 < draws)
     statistics = Statistics(
         {name: recorder.statistics() for name, recorder in recorders.items()},
-        {**batches.description, "tokens_by_block": reached_tokens(recorders)},
+        {
+            **batches.description,
+            "tokens_by_block": reached_tokens(recorders),
+            "reservoir_tokens": config.sampled_tokens,
+        },
         source or {},
         config.unseen,
     )

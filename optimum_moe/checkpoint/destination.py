@@ -56,12 +56,17 @@ def check_destination(directory: str | Path, overwrite: bool = False) -> Path:
 
 def check_space(directory: Path, size: int) -> None:
     """Raise a `ValueError` unless the disk of `directory` has `size` bytes left."""
-    parent = _existing_parent(directory)
-    free = shutil.disk_usage(parent).free
+    free = free_space(directory)
     if free < size:
         raise ValueError(
-            f"{parent} has {free:,} bytes left, the checkpoint needs {size:,}. Free some space, or choose another disk."
+            f"{_existing_parent(directory)} has {free:,} bytes left, the checkpoint needs {size:,}. Free some space, "
+            "or choose another disk."
         )
+
+
+def free_space(directory: Path) -> int:
+    """Bytes that the disk of `directory` has left."""
+    return shutil.disk_usage(_existing_parent(directory)).free
 
 
 def working_folder(directory: Path) -> Path:

@@ -271,7 +271,11 @@ class Run:
     def _finished(self, kept: KeptStatistics) -> Statistics:
         assert self.batches is not None
         assert self.config is not None
-        record = {**self.batches.description, "tokens_by_block": reached_tokens(kept)}
+        record = {
+            **self.batches.description,
+            "tokens_by_block": reached_tokens(kept),
+            "reservoir_tokens": self.config.sampled_tokens,
+        }
         statistics = Statistics(kept, record, self.identity, self.config.unseen)
         check_observed(statistics)
         return statistics

@@ -22,6 +22,7 @@ from optimum_moe.checkpoint.streamed import StreamedModel
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.engine.activations import Activations
 from optimum_moe.engine.disk_store import DiskStore
+from optimum_moe.engine.sample_size import SAMPLE_SETTING
 from optimum_moe.engine.weight_checks import Named, check_tensors
 from optimum_moe.engine.working_folder import WorkingFolder
 from optimum_moe.plan import PLAN_NAME, CompressionPlan
@@ -210,7 +211,8 @@ def calibration_identity(
     found: dict[str, Any] = {}
     if batches is not None and config is not None:
         found["data"] = batches.description
-        found["calibration settings"] = [config.random_seed, config.unseen, config.reservoir_tokens]
+        found["calibration settings"] = [config.random_seed, config.unseen]
+        found[SAMPLE_SETTING] = config.sampled_tokens
     if statistics is not None:
         found["statistics"] = statistics.digest()
     if plan is not None:

@@ -16,6 +16,17 @@ from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.statistics import BlockStatistics, Statistics
 
 PROGRESS_FILE = "progress.json"
+STATE = "state"
+
+
+def recorded_identity(destination: Path) -> dict[str, Any]:
+    """What an interrupted run to `destination` depends on; empty if there is none that could be resumed."""
+    try:
+        record = json.loads((working_folder(destination) / STATE / PROGRESS_FILE).read_text(encoding="utf-8"))
+        return dict(record["identity"]) if record["finished"] else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        # A broken record is refused when the run is resumed.
+        return {}
 
 
 class WorkingFolder:
@@ -30,7 +41,7 @@ class WorkingFolder:
     def __init__(self, destination: Path, identity: Mapping[str, Any], overwrite: bool = False) -> None:
         self.destination = destination
         self.path = working_folder(destination)
-        self.checkpoint, self.state = self.path / PARTS, self.path / "state"
+        self.checkpoint, self.state = self.path / PARTS, self.path / STATE
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.finished: dict[str, dict[str, Any]] = {}
         self.overwrite = overwrite

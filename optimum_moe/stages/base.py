@@ -53,6 +53,11 @@ class Stage(ABC):
         return 4096
 
     @property
+    def largest_sample(self) -> int:
+        """Number of tokens that the sample grows to where as many are observed and memory allows it."""
+        return self.sample_size
+
+    @property
     def needs_profile(self) -> bool:
         """Whether all blocks are profiled before the first one is decided."""
         return False

@@ -35,9 +35,6 @@ from optimum_moe.stages.plain_budget import (
 )
 from optimum_moe.statistics import Statistics
 
-# So many times as many observed as sampled tokens are worth one.
-_MANY_MORE = 1.5
-
 _REMOVED = Candidate("empty", 0)
 
 # Smaller gains of another runtime are not worth a sentence.
@@ -199,6 +196,11 @@ class ByteBudget(FormattingStage):
     def sample_size(self) -> int:
         """Number of tokens to sample, enough for Gram matrices of single experts."""
         return 32768
+
+    @property
+    def largest_sample(self) -> int:
+        """Four times as many tokens, since the time that candidates take grows with them."""
+        return 4 * self.sample_size
 
     def check(self, model: ModelInfo) -> None:
         """See `Stage.check`."""
@@ -433,17 +435,17 @@ class ByteBudget(FormattingStage):
 
 
 def _unused_tokens(statistics: Statistics | None, found: Mapping[str, BlockProfile]) -> tuple[str, ...]:
-    """A sentence if the sample has much less tokens than were observed."""
+    """A sentence if the sample has less tokens than were observed."""
     if statistics is None or not found:
         return ()
     sampled, observed = max(
         (len(b.reservoir.index_SK), b.num_tokens) for n, b in statistics.blocks.items() if n in found
     )
-    if observed < _MANY_MORE * sampled:
+    if observed <= sampled:
         return ()
     return (
         f"Experts were fitted to a sample of {sampled:,} of {observed:,} calibration tokens; more of them lose less. "
-        f"Calibrate with reservoir_tokens={observed} to use all, in as many times the memory.",
+        f"Calibrate with reservoir_tokens={observed} to use all, in as many times the memory and the time.",
     )
 
 
