@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,12 +203,12 @@ class MoECompressor:
 
     def _observe(self, batches: CalibrationBatches) -> Statistics:
         if self.streaming is not None:
-            self._settle_sample(batches)
+            self._settle_sample(batches, tuple(OBSERVATIONS))
             with StreamingJob(self.source, None, {}, self.streaming) as job:
                 self.statistics = self._run(job.store, batches, job.keep).observe(tuple(OBSERVATIONS))
         else:
             store = MemoryStore(self._loaded(), self.source.blocks)
-            self._settle_sample(batches)
+            self._settle_sample(batches, tuple(OBSERVATIONS))
             self.statistics = replace(self._run(store, batches), propagate=False).observe(tuple(OBSERVATIONS))
         return self.statistics
 
@@ -219,7 +219,9 @@ class MoECompressor:
             )
         return batches_for(self.source.skeleton, self.calibration, self.tokenizer)
 
-    def _settle_sample(self, batches: CalibrationBatches | None, streams_to: Path | None = None) -> None:
+    def _settle_sample(
+        self, batches: CalibrationBatches | None, needs: Collection[str], streams_to: Path | None = None
+    ) -> None:
         """Choose how many tokens are sampled, unless the user did; in memory once the model is loaded."""
         if batches is None or self.calibration is None or self.calibration.reservoir_tokens is not None:
             return
@@ -232,7 +234,7 @@ class MoECompressor:
                 disk=None if streams_to is None else free_space(streams_to) - self.preview().after.bytes,
                 device=free_on(devices if self.streaming is None else {self.streaming.device}),
             )
-            size = choose_sample_size(self.recipe, self.source.info.blocks, batches.num_tokens, room)
+            size = choose_sample_size(self.recipe, self.source.info.blocks, batches.num_tokens, room, needs)
         self.calibration = replace(self.calibration, reservoir_tokens=size)
 
     def apply(self, statistics: Statistics | None = None, plan: CompressionPlan | None = None) -> Any:
@@ -265,7 +267,7 @@ class MoECompressor:
             if self.output_dir is not None:
                 check_space(self.output_dir, self.preview().after.bytes)
             model = all_in_memory(self._loaded())
-            self._settle_sample(batches)
+            self._settle_sample(batches, self.recipe.needs)
             run = self._run(MemoryStore(model, self.source.blocks, self._stored), batches)
             try:
                 self.plan, observed = run.decide(self.statistics if self.recipe.needs else None, plan)
@@ -352,7 +354,7 @@ class MoECompressor:
         assert self.streaming is not None
         assert self.output_dir is not None
         used = self.statistics if self.recipe.needs else None
-        self._settle_sample(batches, self.output_dir)
+        self._settle_sample(batches, self.recipe.needs, self.output_dir)
         made_from = {
             "recipe": {"stages": self.recipe.settings(), "mtp": self.mtp.option},
             "seed": self.seed,

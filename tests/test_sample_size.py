@@ -20,6 +20,7 @@ from tests.tiny_models import build, inputs_for
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:No gradient of the loss")
 
 BUDGET = Recipe((ByteBudget(share=0.5),))
+NEEDS = BUDGET.needs
 BLOCKS = [BlockInfo(f"layers.{n}", n, 8, 2, 1, 16, 32, 1536, 1536, 32, expert_itemsize=2.0) for n in range(3)]
 TOKEN = 2 * 32 * 2 + 2 * (8 + 2)
 """Bytes of a token at a block: input and gradient in bfloat16, and two experts with their weights."""
@@ -65,19 +66,27 @@ def test_the_sample_grows_by_doubling(observed: int, room: int, expected: int) -
         Room(memory=plenty, disk=4 * room * 3 * without),
         Room(memory=plenty, device=4 * room * (TOKEN + 4 * 4 * 32)),
     ):
-        assert choose_sample_size(BUDGET, BLOCKS, observed, free) == expected
+        assert choose_sample_size(BUDGET, BLOCKS, observed, free, NEEDS) == expected
 
 
 def test_other_recipes_take_what_they_need() -> None:
-    assert choose_sample_size(Recipe((MSMoE(num_experts=4),)), BLOCKS, 10**6, Room(memory=10**15)) == 4096
+    assert choose_sample_size(Recipe((MSMoE(num_experts=4),)), BLOCKS, 10**6, Room(memory=10**15), NEEDS) == 4096
     both = Recipe((MSMoE(num_experts=4), ByteBudget(share=0.5, runs_in="transformers")))
-    assert choose_sample_size(both, BLOCKS, 10**6, Room(memory=10**15)) == 131_072
-    assert choose_sample_size(BUDGET, BLOCKS, 10**6, Room(memory=-1)) == 32_768
+    assert choose_sample_size(both, BLOCKS, 10**6, Room(memory=10**15), NEEDS) == 131_072
+    assert choose_sample_size(BUDGET, BLOCKS, 10**6, Room(memory=-1), NEEDS) == 32_768
+    just = Room(memory=4 * 65_536 * 3 * TOKEN)
+    assert choose_sample_size(BUDGET, BLOCKS, 10**6, just, NEEDS) == 65_536
+    assert choose_sample_size(BUDGET, BLOCKS, 10**6, just, NEEDS | {"residual"}) == 32_768
 
 
-def test_the_bytes_of_a_token_are_those_that_are_kept() -> None:
+@pytest.mark.parametrize(("everything", "rows"), [(False, 2), (True, 3)], ids=["of the recipe", "of everything"])
+def test_the_bytes_of_a_token_are_those_that_are_kept(everything: bool, rows: int) -> None:
     compressor = MoECompressor.from_pretrained(build("qwen3_moe"), ByteBudget(share=0.5), data(), progress=False)
-    statistics = compressor.calibrate()
+    if everything:
+        compressor.calibrate()
+    else:
+        compressor.apply()
+    statistics = compressor.statistics
     kept = 0
     for block in statistics.blocks.values():
         sample = block.reservoir
@@ -85,8 +94,8 @@ def test_the_bytes_of_a_token_are_those_that_are_kept() -> None:
         kept += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         assert len(sample.index_SK) == 384
     blocks = compressor.source.info.blocks
-    assert fitting_tokens(blocks, draws=1, room=Room(memory=4 * kept)) == 384
-    assert fitting_tokens(blocks, draws=1, room=Room(memory=4 * kept - 1)) == 383
+    assert fitting_tokens(blocks, rows=rows, room=Room(memory=4 * kept)) == 384
+    assert fitting_tokens(blocks, rows=rows, room=Room(memory=4 * kept - 1)) == 383
 
 
 @pytest.mark.parametrize(("explicit", "sampled"), [(None, 192), (100, 100), (300, 300)])

@@ -38,7 +38,9 @@ class Room:
     device: int | None = None
 
 
-def choose_sample_size(recipe: Recipe, blocks: Sequence[BlockInfo], observed: int, room: Room) -> int:
+def choose_sample_size(
+    recipe: Recipe, blocks: Sequence[BlockInfo], observed: int, room: Room, needs: Collection[str]
+) -> int:
     """The number of tokens to sample at each block, where the user gives none.
 
     It is what the recipe needs, doubled until all tokens are sampled, the recipe wants no more, or there is no room.
@@ -49,27 +51,30 @@ def choose_sample_size(recipe: Recipe, blocks: Sequence[BlockInfo], observed: in
         blocks: The blocks of the model.
         observed: Number of tokens of the calibration data.
         room: What is free.
+        needs: Names of the observations to collect.
     """
     size = recipe.sample_size
     wanted = min(observed, recipe.largest_sample)
     # Layer by layer there are no backward passes.
-    fitting = fitting_tokens(blocks, recipe.gradient_draws if room.disk is None else 0, room)
+    draws = recipe.gradient_draws if room.disk is None else 0
+    fitting = fitting_tokens(blocks, 1 + draws + ("residual" in needs), room)
     while size < wanted and 2 * size <= fitting:
         size *= 2
     return size
 
 
-def fitting_tokens(blocks: Sequence[BlockInfo], draws: int, room: Room) -> int:
+def fitting_tokens(blocks: Sequence[BlockInfo], rows: int, room: Room) -> int:
     """The number of tokens whose samples take a quarter of what is free.
 
     Args:
         blocks: The blocks.
-        draws: Gradients that are sampled with each token.
+        rows: Rows of the hidden size that are sampled with each token: its input, which the router and the experts
+            mostly share, its gradients, and the residual stream.
         room: What is free.
     """
     sizes = [
-        # Inputs, which the router and the experts mostly share, and gradients; the ids and weights of the choices.
-        (1 + draws) * block.hidden_size * block.expert_itemsize + block.top_k * (_ID_BYTES + block.expert_itemsize)
+        # Beside the rows the ids and weights of the choices.
+        rows * block.hidden_size * block.expert_itemsize + block.top_k * (_ID_BYTES + block.expert_itemsize)
         for block in blocks
     ]
     largest = max(sizes)
