@@ -12,6 +12,9 @@ from optimum_moe.calibration.documents import Document, TextSource
 
 TokenIds: TypeAlias = list[int]
 
+_SEQUENCE = 16
+"""Tokens that are repeated together by copying, but hardly by chance."""
+
 # Documents tokenized in one call: enough for the threads of fast tokenizers, few enough to waste little at the end.
 _TOKENIZE_AT_ONCE = 32
 
@@ -212,3 +215,20 @@ def mix(
         draws[index].items += 1
         draws[index].tokens += len(item)
     return taken
+
+
+def repeated_share(rows: Iterable[TokenIds], max_tokens: int) -> float:
+    """Share of all sequences of 16 tokens that occurred before, in the same row or another.
+
+    Args:
+        rows: rows of token ids; shorter ones than a sequence do not count.
+        max_tokens: maximum number of tokens to look at.
+    """
+    seen: set[int] = set()
+    count = 0
+    for row in rows:
+        count += max(0, len(row) - _SEQUENCE + 1)
+        seen.update(hash(tuple(row[i : i + _SEQUENCE])) for i in range(len(row) - _SEQUENCE + 1))
+        if count >= max_tokens:
+            break
+    return (count - len(seen)) / max(count, 1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import datasets
@@ -14,9 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig, build_batches, draw_documents
-from optimum_moe.calibration.sampling import Draw, document_rows, find_affixes, mix, split_long
+from optimum_moe.calibration.sampling import Draw, document_rows, find_affixes, mix, repeated_share, split_long
 from optimum_moe.calibration.sources import TextSource, read_sources
 
+REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 WORDS = [f"w{i}" for i in range(100)]
 EOS, PAD, BOS, UNK = 100, 101, 102, 103
 CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
@@ -345,3 +347,27 @@ def test_document_rows_keep_the_suffix():
     affixes = find_affixes(make_tokenizer(bos=True))
     closing = type(affixes)(affixes.prefix, (EOS,))
     assert list(document_rows([[1, 2, 3]], 3, closing)) == [[BOS, 1, 2], [BOS, 3, EOS]]
+
+
+def test_sequences_that_were_there_before_are_counted() -> None:
+    row = list(range(100))
+    assert repeated_share([row, list(range(100, 200))], 10**6) == 0.0
+    # 85 sequences of 16 tokens, all of them twice.
+    assert repeated_share([row, row], 10**6) == 0.5
+    # The last 50 tokens of one row begin the other: 35 of 170 sequences.
+    assert repeated_share([row, list(range(50, 150))], 10**6) == pytest.approx(35 / 170)
+    assert repeated_share([row, row], max_tokens=85) == 0.0
+    assert repeated_share([[1] * 15], 10**6) == 0.0
+
+
+def test_copies_are_warned_of_and_text_is_not() -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(REFERENCE / "model")
+    license_text = (REFERENCE.parents[2] / "LICENSE").read_text(encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"^\d\d% of the calibration text was there before, in sequences of 16 tokens"):
+        build_batches(CalibrationConfig([license_text] * 6), tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_batches(CalibrationConfig(str(REFERENCE / "calibration.jsonl"), max_tokens=None), tokenizer)
+        build_batches(CalibrationConfig(str(REFERENCE / "held_out.jsonl"), max_tokens=None), tokenizer)
+        # A trial on a few copies.
+        build_batches(CalibrationConfig([license_text] * 6, max_tokens=8191), tokenizer)
