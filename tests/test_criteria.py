@@ -15,7 +15,7 @@ from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.stages import BlockContext
 from optimum_moe.stages.saliency import SALIENCIES
 from optimum_moe.statistics import BlockStatistics
-from optimum_moe.surgeons import find_blocks
+from tests.block_output import output_of
 from tests.expert_order import running_order, silence
 from tests.tiny_models import Target, build, every_target, inputs_for
 
@@ -100,22 +100,6 @@ def first_context(model, saliency: str, inputs) -> BlockContext:
         generator=torch.Generator(),
         statistics=statistics.blocks[found.info.name],
     )
-
-
-@torch.no_grad()
-def output_of(model, name: str, inputs) -> torch.Tensor:
-    """(T, H) sum of the experts that a block selects."""
-    seen: list[torch.Tensor] = []
-
-    def after(module, args, output) -> None:
-        summed = output[0] if isinstance(output, tuple) else output
-        seen.append(summed.flatten(0, -2).clone())
-
-    found = next(found for found in find_blocks(model) if found.info.name == name)
-    handle = found.surgeon.summing_module(found.module(model)).register_forward_hook(after)
-    model(**inputs)
-    handle.remove()
-    return seen[0]
 
 
 @pytest.mark.parametrize("target", every_target())

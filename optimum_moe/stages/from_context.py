@@ -49,6 +49,10 @@ class FromContext:
         found |= {"gradients"} if "loss_sample" in self.parts else set()
         return frozenset(found | ({"residual"} if "residual_SH" in self.parts else set()))
 
+    def reads(self, parameter: str) -> bool:
+        """Whether the function has a parameter of that name."""
+        return parameter in inspect.signature(self.function).parameters
+
     def __call__(self, context: BlockContext, **more: Any) -> Any:
         """The checked result of the function for a block; `more` are arguments that the context does not have.
 
@@ -64,7 +68,7 @@ class FromContext:
         if "residual_SH" in self.parts:
             given["residual_SH"] = self._residual(context)
         given |= {part: getattr(context.observed(), part) for part in self.parts if part in OBSERVATION_OF}
-        given |= {name: value for name, value in more.items() if name in self._others}
+        given |= {name: value for name, value in more.items() if name not in self.parts and self.reads(name)}
         try:
             value = self.function(**given)
         except WrongResult:
@@ -85,10 +89,6 @@ class FromContext:
                 f'calibrate(), use another function, or leave the block out with protect=["{name}"].'
             )
         return found
-
-    @property
-    def _others(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.function).parameters) - self.parts
 
 
 class Choice:

@@ -11,13 +11,14 @@ from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.fisher_loss import FisherLoss
 from optimum_moe.algorithms.merging import in_parts
+from optimum_moe.algorithms.reconstruction import Reconstruction, kept_by_reconstruction
 from optimum_moe.algorithms.removal import distances_to_mean, over_tokens, removal_changes, turned_norms
 from optimum_moe.algorithms.rerouting import Rerouter
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.stages.from_context import Choice, Function
 from optimum_moe.stages.results import Returned
 
-SALIENCIES = Choice("saliency", Returned.saliencies)
+SALIENCIES = Choice("saliency", Returned.saliencies, "num_kept")
 
 
 def register_saliency(name: str) -> Callable[[Function], Function]:
@@ -27,6 +28,8 @@ def register_saliency(name: str) -> Callable[[Function], Function]:
     and `experts` (an `ExpertTensors`), `router` (a `RouterView`), `info` (a `BlockInfo`), `sample` (`SampledTokens`),
     `loss_sample` (the same with gradients of the loss), `reservoir` (a `Reservoir`), `rerouter` (a `Rerouter` of the
     same tokens), `residual_SH` (their residual stream before the block) and `generator` (a seeded `torch.Generator`).
+    `num_kept` is how many experts stay, for functions whose choice depends on it. What reads `loss_sample` gives the
+    expected rise of the loss, which `allocation="global"` compares between blocks as it is.
     Only the statistics that it names are observed. Without any it is data-free; without `experts` a streaming run does
     not read removed experts. It returns a finite value for each expert, (E,); experts with higher values are kept.
 
@@ -125,6 +128,22 @@ def turning_of_the_residual(
     scales or normalizes the sum before it is added, c is the sum before that.
     """
     return over_tokens(turned_norms(experts, sample, residual_SH), sample, info.num_experts)[0]
+
+
+@register_saliency("reconstruction")
+def least_change_of_the_output(
+    experts: ExpertTensors, sample: SampledTokens, rerouter: Rerouter, info: BlockInfo, num_kept: int
+) -> torch.Tensor:
+    """1 for the experts with which alone the block's output changes the least on the sample, 0 for the others.
+
+    Tokens are routed again among those that stay, by squared error ("Not All Experts are Equal", arXiv:2402.14800,
+    section 3.1). All sets are tried where there are at most 20,000; else experts are removed one by one.
+
+    Raises:
+        ValueError: If the router's rule is not known (`algorithms.rerouting`).
+    """
+    kept = kept_by_reconstruction(Reconstruction(experts, sample, rerouter), num_kept, info.router_groups)
+    return torch.zeros(info.num_experts, dtype=torch.float64).index_fill_(0, torch.tensor(kept), 1.0)
 
 
 @register_saliency("fisher")

@@ -357,7 +357,7 @@ def test_inspect_a_compressed_checkpoint(run: Run, checkpoint: Path, corpus: Pat
     assert [block["num_experts"] for block in plain["blocks"]] == [4, 4, 4]
     status, text, _ = run("inspect", tmp_path / "plain")
     assert status == 0
-    assert text.splitlines()[-2].startswith("Compressed from tiny by expert-pruning (num_experts=4, saliency=reap); ")
+    assert text.splitlines()[-2].startswith("Compressed from tiny by expert-pruning (num_experts=4, saliency=reap, ")
     assert text.splitlines()[-2].endswith("experts 8 -> 4.")
     assert text.splitlines()[-1].startswith("Calibration: 512 tokens of corpus.jsonl; rows of 32; seed 0; sha256 ")
     status, text, _ = run("inspect", tmp_path / "rank")
