@@ -29,7 +29,16 @@ import transformers
 from reference import CALIBRATION, HELD_OUT, REFERENCES, ROOT, Reference
 from smollm2 import CHECKPOINT, SOURCE
 
-from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, Statistics
+from optimum_moe import (
+    ByteBudget,
+    CalibrationConfig,
+    ExpertPruning,
+    LowRankSparse,
+    MoECompressor,
+    MSMoE,
+    Rounding,
+    Statistics,
+)
 from optimum_moe.evaluation import EvaluationResult, evaluate_many
 from optimum_moe.runtimes import width_step
 from optimum_moe.stages import Stage
@@ -38,6 +47,7 @@ COLUMNS = ("perplexity", "kl", "top1_agreement", "choice_accuracy", "generation_
 ORIGINAL = "original"
 SHARES = (75, 50, 25, 20, 15, 10)
 BUDGET = "byte budget"
+BITS = "byte budget, 8 and 4 bits too"
 PLAIN = "byte budget, any runtime"
 VLLM = "byte budget, vLLM as it is"
 
@@ -125,11 +135,21 @@ def uniform(smallest: float, whiten: bool) -> Variant:
     return variant
 
 
+def all_rounded(share: float, bits: int, fitted: bool) -> Stage | None:
+    """Every expert in as many bits, listed under the share that is the next one below its size."""
+    stored = {4: 0.25, 8: 0.5}[bits]
+    return Rounding(bits=bits, fitted=fitted) if share == stored else None
+
+
 BUDGETS: dict[str, Variant] = {
     "experts only": lambda share: ByteBudget(runs_in="transformers", share=share, formats=[]),
     "ranks only": lambda share: ByteBudget(runs_in="transformers", share=share, formats=["low_rank"]),
     "neurons only": lambda share: ByteBudget(runs_in="transformers", share=share, formats=["narrow"]),
     BUDGET: lambda share: ByteBudget(runs_in="transformers", share=share),
+    BITS: lambda share: ByteBudget(runs_in="transformers", share=share, bits=[8, 4]),
+    "all in four bits, nearest": partial(all_rounded, bits=4, fitted=False),
+    "all in four bits, fitted": partial(all_rounded, bits=4, fitted=True),
+    "all in eight bits": partial(all_rounded, bits=8, fitted=False),
 }
 SMOLLM2_SMALLEST = smallest_ratio(hidden_size=576, intermediate_size=192)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from optimum_moe.recipe import Recipe
 
 SIZES = ("num_experts", "keep_ratio", "target_size", "share")
-_TARGETS = ("runs_in", "quantize", "tensor_parallel")
+_TARGETS = ("runs_in", "quantize", "tensor_parallel", "bits")
 
 
 class MoESubcommand(BaseOptimumCLICommand):
@@ -152,6 +152,13 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tensor-parallel", type=int, metavar="N", help="Processes that a byte budget's experts are split over."
+    )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="Let a byte budget store matrices in 8 or 4 bits too; needs --runs-in transformers.",
     )
     parser.add_argument(
         "--mtp",

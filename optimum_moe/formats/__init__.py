@@ -7,6 +7,7 @@ from optimum_moe.formats import (  # noqa: F401
     empty,
     low_rank,
     narrow,
+    rounded,
     shared_base,
     sparse_rows,
 )

@@ -16,7 +16,7 @@ from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.algorithms.expert_fitter import ExpertFitter, HeldOutEstimate
 from optimum_moe.algorithms.neurons import DAMPING
 from optimum_moe.formats.base import ExpertFormat, all_formats, get_format
-from optimum_moe.formats.budget_format import BudgetFormat, Trial
+from optimum_moe.formats.budget_format import BudgetFormat, Trial, budget_formats
 from optimum_moe.formats.narrow import Narrow
 from optimum_moe.formats.specification import layout_bytes
 from optimum_moe.formats.stored import StoredExpert
@@ -57,9 +57,10 @@ def candidates(
         ValueError: If a value is NaN or infinite, or a format is unknown.
     """
     everything: list[BudgetFormat] = all_formats(BudgetFormat)
-    chosen = [form for form in everything if not form.needs_tokens or formats is None or form.name in formats]
     for name in formats or ():
         get_format(name, BudgetFormat)
+    tried_formats = budget_formats() if formats is None else formats
+    chosen = [form for form in everything if not form.needs_tokens or form.name in tried_formats]
     size = float(expert.up_IH.element_size() if itemsize is None else itemsize)
     bias_size = size if bias_itemsize is None else bias_itemsize
 

@@ -38,6 +38,8 @@ class BudgetFormat(Format):
 
     needs_tokens: ClassVar[bool] = True
     """False for those that every expert has, with tokens or without, and that no choice of formats leaves out."""
+    by_default: ClassVar[bool] = True
+    """Whether it is tried where nothing says which formats are."""
 
     def widths(self, inner: int, can_narrow: bool) -> Collection[int]:
         """Numbers of neurons at which it is tried, of `inner`; `can_narrow` tells whether fewer may be kept at all."""
@@ -68,8 +70,8 @@ def dense_layout(gated: bool) -> Layout:
 
 
 def budget_formats() -> tuple[str, ...]:
-    """Names of the formats that a byte budget may choose between an empty expert and an untouched one."""
-    return tuple(form.name for form in all_formats(BudgetFormat) if form.needs_tokens)
+    """Names of the formats that a byte budget tries by default between an empty expert and an untouched one."""
+    return tuple(form.name for form in all_formats(BudgetFormat) if form.needs_tokens and form.by_default)
 
 
 def rounded(value: float) -> int:

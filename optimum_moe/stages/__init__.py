@@ -21,6 +21,7 @@ from optimum_moe.stages.merge_choices import (
 )
 from optimum_moe.stages.prune import ExpertPruning
 from optimum_moe.stages.results import Groups, RouterRows
+from optimum_moe.stages.rounding import Rounding
 from optimum_moe.stages.saliency import register_saliency
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Groups",
     "LowRankSparse",
     "MSMoE",
+    "Rounding",
     "RouterRows",
     "Stage",
     "register_grouping",

@@ -14,6 +14,7 @@ from optimum_moe.formats import StoredExperts, budget_formats, build_expert, can
 from optimum_moe.formats.base import get_format
 from optimum_moe.formats.budget import candidate_bytes
 from optimum_moe.formats.budget_format import BudgetFormat
+from optimum_moe.formats.rounded import ROUNDED
 from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.runtimes import RUNTIMES, Quantizer, Runtime, get_quantizer, get_runtime
@@ -84,6 +85,8 @@ class ByteBudget(FormattingStage):
         tensor_parallel: Number of processes that the neurons of every expert have to be split over evenly.
         quantize: The quantizer that comes after it, such as `"q4_k_m"`, `"q8_0"`, `"awq"` or `"fp8"`
             (`optimum_moe.runtimes.QUANTIZERS`): widths are multiples of its blocks.
+        bits: Store matrices in 8 or 4 bits as well, where a byte saves the most loss so, for example `[8, 4]`; default
+            none. Such experts are unpacked whenever they run, and are not trained. Needs `runs_in="transformers"`.
 
     Raises:
         ValueError: If a setting is unknown or out of range.
@@ -103,6 +106,7 @@ class ByteBudget(FormattingStage):
     protect: Sequence[str] | None = None
     tensor_parallel: int = 1
     quantize: str | None = None
+    bits: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,6 +124,14 @@ class ByteBudget(FormattingStage):
                     f"runs_in={runtime.name!r} can take experts in the formats {list(self._runtime_formats)}, not in "
                     f'{name!r}. Leave it out, or pass runs_in="transformers".'
                 )
+        for bits in self.bits or ():
+            if bits not in ROUNDED:
+                raise ValueError(f"bits={list(self.bits or ())} can hold {sorted(ROUNDED)}, got {bits!r}.")
+        if self.bits and runtime.formats is not None:
+            raise ValueError(
+                f"bits={list(self.bits)} needs formats that runs_in={runtime.name!r} does not take. Pass "
+                'runs_in="transformers", or plan for the quantizer of another runtime with quantize.'
+            )
         check_count("tensor_parallel", self.tensor_parallel, 1)
         if self.tensor_parallel > 1 and not runtime.can_split:
             raise ValueError(
@@ -150,7 +162,8 @@ class ByteBudget(FormattingStage):
     @property
     def tried_formats(self) -> tuple[str, ...]:
         """Formats that an expert may get between empty and unchanged."""
-        return self._runtime_formats if self.formats is None else tuple(self.formats)
+        found = self._runtime_formats if self.formats is None else tuple(self.formats)
+        return (*found, *(ROUNDED[bits] for bits in self.bits or ()))
 
     @property
     def _left(self) -> Candidate:
