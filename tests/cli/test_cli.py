@@ -28,7 +28,7 @@ from tests.tiny_checkpoints import write_text
 
 Run = Callable[..., tuple[int, str, str]]
 
-RECIPE = {"--model", "--recipe", "--set", "--mtp", "--runs-in", "--quantize", "--tensor-parallel"}
+RECIPE = {"--model", "--recipe", "--set", "--mtp", "--runs-in", "--quantize", "--tensor-parallel", "--bits"}
 RECIPE |= {"--num-experts", "--keep-ratio", "--target-size", "--share"}
 CHECKPOINT = {"--revision", "--subfolder", "--variant", "--trust-remote-code", "--dequantize", "--dtype"}
 # A change here is a change of what users have in their scripts.
