@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -95,9 +96,18 @@ def running_order(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> li
 
 
 @torch.no_grad()
-def silence(model: PreTrainedModel, experts: list[int], inputs: dict[str, torch.Tensor]) -> None:
-    """Give experts a router logit of -60 on every token of `inputs`, block by block in running order."""
+def silence(
+    model: PreTrainedModel, experts: list[int] | Mapping[str, list[int]], inputs: dict[str, torch.Tensor]
+) -> None:
+    """Give experts a router logit of -60 on every token of `inputs`, block by block in running order.
+
+    Args:
+        model: The model, changed in place.
+        experts: The same of every block, or by the block's name.
+        inputs: Fewer tokens than channels.
+    """
     for found in running_order(model, inputs):
+        silent = experts if isinstance(experts, list) else experts[found.info.name]
         block, seen = found.module(model), RouterInputs(found, [])
         with found.surgeon.watch(block, seen):
             model(**inputs)
@@ -105,9 +115,9 @@ def silence(model: PreTrainedModel, experts: list[int], inputs: dict[str, torch.
         assert len(hidden_TH) <= hidden_TH.shape[1], "more tokens than channels: no exact solution"
         direction_H = torch.linalg.pinv(hidden_TH) @ torch.ones(len(hidden_TH), dtype=torch.float64)
         weight, *others = router_tensors(found, block)
-        weight[experts] = -60 * direction_H.to(weight.dtype)
+        weight[silent] = -60 * direction_H.to(weight.dtype)
         for tensor in others:
-            tensor[experts] = -10.0
+            tensor[silent] = -10.0
 
 
 def edited(statistics: Statistics, **changes) -> Statistics:

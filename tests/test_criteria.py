@@ -213,6 +213,18 @@ def test_easy_ep_is_the_formula_of_the_paper() -> None:
     torch.testing.assert_close(SALIENCIES["easy_ep"](context), expected_E, rtol=1e-4, atol=0)
 
 
+def test_mone_is_frequency_times_the_variance_of_the_output() -> None:
+    """Written out in float64; what a constant gives does not count."""
+    model, inputs = build("qwen3_moe"), inputs_for("qwen3_moe", rows=4, length=32)
+    context = first_context(model, "mone", inputs)
+    sample, output_SEH = context.sample(), outputs_of_all(context)
+    expected = []
+    for e in range(8):
+        output_PH = output_SEH[(sample.index_SK == e).any(-1), e]
+        expected.append(len(output_PH) * output_PH.var(0, correction=0).sum())
+    torch.testing.assert_close(SALIENCIES["mone"](context), torch.stack(expected), rtol=1e-4, atol=0)
+
+
 def test_the_residual_stream_is_observed_only_where_a_criterion_reads_it() -> None:
     model, inputs = build("qwen3_moe"), inputs_for("qwen3_moe")
     statistics = applied(model, "razor", inputs).statistics
@@ -222,7 +234,7 @@ def test_the_residual_stream_is_observed_only_where_a_criterion_reads_it() -> No
     assert ExpertPruning(num_experts=4, saliency="easy_ep").needs == {"sample", "residual"}
 
 
-@pytest.mark.parametrize("saliency", ["razor", "rcs", "easy_ep"])
+@pytest.mark.parametrize("saliency", ["razor", "rcs", "easy_ep", "mone"])
 def test_streaming_prunes_the_same_experts(saliency: str, tmp_path: Path) -> None:
     build("deepseek_v3").save_pretrained(tmp_path / "original")
     data = CalibrationConfig([inputs_for("deepseek_v3", rows=4, length=32, seed=seed) for seed in range(2)])

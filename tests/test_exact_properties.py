@@ -17,6 +17,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Calibration gave no token"),
 ]
 
+REFUSALS = ("does not follow from its", "meet what all experts share")
+"""Of routers whose rule is not known, and of experts whose outputs depend on more than their weights."""
 UNCHANGED = list(range(8))
 LABELS = [0, 1, 2, 0, 3, 2, 1, 3]
 # Two router groups of four experts: no group crosses them.
@@ -98,6 +100,26 @@ def test_pruning_experts_that_never_win_changes_nothing(target: Target) -> None:
     assert_rounding(logits_of(pruned, inputs), expected)
 
 
+def test_a_pruned_model_is_the_original_with_experts_masked_out_of_the_router(target: Target) -> None:
+    """Other experts in every block, of logits so low that they never win and take no share of a softmax."""
+    if target.refuses_pruning:
+        pytest.skip(target.refuses_pruning)
+    inputs = inputs_for(target, rows=2, length=16)
+    compressor = MoECompressor.from_pretrained(
+        build(target), ExpertPruning(num_experts=6, saliency="random"), progress=False
+    )
+    pruned = compressor.apply()
+    plans = compressor.plan.blocks.items()
+    removed = {name: [e for e in UNCHANGED if plan.labels_E[e] < 0] for name, plan in plans}
+    assert {len(experts) for experts in removed.values()} == {2}
+    masked = build(target)
+    before = logits_of(masked, inputs)
+    silence(masked, removed, inputs)
+    expected = logits_of(masked, inputs)
+    assert (expected - before).abs().max() > 1e-4 * before.abs().max()
+    assert_rounding(logits_of(pruned, inputs), expected)
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -106,8 +128,11 @@ def test_pruning_experts_that_never_win_changes_nothing(target: Target) -> None:
         MSMoE(num_experts=4, routing="reduce", router_rows="fit"),
         MSMoE(num_experts=4, allocation="adaptive"),
         ExpertPruning(num_experts=4, saliency="reap"),
+        ExpertPruning(num_experts=4, saliency="razor", allocation="global"),
+        ExpertPruning(num_experts=4, saliency="reconstruction"),
+        ExpertPruning(num_experts=4, saliency="mone", leaves="low_rank", rank=4),
     ],
-    ids=["map", "mean", "fit", "adaptive", "prune"],
+    ids=["map", "mean", "fit", "adaptive", "prune", "global", "reconstruction", "low_rank"],
 )
 def test_the_order_of_experts_does_not_matter(target: Target, method) -> None:
     if target.refuses_pruning and isinstance(method, ExpertPruning):
@@ -132,7 +157,13 @@ def test_the_order_of_experts_does_not_matter(target: Target, method) -> None:
             statistics,
             token_count_E=lambda name, observed=observed, order=order: observed[name].token_count_E + extra_E[order],
         )
-        results.append(logits_of(compressor.apply(statistics), reordered(inputs_for(target), order)))
+        try:
+            compressed = compressor.apply(statistics)
+        except ValueError as refusal:
+            if not any(reason in str(refusal) for reason in REFUSALS):
+                raise
+            pytest.skip(str(refusal))
+        results.append(logits_of(compressed, reordered(inputs_for(target), order)))
     assert_rounding(results[1], results[0])
 
 

@@ -2,6 +2,7 @@
 
 # Importing a format registers it.
 from optimum_moe.formats import (  # noqa: F401
+    affine,
     constant,
     dense,
     empty,

@@ -240,11 +240,15 @@ class ExpertFormat(Format):
 
     @abstractmethod
     def forward(self, tensors: Mapping[str, torch.Tensor], input_PH: torch.Tensor) -> torch.Tensor:
-        """(P, H) or (H,) output of one expert, whose tensors have no stacking axis here."""
+        """(P, H) or (1, H) output of one expert, given its own tensors."""
 
     def constant(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """(H,) output of one expert whatever the input; None where it depends on the input."""
         return None
+
+    def multiply_adds(self, size: int, hidden_size: int) -> int:
+        """Multiply-adds that it takes for a token."""
+        return 0
 
     def describe(self, sizes: Sequence[int]) -> str:
         """Several of them in a few words."""

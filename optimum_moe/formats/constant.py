@@ -63,8 +63,12 @@ class Constant(ExpertFormat, BudgetFormat):
 
     def build(self, expert: Expert, fitter: ExpertFitter, candidate: Candidate) -> StoredExpert:
         """No neurons, and half of the mean output on all tokens."""
-        part = StoredPart(self.name, 1, {"approx_value": (_SHARE * _mean(fitter)).to(expert.up_IH.dtype)})
-        return without_neurons(expert, part)
+        return without_neurons(expert, constant_part(_SHARE * _mean(fitter), expert.up_IH.dtype))
+
+
+def constant_part(output_1H: torch.Tensor, dtype: torch.dtype) -> StoredPart:
+    """What stands in the place of an expert: this output, whatever the input."""
+    return StoredPart(Constant.name, 1, {"approx_value": output_1H.to(dtype)})
 
 
 def _mean(fitter: ExpertFitter) -> torch.Tensor:

@@ -207,6 +207,9 @@ class ExpertsSpec:
 
     def multiply_adds(self, expert: int, hidden_size: int) -> int:
         """Multiply-adds of one expert for a token, without those of what it shares."""
+        found = self.in_place_of(expert)
+        if found is not None:
+            return int(get_format(found[0], ExpertFormat).multiply_adds(found[1], hidden_size))
         return sum(
             form.multiply_adds(size, *matrix_shape(projection, self.widths[expert], hidden_size))
             for projection, parts in self.layout(expert).items()

@@ -190,8 +190,8 @@ class StoredExpert:
         if self.instead is None:
             return input_PH.new_zeros(len(input_PH), self.hidden_size)
         form: ExpertFormat = get_format(self.instead.format, ExpertFormat)
-        tensors = {name: tensor[0] for name, tensor in form.values(self.instead, None).items()}
-        return form.forward(tensors, input_PH).to(input_PH.dtype).expand(len(input_PH), -1)
+        output_PH = form.forward(form.values(self.instead, None), input_PH)
+        return output_PH.to(input_PH.dtype).expand(len(input_PH), -1)
 
 
 def without_neurons(expert: Expert, instead: StoredPart | None = None) -> StoredExpert:

@@ -102,14 +102,16 @@ class ExpertsWithoutNeurons(nn.Module):
                 self.register_buffer(name, torch.zeros(shape, dtype=spec.dtype, device=factory.get("device")))
 
     def forward(self, expert: int, input_PH: torch.Tensor) -> torch.Tensor:
-        """(P, H) or (H,) output of one of them, by its number in the block."""
-        slot = self.members.index(expert)
-        return self.format.forward({n: getattr(self, n)[part[slot]][0] for n, part in self._pieces.items()}, input_PH)
+        """(P, H) or (1, H) output of one of them, by its number in the block."""
+        return self.format.forward(self._tensors_of(expert), input_PH)
 
     def constant(self, expert: int) -> torch.Tensor | None:
         """(H,) output of one of them whatever the input; None where it depends on the input."""
+        return self.format.constant(self._tensors_of(expert))
+
+    def _tensors_of(self, expert: int) -> dict[str, torch.Tensor]:
         slot = self.members.index(expert)
-        return self.format.constant({n: getattr(self, n)[part[slot]] for n, part in self._pieces.items()})
+        return {name: getattr(self, name)[parts[slot]] for name, parts in self._pieces.items()}
 
     @torch.no_grad()
     def fill(self, expert: int, values: Mapping[str, torch.Tensor]) -> None:
@@ -266,16 +268,16 @@ class FactorizedExperts(nn.Module):
         self,
         expert: int,
         hidden_Pn: torch.Tensor,
+        input_PH: torch.Tensor,
         opened: Opened | None = None,
-        input_PH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(P, H) output of an expert.
 
         Args:
             expert: Its number.
             hidden_Pn: (P, n) its hidden neurons.
+            input_PH: (P, H) its tokens, which only what stands in the place of an expert looks at.
             opened: As in `ExpertProjection.forward`.
-            input_PH: (P, H) its tokens, where they are known; only what stands in the place of an expert looks at them.
         """
         home = self.home(expert)
         if home is not None:
@@ -284,7 +286,7 @@ class FactorizedExperts(nn.Module):
         if expert not in self._instead_E:
             return output_PH
         instead = cast(ExpertsWithoutNeurons, getattr(self, self._instead_E[expert]))
-        return output_PH + instead(expert, hidden_Pn if input_PH is None else input_PH)
+        return output_PH + instead(expert, input_PH)
 
     def in_step(self, output: torch.Tensor) -> torch.Tensor:
         """The same output, which where processes train together has a gradient (zeros) for every parameter.

@@ -87,7 +87,7 @@ def run_factorized(
     """
     is_first = opened is not None and not opened
     hidden_Pn = activate(*factors.project_in(expert, input_PH, opened))
-    output_PH = factors.project_out(expert, hidden_Pn, opened, input_PH)
+    output_PH = factors.project_out(expert, hidden_Pn, input_PH, opened)
     output_PH = factors.in_step(output_PH) if is_first else output_PH
     return hidden_Pn, output_PH if finish is None else finish(output_PH)
 

@@ -83,6 +83,11 @@ class Stage(ABC):
         return None
 
     @property
+    def chooses_experts(self) -> bool:
+        """Whether the stage chooses among the original experts, by statistics that were observed for them."""
+        return self.routing is not None
+
+    @property
     def leaves_dense_experts(self) -> bool:
         """Whether every remaining expert is stored in dense matrices, so that another stage can follow."""
         return True
@@ -113,7 +118,7 @@ class Stage(ABC):
                 f"{self.name} cannot follow {before.name}, which stores experts in other formats than dense matrices. "
                 f"Put {before.name} last."
             )
-        if self.routing is not None and before.routing is not None:
+        if self.chooses_experts and before.chooses_experts:
             raise ValueError(
                 f"{self.name} cannot follow {before.name}: the statistics were observed for the original experts, and "
                 "these were merged or pruned already. Use only one stage that merges or prunes experts."

@@ -61,9 +61,9 @@ class ByteBudget(FormattingStage):
     """Allocate a budget of bytes among the experts of the whole model, wherever a byte saves the most loss.
 
     What experts may become depends on what has to load the checkpoint. For whatever loads the original, all blocks
-    keep the same number of experts, of the same width. For this package, every expert becomes empty or a constant,
-    keeps some of its neurons, gets low-rank gate and up projections, or is unchanged (`optimum_moe.formats`); the
-    budget can then follow a stage that merges or prunes.
+    keep the same number of experts, of the same width. For this package, every expert becomes empty, a constant or an
+    affine map, keeps some of its neurons, gets low-rank gate and up projections, or is unchanged
+    (`optimum_moe.formats`); the budget can then follow a stage that merges or prunes.
 
     Args:
         share: Share of the original experts' bytes that remains, in (0, 1] or as `"50%"`. Exactly one of this and
@@ -76,7 +76,8 @@ class ByteBudget(FormattingStage):
             them in each block. `"vllm+optimum_moe"`: vLLM with this package as its plugin. `"transformers"`:
             transformers with this package. The later ones lose less at the same size.
         formats: Formats that an expert may get between empty and unchanged: `"narrow"` (fewer neurons), `"low_rank"`,
-            `"constant"` (half of its mean output) and other registered ones; default all that `runs_in` can take.
+            `"constant"` (half of its mean output), `"affine"` (a low-rank map of its input, for transformers only) and
+            other registered ones; default all that `runs_in` can take.
         curvature: Measure damage in the loss, with backward passes over the calibration data (default); False measures
             output errors, which are also used if no backward pass is possible.
         refit: Refit the down projections of each block together, to what the block gave before (default).

@@ -41,8 +41,8 @@ class CountedStage(Stage):
         check_counts(self.num_experts, self.keep_ratio, self.target_size)
 
     @property
-    def routing(self) -> Routing:
-        """How the router reaches the experts that remain."""
+    def routing(self) -> Routing | None:
+        """How the router reaches the experts that remain; None where something is left of the others."""
         raise NotImplementedError
 
     def check(self, model: ModelInfo) -> None:
@@ -58,7 +58,8 @@ class CountedStage(Stage):
         return resolve_counts(
             model,
             selected_blocks(model, self.layers, self.protect),
-            routing=self.routing,
+            # Where all ids stay, a router works with any number.
+            routing=self.routing or "map",
             num_experts=self.num_experts,
             keep_ratio=self.keep_ratio,
             target_size=self.target_size,
@@ -81,4 +82,5 @@ class CountedStage(Stage):
     def costs(self, model: ModelInfo, before: Mapping[str, BlockCost]) -> dict[str, BlockCost]:
         """See `Stage.costs`."""
         counts = self.counts(model)
-        return {b.name: before[b.name].with_count(b, counts[b.name], self.routing) for b in model.blocks}
+        routing = self.routing or "map"
+        return {b.name: before[b.name].with_count(b, counts[b.name], routing) for b in model.blocks}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 
 import torch
 
-from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
+from optimum_moe.algorithms.expert_tokens import SampledTokens, routed_output, single_expert
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.fisher_loss import FisherLoss
 from optimum_moe.algorithms.merging import in_parts
@@ -130,14 +131,32 @@ def turning_of_the_residual(
     return over_tokens(turned_norms(experts, sample, residual_SH), sample, info.num_experts)[0]
 
 
+@register_saliency("mone")
+def spread_around_the_mean(experts: ExpertTensors, sample: SampledTokens) -> torch.Tensor:
+    """Sum of ||f(x) - m||^2 over the expert's sampled tokens, m the mean of f(x) over them: frequency times variance.
+
+    It is what a constant in the place of the expert does not give (MoNE, arXiv:2507.00390).
+    """
+    spreads = []
+    for e in range(experts.num_experts):
+        tokens = sample.of_expert(e)
+        place_P = torch.arange(len(tokens), device=tokens.input_PH.device)
+        ones_P = torch.ones_like(tokens.weight_P)
+        # Weights that scale inputs are in these already.
+        unscaled = replace(experts, scales_input=False)
+        output_PH = routed_output(unscaled, e, tokens.input_PH, place_P, ones_P)
+        spreads.append(float((output_PH - output_PH.mean(0)).double().square().sum()) if len(tokens) else 0.0)
+    return torch.tensor(spreads, dtype=torch.float64)
+
+
 @register_saliency("reconstruction")
 def least_change_of_the_output(
     experts: ExpertTensors, sample: SampledTokens, rerouter: Rerouter, info: BlockInfo, num_kept: int
 ) -> torch.Tensor:
     """1 for the experts with which alone the block's output changes the least on the sample, 0 for the others.
 
-    Tokens are routed again among those that stay, by squared error ("Not All Experts are Equal", arXiv:2402.14800,
-    section 3.1). All sets are tried where there are at most 20,000; else experts are removed one by one.
+    Tokens are routed again among those that stay; the error is squared ("Not All Experts are Equal", arXiv:2402.14800).
+    All sets are tried where there are at most 20,000; else experts are removed one by one.
 
     Raises:
         ValueError: If the router's rule is not known (`algorithms.rerouting`).

@@ -49,12 +49,13 @@ class MappedJetMoeRouter(SwappedModule):
 class FactorizedJetMoeInput(SwappedModule):
     """The first linear layer with factorized experts; missing neurons of narrower experts are zeros."""
 
-    shared: tuple[FactorizedExperts]
+    shared: tuple[FactorizedExperts, list[torch.Tensor]]
     output_size: int
 
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
         """(P, 2 I) gate and up of pairs sorted by expert, or (P, I) without a gate."""
-        factors = self.shared[0]
+        factors, entered = self.shared
+        entered[:] = [inputs]
         width = self.output_size // (1 + factors.has_gate)
         outputs: list[torch.Tensor] = []
         opened: Opened = {}
@@ -68,15 +69,16 @@ class FactorizedJetMoeInput(SwappedModule):
 class FactorizedJetMoeOutput(SwappedModule):
     """The second linear layer with factorized experts."""
 
-    shared: tuple[FactorizedExperts]
+    shared: tuple[FactorizedExperts, list[torch.Tensor]]
 
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
         """(P, H) outputs of pairs sorted by expert."""
-        factors = self.shared[0]
+        factors, entered = self.shared
         widths = factors.widths
         opened: Opened = {}
-        rows = enumerate(inputs.split(expert_size))
-        return torch.cat([factors.project_out(expert, hidden[:, : widths[expert]], opened) for expert, hidden in rows])
+        # What stands in the place of an expert reads what the first linear layer got.
+        rows = enumerate(zip(inputs.split(expert_size), entered.pop().split(expert_size), strict=True))
+        return torch.cat([factors.project_out(e, hidden[:, : widths[e]], first, opened) for e, (hidden, first) in rows])
 
 
 class JetMoeSurgeon(StackedSurgeon):
@@ -123,10 +125,11 @@ class JetMoeSurgeon(StackedSurgeon):
         """See `Surgeon.install_factors`."""
         self.drop_stacks(block)
         block.factors = factors
+        entered: list[torch.Tensor] = []
         linears = (block.input_linear, FactorizedJetMoeInput), (block.output_linear, FactorizedJetMoeOutput)
         for linear, mixin in linears:
             # In a tuple, because a module that is the child of two would be saved twice.
-            linear.shared = (factors,)
+            linear.shared = (factors, entered)
             linear.__class__ = swapped_class(mixin, type(linear))
 
     @contextmanager

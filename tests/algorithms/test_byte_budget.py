@@ -52,7 +52,10 @@ def make_tokens(seed=0, tokens=TOKENS, draws=1, gradient=True):
 def output(expert, factors, input_PH):
     """What the module that the factors stand for computes."""
     if factors.instead is not None:
-        return factors.instead.tensors["approx_value"].expand(len(input_PH), -1)
+        parts = factors.instead.tensors
+        if "approx_value" in parts:
+            return parts["approx_value"].expand(len(input_PH), -1)
+        return input_PH @ parts["affine_v"].T @ parts["affine_u"] + parts["affine_offset"]
     linear = torch.nn.functional.linear
     kept = slice(None) if factors.neurons is None else factors.neurons
     up_bias = None if expert.up_bias_I is None else expert.up_bias_I[kept]

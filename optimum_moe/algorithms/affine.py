@@ -1,0 +1,80 @@
+"""A low-rank affine map in the place of an expert: c + U V x, fitted to its outputs in closed form ("tilted novice").
+
+The idea is that of arXiv:2610.41366: the form, and that it is a ridge regression over the expert's tokens. How it is
+fitted was derived here: centered ridge regression, with the strength that generalized cross-validation picks (Golub,
+Heath and Wahba 1979), and the best map of a rank under it (reduced-rank regression, Izenman 1975), which keeps the
+leading singular directions of the fitted outputs, with the ridge as further rows.
+
+Shape letters: P tokens of the expert, H hidden, R rank, D directions of the inputs (the smaller of P and H).
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Strengths that are tried, as shares of the mean square of the centered inputs along their directions.
+_RIDGES = tuple(10.0**power for power in range(-3, 4))
+
+
+class AffineFit:
+    """Fits of affine maps of any rank to the outputs of one expert.
+
+    Args:
+        input_PH: (P, H) inputs, of at least one token.
+        output_PH: (P, H) outputs for them.
+        weight_P: (P,) nonnegative weights of the squared errors; default 1 for all.
+    """
+
+    def __init__(self, input_PH: torch.Tensor, output_PH: torch.Tensor, weight_P: torch.Tensor | None = None) -> None:
+        input_PH, output_PH = input_PH.double(), output_PH.double()
+        weight_P = input_PH.new_ones(len(input_PH)) if weight_P is None else weight_P.double()
+        share_P = (
+            weight_P / weight_P.sum() if float(weight_P.sum()) > 0 else torch.full_like(weight_P, 1 / len(weight_P))
+        )
+        self.input_H, self.output_H = share_P @ input_PH, share_P @ output_PH
+        root_P1 = share_P.sqrt()[:, None]
+        rows_PH, target_PH = (input_PH - self.input_H) * root_P1, (output_PH - self.output_H) * root_P1
+        # By the smaller of the two Grams: x = q s w^T, of which the squares are the eigenvalues of either.
+        is_wide = len(rows_PH) <= rows_PH.shape[1]
+        square_D, vector = torch.linalg.eigh(rows_PH @ rows_PH.T if is_wide else rows_PH.T @ rows_PH)
+        square_D = square_D.clamp(min=0)
+        # s w^T and q^T y, up to the same orthogonal factor.
+        self._rows_DH = vector.T @ rows_PH if is_wide else square_D.sqrt()[:, None] * vector.T
+        inverse_D = square_D.clamp(min=1e-300).rsqrt().where(square_D > 1e-12 * square_D.max(), 0.0)
+        along_DH = vector.T @ target_PH if is_wide else inverse_D[:, None] * (vector.T @ (rows_PH.T @ target_PH))
+        self.ridge = _cross_validated(square_D, along_DH, float(target_PH.square().sum()), len(rows_PH))
+        damped_D = square_D + self.ridge
+        fitted_DH = (square_D / damped_D.clamp(min=1e-300)).sqrt()[:, None] * along_DH
+        self._direction_DH = torch.linalg.svd(fitted_DH, full_matrices=False).Vh
+        self._solved_DH = along_DH / damped_D.clamp(min=1e-300)[:, None]
+
+    def at(self, rank: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """c (H,), U (R, H) and V (R, H) of the map c + U^T V x; fewer directions than the rank are followed by zeros.
+
+        Args:
+            rank: R.
+            dtype: Of the result; c makes up at the mean input for what the rounding of U and V changes.
+        """
+        left_RH = self._direction_DH[:rank]
+        right_RH = (self._rows_DH.T @ (self._solved_DH @ left_RH.T)).T
+        left_RH, right_RH = (
+            torch.nn.functional.pad(t, (0, 0, 0, rank - len(left_RH))).to(dtype) for t in (left_RH, right_RH)
+        )
+        bias_H = self.output_H - (right_RH.double() @ self.input_H) @ left_RH.double()
+        return bias_H.to(dtype), left_RH, right_RH
+
+
+def _cross_validated(square_D: torch.Tensor, along_DH: torch.Tensor, energy: float, tokens: int) -> float:
+    """The ridge with the least error by generalized cross-validation; the mean takes one degree of freedom."""
+    scale = float(square_D.mean())
+    if scale == 0.0:
+        return 1.0
+    error, ridge = float("inf"), scale
+    along_D = along_DH.square().sum(1)
+    for share in _RIDGES:
+        kept_D = square_D / (square_D + share * scale)
+        left = energy - float(((2 * kept_D - kept_D.square()) * along_D).sum())
+        freedom = max(tokens - 1 - float(kept_D.sum()), 1e-9)
+        if max(left, 0.0) / freedom**2 < error:
+            error, ridge = max(left, 0.0) / freedom**2, share * scale
+    return ridge

@@ -1,0 +1,91 @@
+"""The affine format: an expert becomes a low-rank affine map of its input, for which the router goes on selecting it.
+
+A "tilted novice" (arXiv:2610.41366): a constant that leans with the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+
+from optimum_moe.algorithms.affine import AffineFit
+from optimum_moe.algorithms.byte_budget import Candidate
+from optimum_moe.algorithms.expert import Expert
+from optimum_moe.algorithms.expert_fitter import ExpertFitter, NarrowExpert
+from optimum_moe.formats.base import ExpertFormat, Layout, StoredPart, TensorSpec, register_format
+from optimum_moe.formats.budget_format import BudgetFormat, Trial
+from optimum_moe.formats.stored import StoredExpert, without_neurons
+
+# Ranks that a byte budget tries.
+_RANKS = (1, 2, 4, 8, 16, 32)
+
+
+@register_format
+class Affine(ExpertFormat, BudgetFormat):
+    """`affine_offset` (1, H), the down bias included, `affine_u` (R, H) and `affine_v` (R, H), of size R."""
+
+    name = "affine"
+
+    def tensors(self, size: int, hidden_size: int, has_bias: bool) -> dict[str, TensorSpec]:
+        """What is added, and the two factors."""
+        factor = TensorSpec((size, hidden_size))
+        return {"affine_offset": TensorSpec((1, hidden_size)), "affine_u": factor, "affine_v": factor}
+
+    def values(self, part: StoredPart | None, bias_H: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The fitted map and the down bias."""
+        assert part is not None
+        added_1H = part.tensors["affine_offset"]
+        return {**part.tensors, "affine_offset": added_1H if bias_H is None else added_1H + bias_H.to(added_1H)}
+
+    def forward(self, tensors: Mapping[str, torch.Tensor], input_PH: torch.Tensor) -> torch.Tensor:
+        """(P, H) c + U V x."""
+        offset_1H, left_RH, right_RH = (tensors[n].to(input_PH.dtype) for n in self.tensors(1, 1, False))
+        return _run(offset_1H, left_RH, right_RH, input_PH)
+
+    def multiply_adds(self, size: int, hidden_size: int) -> int:
+        """Those of the two factors."""
+        return 2 * size * hidden_size
+
+    def describe(self, sizes: Sequence[int]) -> str:
+        """Their number and the span of their ranks."""
+        span = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+        return f"{len(sizes)} affine of rank {span}"
+
+    def widths(self, inner: int, can_narrow: bool) -> Collection[int]:
+        """Always zero neurons."""
+        return {0}
+
+    def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:
+        """Maps of a few ranks, each as good as it is on tokens that it was not fitted to."""
+        fit, hidden = _fit(trial.fitter), trial.expert.up_IH.shape[1]
+        for rank in (rank for rank in _RANKS if 2 * rank < hidden):
+            map_of_rank = partial(_run, *fit.at(rank))
+            yield Candidate(self.name, 0, rank), trial.estimate.of_outputs(map_of_rank)
+
+    def layout(self, candidate: Candidate, gated: bool) -> Layout:
+        """Empty, since there are no matrices."""
+        return {}
+
+    def build(self, expert: Expert, fitter: ExpertFitter, candidate: Candidate) -> StoredExpert:
+        """No neurons, and the map of the candidate's rank."""
+        return without_neurons(expert, affine_part(_fit(fitter), candidate.size, expert.up_IH.dtype))
+
+
+def _run(offset_H: torch.Tensor, left_RH: torch.Tensor, right_RH: torch.Tensor, input_PH: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(offset_H, input_PH @ right_RH.T, left_RH)
+
+
+def affine_part(fit: AffineFit, rank: int, dtype: torch.dtype) -> StoredPart:
+    """What stands in the place of an expert: the fitted map of that rank, at least 1."""
+    offset_H, left_RH, right_RH = fit.at(rank, dtype)
+    tensors = {"affine_offset": offset_H[None], "affine_u": left_RH.contiguous(), "affine_v": right_RH.contiguous()}
+    return StoredPart(Affine.name, rank, tensors)
+
+
+def _fit(fitter: ExpertFitter) -> AffineFit:
+    """Fitted to the outputs without the down bias, weighted as the loss is."""
+    expert, loss = fitter.expert, fitter.loss
+    output_PH = expert.activated(expert.preactivations(loss.input_PH)) @ expert.down_HI.T
+    return AffineFit(loss.input_PH, output_PH, loss.weight_P)
