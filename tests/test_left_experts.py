@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE, verify
+from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE, export, verify
 from optimum_moe.algorithms.affine import AffineFit
 from optimum_moe.algorithms.byte_budget import Candidate
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
@@ -204,6 +204,21 @@ def test_the_budget_format_is_the_fitted_map() -> None:
     torch.testing.assert_close(stored.run(expert, tokens.input_PH), expected_PH, rtol=1e-4, atol=1e-5)
     points = {p.candidate: p for p in candidates(expert, tokens, formats=["affine"], itemsize=2)}
     assert points[Candidate("affine", 0, 2)].bytes - points[Candidate("empty", 0)].bytes == 2 * (8 + 2 * 2 * 8)
+
+
+def test_constants_can_be_exported_for_vllm_and_maps_are_refused_by_name(tmp_path: Path) -> None:
+    data = [inputs_for("qwen3_moe", rows=4, length=32, seed=seed) for seed in range(2)]
+    for settings in LEFT:
+        compressor = compressor_for(build("qwen3_moe"), data, **settings)
+        model = compressor.apply()
+        folder = compressor.save_pretrained(tmp_path / settings["leaves"])
+        if settings["leaves"] == "constant":
+            out = export(folder, "vllm", tmp_path / "exported")
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
+            assert torch.equal(logits_of(loaded, inputs_for("qwen3_moe")), logits_of(model, inputs_for("qwen3_moe")))
+        else:
+            with pytest.raises(ValueError, match="in the format 'affine', which the vLLM plugin does not run"):
+                export(folder, "vllm", tmp_path / "refused")
 
 
 def test_the_plugin_for_vllm_refuses_the_map_by_name() -> None:
