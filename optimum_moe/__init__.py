@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from optimum_moe.nn import LowRankSparseLinear, MergedExpertLayer
     from optimum_moe.plan import CompressionPlan
     from optimum_moe.stages import (
+        BlockDrop,
         ByteBudget,
         ExpertMerging,
         ExpertPruning,
+        LayerDrop,
         LowRankSparse,
         MSMoE,
         Rounding,
@@ -41,11 +43,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BlockDrop": "optimum_moe.stages",
     "ByteBudget": "optimum_moe.stages",
     "CalibrationConfig": "optimum_moe.calibration",
     "CompressionPlan": "optimum_moe.plan",
     "ExpertMerging": "optimum_moe.stages",
     "ExpertPruning": "optimum_moe.stages",
+    "LayerDrop": "optimum_moe.stages",
     "LowRankSparse": "optimum_moe.stages",
     "LowRankSparseLinear": "optimum_moe.nn",
     "MSMoE": "optimum_moe.stages",
@@ -68,11 +72,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "BlockDrop",
     "ByteBudget",
     "CalibrationConfig",
     "CompressionPlan",
     "ExpertMerging",
     "ExpertPruning",
+    "LayerDrop",
     "LowRankSparse",
     "LowRankSparseLinear",
     "MSMoE",

@@ -26,17 +26,19 @@ from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.checkpoint.writer import choose_shard_size, describe_model, write_model
 from optimum_moe.engine import MemoryStore, Run, Store, check_model, check_together
+from optimum_moe.engine.depth import choose_drop, expected_source
 from optimum_moe.engine.layerwise import Keep, keep_in_memory
 from optimum_moe.engine.sample_size import Room, choose_sample_size, free_on, recorded_sample_size
 from optimum_moe.engine.streaming import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
-from optimum_moe.plan import CompressionPlan
+from optimum_moe.plan import CompressionPlan, keep_all
 from optimum_moe.recipe import Recipe, calibration_config, coerce_recipe, run_seed
 from optimum_moe.records import share_as_new
 from optimum_moe.reporting import description
 from optimum_moe.reporting.preview import Cost, Preview
 from optimum_moe.settings import choose_one
 from optimum_moe.stages import Stage
-from optimum_moe.statistics import OBSERVATIONS, Statistics
+from optimum_moe.statistics import STANDARD, Statistics
+from optimum_moe.surgeons import drop_layers
 
 
 class MoECompressor:
@@ -84,6 +86,9 @@ class MoECompressor:
         self._written: Path | None = None
         self._before: Cost | None = None
         self._measured: Preview | None = None
+        self._remaining, self._deciding = source, recipe
+        self._settings: Mapping[str, Any] = {}
+        self._seen: Statistics | None = None
         self._partly_cut = False
         self._identity: Mapping[str, Any] = {}
         self._stored: StoredModel | None = None
@@ -166,9 +171,15 @@ class MoECompressor:
         layers = find_mtp(source, mtp)
         if destination is not None:
             refuse_original(destination, source)
-        costs = recipe.costs(source.info)
-        check_together(source.blocks, {name: cost.experts for name, cost in costs.items()})
-        layers.check_recipe(recipe)
+        if recipe.dropping is not None:
+            if error_propagation:
+                raise ValueError(f"error_propagation=True cuts layers one by one, and {recipe.name} drops some first.")
+            layers.check_drop(recipe)
+            recipe.dropping.check(source.info)
+        remaining = expected_source(source, recipe)
+        costs = recipe.costs(remaining.info)
+        check_together(remaining.blocks, {name: cost.experts for name, cost in costs.items()})
+        layers.check_recipe(recipe, remaining)
         compressor = cls(
             source,
             recipe,
@@ -188,12 +199,14 @@ class MoECompressor:
 
     def preview(self) -> Preview:
         """Expected parameters, bytes and FLOPs per token before and after, from config and headers."""
-        return description.expected_preview(self.source, self.recipe, self.mtp)
+        remaining = expected_source(self.source, self.recipe)
+        return description.expected_preview(self.source, remaining, self.recipe, self.mtp)
 
     def calibrate(self) -> Statistics:
         """Collect all statistics on the calibration data, so that they can be reused with other recipes.
 
-        Gradients are only collected if the recipe reads them. `apply()` alone only collects what the recipe reads.
+        Gradients and the residual stream are only collected if the recipe reads them. `apply()` alone only collects
+        what the recipe reads.
 
         Raises:
             ValueError: If there are no calibration data, or they do not fit the model.
@@ -201,16 +214,63 @@ class MoECompressor:
         self._begin()
         return self._observe(self._batches())
 
-    def _observe(self, batches: CalibrationBatches) -> Statistics:
+    def _observe(self, batches: CalibrationBatches, needs: Collection[str] = STANDARD) -> Statistics:
+        needs = {*needs, *self.recipe.needs}
         if self.streaming is not None:
-            self._settle_sample(batches, tuple(OBSERVATIONS))
+            self._settle_sample(batches, needs)
             with StreamingJob(self.source, None, {}, self.streaming) as job:
-                self.statistics = self._run(job.store, batches, job.keep).observe(tuple(OBSERVATIONS))
+                self.statistics = self._run(job.store, batches, job.keep).observe(needs)
         else:
             store = MemoryStore(self._loaded(), self.source.blocks)
-            self._settle_sample(batches, tuple(OBSERVATIONS))
-            self.statistics = replace(self._run(store, batches), propagate=False).observe(tuple(OBSERVATIONS))
+            self._settle_sample(batches, needs)
+            self.statistics = replace(self._run(store, batches), propagate=False).observe(needs)
         return self.statistics
+
+    def _choose_drop(self, batches: CalibrationBatches | None) -> tuple[str, ...]:
+        """The layers that the recipe drops; the model is observed first, unless there are statistics."""
+        stage = self.recipe.dropping
+        if stage is None:
+            return ()
+        if self.statistics is None:
+            assert batches is not None
+            self._observe(batches, ())
+        assert self.statistics is not None
+        return choose_drop(self.source, stage, self.statistics)
+
+    def _drop(self, dropped: Sequence[str]) -> None:
+        """Go on with what is left of the model without some layers, and of the recipe."""
+        self._deciding = self.recipe.after_dropping or self.recipe
+        if not dropped:
+            return
+        shallow = self.source.shallow(dropped)
+        self._remaining = self.source.without_layers(dropped)
+        if self.model is not None and self.source.live is None:
+            drop_layers(self.model, shallow)
+        if self.model is not None:
+            self._stored = stored = StoredModel(self.model, self._remaining)
+            self._itemsize = stored.itemsize
+        self._settings = dict(shallow.settings)
+
+    def _untouched(self) -> CompressionPlan | None:
+        """The plan that keeps all remaining blocks as they are, if the recipe only drops layers."""
+        if self.recipe.after_dropping is not None:
+            return None
+        return CompressionPlan({b.name: keep_all(b.name, b.num_experts) for b in self._remaining.info.blocks})
+
+    def _with_drop(self, plan: CompressionPlan, dropped: Sequence[str]) -> CompressionPlan:
+        """A plan of the remaining blocks as one of the original."""
+        if self.recipe.dropping is None:
+            return plan
+        calibration = plan.calibration or (None if self.statistics is None else self.statistics.calibration)
+        return replace(
+            plan,
+            dropped=tuple(dropped),
+            settings={**self._settings, **plan.settings},
+            stages=self.recipe.settings(),
+            source=self._identity,
+            calibration=calibration,
+            seed=self.seed,
+        )
 
     def _batches(self) -> CalibrationBatches:
         if self.calibration is None:
@@ -255,9 +315,11 @@ class MoECompressor:
             check_plan(plan, self._identity)
             self.mtp.check_plan(plan)
         elif (used := statistics or self.statistics) is not None:
-            check_statistics(used, self._identity, self.recipe)
+            check_statistics(used, self._identity, self.recipe.observed_first)
             self.statistics = used
+        again = self.recipe.after_dropping if self.recipe.dropping is not None else None
         observing = plan is None and bool(self.recipe.needs) and self.statistics is None
+        observing = observing or (plan is None and again is not None and bool(again.needs))
         if self.error_propagation and not observing:
             raise ValueError("error_propagation=True observes while it cuts. Leave out statistics= and plan=.")
         batches = self._batches() if observing else None
@@ -267,16 +329,20 @@ class MoECompressor:
             if self.output_dir is not None:
                 check_space(self.output_dir, self.preview().after.bytes)
             model = all_in_memory(self._loaded())
-            self._settle_sample(batches, self.recipe.needs)
-            run = self._run(MemoryStore(model, self.source.blocks, self._stored), batches)
+            dropped = self._choose_drop(batches) if plan is None else plan.dropped
+            self._drop(dropped)
+            self._settle_sample(batches, self._deciding.needs)
+            run = self._run(MemoryStore(model, self._remaining.blocks, self._stored), batches)
             try:
-                self.plan, observed = run.decide(self.statistics if self.recipe.needs else None, plan)
+                decided, observed = run.decide(self._usable, plan or self._untouched())
+                self.plan = decided if plan is not None else self._with_drop(decided, dropped)
             except BaseException:
                 # Some blocks may be cut already: a checkpoint can be read again, a model in memory is lost.
-                if run.has_cut:
+                if run.has_cut or dropped:
                     self._partly_cut, self.model = self.source.live is not None, None
                 raise
-            self.statistics = observed or self.statistics
+            self._seen = observed or (None if dropped else self.statistics)
+            self.statistics = self.statistics or self._seen
             self._mark(model.eval())
             if self.output_dir is None:
                 return model
@@ -329,7 +395,7 @@ class MoECompressor:
         assert self.model is not None
         check_space(directory, sum(p.numel() * p.element_size() for p in self.model.parameters()))
         with written_beside(directory, overwrite) as beside:
-            write_model(self.model, beside, self.source.blocks, max_shard_size, self._stored)
+            write_model(self.model, beside, self._remaining.blocks, max_shard_size, self._stored)
             self._describe(beside, readable_path(directory.name))
         self._written = directory
         return directory
@@ -339,7 +405,7 @@ class MoECompressor:
         assert self.plan is not None
         assert self.model is not None
         if self.streaming is not None:
-            describe_model(self.model, beside, self.source.blocks)
+            describe_model(self.model, beside, self._remaining.blocks)
         self.mtp.write(beside, self.model, self.plan)
         carry_files(self.source.directory, self._given_tokenizer, self.source.load_tokenizer, beside)
         description.write_description(beside, name, self._card_facts())
@@ -353,21 +419,26 @@ class MoECompressor:
         """Run `apply()` layer by layer, and write to the destination."""
         assert self.streaming is not None
         assert self.output_dir is not None
-        used = self.statistics if self.recipe.needs else None
-        self._settle_sample(batches, self.recipe.needs, self.output_dir)
+        given = used = self.statistics if self.recipe.needs else None
+        dropped = self._choose_drop(batches) if plan is None else plan.dropped
+        self._drop(dropped)
+        self._settle_sample(batches, self._deciding.needs, self.output_dir)
         made_from = {
             "recipe": {"stages": self.recipe.settings(), "mtp": self.mtp.option},
             "seed": self.seed,
             "dtype": str(self.source.load_arguments.get("dtype")),
             "error propagation": self.error_propagation,
+            "dropped": dropped,
             "model": same_model(self._identity),
             **calibration_identity(batches, self.calibration if batches else None, used, plan),
         }
         try:
-            with StreamingJob(self.source, self.output_dir, made_from, self.streaming, self.overwrite) as job:
+            with StreamingJob(self._remaining, self.output_dir, made_from, self.streaming, self.overwrite) as job:
                 job.check(self.preview().after.bytes, self.mtp.stored())
-                self.plan, observed = self._run(job.store, batches, job.keep).decide(used, plan)
-                self.statistics = observed or used
+                run = self._run(job.store, batches, job.keep)
+                decided, observed = run.decide(self._usable, plan or self._untouched())
+                self.plan = decided if plan is not None else self._with_drop(decided, dropped)
+                self._seen = observed or self._usable
                 self.model, self._itemsize = job.finished_model(), job.store.itemsize
                 self._mark(self.model)
                 self._measured = self.measured()
@@ -379,14 +450,20 @@ class MoECompressor:
             raise
         finally:
             # Statistics of this run were in the working folder too.
-            self.statistics = used
+            self._seen = None
+            self.statistics = given
         return self.output_dir
+
+    @property
+    def _usable(self) -> Statistics | None:
+        """Statistics of the blocks that are decided: none if layers were dropped since they were observed."""
+        return self.statistics if self.recipe.needs and self.recipe.dropping is None else None
 
     def _run(self, store: Store, batches: CalibrationBatches | None, keep: Keep = keep_in_memory) -> Run:
         return Run(
             store,
-            self.source.info,
-            self.recipe,
+            self._remaining.info,
+            self._deciding,
             self.seed,
             self._identity,
             batches=batches,
@@ -404,13 +481,13 @@ class MoECompressor:
         assert self.plan is not None
         assert self.model is not None
         return description.measured_preview(
-            self.source,
+            self._remaining,
             self.recipe,
             self.model,
             self.plan,
-            self.statistics,
+            self._seen,
             mtp=self.mtp,
-            before=self._before,
+            before=self._before or self.preview().before,
             itemsize=self._itemsize,
         )
 
@@ -432,7 +509,7 @@ class MoECompressor:
     def _mark(self, model: PreTrainedModel) -> None:
         assert self.plan is not None
         self.mtp.check_plan(self.plan)
-        mark_structure(model, self.source, self.plan)
+        mark_structure(model, self._remaining, self.plan)
         self.mtp.update_config(model.config)
 
     def _begin(self) -> None:

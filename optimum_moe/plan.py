@@ -263,7 +263,9 @@ class CompressionPlan:
         calibration: Record of the calibration data (None for data-free recipes).
         seed: Seed of all random choices.
         settings: Config settings of the result that differ from the original's, by dotted path, where stock classes
-            have experts of another width.
+            have experts of another width or fewer layers.
+        dropped: Paths in the original of the layers that were dropped before the first block was decided; `blocks` are
+            those of the remaining layers, under their new numbers.
         remarks: Sentences for the user about what was decided.
     """
 
@@ -272,7 +274,8 @@ class CompressionPlan:
     source: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     seed: int = 0
-    settings: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
@@ -333,6 +336,8 @@ class CompressionPlan:
         }
         if self.settings:
             record["settings"] = dict(self.settings)
+        if self.dropped:
+            record["dropped"] = list(self.dropped)
         if self.remarks:
             record |= {"remarks": list(self.remarks)}
         write_record(Path(directory), PLAN_NAME, record, tensors)
@@ -347,7 +352,7 @@ class CompressionPlan:
         record, tensors = read_record(Path(directory), PLAN_NAME)
         try:
             blocks = {block["name"]: _read_block(block, index, tensors) for index, block in enumerate(record["blocks"])}
-            settings = {path: operator.index(value) for path, value in record.get("settings", {}).items()}
+            settings = {str(path): value for path, value in record.get("settings", {}).items()}
             return cls(
                 blocks=blocks,
                 stages=record["stages"],
@@ -355,6 +360,7 @@ class CompressionPlan:
                 calibration=record["calibration"],
                 seed=record["seed"],
                 settings=settings,
+                dropped=tuple(str(layer) for layer in record.get("dropped", ())),
                 remarks=tuple(str(remark) for remark in record.get("remarks", ())),
             )
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:

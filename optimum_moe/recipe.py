@@ -49,6 +49,23 @@ class Recipe:
         return " + ".join(stage.name for stage in self.stages)
 
     @property
+    def dropping(self) -> Stage | None:
+        """The stage that drops layers, which is the first one; None if there is none."""
+        return self.stages[0] if self.stages[0].drops_layers else None
+
+    @property
+    def after_dropping(self) -> Recipe | None:
+        """The recipe for the blocks of the layers that remain; None if they are not changed."""
+        if self.dropping is None:
+            return self
+        return dataclasses.replace(self, stages=self.stages[1:]) if len(self.stages) > 1 else None
+
+    @property
+    def observed_first(self) -> Recipe:
+        """The part of the recipe that reads statistics of the original."""
+        return self if self.dropping is None else dataclasses.replace(self, stages=self.stages[:1])
+
+    @property
     def needs(self) -> frozenset[str]:
         """Names of the observations that any stage reads."""
         return frozenset().union(*(stage.needs for stage in self.stages))
@@ -106,6 +123,9 @@ class Recipe:
         costs: Mapping[str, BlockCost] = {block.name: BlockCost.of(block) for block in model.blocks}
         entering = model
         for stage in self.stages:
+            if stage.drops_layers:
+                # What is left of the model has been checked, and is what enters here.
+                continue
             stage.check(entering)
             costs = stage.costs(entering, costs)
             saved = sum(costs[block.name].saved_bytes(block) for block in model.blocks)

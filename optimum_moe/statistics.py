@@ -26,8 +26,15 @@ OBSERVATIONS: Mapping[str, tuple[str, ...]] = {
     "sample": ("reservoir",),
     "residual": (),
     "gradients": (),
+    "layer_similarity": ("layer_cosine_sum",),
+    "residual_stream": ("residual_before_SH", "residual_after_SH"),
+    "experts_similarity": ("experts_cosine_sum",),
 }
 """Fields of `BlockStatistics` by observation; residual stream and gradients are part of the sample."""
+ON_REQUEST = frozenset({"gradients", "layer_similarity", "residual_stream", "experts_similarity"})
+"""Observations that are only collected for a recipe that reads them: they take more time or memory."""
+STANDARD = tuple(name for name in OBSERVATIONS if name not in ON_REQUEST)
+"""Observations that `calibrate()` collects for any recipe."""
 OBSERVATION_OF: Mapping[str, str] = {
     field: name for name, fields_ in OBSERVATIONS.items() for field in fields_ if field != "reservoir"
 }
@@ -74,6 +81,12 @@ class BlockStatistics:
         router_gram_EE: Sum over tokens of l l^T, l the router logits before any scoring.
         router_sum_E: Sum of the logits.
         reservoir: Sample of tokens.
+        layer_cosine_sum: Sum over tokens of the cosine of the residual stream before and after the layer around the
+            block.
+        residual_before_SH: (S, H) residual stream before that layer for sampled tokens, the same ones in all layers.
+        residual_after_SH: (S, H) residual stream after it.
+        experts_cosine_sum: Sum over tokens of the cosine of the residual stream after that layer with the routed
+            experts of the block and without them.
 
     What no stage asked for is None.
     """
@@ -91,6 +104,10 @@ class BlockStatistics:
     coactivation_EE: torch.Tensor | None = None
     router_gram_EE: torch.Tensor | None = None
     router_sum_E: torch.Tensor | None = None
+    layer_cosine_sum: torch.Tensor | None = None
+    residual_before_SH: torch.Tensor | None = None
+    residual_after_SH: torch.Tensor | None = None
+    experts_cosine_sum: torch.Tensor | None = None
 
     @property
     def sums(self) -> list[str]:

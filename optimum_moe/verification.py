@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,15 @@ def _run(
         return checks
     skeleton, blocks = model
     source = None if source is None else source.read_in(plan.source.get("dtype", "auto"))
-    originals = ShardReader({}) if source is None else source.shards()
-    with ShardReader(headers.homes) as get, originals as get_original:
+    with ShardReader(headers.homes) as get, ExitStack() as originals:
         reader = CheckpointReader(skeleton, headers.tensors, cast=False)
         checkpoint_tensors = CheckpointTensors(reader, headers, get)
         work = _Work(
             directory, headers, raw, plan, skeleton, blocks, checkpoint_tensors, source, inputs=inputs, trained=trained
         )
         add("plan", _plan_failures(work), f"{len(plan.blocks)} blocks")
+        if source is not None and plan.dropped:
+            source = work.source = _attempt(add, "plan", partial(source.without_layers, plan.dropped))
         original = None if source is None else source.config
         failures = config_failures(
             raw,
@@ -139,7 +141,7 @@ def _run(
             dtypes = {name: tensor.dtype for name, tensor in checkpoint_tensors.tensors.items()}
             take_dtypes(source.skeleton, dtypes)
             take_dtypes(skeleton, dtypes)
-            work.original = source.checkpoint_tensors(get_original)
+            work.original = source.checkpoint_tensors(originals.enter_context(source.shards()))
             for name, found in _compared(work).items():
                 add(name, found.failures, f"{found.count} tensors", found.trained)
             add("mtp layers", *_mtp_failures(work))

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.gradients import differentiable, gives_logits, sampled_loss
+from optimum_moe.calibration.layer_watch import watch_layers
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.calibration.residual import residual_before
-from optimum_moe.statistics import OBSERVATIONS, BlockStatistics, Statistics
+from optimum_moe.statistics import STANDARD, BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
 
 
@@ -32,7 +33,7 @@ def observe(
     source: Mapping[str, Any] | None = None,
     progress: bool = True,
     draws: int = 0,
-    needs: Collection[str] = tuple(OBSERVATIONS),
+    needs: Collection[str] = STANDARD,
 ) -> Statistics:
     """Run the forward pass of every batch once, with a recorder at every block.
 
@@ -45,7 +46,7 @@ def observe(
         progress: Show a progress bar.
         draws: Number of backward passes per batch, each from a loss with labels sampled from the model's predictions;
             the gradients at the experts' outputs are sampled.
-        needs: Names of the observations to collect, see `OBSERVATIONS`; default all.
+        needs: Names of the observations to collect, see `OBSERVATIONS`; default the standard ones.
 
     Returns:
         Statistics of all blocks. Experts that no token reached cause a warning or an error, see `unseen`.
@@ -74,6 +75,7 @@ def observe(
     in_text = text_blocks(model, blocks)
     with ExitStack() as stack:
         stack.enter_context(differentiable(part) if draws else torch.no_grad())
+        stack.enter_context(watch_layers(model, blocks, recorders))
         for found in blocks:
             block, recorder = found.module(model), recorders[found.info.name]
             if "residual" in needs:

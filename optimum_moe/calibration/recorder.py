@@ -8,7 +8,7 @@ import torch
 
 from optimum_moe.calibration.collectors import BlockSizes, Collector, ExpertCall, make_collectors
 from optimum_moe.calibration.residual import ResidualOf
-from optimum_moe.statistics import OBSERVATIONS, BlockStatistics, Reservoir
+from optimum_moe.statistics import STANDARD, BlockStatistics, Reservoir
 
 
 class BlockRecorder:
@@ -18,7 +18,7 @@ class BlockRecorder:
         num_experts: Number of routed experts (E).
         intermediate_size: Number of neurons per expert (I).
         hidden_size: Width of the residual stream (H).
-        needs: Names of the observations to collect, see `OBSERVATIONS`; default all.
+        needs: Names of the observations to collect, see `OBSERVATIONS`; default the standard ones.
         reservoir_tokens: Size of the sample in tokens.
         seed: Seed of the sample; equal seeds select the same tokens in every block.
         draws: Backward passes (J) after every forward pass, whose gradients are sampled too.
@@ -29,7 +29,7 @@ class BlockRecorder:
         num_experts: int,
         intermediate_size: int,
         hidden_size: int,
-        needs: Collection[str] = tuple(OBSERVATIONS),
+        needs: Collection[str] = STANDARD,
         reservoir_tokens: int = 4096,
         seed: int = 0,
         draws: int = 0,
@@ -47,6 +47,12 @@ class BlockRecorder:
         self._reached = False
         self.residual_of: ResidualOf | None = None
         """Gives the (T, H) residual stream of the inputs of a call, where a stage asked for it."""
+        self.needs = frozenset(needs)
+        self.paused = False
+        """Whether calls of the block are not part of the observed forward pass."""
+        self._layer_sums = {name: torch.zeros((), dtype=torch.float64) for name in ("layer", "experts")}
+        # Equal seeds select the same tokens in all layers.
+        self._residual = _Sample(reservoir_tokens, seed)
 
     def expect(self, mask_T: torch.Tensor | None) -> None:
         """Set the (T,) padding mask of the next forward pass, False for padding; None if no token is padding."""
@@ -54,6 +60,8 @@ class BlockRecorder:
 
     def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
         """Add the router's logits and inputs of one call."""
+        if self.paused:
+            return
         self._router_input_TH = input_TH.detach()
         collectors = self._that_take("router")
         if collectors:
@@ -63,6 +71,8 @@ class BlockRecorder:
 
     def begin(self, input_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """Count the selections of one call, and sample its tokens."""
+        if self.paused:
+            return
         self._valid_T = valid_T = self._valid(len(input_TH), input_TH.device)
         index, weights = index_TK[valid_T].cpu(), weights_TK.detach()[valid_T].cpu()
         self.num_tokens += len(index)
@@ -97,6 +107,23 @@ class BlockRecorder:
         if len(self._gradients) == self._draws:
             self._sample_waiting()
 
+    @torch.no_grad()
+    def layer(self, before_TH: torch.Tensor, after_TH: torch.Tensor, without_TH: torch.Tensor | None = None) -> None:
+        """Add one call of the layer around the block.
+
+        Args:
+            before_TH: Residual stream before the layer.
+            after_TH: Residual stream after it.
+            without_TH: Residual stream after it without the routed experts of the block; None if nothing reads it.
+        """
+        valid_T = self._valid(len(before_TH), before_TH.device)
+        before_SH, after_SH = before_TH[valid_T], after_TH[valid_T]
+        self._layer_sums["layer"] += _cosine_sum(before_SH, after_SH)
+        if without_TH is not None:
+            self._layer_sums["experts"] += _cosine_sum(without_TH[valid_T], after_SH)
+        if "residual_stream" in self.needs:
+            self._residual.add(before_SH, after_SH)
+
     def _sample_waiting(self) -> None:
         """Sample the tokens of the last call with their gradients."""
         if self._waiting is not None:
@@ -118,6 +145,8 @@ class BlockRecorder:
         output_PH: torch.Tensor,
     ) -> None:
         """Add one expert's routed tokens to its sums."""
+        if self.paused:
+            return
         keep_P = self._valid_T[token_P] & (weight_P != 0)
         call = ExpertCall(
             keep_P=keep_P,
@@ -139,6 +168,13 @@ class BlockRecorder:
         fields: dict[str, torch.Tensor] = {}
         for collector in self._collectors:
             fields |= collector.fields()
+        if "layer_similarity" in self.needs:
+            fields["layer_cosine_sum"] = self._layer_sums["layer"]
+        if "experts_similarity" in self.needs:
+            fields["experts_cosine_sum"] = self._layer_sums["experts"]
+        if "residual_stream" in self.needs:
+            before_SH, after_SH = self._residual.columns or (torch.empty(0, 0), torch.empty(0, 0))
+            fields |= {"residual_before_SH": before_SH, "residual_after_SH": after_SH}
         return BlockStatistics(
             num_tokens=self.num_tokens,
             **fields,
@@ -184,6 +220,11 @@ class _Sample:
             for was, new in zip(old, columns, strict=True)
         ]
 
+    @property
+    def columns(self) -> list[torch.Tensor]:
+        """The kept rows of each column; empty if there was no call."""
+        return [column for column in self._columns if column is not None]
+
     def reservoir(self, with_gradients: bool) -> Reservoir:
         if not self._columns:
             empty = torch.empty(0, 0)
@@ -195,3 +236,8 @@ class _Sample:
         shared = router_input_SH if experts_input_SH is None else experts_input_SH
         gradient_SJH = gradient_SJH if with_gradients else None
         return Reservoir(router_input_SH, shared, index_SK, weights_SK, gradient_SJH, residual_SH)
+
+
+def _cosine_sum(one_TH: torch.Tensor, other_TH: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of the cosine, float64 on the CPU."""
+    return torch.nn.functional.cosine_similarity(one_TH.double(), other_TH.double(), dim=-1).sum().cpu()

@@ -8,7 +8,7 @@ import re
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -52,11 +52,27 @@ class Headers:
         tensors: `(dtype, shape, bytes)` of each tensor.
         files: The shards.
         homes: The shard of each tensor.
+        stored_as: The name in the files of each tensor that has another name here.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
     files: tuple[Path, ...]
     homes: Mapping[str, Path] = field(default_factory=dict)
+    stored_as: Mapping[str, str] = field(default_factory=dict)
+
+    def renamed(self, new_name: Callable[[str], str | None]) -> Headers:
+        """The headers with other names.
+
+        Args:
+            new_name: Function from the name of a tensor to its new one; None for a tensor to leave out.
+        """
+        names = {new: old for old in self.tensors if (new := new_name(old)) is not None}
+        return Headers(
+            {new: self.tensors[old] for new, old in names.items()},
+            self.files,
+            {new: self.homes[old] for new, old in names.items()},
+            {new: self.stored_as.get(old, old) for new, old in names.items()},
+        )
 
     @property
     def parameters(self) -> int:

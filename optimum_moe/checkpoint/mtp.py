@@ -71,9 +71,22 @@ class MTPLayers:
                 'mtp="drop".'
             )
 
-    def check_recipe(self, recipe: Recipe) -> None:
-        """Raise a `ValueError` if the layers cannot have the experts that a recipe leaves."""
-        info = self.source.info
+    def check_drop(self, recipe: Recipe) -> None:
+        """Raise a `ValueError` if there are such layers, which follow on the last layer, and a recipe drops layers."""
+        if self.names and self.option != "drop":
+            raise ValueError(
+                f"{recipe.name} drops layers, and the multi-token-prediction layers of {self.source.name} predict from "
+                f'all of them; mtp={self.option!r} would keep them. Pass mtp="drop".'
+            )
+
+    def check_recipe(self, recipe: Recipe, remaining: ModelSource) -> None:
+        """Raise a `ValueError` if the layers cannot have the experts that a recipe leaves.
+
+        Args:
+            recipe: The recipe.
+            remaining: What is left of the model for the stages that change blocks.
+        """
+        info = remaining.info
         if self.option in ("copy", "cut") and self.has_experts and any(s.stores_stock_experts for s in recipe.stages):
             raise ValueError(
                 f"mtp={self.option!r} keeps experts of the original width in the multi-token-prediction layers, but "

@@ -147,10 +147,16 @@ class ShardReader:
     Args:
         homes: The shard of each tensor.
         local: Function from a shard to its local file.
+        stored_as: The name in the shard of each tensor that is asked for by another one.
     """
 
-    def __init__(self, homes: Mapping[str, Path], local: Callable[[Path], Path] = lambda file: file) -> None:
-        self._homes, self._local = homes, local
+    def __init__(
+        self,
+        homes: Mapping[str, Path],
+        local: Callable[[Path], Path] = lambda file: file,
+        stored_as: Mapping[str, str] | None = None,
+    ) -> None:
+        self._homes, self._local, self._stored_as = homes, local, stored_as or {}
         self._open: dict[Path, Any] = {}
         self._byte_ranges: dict[Path, dict[str, ByteRange]] = {}
         self._stack = ExitStack()
@@ -170,7 +176,7 @@ class ShardReader:
         file = self._homes[name]
         if file not in self._open:
             self._open[file] = self._stack.enter_context(safe_open(self._local(file), "pt"))
-        return self._open[file].get_tensor(name)
+        return self._open[file].get_tensor(self._stored_as.get(name, name))
 
     def byte_range(self, name: str) -> ByteRange:
         """The byte range of a stored tensor."""
@@ -185,7 +191,7 @@ class ShardReader:
                 stored: ByteRange(local, descriptor, begin + first, last - first)
                 for stored, (first, last) in offsets.items()
             }
-        return self._byte_ranges[file][name]
+        return self._byte_ranges[file][self._stored_as.get(name, name)]
 
 
 def _only_stacks(operations: Sequence[Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,16 @@ from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
 from optimum_moe.hf.compat import auto_class_knows, model_from_config
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.settings import nearest
-from optimum_moe.surgeons import FoundBlock, find_blocks, with_widths
+from optimum_moe.surgeons import (
+    FoundBlock,
+    ShallowModel,
+    block_names,
+    drop_layers,
+    find_blocks,
+    shallow_model,
+    update_config,
+    with_widths,
+)
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 _CONFIG_ARGUMENTS = (*_HUB_ARGUMENTS, "trust_remote_code")
@@ -136,6 +146,59 @@ class ModelSource:
         blocks = with_widths(self.skeleton, self.blocks)
         return replace(self, blocks=blocks, info=replace(self.info, blocks=tuple(found.info for found in blocks)))
 
+    def shallow(self, dropped: Sequence[str]) -> ShallowModel:
+        """The stock model without some layers, on the meta device.
+
+        Args:
+            dropped: Paths of the layers.
+
+        Raises:
+            ValueError: If stock classes cannot express it.
+        """
+        found = shallow_model(self.skeleton, self.blocks, dropped)
+        if isinstance(found, str):
+            raise ValueError(
+                f"{type(self.skeleton).__name__} cannot be built without {', '.join(dropped)}: {found}. Drop other "
+                "layers, a run of them (consecutive=True), or remove experts instead."
+            )
+        return found
+
+    def without_layers(self, dropped: Sequence[str]) -> ModelSource:
+        """The source as if its checkpoint had never had some layers; the others have the names that follow.
+
+        A model in memory loses the layers.
+
+        Args:
+            dropped: Paths of the layers.
+
+        Raises:
+            ValueError: If stock classes cannot express it.
+        """
+        shallow = self.shallow(dropped)
+        if self.live is not None:
+            drop_layers(self.live, shallow)
+            return _from_memory(self.live)
+        return self._view(shallow)
+
+    def expected_without(self, dropped: Sequence[str]) -> ModelSource:
+        """Like `without_layers`, but a model in memory is not changed: only the sizes of the result are meant.
+
+        Raises:
+            ValueError: If stock classes cannot express it.
+        """
+        shallow = self.shallow(dropped)
+        return self._view(shallow) if self.live is None else _from_memory(shallow.skeleton)
+
+    def _view(self, shallow: ShallowModel) -> ModelSource:
+        assert self.headers is not None
+        in_files = block_names(self.skeleton, self.blocks[0]).block
+        number = self.blocks[0].info.layer.rpartition(".")[2]
+        stack = in_files.partition(f".{number}.")[0] if f".{number}." in in_files else in_files.rpartition(".")[0]
+        headers = self.headers.renamed(replace(shallow, stack=stack).new_name)
+        config = deepcopy(self.config)
+        update_config(config, shallow.settings)
+        return _from_headers(replace(self, config=config, headers=headers), shallow.skeleton)
+
     def reader(self, cast: bool = True) -> CheckpointReader:
         """A reader of parts of the checkpoint, with `cast` in the dtypes of the skeleton, else in the stored ones."""
         assert self.headers is not None
@@ -154,7 +217,7 @@ class ModelSource:
     def shards(self) -> ShardReader:
         """A reader of single stored tensors; a context manager."""
         assert self.headers is not None
-        return ShardReader(self.headers.homes, self._local)
+        return ShardReader(self.headers.homes, self._local, self.headers.stored_as)
 
     def _local(self, file: Path) -> Path:
         if isinstance(self.location, Path):
@@ -239,28 +302,10 @@ def open_source(
         config = plain_config(config)
     refuse_larger_than_file(config, headers)
     skeleton = _skeleton(config, auto_class, kwargs.get("trust_remote_code", False))
-    blocks = tuple(find_blocks(skeleton))
     as_stored = quantization is None and dtype in ("auto", None)
     if as_stored:
         # The dtype in the config may differ from the stored ones, and is ignored.
         dtype = headers.dtype or "auto"
-    itemsize, plain = headers.itemsize, headers
-    if not as_stored:
-        itemsize = _dtype(config.dtype if dtype in ("auto", None) else dtype).itemsize
-    if quantization is not None:
-        plain = unpacked(headers, int(itemsize))
-    # With the user's renaming of tensors the checkpoint is checked when it is loaded.
-    if not kwargs.get("key_mapping"):
-        refuse_incomplete(name, skeleton, plain, blocks)
-    size = headers.bytes if as_stored else int(plain.parameters * itemsize)
-    blocks = with_itemsizes(blocks, skeleton, lambda name, tensor: itemsize)
-    if as_stored and len(headers.dtypes) > 1:
-        stored = CheckpointTensors(CheckpointReader(skeleton, headers.tensors, cast=False), headers, no_numbers)
-        blocks = with_itemsizes(blocks, skeleton, stored.itemsize, stored.mixed())
-    described = header_bytes(headers.tensors, len(headers.files))
-    info = ModelInfo(
-        tuple(found.info for found in blocks), plain.parameters, size, described, model_type=config.model_type
-    )
     arguments: dict[str, Any] = {**kwargs, "dtype": dtype}
     location: str | Path = model
     if is_local:
@@ -270,19 +315,47 @@ def open_source(
     elif directory.parent.name == "snapshots":
         # Use the commit, since a branch may change before the weights are loaded.
         arguments["revision"] = directory.name
-    return ModelSource(
-        name,
-        config,
+    return _from_headers(
+        ModelSource(
+            name,
+            config,
+            skeleton,
+            (),
+            ModelInfo((), 0, 0, model_type=config.model_type),
+            headers=headers,
+            directory=directory,
+            location=location,
+            load_arguments=arguments,
+            quantization=quantization,
+            as_stored=as_stored,
+        ),
         skeleton,
-        blocks,
-        info,
-        headers=headers,
-        directory=directory,
-        location=location,
-        load_arguments=arguments,
-        quantization=quantization,
-        as_stored=as_stored,
     )
+
+
+def _from_headers(source: ModelSource, skeleton: PreTrainedModel) -> ModelSource:
+    """A source with another skeleton, and with the blocks and sizes that its headers give."""
+    assert source.headers is not None
+    headers, dtype = source.headers, source.load_arguments["dtype"]
+    blocks = tuple(find_blocks(skeleton))
+    itemsize, plain = headers.itemsize, headers
+    if not source.as_stored:
+        asked: Any = source.config.dtype if dtype in ("auto", None) else dtype
+        itemsize = _dtype(asked).itemsize
+    if source.quantization is not None:
+        plain = unpacked(headers, int(itemsize))
+    # With the user's renaming of tensors the checkpoint is checked when it is loaded.
+    if not source.load_arguments.get("key_mapping"):
+        refuse_incomplete(source.name, skeleton, plain, blocks)
+    size = headers.bytes if source.as_stored else int(plain.parameters * itemsize)
+    blocks = with_itemsizes(blocks, skeleton, lambda name, tensor: itemsize)
+    if source.as_stored and len(headers.dtypes) > 1:
+        stored = CheckpointTensors(CheckpointReader(skeleton, headers.tensors, cast=False), headers, no_numbers)
+        blocks = with_itemsizes(blocks, skeleton, stored.itemsize, stored.mixed())
+    described = header_bytes(headers.tensors, len(headers.files))
+    found = tuple(each.info for each in blocks)
+    info = replace(source.info, blocks=found, parameters=plain.parameters, bytes=size, header_bytes=described)
+    return replace(source, skeleton=skeleton, blocks=blocks, info=info)
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:

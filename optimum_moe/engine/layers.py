@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from optimum_moe.surgeons import FoundBlock
+from optimum_moe.surgeons.layers import is_inside, outermost_lists
 
 
 @dataclass(frozen=True)
@@ -29,30 +30,22 @@ def find_layers(model: nn.Module, blocks: Sequence[FoundBlock]) -> list[Layer]:
     """Members of the outermost module lists that contain MoE blocks; a block outside of any list is its own layer."""
     names = [found.info.name for found in blocks]
     layers = [
-        layer for stack in _outermost_lists(model) if _any_inside(names, stack) for layer in _members(model, stack)
+        layer for stack in outermost_lists(model) if _any_inside(names, stack) for layer in _members(model, stack)
     ]
-    single = [name for name in names if not any(_inside(name, layer) for layer in layers)]
-    return [Layer(path, tuple(f for f in blocks if _inside(f.info.name, path))) for path in [*layers, *single]]
+    single = [name for name in names if not any(is_inside(name, layer) for layer in layers)]
+    return [Layer(path, tuple(f for f in blocks if is_inside(f.info.name, path))) for path in [*layers, *single]]
 
 
 def other_layers(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """Members of all other outermost module lists, for example of a vision tower."""
     names = [layer.name for layer in layers]
-    stacks = [stack for stack in _outermost_lists(model) if not _any_inside(names, stack)]
+    stacks = [stack for stack in outermost_lists(model) if not _any_inside(names, stack)]
     return [layer for stack in stacks for layer in _members(model, stack)]
 
 
 def is_in(name: str, layers: Sequence[Layer]) -> bool:
     """Whether a tensor belongs to one of the layers, which are modules."""
-    return any(_inside(name, layer.name) for layer in layers)
-
-
-def _outermost_lists(model: nn.Module) -> Iterator[str]:
-    last = None
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and (last is None or not _inside(path, last)):
-            last = path
-            yield path
+    return any(is_inside(name, layer.name) for layer in layers)
 
 
 def _members(model: nn.Module, stack: str) -> list[str]:
@@ -60,8 +53,4 @@ def _members(model: nn.Module, stack: str) -> list[str]:
 
 
 def _any_inside(names: Sequence[str], path: str) -> bool:
-    return any(_inside(name, path) for name in names)
-
-
-def _inside(name: str, path: str) -> bool:
-    return name == path or name.startswith(f"{path}.")
+    return any(is_inside(name, path) for name in names)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
+from optimum_moe.calibration.layer_watch import LAYER_OBSERVATIONS, run_layer
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.observe import forward_calls, placed
 from optimum_moe.calibration.recorder import BlockRecorder
@@ -19,7 +20,7 @@ from optimum_moe.engine.layers import Layer, other_layers
 from optimum_moe.engine.lockstep import Lockstep, Runner
 from optimum_moe.engine.progress import LayerReport, Progress
 from optimum_moe.engine.store import Observed, Store
-from optimum_moe.statistics import OBSERVATIONS, BlockStatistics
+from optimum_moe.statistics import STANDARD, BlockStatistics
 
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 """Arguments and output of one call of a block."""
@@ -58,7 +59,7 @@ class LayerwiseRun:
         pending: Names of the layers to observe.
         propagate: Error propagation: observe each layer on the outputs of the compressed layers before it.
         keep: Stores the output of a layer while its forward pass waits.
-        needs: Names of the observations to collect, see `OBSERVATIONS`; default all.
+        needs: Names of the observations to collect, see `OBSERVATIONS`; default the standard ones.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class LayerwiseRun:
         pending: Collection[str],
         propagate: bool = False,
         keep: Keep = keep_in_memory,
-        needs: Collection[str] = tuple(OBSERVATIONS),
+        needs: Collection[str] = STANDARD,
     ) -> None:
         self.store, self.batches, self.config, self.handler = store, batches, config, handler
         self.pending, self.propagate, self.keep, self.needs = set(pending), propagate, keep, needs
@@ -126,8 +127,12 @@ class LayerwiseRun:
                 self._pass_twice(lockstep, layer, runners, rows, report)
                 return
             recorders = self._recorders(layer)
+            if layer.blocks and LAYER_OBSERVATIONS.intersection(self.needs):
+                module = self.store.model.get_submodule(name)
+                lockstep.run = partial(run_layer, self.store.model, layer.blocks, recorders, module)
             with self._watched(layer, recorders), _last_calls(self.store, layer) as calls:
                 self._advance(layer, recorders, runners, rows)
+            lockstep.run = None
             if name in self.pending:
                 self.handler.observed(layer, _statistics(recorders), report)
                 if progress.show:

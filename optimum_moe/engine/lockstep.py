@@ -102,6 +102,8 @@ class Lockstep:
         self.model, self.layers, self.keep = model, list(layers), keep
         self.last: str | None = None
         """Path of the layer after which forward passes stop."""
+        self.run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any] | None = None
+        """Runs the layer whose turn it is: gets its forward and the arguments of a call, and returns its output."""
         self.rehearsed: set[str] = set()
         """Layers that run twice on the same input, the second time in another turn; the first output is dropped."""
         self.runners = [Runner(call, self._settings()) for call in calls]
@@ -146,7 +148,7 @@ class Lockstep:
             copies = {name: deepcopy(value) if isinstance(value, Cache) else value for name, value in kwargs.items()}
             forward(*(deepcopy(value) if isinstance(value, Cache) else value for value in args), **copies)
             runner.park(layer)
-        output = forward(*args, **kwargs)
+        output = forward(*args, **kwargs) if self.run is None else self.run(forward, args, kwargs)
         if layer == self.last:
             raise _Stopped
         return self.keep(output)

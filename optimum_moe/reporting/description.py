@@ -19,7 +19,7 @@ from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.recipe import Recipe
 from optimum_moe.reporting.card import CardFacts, inherited_metadata, mean_stable_ranks, model_card
 from optimum_moe.reporting.loads_in import FIELD, REPORT_FILE, known_rows, to_json
-from optimum_moe.reporting.preview import Cost, Preview, flops_per_token, preview
+from optimum_moe.reporting.preview import Cost, Preview, flops_per_token, original_cost, preview
 from optimum_moe.reporting.versions import versions
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
@@ -60,13 +60,27 @@ def write_card(directory: Path, name: str, facts: CardFacts) -> None:
     )
 
 
-def expected_preview(source: ModelSource, recipe: Recipe, mtp: MTPLayers) -> Preview:
-    """Expected sizes for a recipe from config and headers, including tensors that the model does not load."""
-    cost = preview(source.skeleton, list(source.blocks), source.info, recipe)
+def expected_preview(source: ModelSource, remaining: ModelSource, recipe: Recipe, mtp: MTPLayers) -> Preview:
+    """Expected sizes for a recipe from config and headers, including tensors that the model does not load.
+
+    Args:
+        source: The original.
+        remaining: The original, or what is left of it without the layers that the recipe drops.
+        recipe: The recipe.
+        mtp: Layers of the checkpoint that the model does not load.
+    """
+    cost = preview(remaining.skeleton, list(remaining.blocks), remaining.info, recipe)
+    if remaining is not source:
+        before = original_cost(source.skeleton, list(source.blocks), source.info)
+        cost = replace(cost, before=before, layers=(_num_layers(source), _num_layers(remaining)))
     counts = {name: after for name, (_, after) in cost.counts.items()}
     gone, size = mtp.removed(counts, recipe.routing)
     after = replace(cost.after, parameters=cost.after.parameters - gone, bytes=cost.after.bytes - size)
     return replace(cost, after=after)
+
+
+def _num_layers(source: ModelSource) -> int:
+    return len({block.layer for block in source.info.blocks})
 
 
 def measured_preview(
@@ -76,19 +90,19 @@ def measured_preview(
     plan: CompressionPlan,
     statistics: Statistics | None,
     mtp: MTPLayers,
-    before: Cost | None,
+    before: Cost,
     itemsize: Callable[[str, torch.Tensor], float] | None,
 ) -> Preview:
     """A preview with actual counts, and with repeated experts counted as observed.
 
     Args:
-        source: The original.
+        source: The original, or what was left of it without the layers that were dropped.
         recipe: The recipe.
         model: The compressed model.
         plan: The plan that was carried out.
         statistics: Observed statistics, None for data-free recipes.
         mtp: Layers of the checkpoint that the model does not load.
-        before: Cost of the original, for a model in memory, which is itself cut; None to compute it.
+        before: Cost of the original.
         itemsize: As in `measured_cost`.
     """
     blocks = list(source.blocks)
@@ -105,11 +119,12 @@ def measured_preview(
     )
     narrow = {block.width for block in plan.blocks.values()} - {None, blocks[0].info.intermediate_size}
     return Preview(
-        before=before or preview(source.skeleton, blocks, source.info, recipe).before,
+        before=before,
         after=after,
         counts={name: (block.num_experts, block.num_groups) for name, block in plan.blocks.items()},
         plain=plan.is_plain,
         widths=next(((blocks[0].info.intermediate_size, width) for width in narrow if width is not None), None),
+        layers=(_num_layers(source) + len(plan.dropped), _num_layers(source)) if plan.dropped else None,
     )
 
 

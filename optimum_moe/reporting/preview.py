@@ -45,6 +45,7 @@ class Preview:
         plain: Whether stock transformers can load the result without this package.
         widths: `(neurons, remaining)` of every expert, where stock experts were made narrower; else None.
         choices: `(experts, neurons)` of every block among which the calibration data will choose; empty for none.
+        layers: Number of layers with MoE blocks before and after, if some are dropped.
     """
 
     before: Cost
@@ -53,6 +54,7 @@ class Preview:
     plain: bool
     widths: tuple[int, int] | None = None
     choices: tuple[tuple[int, int], ...] = ()
+    layers: tuple[int, int] | None = None
 
     def warn_if_nothing_shrinks(self, recipe: Recipe) -> None:
         """Warn if the settings of a recipe remove nothing."""
@@ -104,6 +106,8 @@ class Preview:
                 f"{kept[0][0]} -> {', '.join(shown[:-1])}{' or ' * (len(shown) > 1)}{shown[-1]} neurons, by the data"
             )
         loads = "any transformers" if self.plain else "transformers with optimum_moe imported"
+        if self.layers is not None:
+            lines.append("layers with MoE blocks: {} -> {}".format(*self.layers))
         return "\n".join([*lines, f"experts of {len(self.counts)} MoE blocks: {summary}; loads in {loads}"])
 
 
@@ -132,28 +136,33 @@ def flops_per_token(model: PreTrainedModel, blocks: list[FoundBlock], routed: Ma
     return 2.0 * (dense + sum(routed[found.info.name] for found in blocks))
 
 
+def original_cost(skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo) -> Cost:
+    """Cost of a model before anything is done to it."""
+    full = {block.name: float(block.top_k * block.expert_multiply_adds) for block in info.blocks}
+    flops = flops_per_token(skeleton, blocks, full)
+    return Cost(info.parameters, info.bytes, flops, flops)
+
+
 def preview(skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo, recipe: Recipe) -> Preview:
     """Costs of a model before and after a recipe, from config and headers."""
     costs = recipe.costs(info)
     counts = {name: cost.experts for name, cost in costs.items()}
     removed_parameters, removed_router, indices, saved = 0.0, 0, 0.0, 0.0
-    low, high, full = {}, {}, {}
+    low, high = {}, {}
     for block in info.blocks:
         cost = costs[block.name]
         removed_parameters += cost.removed_parameters(block)
         removed_router += cost.removed_router_parameters(block)
         indices += cost.indices
         saved += cost.saved_bytes(block)
-        full[block.name] = float(block.top_k * block.expert_multiply_adds)
         low[block.name], high[block.name] = cost.multiply_adds
     dense_saving = 2.0 * removed_router
-    before = flops_per_token(skeleton, blocks, full)
     unchanged = {block.name for block in info.blocks if counts[block.name] == block.num_experts}
     towers = {found.info.name: tower_of(skeleton, found) for found in blocks}
     mapped = recipe.routing == "map" and len(unchanged) < len(blocks)
     stock = all(cost.stock for cost in costs.values())
     return Preview(
-        before=Cost(info.parameters, info.bytes, before, before),
+        before=original_cost(skeleton, blocks, info),
         after=Cost(
             int(info.parameters - removed_parameters - removed_router + indices),
             int(info.bytes - saved),

@@ -8,9 +8,11 @@ import importlib
 import pkgutil
 
 from optimum_moe.stages.base import Stage, register_stage, registered_stages
+from optimum_moe.stages.block_drop import BlockDrop
 from optimum_moe.stages.byte_budget import ByteBudget
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.cost import BlockCost
+from optimum_moe.stages.layer_drop import LayerDrop
 from optimum_moe.stages.low_rank_sparse import LowRankSparse
 from optimum_moe.stages.merge import ExpertMerging, MSMoE
 from optimum_moe.stages.merge_choices import (
@@ -27,10 +29,12 @@ from optimum_moe.stages.saliency import register_saliency
 __all__ = [
     "BlockContext",
     "BlockCost",
+    "BlockDrop",
     "ByteBudget",
     "ExpertMerging",
     "ExpertPruning",
     "Groups",
+    "LayerDrop",
     "LowRankSparse",
     "MSMoE",
     "Rounding",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -98,6 +98,23 @@ class Stage(ABC):
         return False
 
     @property
+    def drops_layers(self) -> bool:
+        """Whether the stage drops layers, before the blocks of those that remain are observed and decided."""
+        return False
+
+    def number_of_layers(self, model: ModelInfo) -> int:
+        """How many layers are dropped; only called if `drops_layers`."""
+        return 0
+
+    def candidates(self, model: ModelInfo) -> Sequence[tuple[str, ...]]:
+        """The sets of layers that may be dropped, of which the least important ones are; only if `drops_layers`."""
+        return ()
+
+    def importance(self, model: ModelInfo, statistics: Statistics, candidate: Sequence[str]) -> float:
+        """How much is lost with a set of layers; only called if `drops_layers`."""
+        raise NotImplementedError(f"{self.name} drops no layers")
+
+    @property
     def export_to(self) -> str:
         """Target of `optimum_moe.export` without which the intended runtime does not load the result; else empty."""
         return ""
@@ -113,6 +130,11 @@ class Stage(ABC):
         """
         if before is None:
             return
+        if self.drops_layers:
+            raise ValueError(
+                f"{self.name} cannot follow {before.name}: layers are dropped before blocks are changed. Put "
+                f"{self.name} first, and only one such stage."
+            )
         if not before.leaves_dense_experts:
             raise ValueError(
                 f"{self.name} cannot follow {before.name}, which stores experts in other formats than dense matrices. "

@@ -12,6 +12,7 @@ from optimum_moe.surgeons.registry import (
     register_surgeon,
     registered_surgeons,
 )
+from optimum_moe.surgeons.shallower import ShallowModel, drop_layers, shallow_model
 from optimum_moe.surgeons.stock import stock_block, stock_settings, update_config, with_widths
 from optimum_moe.surgeons.towers import config_at, tower_of
 
@@ -23,8 +24,10 @@ __all__ = [
     "ExpertNames",
     "ExpertAxis",
     "FoundBlock",
+    "ShallowModel",
     "Surgeon",
     "config_at",
+    "drop_layers",
     "find_blocks",
     "get_surgeon",
     "block_names",
@@ -36,6 +39,7 @@ __all__ = [
     "owning_configs",
     "register_surgeon",
     "registered_surgeons",
+    "shallow_model",
     "stock_block",
     "stock_settings",
     "tower_of",

@@ -173,6 +173,21 @@ class Surgeon(ABC):
         """The module whose output has the same gradient as the sum of the selected experts."""
         return block
 
+    @contextmanager
+    def silenced(self, block: Block) -> Iterator[None]:
+        """Context in which the routed experts of the block give zeros, and everything else is as it was."""
+        view = self.experts(block)
+        tensors = [tensor for values in (view.down, view.down_bias) if values is not None for tensor in values]
+        places = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        held = [(p, p.data) for p in self.expert_parameters(block) if p.untyped_storage().data_ptr() in places]
+        for parameter, values in held:
+            parameter.data = torch.zeros_like(values)
+        try:
+            yield
+        finally:
+            for parameter, values in held:
+                parameter.data = values
+
     def activate(self, block: Block, gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
         """The experts' activation: hidden neurons from gate and up, elementwise."""
         raise NotImplementedError(f"{type(self).__name__} does not give the gate function of its experts")

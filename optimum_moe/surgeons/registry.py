@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from optimum_moe.surgeons.discovery import discover, how_to, looks_like_moe, unk
 from optimum_moe.surgeons.ernie4_5_vl_moe import Ernie45VLSurgeon
 from optimum_moe.surgeons.generic import GenericSurgeon
 from optimum_moe.surgeons.jetmoe import JetMoeAttentionSurgeon, JetMoeSurgeon
+from optimum_moe.surgeons.layers import layer_around
 from optimum_moe.surgeons.llama4 import Llama4Surgeon
 from optimum_moe.surgeons.longcat_flash import LongcatFlashSurgeon
 from optimum_moe.surgeons.refused import refuse
@@ -114,7 +115,8 @@ def _known_blocks(model: nn.Module) -> list[FoundBlock]:
         refuse(module, name)
         for surgeon in _SURGEONS.values():
             if surgeon.matches(module):
-                found.append(FoundBlock(surgeon.info(module, name, len(found)), surgeon))
+                info = surgeon.info(module, name, len(found))
+                found.append(FoundBlock(replace(info, layer=layer_around(model, name)), surgeon))
     return found
 
 

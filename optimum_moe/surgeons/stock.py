@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,7 +19,10 @@ from optimum_moe.surgeons.registry import FoundBlock, find_blocks
 from optimum_moe.surgeons.towers import config_at, tower_of
 
 # What the constructors of models raise for sizes that they cannot have.
-_REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, KeyError, IndexError, AttributeError, ArithmeticError)
+REFUSALS = (
+    *(ValueError, TypeError, RuntimeError, AssertionError, KeyError, IndexError, AttributeError, ArithmeticError),
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +38,8 @@ class StockModel:
     skeleton: PreTrainedModel
 
 
-def update_config(config: Any, settings: Mapping[str, int]) -> None:
-    """Set the settings of a `StockModel` in a config of the original's class."""
+def update_config(config: Any, settings: Mapping[str, Any]) -> None:
+    """Set settings by dotted path in a config of the original's class."""
     for path, value in settings.items():
         tower, _, name = path.rpartition(".")
         setattr(config_at(config, tower), name, value)
@@ -103,7 +107,7 @@ def _build(model: PreTrainedModel, blocks: Sequence[FoundBlock], num_experts: in
         try:
             with torch.device("meta"):
                 built = model_from_config(type(model), config)
-        except _REFUSALS:
+        except REFUSALS:
             continue
         if _differs_in_experts_only(model, blocks, built, width):
             return StockModel(named, built)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ def tower_of(model: PreTrainedModel, found: FoundBlock) -> str | None:
         number in a config is the number of experts of this block.
     """
     field, nested = found.surgeon.count_fields[0], found.surgeon.count_config
-    configs = dict(_configs(model.config))
+    configs = dict(config_paths(model.config))
     for module in _ancestors(model, found.info.name):
         config: Any = getattr(module, "config", None)
         if not isinstance(module, PreTrainedModel):
@@ -31,13 +31,25 @@ def tower_of(model: PreTrainedModel, found: FoundBlock) -> str | None:
         except RuntimeError:
             # transformers raises an error for a field that differs between layers.
             return None
-        # Some models use a copy of their config.
-        same = [path for path, known in configs.items() if known is config] or [
-            path for path, known in configs.items() if type(known) is type(config)
-        ]
-        if len(same) == 1:
-            return f"{same[0]}.{nested}".strip(".")
+        path = _path_in(configs, config)
+        if path is not None:
+            return f"{path}.{nested}".strip(".")
     return None
+
+
+def path_of_config(model: PreTrainedModel, name: str) -> str | None:
+    """Path from the model's config to that of the sub-model around a module; None if it is not known."""
+    configs = dict(config_paths(model.config))
+    owner = next(module for module in _ancestors(model, name) if isinstance(module, PreTrainedModel))
+    return _path_in(configs, owner.config)
+
+
+def _path_in(configs: Mapping[str, Any], config: Any) -> str | None:
+    # Some models use a copy of their config.
+    same = [path for path, known in configs.items() if known is config] or [
+        path for path, known in configs.items() if type(known) is type(config)
+    ]
+    return same[0] if len(same) == 1 else None
 
 
 def config_at(config: Any, tower: str) -> Any:
@@ -47,12 +59,13 @@ def config_at(config: Any, tower: str) -> Any:
     return config
 
 
-def _configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def config_paths(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A config and its sub-configs, with their dotted paths."""
     yield path, config
     for name in getattr(config, "sub_configs", {}):
         sub = getattr(config, name, None)
         if sub is not None:
-            yield from _configs(sub, f"{path}.{name}".lstrip("."))
+            yield from config_paths(sub, f"{path}.{name}".lstrip("."))
 
 
 def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
