@@ -381,6 +381,6 @@ def calibration_config(recipe: Recipe, calibration: Any, seed: Any = None) -> Ca
     if config.seed is None:
         seeds = seed, recipe.calibration.get("seed"), recipe.seed
         config = dataclasses.replace(config, seed=next((s for s in seeds if s is not None), 0))
-    if config.reservoir_tokens == 0 and "sample" in recipe.needs:
+    if config.reservoir_tokens == 0 and {"sample", "residual_stream"} & recipe.needs:
         raise ValueError(NO_SAMPLE)
     return config
