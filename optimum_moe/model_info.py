@@ -32,6 +32,7 @@ class BlockInfo:
         expert_itemsize: Stored bytes per element of a routed expert's matrices; of the smallest expert if they differ.
         bias_itemsize: Stored bytes per element of a routed expert's biases, likewise.
         router_itemsize: Stored bytes per element of the router.
+        no_skipping: Reason why tokens cannot skip its selected experts; empty if they can.
         layer: Module path of the layer that holds the block, for example `model.layers.3`; empty if there is none.
     """
 
@@ -54,6 +55,7 @@ class BlockInfo:
     expert_itemsize: float = 0.0
     bias_itemsize: float = 0.0
     router_itemsize: float = 0.0
+    no_skipping: str = ""
     layer: str = ""
 
     def bytes_of_experts(self, number: float, parameters: float) -> float:

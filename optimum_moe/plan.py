@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from optimum_moe.algorithms.expert_skipping import Skipping
 from optimum_moe.algorithms.router_fit import RouterFit
 from optimum_moe.formats import ExpertsSpec, StoredExperts
 from optimum_moe.records import read_record, write_record
@@ -50,6 +51,7 @@ class BlockPlan:
         digest: SHA-256 by name of each tensor that the original does not have (factors, sparse rows, shared bases),
             also on disk.
         stable_rank: Mean stable rank of the experts' matrices before and after merging, if both are known.
+        skipping: Which selected experts a token skips at run time; None for none.
         is_stock: Whether the experts of `sizes` are dense and of one width, and stored in the original's own tensors;
             their digests are then those of these tensors.
     """
@@ -68,6 +70,7 @@ class BlockPlan:
     digest: Mapping[str, str] | None = None
     stable_rank: tuple[float, float] | None = None
     is_stock: bool = False
+    skipping: Skipping | None = None
 
     def __post_init__(self) -> None:
         if self.factors is not None and self.sizes is None:
@@ -150,7 +153,7 @@ class BlockPlan:
     @property
     def is_identity(self) -> bool:
         """True if the block is not changed at all."""
-        return self.keeps_all and self.sizes is None
+        return self.keeps_all and self.sizes is None and self.skipping is None
 
     @property
     def width(self) -> int | None:
@@ -283,6 +286,8 @@ class CompressionPlan:
         """True if stock transformers classes can load the result: no map, no factors, one count per config."""
         if any(plan.sizes is not None and not plan.is_stock for plan in self.blocks.values()):
             return False
+        if any(plan.skipping is not None for plan in self.blocks.values()):
+            return False
         mapped = any(plan.routing == "map" and not plan.keeps_all for plan in self.blocks.values())
         counts = {name: plan.num_groups for name, plan in self.blocks.items()}
         unchanged = {name for name, plan in self.blocks.items() if plan.keeps_all}
@@ -293,6 +298,7 @@ class CompressionPlan:
         return {
             name: {"num_experts": plan.num_experts, "num_groups": plan.num_groups, "routing": plan.routing}
             | ({} if plan.sizes is None else {"factors": plan.sizes.to_dict()})
+            | ({} if plan.skipping is None else {"skipping": plan.skipping.to_dict()})
             for name, plan in self.blocks.items()
             if not plan.is_identity
         }
@@ -316,6 +322,8 @@ class CompressionPlan:
                 tensors |= {f"{index}.neurons.{e}": n.to(torch.int32) for e, n in enumerate(kept) if n is not None}
             if plan.is_stock:
                 blocks[-1]["stock"] = True
+            if plan.skipping is not None:
+                blocks[-1]["skipping"] = plan.skipping.to_dict()
             if plan.stable_rank is not None:
                 blocks[-1]["stable_rank"] = list(plan.stable_rank)
             tensors[f"{index}.merge_weights_E"] = plan.merge_weights_E
@@ -387,6 +395,7 @@ def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torc
         digest=block.get("factors_digest"),
         stable_rank=tuple(block["stable_rank"]) if "stable_rank" in block else None,
         is_stock=block.get("stock", False) is True,
+        skipping=Skipping.from_dict(block["skipping"]) if "skipping" in block else None,
     )
 
 

@@ -254,7 +254,7 @@ class DiskStore:
         stock = stock_block(self.model, self.blocks, plan)
         block = found.module(self.model)
         sizes = None if plan.is_stock else plan.sizes
-        found.surgeon.build_structure(block, plan.num_groups, plan.routing, sizes, stock)
+        found.surgeon.build_structure(block, plan.num_groups, plan.routing, sizes, stock, plan.skipping)
 
     def plans(self) -> dict[str, BlockPlan]:
         """See `Store.plans`."""

@@ -20,6 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_moe.algorithms.expert_skipping import Skipping
 from optimum_moe.formats import ExpertsSpec
 from optimum_moe.hf.compat import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -221,7 +222,8 @@ def rebuild_structure(model: PreTrainedModel, config: MoEStructureConfig) -> lis
         if sizes is not None:
             sizes.check(name, found[name].info.hidden_size, found[name].info.intermediate_size)
         with guarded(model, found[name], entry["routing"] == "map" or sizes is not None):
-            found[name].surgeon.build_structure(block, entry["num_groups"], entry["routing"], sizes)
+            skipping = Skipping.from_dict(entry["skipping"]) if "skipping" in entry else None
+            found[name].surgeon.build_structure(block, entry["num_groups"], entry["routing"], sizes, skipping=skipping)
         # Some architectures initialize a block by the config's expert count; its tensors all come from the checkpoint.
         mark_initialized(block)
     return list(found)

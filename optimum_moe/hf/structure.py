@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_moe.algorithms.expert_skipping import Skipping
 from optimum_moe.formats import ExpertsSpec
 
 METHOD = "optimum_moe"
@@ -33,7 +34,8 @@ class MoEStructureConfig(QuantizationConfigMixin):
 
     Args:
         blocks: By prefix in the files: `num_experts` (before), `num_groups` (after), `routing` (`"map"` or
-            `"reduce"`), and `factors` (`ExpertsSpec.to_dict()`) where experts are kept in compressed forms.
+            `"reduce"`), `factors` (`ExpertsSpec.to_dict()`) where experts are kept in compressed forms, and `skipping`
+            (`Skipping.to_dict()`) where tokens skip experts.
         format_version: Version of this schema.
         quantization: Quantization config of the values, where another method quantized them.
         quantize_on_load: Whether the stored values are still those before `quantization`.
@@ -89,7 +91,7 @@ def adopt_replacements(config: Any) -> None:
 
 
 def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
-    if set(entry) - {"factors"} != ENTRY_FIELDS:
+    if set(entry) - {"factors", "skipping"} != ENTRY_FIELDS:
         raise ValueError(
             f"quantization_config of {name} must have the fields {sorted(ENTRY_FIELDS)}, got {sorted(entry)}. "
             "Restore the saved config.json."
@@ -102,6 +104,8 @@ def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
             f"routing={entry['routing']!r}; 1 <= num_groups <= num_experts and routing 'map' or 'reduce' are "
             "possible. Restore the saved config.json."
         )
+    if "skipping" in entry:
+        Skipping.from_dict(entry["skipping"])
     if "factors" in entry and len(ExpertsSpec.from_dict(entry["factors"]).widths) != groups:
         raise ValueError(
             f"quantization_config of {name} gives sizes to another number of experts than num_groups={groups}. "

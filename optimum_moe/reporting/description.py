@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from optimum_moe.algorithms.expert_skipping import experts_per_token
 from optimum_moe.checkpoint.checksums import write_checksums
 from optimum_moe.checkpoint.mtp import MTPLayers
 from optimum_moe.checkpoint.source import ModelSource
@@ -167,6 +168,8 @@ def routed_multiply_adds(info: BlockInfo, plan: BlockPlan, observed: BlockStatis
     Without observations all remaining experts count as equally likely.
     """
     active = float(min(info.top_k, plan.num_groups))
+    if plan.skipping is not None and observed is not None and len(observed.reservoir.weights_SK):
+        active = experts_per_token(observed.reservoir.weights_SK, plan.skipping)
     if plan.sizes is None or plan.is_stock:
         share = 1.0 if plan.width is None else plan.width / info.intermediate_size
         merged = plan.routing == "map" and not plan.keeps_all

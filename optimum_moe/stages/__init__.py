@@ -25,6 +25,7 @@ from optimum_moe.stages.prune import ExpertPruning
 from optimum_moe.stages.results import Groups, RouterRows
 from optimum_moe.stages.rounding import Rounding
 from optimum_moe.stages.saliency import register_saliency
+from optimum_moe.stages.skip import ExpertSkipping
 
 __all__ = [
     "BlockContext",
@@ -33,6 +34,7 @@ __all__ = [
     "ByteBudget",
     "ExpertMerging",
     "ExpertPruning",
+    "ExpertSkipping",
     "Groups",
     "LayerDrop",
     "LowRankSparse",

@@ -98,6 +98,11 @@ class Stage(ABC):
         return False
 
     @property
+    def skips_experts(self) -> bool:
+        """Whether tokens skip experts at run time, so that the experts cannot be merged or removed afterwards."""
+        return False
+
+    @property
     def drops_layers(self) -> bool:
         """Whether the stage drops layers, before the blocks of those that remain are observed and decided."""
         return False
@@ -139,6 +144,11 @@ class Stage(ABC):
             raise ValueError(
                 f"{self.name} cannot follow {before.name}, which stores experts in other formats than dense matrices. "
                 f"Put {before.name} last."
+            )
+        if self.chooses_experts and before.skips_experts:
+            raise ValueError(
+                f"{self.name} cannot follow {before.name}: what tokens skip was observed with all experts. Put "
+                f"{self.name} in a run of its own, and {before.name} in one on its checkpoint."
             )
         if self.chooses_experts and before.chooses_experts:
             raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from optimum_moe.algorithms.expert_skipping import Skipping
 from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
 from optimum_moe.algorithms.merging import merge_matrices
 from optimum_moe.algorithms.router_fit import RouterView
@@ -72,8 +73,9 @@ class Surgeon(ABC):
 
     A surgeon has no state of a model; one instance serves all. `count_config` is the sub-config that holds
     `count_fields`, if that is not the config of the model around the block. `fixed_router` is the reason why router
-    entries cannot be removed, `no_factors` why experts cannot be factorized, and `no_resize` why stock experts cannot
-    be given another width; they are empty if they can. `remark` describes limitations for users.
+    entries cannot be removed, `no_factors` why experts cannot be factorized, `no_resize` why stock experts cannot be
+    given another width, and `no_skipping` why selected experts cannot be skipped; they are empty if they can. `remark`
+    describes limitations for users.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Surgeon(ABC):
     fixed_router: str = ""
     no_factors: str = "its surgeon has no `install_factors`"
     no_resize: str = "its surgeon has no `resize`"
+    no_skipping: str = "its surgeon has no `install_skipping`"
     remark: str = ""
 
     @abstractmethod
@@ -196,6 +199,10 @@ class Surgeon(ABC):
         """Replace the stock experts by factorized ones, which the block then runs."""
         raise NotImplementedError(f"{type(self).__name__} has no `install_factors`; give the reason in `no_factors`")
 
+    def install_skipping(self, block: Block, skipping: Skipping) -> None:
+        """Have the router of a block give weight 0 to skipped experts, and its experts not run for them."""
+        raise NotImplementedError(f"{type(self).__name__} has no `install_skipping`; give the reason in `no_skipping`")
+
     def resize(self, block: Block, stock: nn.Module) -> None:
         """Give the stock experts of a block the sizes of another block of its class, with empty tensors."""
         raise NotImplementedError(f"{type(self).__name__} has no `resize`; give the reason in `no_resize`")
@@ -224,6 +231,13 @@ class Surgeon(ABC):
             )
         if not plan.keeps_all:
             self.cut(block, plan)
+        plan = self._store(block, plan, stock)
+        if plan.skipping is not None:
+            self.install_skipping(block, plan.skipping)
+        return plan
+
+    def _store(self, block: Block, plan: BlockPlan, stock: nn.Module | None) -> BlockPlan:
+        """Put the experts of a plan into a block; returns the plan without them."""
         if plan.factors is None:
             return plan
         view = self.experts(block)
@@ -251,6 +265,7 @@ class Surgeon(ABC):
         routing: Routing,
         sizes: ExpertsSpec | None = None,
         stock: nn.Module | None = None,
+        skipping: Skipping | None = None,
     ) -> None:
         """Give an uncompressed block the structure that `carry_out` leaves, with empty tensors.
 
@@ -260,6 +275,7 @@ class Surgeon(ABC):
             routing: How the router reaches them.
             sizes: Their formats; None for stock experts.
             stock: As in `carry_out`.
+            skipping: Which selected experts are skipped; None for none.
         """
         if num_groups < self.info(block, "", 0).num_experts:
             self.rebuild(block, num_groups, routing)
@@ -267,6 +283,8 @@ class Surgeon(ABC):
             self.resize(block, stock)
         elif sizes is not None:
             self.install_factors(block, _empty_factors(self.experts(block), sizes))
+        if skipping is not None:
+            self.install_skipping(block, skipping)
 
     def written_experts(self, block: Block) -> dict[str, torch.Tensor]:
         """The tensors of a block's compressed experts, by dotted path."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from optimum_moe.algorithms.expert_skipping import Skipping
 from optimum_moe.hf.compat import (
     ALL_EXPERTS_FUNCTIONS,
     accept_sentinels,
@@ -32,7 +33,7 @@ from optimum_moe.nn.merged_experts import eager_experts_forward
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.surgeons.architecture import Architecture
 from optimum_moe.surgeons.base import Block, BlockWatcher
-from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon
+from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon, run_skipping
 
 WATCHED = "optimum_moe_watched_"
 """Prefix of experts implementations that run the stock one named after it, and report each expert to a watcher."""
@@ -40,6 +41,8 @@ WATCHED = "optimum_moe_watched_"
 
 class GenericSurgeon(StackedSurgeon):
     """Surgeon for one `Architecture` row; also uses the flags that transformers sets on the experts module."""
+
+    no_skipping = ""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
@@ -134,6 +137,17 @@ class GenericSurgeon(StackedSurgeon):
         stock = experts.original_class if isinstance(experts, MergedExpertLayer) else type(experts)
         experts.__class__ = swapped_class(FactorizedExpertLayer, stock)
         if getattr(type(block), "kernel_layer_name", None) is not None:
+            block.__class__ = swapped_class(SwappedModule, type(block))
+
+    def install_skipping(self, block: Block, skipping: Skipping) -> None:
+        """See `Surgeon.install_skipping`."""
+        experts = self._experts(block)
+        run_skipping(self._router(block), skipping)
+        if not isinstance(experts, MergedExpertLayer | FactorizedExpertLayer):
+            accept_sentinels(experts)
+            experts.__class__ = swapped_class(MergedExpertLayer, type(experts))
+        if getattr(type(block), "kernel_layer_name", None) is not None:
+            # A hub kernel for the whole block would call neither router nor experts.
             block.__class__ = swapped_class(SwappedModule, type(block))
 
     def summing_module(self, block: Block) -> nn.Module:

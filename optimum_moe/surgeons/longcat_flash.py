@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_moe.algorithms.expert_skipping import Skipping
 from optimum_moe.formats.base import Opened
 from optimum_moe.nn import FactorizedExperts, MappedRouter, SwappedModule, swapped_class
 from optimum_moe.nn.factorized_layer import run_factorized
@@ -19,7 +20,15 @@ from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import Block, BlockWatcher
-from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon, down_of, gate_up_of, run_merged, watch_loop
+from optimum_moe.surgeons.stacked import (
+    ExpertStack,
+    StackedSurgeon,
+    down_of,
+    gate_up_of,
+    run_merged,
+    run_skipping,
+    watch_loop,
+)
 
 
 class MergedLongcatExperts(SwappedModule):
@@ -56,6 +65,8 @@ class LongcatFlashSurgeon(StackedSurgeon):
         RouterTensor("classifier.bias", trailing=True, optional=True, role="scale"),
         RouterTensor("e_score_correction_bias", trailing=True),
     )
+
+    no_skipping = ""
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is the MoE block of a layer with routed experts, and not only zero experts."""
@@ -95,6 +106,11 @@ class LongcatFlashSurgeon(StackedSurgeon):
         """See `Surgeon.install_factors`."""
         self.drop_stacks(block)
         block.experts.factors = factors
+        run_merged(block.experts, MergedLongcatExperts)
+
+    def install_skipping(self, block: Block, skipping: Skipping) -> None:
+        """See `Surgeon.install_skipping`."""
+        run_skipping(block.router, skipping)
         run_merged(block.experts, MergedLongcatExperts)
 
     def watch(self, block: Block, watcher: BlockWatcher) -> AbstractContextManager[None]:

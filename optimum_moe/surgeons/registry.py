@@ -116,7 +116,8 @@ def _known_blocks(model: nn.Module) -> list[FoundBlock]:
         for surgeon in _SURGEONS.values():
             if surgeon.matches(module):
                 info = surgeon.info(module, name, len(found))
-                found.append(FoundBlock(replace(info, layer=layer_around(model, name)), surgeon))
+                info = replace(info, layer=layer_around(model, name), no_skipping=surgeon.no_skipping)
+                found.append(FoundBlock(info, surgeon))
     return found
 
 

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from optimum_moe.algorithms.expert_skipping import Skipping
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.formats import PROJECTIONS
 from optimum_moe.hf.compat import mark_initialized
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import SwappedModule, swapped_class
 from optimum_moe.nn.merged_experts import RunExpert, run_routed
+from optimum_moe.nn.skipping import SkippingRouter
 from optimum_moe.plan import BlockPlan, Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import (
@@ -61,6 +63,13 @@ def gate_up_of(tensor_EIH: torch.Tensor) -> Fields:
 def down_of(tensor_EHI: torch.Tensor) -> Fields:
     """The field of a stack of down projections, (E, H, I)."""
     return {"down": tensor_EHI}
+
+
+def run_skipping(router: Any, skipping: Skipping) -> None:
+    """Have a router that returns `(logits, weights, index, ...)` skip experts."""
+    router.skipping = skipping
+    if not isinstance(router, SkippingRouter):
+        router.__class__ = swapped_class(SkippingRouter, type(router))
 
 
 def run_merged(experts: Any, mixin: type[SwappedModule]) -> None:

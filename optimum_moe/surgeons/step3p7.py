@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_moe.algorithms.expert_skipping import Skipping
 from optimum_moe.formats.base import Opened
 from optimum_moe.hf.compat import apply_gate
 from optimum_moe.nn import FactorizedExperts, MappedRouter, SwappedModule, swapped_class
@@ -17,7 +18,15 @@ from optimum_moe.nn.merged_experts import run_routed
 from optimum_moe.plan import Routing
 from optimum_moe.surgeons.architecture import RouterTensor
 from optimum_moe.surgeons.base import Block, BlockWatcher
-from optimum_moe.surgeons.stacked import ExpertStack, StackedSurgeon, down_of, gate_up_of, run_merged, watch_loop
+from optimum_moe.surgeons.stacked import (
+    ExpertStack,
+    StackedSurgeon,
+    down_of,
+    gate_up_of,
+    run_merged,
+    run_skipping,
+    watch_loop,
+)
 
 
 class MergedStep3p7Experts(SwappedModule):
@@ -40,6 +49,7 @@ class Step3p7Surgeon(StackedSurgeon):
 
     name = "step3p7"
     count_fields = ("n_routed_experts", "num_local_experts", "moe_num_experts")
+    no_skipping = ""
     router_name = "gate"
     tensors = (RouterTensor("weight"), RouterTensor("e_score_correction_bias"))
 
@@ -81,6 +91,11 @@ class Step3p7Surgeon(StackedSurgeon):
         """See `Surgeon.install_factors`."""
         self.drop_stacks(block)
         block.experts.factors = factors
+        run_merged(block.experts, MergedStep3p7Experts)
+
+    def install_skipping(self, block: Block, skipping: Skipping) -> None:
+        """See `Surgeon.install_skipping`."""
+        run_skipping(block.gate, skipping)
         run_merged(block.experts, MergedStep3p7Experts)
 
     def watch(self, block: Block, watcher: BlockWatcher) -> AbstractContextManager[None]:

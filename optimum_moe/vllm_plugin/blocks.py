@@ -81,6 +81,11 @@ class CompressedBlock:
                 f"{name} has a router of {groups} rows where config.json says {experts} experts (routing 'reduce'), "
                 "which vLLM cannot build. Serve it with transformers, or compress again with routing='map'."
             )
+        if "skipping" in entry:
+            raise ValueError(
+                f"Tokens of {name} skip experts with small routing weights, which the vLLM plugin does not do. Serve "
+                "it with transformers, or compress without expert-skipping."
+            )
         return cls(name, experts, groups, ExpertsSpec.from_dict(entry["factors"]) if "factors" in entry else None)
 
     @property
