@@ -3,8 +3,8 @@
     python benchmarks/expert_skipping.py [--on reference] [--max-tokens 16384] [--betas 0 0.25 0.5] [--threads 1]
 
 For each ratio beta, and the medians of the calibration text: experts that a token runs (on the held-out text),
-perplexity and KL to the original, and the seconds of CPU of one forward pass over that text beside those of the original
-in the same process (the fastest of three).
+perplexity and KL to the original, and the seconds of CPU of one forward pass over that text divided by those of the
+original in the same process (the fastest of three).
 """
 
 from __future__ import annotations
