@@ -69,12 +69,12 @@ class BlockDrop(Stage):
 
     @property
     def drops_layers(self) -> bool:
-        """Always True."""
+        """Always True, since whole layers go."""
         return True
 
     @property
     def reads_experts(self) -> bool:
-        """Always False."""
+        """Always False, since the residual stream decides."""
         return False
 
     def check(self, model: ModelInfo) -> None:

@@ -64,12 +64,12 @@ class ExpertSkipping(Stage):
 
     @property
     def skips_experts(self) -> bool:
-        """Always True."""
+        """Always True, since the plan says what is skipped."""
         return True
 
     @property
     def reads_experts(self) -> bool:
-        """Always False."""
+        """Always False, since routing weights decide."""
         return False
 
     @property

@@ -262,7 +262,7 @@ def _over_layers(layers: nn.ModuleList, path: str, name: str) -> dict[int, Any]:
 
 
 def _is_same(name: str, values: Mapping[int, Any], new: Any, number: int, kept: tuple[int, ...]) -> bool:
-    """Whether an attribute says the same of a layer before and after the layers are numbered anew.
+    """Whether an attribute says the same of a layer before and after the layers are numbered again.
 
     Args:
         name: Its name.
