@@ -169,7 +169,10 @@ def test_smallest_target_size_that_is_named_works(models) -> None:
     [
         ("stage: m-smoe\nkeep_rato: 0.5\n", r"Unknown field 'keep_rato'; did you mean 'keep_ratio'\?"),
         ("stage: m-smo\nkeep_ratio: 0.5\n", r"stage='m-smo' is unknown; did you mean 'm-smoe'"),
-        ("keep_ratio: 0.5\n", r"A recipe needs a field 'stage', one of block-drop, byte-budget, expert-merging, expert-pruning"),
+        (
+            "keep_ratio: 0.5\n",
+            r"A recipe needs a field 'stage', one of block-drop, byte-budget, expert-merging",
+        ),
         ("- m-smoe\n", r"must be a mapping with a field 'stage' or 'stages', got list"),
         ("stage: [m-smoe\n", r"(?s)is not valid YAML: .*Correct it"),
         (
