@@ -52,10 +52,11 @@ setup(
         "data": ["pyarrow", "datasets"],
         "images": ["pillow", "torchvision"],
         "recover": ["peft>=0.21"],
+        "plots": ["matplotlib"],
         "bench": ["gguf", "matplotlib"],
         "dev": [
             *("pytest>=9", "pytest-xdist", "hypothesis", "packaging", "ruff", "mypy", "types-PyYAML"),
-            *("pyarrow", "datasets", "peft>=0.21"),
+            *("pyarrow", "datasets", "matplotlib", "peft>=0.21"),
         ],
     },
 )

@@ -40,10 +40,11 @@ LAYERS = {
     "exporting": 6,
     "recovery": 6,
     "verification": 6,
-    "cli": 7,
-    "vllm_plugin": 7,
+    "sweep": 7,
+    "cli": 8,
+    "vllm_plugin": 8,
     "vllm_plugin/blocks": 2,
-    "__init__": 8,
+    "__init__": 9,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

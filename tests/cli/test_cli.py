@@ -78,6 +78,11 @@ OPTIONS = {
         "--output",
         "--quiet",
     },
+    "sweep": {
+        *{"--model", "--recipes", "--keep", "--target-size", "--calibration", "--text", "--text-column", "--tokenizer"},
+        *{"--max-tokens", "--sequence-length", "--evaluation-tokens", "--tasks", "--at-once", "--device-map", "--seed"},
+        *{"--output", "--write", "--quiet", *CHECKPOINT},
+    },
     "verify": {
         *{"--model", "--against", "--quiet", "--trained"},
         *{"--runs-in", "--exported", "--quantize", "--llama-cpp", "--python"},
