@@ -47,7 +47,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """Recipe and size, as tables show them."""
         return f"{self.recipe} at {self.size}"
 
     def load(self) -> Recipe:
