@@ -2,7 +2,8 @@
 
 A plan contains all that a surgeon needs to cut a block, and all that loading, verification and reports need to know
 about the cut. On disk it is `plan.json` (structure, labels, dominant experts, stages) and `plan/tensors.safetensors`
-(merge weights, permutations, router weights, kept neurons). The factors of matrices are only in the checkpoint.
+(merge weights, permutations, neurons of merged experts, router weights, kept neurons). The factors of matrices are only
+in the checkpoint.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class BlockPlan:
         merge_weights_E: (E,) float64, sums to 1 in every group, 0 for pruned experts.
         permutations_EI: (E, I) int64; expert e enters the merge with its neurons in the order `permutations_EI[e]`.
             None for no permutation.
+        sources_GI: (G, I) int64, the neurons that the expert of each group is made of: neuron i of expert e is
+            e * I + i. They are taken as they are, with their biases; `merge_weights_E` then only weighs the biases of
+            down. None for weighted sums of matrices.
         router_weights_E: (E,) float64, weight of each expert's router row in its group's row; `"reduce"` only.
         router_fit: Fitted router entries, which replace the weighted ones; `"reduce"` only.
         factors: The G experts in their stored formats; None for dense experts, and for a plan that was read from disk.
@@ -52,6 +56,7 @@ class BlockPlan:
             also on disk.
         stable_rank: Mean stable rank of the experts' matrices before and after merging, if both are known.
         skipping: Which selected experts a token skips at run time; None for none.
+        refits_down: Whether the down projections of merged experts were refitted to what their members gave.
         is_stock: Whether the experts of `sizes` are dense and of one width, and stored in the original's own tensors;
             their digests are then those of these tensors.
     """
@@ -62,6 +67,7 @@ class BlockPlan:
     routing: Routing
     merge_weights_E: torch.Tensor
     permutations_EI: torch.Tensor | None = None
+    sources_GI: torch.Tensor | None = None
     router_weights_E: torch.Tensor | None = None
     router_fit: RouterFit | None = None
     factors: StoredExperts | None = None
@@ -69,6 +75,7 @@ class BlockPlan:
     neurons: tuple[torch.Tensor | None, ...] | None = None
     digest: Mapping[str, str] | None = None
     stable_rank: tuple[float, float] | None = None
+    refits_down: bool = False
     is_stock: bool = False
     skipping: Skipping | None = None
 
@@ -120,6 +127,7 @@ class BlockPlan:
                     f"Plan for {self.name}: each of the {experts} rows of permutations_EI must be a permutation, got a "
                     f"tensor of shape {tuple(order_EI.shape)}."
                 )
+        self._check_sources()
         if self.routing == "reduce" and self.router_weights_E is None and not self.keeps_all:
             raise ValueError(f'Plan for {self.name}: routing="reduce" needs router_weights_E.')
         if self.router_weights_E is not None and self.router_weights_E.shape != (experts,):
@@ -127,6 +135,22 @@ class BlockPlan:
         ranks = self.stable_rank
         if ranks is not None and (len(ranks) != 2 or any(not 0 <= float(rank) < float("inf") for rank in ranks)):
             raise ValueError(f"Plan for {self.name}: stable_rank must hold two nonnegative values, got {ranks!r:.80}.")
+
+    def _check_sources(self) -> None:
+        sources_GI = self.sources_GI
+        if sources_GI is None:
+            return
+        inner = sources_GI.shape[-1]
+        fits = sources_GI.shape == (self.num_groups, inner) and int(sources_GI.min()) >= 0
+        if not fits or int(sources_GI.max()) >= self.num_experts * inner or self.permutations_EI is not None:
+            raise ValueError(
+                f"Plan for {self.name}: sources_GI must hold neurons of {self.num_experts} experts for each of "
+                f"{self.num_groups} groups, and no permutations beside them, got a tensor of shape "
+                f"{tuple(sources_GI.shape)}."
+            )
+        owner_GI = torch.tensor(self.labels_E)[sources_GI.long() // inner]
+        if not torch.equal(owner_GI, torch.arange(self.num_groups)[:, None].expand_as(owner_GI)):
+            raise ValueError(f"Plan for {self.name}: a merged expert takes neurons from the members of its group only.")
 
     @property
     def num_experts(self) -> int:
@@ -170,7 +194,7 @@ class BlockPlan:
     @property
     def keeps_experts(self) -> bool:
         """True if every remaining expert is an original one, neither merged nor permuted."""
-        if self.sizes is not None:
+        if self.sizes is not None or self.sources_GI is not None:
             return False
         alone_E = torch.zeros(self.num_experts, dtype=torch.float64)
         alone_E[list(self.references_G)] = 1.0
@@ -180,6 +204,13 @@ class BlockPlan:
             return True
         kept_GI = self.permutations_EI[list(self.references_G)].long()
         return torch.equal(kept_GI, torch.arange(kept_GI.shape[-1]).expand_as(kept_GI))
+
+    def sources(self, group: int) -> torch.Tensor | None:
+        """(2, I) expert of each neuron of a merged expert above its number there; None for weighted sums."""
+        if self.sources_GI is None:
+            return None
+        row_I = self.sources_GI[group].long()
+        return torch.stack([row_I // len(row_I), row_I % len(row_I)])
 
     def members(self, group: int) -> list[int]:
         """The experts of a group, with its reference first."""
@@ -197,6 +228,8 @@ class BlockPlan:
                 f"Plan for {self.name}: experts that were merged or pruned already cannot be merged or pruned again, "
                 f"got a second plan from {following.num_experts} to {following.num_groups} of {self.num_groups}."
             )
+        if following.sizes is None:
+            return replace(self, stable_rank=following.stable_rank)
         return replace(
             self,
             factors=following.factors,
@@ -297,7 +330,7 @@ class CompressionPlan:
         """Sizes and routing of every changed block, from which the model is rebuilt without its weights."""
         return {
             name: {"num_experts": plan.num_experts, "num_groups": plan.num_groups, "routing": plan.routing}
-            | ({} if plan.sizes is None else {"factors": plan.sizes.to_dict()})
+            | ({} if plan.sizes is None or (plan.refits_down and plan.is_stock) else {"factors": plan.sizes.to_dict()})
             | ({} if plan.skipping is None else {"skipping": plan.skipping.to_dict()})
             for name, plan in self.blocks.items()
             if not plan.is_identity
@@ -324,11 +357,15 @@ class CompressionPlan:
                 blocks[-1]["stock"] = True
             if plan.skipping is not None:
                 blocks[-1]["skipping"] = plan.skipping.to_dict()
+            if plan.refits_down:
+                blocks[-1]["refits_down"] = True
             if plan.stable_rank is not None:
                 blocks[-1]["stable_rank"] = list(plan.stable_rank)
             tensors[f"{index}.merge_weights_E"] = plan.merge_weights_E
             if plan.permutations_EI is not None:
                 tensors[f"{index}.permutations_EI"] = plan.permutations_EI.to(torch.int32)
+            if plan.sources_GI is not None:
+                tensors[f"{index}.sources_GI"] = plan.sources_GI.to(torch.int32)
             if plan.router_weights_E is not None:
                 # safetensors refuses shared storage, and pruning has one tensor for both weights.
                 tensors[f"{index}.router_weights_E"] = plan.router_weights_E.clone()
@@ -376,7 +413,7 @@ class CompressionPlan:
 
 
 def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torch.Tensor]) -> BlockPlan:
-    permutations = tensors.get(f"{index}.permutations_EI")
+    permutations, sources = tensors.get(f"{index}.permutations_EI"), tensors.get(f"{index}.sources_GI")
     sizes = ExpertsSpec.from_dict(block["factors"]) if "factors" in block else None
     dominants = block["dominants"]
     groups = 0 if sizes is None else len(sizes.widths)
@@ -388,12 +425,14 @@ def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torc
         routing=block["routing"],
         merge_weights_E=tensors[f"{index}.merge_weights_E"],
         permutations_EI=None if permutations is None else permutations.long(),
+        sources_GI=None if sources is None else sources.long(),
         router_weights_E=tensors.get(f"{index}.router_weights_E"),
         router_fit=_router_fit(index, tensors),
         sizes=sizes,
         neurons=None if sizes is None else tuple(None if n is None else n.long() for n in kept),
         digest=block.get("factors_digest"),
         stable_rank=tuple(block["stable_rank"]) if "stable_rank" in block else None,
+        refits_down=block.get("refits_down", False) is True,
         is_stock=block.get("stock", False) is True,
         skipping=Skipping.from_dict(block["skipping"]) if "skipping" in block else None,
     )

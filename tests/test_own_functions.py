@@ -313,7 +313,7 @@ def test_a_decorator_without_a_name_is_refused() -> None:
 
 def test_an_unknown_name_says_how_to_register_it() -> None:
     message = (
-        "weighting='absent' is unknown. Choose one of 'frequency', .*, 'uniform', or register it first, with "
+        "weighting='absent' is unknown. Choose one of 'dominant', .*, 'uniform', or register it first, with "
         "register_weighting (for a command, in a file: --import FILE)."
     )
     with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):

@@ -5,7 +5,7 @@ Shape letters: E experts, H hidden, J draws of labels, K top-k, P tokens of one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -59,6 +59,18 @@ class SampledTokens:
         gradient_SJH = self.gradient_SJH
         gradient_JPH = None if gradient_SJH is None else gradient_SJH[token_P].transpose(0, 1).float()
         return token_P, ExpertTokens(input_PH, weight_P, gradient_JPH)
+
+    def every(self, step: int, first: int = 0) -> SampledTokens:
+        """Every `step`-th token from the one numbered `first` on."""
+        gradient_SJH = self.gradient_SJH
+        return replace(
+            self,
+            input_SH=self.input_SH[first::step],
+            index_SK=self.index_SK[first::step],
+            weights_SK=self.weights_SK[first::step],
+            gradient_SJH=None if gradient_SJH is None else gradient_SJH[first::step],
+            share=self.share / step,
+        )
 
     def importance(self) -> torch.Tensor:
         """(S,) float32 squared size of each token's gradient, 1 without gradients."""

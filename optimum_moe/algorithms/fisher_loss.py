@@ -92,7 +92,7 @@ class FisherLoss:
                 raise ValueError(f"{name} holds NaN or infinity. Check the checkpoint and the calibration data.")
         self.expert, self.outputs = expert, Outputs(expert.down_HI)
         self.input_PH = tokens.input_PH.to(expert.up_IH.dtype)
-        self.weight_P, self._rows_QH = _weights_and_directions(tokens, self.input_PH.dtype)
+        self.weight_P, self._rows_QH = weights_and_directions(tokens, self.input_PH.dtype)
         self.root_P1 = self.weight_P.sqrt().to(self.input_PH.dtype)[:, None]
         self.stacked_PO = expert.preactivations(self.input_PH)
         """(P, I or 2I) outputs of gate above up, without biases and weights."""
@@ -196,7 +196,7 @@ def _half_of_squares(value_PQ: torch.Tensor) -> float:
     return 0.5 * float(torch.linalg.vector_norm(value_PQ, dim=1).double().square().sum())
 
 
-def _weights_and_directions(tokens: ExpertTokens, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def weights_and_directions(tokens: ExpertTokens, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(P,) float64 q, and rows (Q, H) with B = sum r r^T; the squared error of the output without gradients."""
     gate_P, (_, hidden) = tokens.weight_P.double(), tokens.input_PH.shape
     if tokens.gradient_JPH is None:

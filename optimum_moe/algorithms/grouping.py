@@ -6,8 +6,13 @@ Shape letters: E experts, G groups. A router group is the architecture's own `n_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
+
+Linkage = Literal["single", "complete", "average", "ward"]
 
 
 def _check_frequency(frequency_E: torch.Tensor, name: str = "frequency_E") -> torch.Tensor:
@@ -181,4 +186,39 @@ def random_groups(
         order = torch.randperm(width, generator=generator)
         start = router_group * width
         labels_E[start + order] = router_group * share + seats
+    return labels_E
+
+
+def linkage_groups(
+    similarity_EE: torch.Tensor, num_groups: int, method: Linkage, router_groups: int = 1
+) -> torch.Tensor:
+    """Groups by agglomerative clustering: the two nearest clusters merge until `num_groups` are left.
+
+    Args:
+        similarity_EE: (E, E), higher means more alike; the distance of two experts is what it is below the largest.
+        num_groups: number of groups G.
+        method: what the distance of two clusters is, as in `scipy.cluster.hierarchy.linkage`. `"ward"` takes the
+            distances for Euclidean ones.
+        router_groups: number of router groups; each is clustered by itself into G / router_groups groups.
+
+    Returns:
+        (E,) int64 labels in 0..G-1, in the order of the first expert of each group.
+
+    Raises:
+        ValueError: if the counts do not fit each other.
+    """
+    num_experts = len(similarity_EE)
+    _check_groups(num_experts, num_groups, router_groups)
+    distance_EE = (similarity_EE.max() - similarity_EE).detach().double().cpu().fill_diagonal_(0)
+    width, share = num_experts // router_groups, num_groups // router_groups
+    labels_E = torch.empty(num_experts, dtype=torch.int64)
+    for router_group in range(router_groups):
+        own = slice(router_group * width, (router_group + 1) * width)
+        condensed = squareform(distance_EE[own, own].numpy(), checks=False)
+        clusters = {expert: [expert] for expert in range(width)}
+        # The rows of a linkage are in the order of the distances: the first of them leave as many clusters as wanted.
+        for row, (first, second, *_) in enumerate(linkage(condensed, method)[: width - share] if width > 1 else ()):
+            clusters[width + row] = clusters.pop(int(first)) + clusters.pop(int(second))
+        for label, members in enumerate(sorted(map(sorted, clusters.values()))):
+            labels_E[[router_group * width + expert for expert in members]] = router_group * share + label
     return labels_E

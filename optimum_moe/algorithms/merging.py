@@ -124,6 +124,30 @@ def merge_matrices(
             out[rows].copy_(part)
 
 
+def gather_neurons(
+    matrices: Sequence[torch.Tensor] | torch.Tensor,
+    expert_I: torch.Tensor,
+    neuron_I: torch.Tensor,
+    neuron_axis: int,
+    out: torch.Tensor,
+) -> None:
+    """Write neurons of several experts into `out`, each as it is.
+
+    Args:
+        matrices: one tensor for each expert, all of the shape of `out`.
+        expert_I: (I,) int64 expert that each neuron is taken from.
+        neuron_I: (I,) int64 its number there.
+        neuron_axis: axis that the neurons lie along (0 for gate and up, 1 for down).
+        out: tensor to write; it may be the storage of one of the experts.
+    """
+    gathered = torch.empty_like(out)
+    for expert in expert_I.unique().tolist():
+        slots = (expert_I == expert).nonzero()[:, 0].to(out.device)
+        taken = neuron_I[expert_I == expert].to(out.device)
+        gathered.index_copy_(neuron_axis, slots, matrices[expert].detach().index_select(neuron_axis, taken))
+    out.copy_(gathered)
+
+
 def _proper(order: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """None in place of an identity permutation, which then costs no gather."""
     if order is None or torch.equal(order.cpu(), torch.arange(order.numel())):

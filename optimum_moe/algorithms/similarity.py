@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
+from optimum_moe.algorithms.experts import ExpertTensors
+
 
 def gram_similarity(gram_EE: torch.Tensor) -> torch.Tensor:
     """Similarity of experts from the uncentered Gram matrix of their signals.
@@ -52,3 +55,32 @@ def vector_similarity(vectors_ED: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"Expected one vector for each expert, got shape {tuple(vectors_ED.shape)}. Pass (E, D).")
     vectors_ED = vectors_ED.double()
     return gram_similarity(vectors_ED @ vectors_ED.T)
+
+
+def distance_similarity(vectors_ED: torch.Tensor) -> torch.Tensor:
+    """(E, E) float64 minus the Euclidean distance of each two experts' vectors, as HC-SMoE compares mean outputs.
+
+    Args:
+        vectors_ED: (E, D), any float dtype.
+    """
+    vectors_ED = vectors_ED.double()
+    return -torch.cdist(vectors_ED, vectors_ED, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+@torch.no_grad()
+def mean_outputs(experts: ExpertTensors, sample: SampledTokens) -> torch.Tensor:
+    """(E, H) float64 mean output of every expert over all sampled tokens, whether or not they were routed to it.
+
+    Args:
+        experts: the block's routed experts.
+        sample: the block's sampled tokens; their routing weights do not count.
+    """
+    input_SH = sample.input_SH.float()
+    found = []
+    for e in range(experts.num_experts):
+        single = single_expert(experts, e)
+        # The mean over tokens goes through down, which is linear.
+        hidden_I = single.activated(single.preactivations(input_SH)).mean(0, dtype=torch.float64)
+        bias = 0.0 if experts.down_bias is None else experts.down_bias[e].double()
+        found.append(single.down_HI.double() @ hidden_I + bias)
+    return torch.stack(found).cpu()

@@ -91,7 +91,8 @@ def _dense_failures(
     kept = None if plan.neurons is None else plan.neurons[expert]
     exact = {name: _is_exact(sizes.sizes_of(name, expert)) for name in originals}
     # Experts that keep all of their neurons are refitted to the tokens of removed ones, if no others can be.
-    make_up = plan.is_stock or (not sizes.parts and 0 in sizes.widths and len(set(sizes.widths)) == 2)
+    make_up = not sizes.parts and 0 in sizes.widths and len(set(sizes.widths)) == 2
+    make_up = make_up or plan.is_stock or plan.refits_down
     failures = []
     for projection in originals:
         refitted = projection == "down" and (kept is not None or make_up or not all(exact.values()))

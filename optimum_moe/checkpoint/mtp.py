@@ -232,9 +232,11 @@ class MTPLayers:
         found = self.source.blocks[-1]
         state = reader.read(found.info.name, lambda name: get(prefix + _layer(name)[1]))
         block = block_with(found, self.source.skeleton, state)
-        # Groups and weights come from the last block; neuron alignment and router rows from these layers.
-        plan = replace(plan, router_fit=None)
-        if plan.permutations_EI is not None:
+        # Groups and weights come from the last block; neuron alignment and router rows from these layers. Neurons of
+        # the last block say nothing of theirs, which are averaged.
+        aligned = plan.permutations_EI is not None or plan.sources_GI is not None
+        plan = replace(plan, router_fit=None, sources_GI=None)
+        if aligned:
             labels_E = torch.tensor(plan.labels_E)
             aligned_EI = align_experts(found.surgeon.experts(block), labels_E, plan.references_G)
             plan = replace(plan, permutations_EI=aligned_EI)

@@ -88,6 +88,11 @@ class Stage(ABC):
         return self.routing is not None
 
     @property
+    def averages_experts(self) -> bool:
+        """Whether the matrices of merged experts are weighted means of those of their members."""
+        return True
+
+    @property
     def leaves_dense_experts(self) -> bool:
         """Whether every remaining expert is stored in dense matrices, so that another stage can follow."""
         return True

@@ -8,7 +8,7 @@ import torch
 
 from optimum_moe.algorithms.expert_tokens import SampledTokens
 from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
-from optimum_moe.algorithms.merging import merge_matrices
+from optimum_moe.algorithms.merging import gather_neurons, merge_matrices
 from optimum_moe.algorithms.rerouting import Rerouter
 from optimum_moe.algorithms.router_fit import RouterView
 from optimum_moe.model_info import BlockInfo
@@ -58,6 +58,10 @@ class BlockContext:
     def sample(self) -> SampledTokens:
         """The sampled tokens of the block, on the device of its experts."""
         return self._sample(self.observed())
+
+    def mapped_sample(self, plan: BlockPlan) -> SampledTokens:
+        """The sampled tokens with the groups of a plan for expert ids; the weights of experts of one group add up."""
+        return self._sample(_mapped(self.observed(), plan))
 
     def profiled_sample(self) -> SampledTokens:
         """The sampled tokens that the profiles were taken from, on the device of the experts."""
@@ -115,11 +119,17 @@ def merged_experts(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
             continue
         stack = [torch.empty_like(values[0], memory_format=torch.contiguous_format) for _ in range(plan.num_groups)]
         for group, out in enumerate(stack):
+            taken = plan.sources(group)
+            if taken is not None and axis is not None:
+                gather_neurons(values, taken[0], taken[1], axis, out)
+                continue
             members = plan.members(group)
             weights = [float(plan.merge_weights_E[e]) for e in members]
             order = [None if plan.permutations_EI is None else plan.permutations_EI[e] for e in members]
             merge_matrices([values[e] for e in members], weights, order, axis, out)
         merged[name] = stack
+    if plan.factors is not None and plan.is_stock:
+        merged["down"] = [expert.down.densified().to(experts.down[0].dtype) for expert in plan.factors.experts]
     return replace(experts, **merged)  # type: ignore[arg-type]
 
 

@@ -129,6 +129,11 @@ class LowRankSparse(FormattingStage):
                 f'base="group" keeps every expert, but {before.name} with a smaller router does not. '
                 'Merge with routing="map" before it.'
             )
+        if not before.averages_experts:
+            raise ValueError(
+                f'base="group" keeps experts as differences from the mean of their group, but {before.name} with '
+                'merge="neurons" makes experts of some neurons of each. Pass merge="mean" to it.'
+            )
 
     def check(self, model: ModelInfo) -> None:
         """See `Stage.check`; checks rank and density against the matrices."""

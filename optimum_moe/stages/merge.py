@@ -8,7 +8,7 @@ section 3.2).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,10 +20,11 @@ from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan, Routing, keep_all
 from optimum_moe.settings import choose_one
 from optimum_moe.stages.base import register_stage
-from optimum_moe.stages.context import BlockContext
+from optimum_moe.stages.context import BlockContext, merged_experts
 from optimum_moe.stages.counted import CountedStage
 from optimum_moe.stages.counts import selected_blocks
 from optimum_moe.stages.merge_choices import GROUPINGS, ROUTER_ROWS, SIMILARITIES, WEIGHTINGS
+from optimum_moe.stages.merge_refit import MergedBlock, Refit, cannot_refit
 from optimum_moe.stages.results import Groups
 from optimum_moe.statistics import Statistics
 
@@ -47,6 +48,12 @@ class ExpertMerging(CountedStage):
             registered with `register_grouping`.
         weighting: `"frequency"` or `"uniform"` weights in the merge, or a name registered with `register_weighting`.
         align: Permute each expert's neurons to its group's dominant expert before merging.
+        merge: What a merged expert is made of: the weighted `"mean"` of its members' matrices, or those `"neurons"` of
+            all of them that together come closest to what the members gave (optimal brain surgeon).
+        refit: Refit the down projections of merged experts by least squares on sampled tokens: not at all (`"none"`),
+            each to what its `"group"` gave (MergeMoE, arXiv:2510.14436), or after that all of a `"block"` together to
+            the block's output. Tokens weigh by the gradient of the loss where a backward pass is possible. Needs
+            `routing="map"`.
         routing: `"map"` keeps the router and maps its ids (the paper; needs this package to load), `"reduce"`
             shrinks the router, which gives a plain checkpoint.
         router_rows: Router row of a merged expert with `"reduce"`: that of its `"dominant"` expert, the
@@ -66,6 +73,8 @@ class ExpertMerging(CountedStage):
     grouping: str = "routing"
     weighting: str = "frequency"
     align: bool = True
+    merge: Literal["mean", "neurons"] = "mean"
+    refit: Refit = "none"
     routing: Routing = "map"
     router_rows: str = "fit"
 
@@ -73,6 +82,19 @@ class ExpertMerging(CountedStage):
         super().__post_init__()
         choose_one("allocation", self.allocation, ("uniform", "adaptive"))
         choose_one("routing", self.routing, ("map", "reduce"))
+        choose_one("merge", self.merge, ("mean", "neurons"))
+        choose_one("refit", self.refit, ("none", "group", "block"))
+        if self.refits and self._reduces:
+            raise ValueError(
+                f'refit={self.refit!r} fits merged experts to the tokens of their members, but with routing="reduce" '
+                'the router chooses other tokens for them. Pass routing="map", or use ByteBudget(runs_in="any"), which '
+                "refits the experts that a smaller router reaches."
+            )
+        if not self.averages_experts and not self.refits:
+            raise ValueError(
+                'merge="neurons" chooses neurons for a down projection that is fitted to them. Pass refit="block" or '
+                'refit="group".'
+            )
         for choice, chosen in self._choices:
             choice[chosen]
 
@@ -87,9 +109,25 @@ class ExpertMerging(CountedStage):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Frequencies, to find the dominant expert of each group, and the inputs of the chosen functions."""
+        """Frequencies, to find the dominant experts, the inputs of the chosen functions, and what a refit reads."""
         used = [choice[chosen] for choice, chosen in self._choices if choice is not ROUTER_ROWS or self._reduces]
-        return frozenset({"frequency"}).union(*(function.observations for function in used))
+        fitted = {"sample", "gradients"} if self.refits else set()
+        return frozenset({"frequency", *fitted}).union(*(function.observations for function in used))
+
+    @property
+    def sample_size(self) -> int:
+        """Number of tokens to sample; a refit needs more than there are neurons in an expert."""
+        return 32768 if self.refits else super().sample_size
+
+    @property
+    def refits(self) -> bool:
+        """Whether down projections are fitted to what the members of a group gave."""
+        return self.refit != "none"
+
+    @property
+    def averages_experts(self) -> bool:
+        """Whether merged matrices are weighted means."""
+        return self.merge == "mean"
 
     @property
     def _reduces(self) -> bool:
@@ -99,6 +137,13 @@ class ExpertMerging(CountedStage):
     def is_adaptive(self) -> bool:
         """True for the adaptive allocation, which ranks the experts of all blocks together."""
         return self.allocation == "adaptive"
+
+    def check(self, model: ModelInfo) -> None:
+        """See `Stage.check`; checks that the experts can be refitted."""
+        super().check(model)
+        for block in selected_blocks(model, self.layers, self.protect) if self.refits else ():
+            if block.no_factors:
+                raise _cannot_refit(block.name, block.no_factors)
 
     def counts(self, model: ModelInfo) -> dict[str, int]:
         """See `CountedStage.counts`."""
@@ -133,16 +178,29 @@ class ExpertMerging(CountedStage):
         grouped = {"labels_E": labels_E, "dominants_G": dominants_G}
         weights_E = WEIGHTINGS[self.weighting](context, **grouped)
         rows = ROUTER_ROWS[self.router_rows](context, **grouped) if self._reduces else None
-        return BlockPlan(
+        aligns = self.align and self.averages_experts
+        plan = BlockPlan(
             name=info.name,
             labels_E=tuple(labels_E.tolist()),
             dominants_G=dominants_G,
             routing=self.routing,
             merge_weights_E=merge_weights(weights_E, labels_E, allocated),
-            permutations_EI=align_experts(context.experts, labels_E, dominants_G) if self.align else None,
+            permutations_EI=align_experts(context.experts, labels_E, dominants_G) if aligns else None,
             router_weights_E=None if rows is None else merge_weights(rows.weights_E, labels_E, allocated),
             router_fit=None if rows is None else rows.fit,
         )
+        return self._refitted(context, plan) if self.refits else plan
+
+    def _refitted(self, context: BlockContext, plan: BlockPlan) -> BlockPlan:
+        """The plan with the neurons that merged experts are made of, and their refitted down projections."""
+        reason = cannot_refit(context)
+        if reason:
+            raise _cannot_refit(plan.name, reason)
+        block = MergedBlock(context, plan)
+        if not self.averages_experts:
+            plan = replace(plan, sources_GI=block.sources())
+        factors = block.refitted(merged_experts(context.experts, plan), self.refit)
+        return replace(plan, factors=factors, refits_down=True, is_stock=True)
 
     def _groups(self, context: BlockContext, count: int) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Labels and dominant experts; groups are numbered by ascending dominant expert."""
@@ -173,3 +231,10 @@ class MSMoE(ExpertMerging):
     """
 
     name: ClassVar[str] = "m-smoe"
+
+
+def _cannot_refit(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f'The experts of {name} cannot be refitted: {reason}. Pass refit="none" and merge="mean", or leave the block '
+        f'out with protect=["{name}"].'
+    )

@@ -9,16 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import torch
 
+from optimum_moe.algorithms.expert_tokens import SampledTokens
 from optimum_moe.algorithms.experts import ExpertTensors
-from optimum_moe.algorithms.grouping import dominant_experts, join_dominants, random_groups
+from optimum_moe.algorithms.grouping import (
+    Linkage,
+    dominant_experts,
+    join_dominants,
+    linkage_groups,
+    random_groups,
+)
+from optimum_moe.algorithms.merge_damage import pair_damages
 from optimum_moe.algorithms.router_fit import Choices, RouterView, fit_router
-from optimum_moe.algorithms.similarity import gram_similarity, vector_similarity
+from optimum_moe.algorithms.similarity import distance_similarity, gram_similarity, mean_outputs, vector_similarity
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.stages.from_context import Choice, Function
 from optimum_moe.stages.results import Groups, Returned, RouterRows
+from optimum_moe.stages.saliency import expected_loss
 from optimum_moe.statistics import Reservoir
 
 SIMILARITIES = Choice("similarity", Returned.similarities)
@@ -102,6 +112,26 @@ def expert_weights(experts: ExpertTensors) -> torch.Tensor:
     return gram_similarity(gram_EE.tril() + gram_EE.tril(-1).T)
 
 
+@register_similarity("expert_outputs")
+def expert_outputs(experts: ExpertTensors, sample: SampledTokens) -> torch.Tensor:
+    """Minus the distance of the experts' mean outputs, each over all sampled tokens (HC-SMoE, arXiv:2410.08589)."""
+    return distance_similarity(mean_outputs(experts, sample))
+
+
+@register_similarity("router_logits_x_outputs")
+def router_logits_x_outputs(
+    router_gram_EE: torch.Tensor, experts: ExpertTensors, sample: SampledTokens
+) -> torch.Tensor:
+    """Cosine similarity of router logits times that of mean outputs, both in [0, 1]: alike by both or not at all."""
+    return gram_similarity(router_gram_EE) * vector_similarity(mean_outputs(experts, sample))
+
+
+@register_similarity("damage")
+def merge_damage(experts: ExpertTensors, loss_sample: SampledTokens) -> torch.Tensor:
+    """Minus what the loss is expected to rise by when one of two experts serves both, see `algorithms.merge_damage`."""
+    return -pair_damages(experts, loss_sample)
+
+
 @register_grouping("routing")
 def group_by_routing(
     similarity: Callable[[], torch.Tensor], rank_E: torch.Tensor, num_groups: int, router_groups: int
@@ -109,6 +139,56 @@ def group_by_routing(
     """The most frequent experts are dominant, and every other expert joins the most similar of them (M-SMoE)."""
     dominants = dominant_experts(rank_E, num_groups, router_groups)
     return Groups(join_dominants(similarity(), dominants, router_groups), dominants)
+
+
+@register_grouping("loss")
+def group_by_loss(
+    similarity: Callable[[], torch.Tensor],
+    experts: ExpertTensors,
+    loss_sample: SampledTokens,
+    token_count_E: torch.Tensor,
+    rank_E: torch.Tensor,
+    num_groups: int,
+    router_groups: int,
+) -> Groups:
+    """The experts whose absence costs the most loss are dominant, and every other one joins the most similar of them.
+
+    As `"routing"`, with the expected rise of the loss (saliency `"fisher"`) in place of the frequency.
+    """
+    damage_E = expected_loss(experts, loss_sample)
+    # An expert without tokens that is to be kept has a rank above 0.
+    kept_E = (token_count_E == 0) & (rank_E > 0)
+    dominants = dominant_experts(damage_E.masked_fill(kept_E, 2 * float(damage_E.max()) + 1), num_groups, router_groups)
+    return Groups(join_dominants(similarity(), dominants, router_groups), dominants)
+
+
+def _register_linkage(method: Linkage) -> None:
+    @register_grouping(f"{method}_linkage")
+    def group_by_linkage(similarity: Callable[[], torch.Tensor], num_groups: int, router_groups: int) -> Groups:
+        return Groups(linkage_groups(similarity(), num_groups, method, router_groups))
+
+
+for _method in get_args(Linkage):
+    _register_linkage(_method)
+
+
+@register_grouping("partial")
+def group_half(
+    similarity: Callable[[], torch.Tensor], rank_E: torch.Tensor, num_groups: int, router_groups: int
+) -> Groups:
+    """The more frequent half of the dominant experts stays as it is; the others take in all that is merged.
+
+    Partial preservation, after SlimQwen (as described in its abstract; frequency stands for its saliency).
+    """
+    dominants = dominant_experts(rank_E, num_groups, router_groups)
+    share = num_groups // router_groups
+    taking = [expert for place, expert in enumerate(dominants) if place % share >= share // 2]
+    similarity_EE = similarity()
+    labels_E = torch.tensor(taking)[join_dominants(similarity_EE, taking, router_groups)]
+    labels_E[list(dominants)] = torch.tensor(dominants)
+    slot_E = torch.empty_like(labels_E)
+    slot_E[list(dominants)] = torch.arange(num_groups)
+    return Groups(slot_E[labels_E], dominants)
 
 
 @register_grouping("random")
@@ -127,6 +207,20 @@ def weight_by_frequency(token_count_E: torch.Tensor) -> torch.Tensor:
 def weight_uniformly(info: BlockInfo) -> torch.Tensor:
     """Weight all experts equally."""
     return torch.ones(info.num_experts, dtype=torch.float64)
+
+
+@register_weighting("dominant")
+def weight_dominants(labels_E: torch.Tensor, dominants_G: tuple[int, ...]) -> torch.Tensor:
+    """The dominant expert stands for its group, whose other experts are pruned (a baseline of M-SMoE's code)."""
+    weights_E = torch.zeros(len(labels_E), dtype=torch.float64)
+    weights_E[list(dominants_G)] = 1.0
+    return weights_E
+
+
+@register_weighting("fisher")
+def weight_by_loss(experts: ExpertTensors, loss_sample: SampledTokens) -> torch.Tensor:
+    """Weight each expert by what the loss is expected to rise by without it (Fisher-weighted merging)."""
+    return expected_loss(experts, loss_sample)
 
 
 @register_router_rows("dominant")

@@ -238,7 +238,7 @@ def plain_plan(context: BlockContext, shape: PlainShape, refit: bool = True) -> 
     if refit:
         target_SH = block_output(experts, range(info.num_experts), sample)
         if experts.down_bias is not None:
-            target_SH -= _bias_output(experts.down_bias, shape.kept, rerouted)
+            target_SH -= bias_output(experts.down_bias, shape.kept, rerouted)
         if is_whole and not is_worth_refitting(kept, stored, rerouted, target_SH):
             return plan
         stored = refit_block(kept, stored, rerouted, target_SH=target_SH)
@@ -280,11 +280,11 @@ def block_output(
         hidden_PI = expert.activated(expert.preactivations(seen.input_PH))
         output_SH.index_add_(0, token_P, (hidden_PI * seen.weight_P[:, None] @ expert.down_HI.T).float())
     if experts.down_bias is not None and biased:
-        output_SH += _bias_output(experts.down_bias, ids, tokens)
+        output_SH += bias_output(experts.down_bias, ids, tokens)
     return output_SH
 
 
-def _bias_output(bias_EH: PerExpert, ids: Sequence[int], tokens: SampledTokens) -> torch.Tensor:
+def bias_output(bias_EH: PerExpert, ids: Sequence[int], tokens: SampledTokens) -> torch.Tensor:
     """(S, H) what the down biases of some experts give."""
     output_SH = torch.zeros(tokens.input_SH.shape, device=tokens.input_SH.device)
     for slot, index in enumerate(ids):

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from optimum_moe.algorithms.expert_skipping import Skipping
 from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
-from optimum_moe.algorithms.merging import merge_matrices
+from optimum_moe.algorithms.merging import gather_neurons, merge_matrices
 from optimum_moe.algorithms.router_fit import RouterView
 from optimum_moe.formats import PROJECTIONS, ExpertsSpec, StoredExperts
 from optimum_moe.model_info import BlockInfo
@@ -350,8 +350,13 @@ def merge_group(
     members = plan.members(group)
     weights = [float(plan.merge_weights_E[e]) for e in members]
     order = [None if plan.permutations_EI is None else plan.permutations_EI[e] for e in members]
+    taken = plan.sources(group)
     for name, matrices in source.items():
-        merge_matrices([matrices[e] for e in members], weights, order, NEURON_AXIS[name], target[name][slot])
+        axis = NEURON_AXIS[name]
+        if taken is not None and axis is not None:
+            gather_neurons(matrices, taken[0], taken[1], axis, target[name][slot])
+            continue
+        merge_matrices([matrices[e] for e in members], weights, order, axis, target[name][slot])
 
 
 def merged_router_rows(rows_EX: torch.Tensor, plan: BlockPlan, role: Role = "rows") -> torch.Tensor:

@@ -1,7 +1,14 @@
 import pytest
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
 
-from optimum_moe.algorithms.grouping import adaptive_dominants, dominant_experts, join_dominants, random_groups
+from optimum_moe.algorithms.grouping import (
+    adaptive_dominants,
+    dominant_experts,
+    join_dominants,
+    linkage_groups,
+    random_groups,
+)
 
 
 def check_block(parity, statistics, expected, block, dominants_G):
@@ -91,6 +98,27 @@ def test_random_groups_depend_on_the_seed_only():
     assert random_groups(5, 5, torch.Generator().manual_seed(3)).sort().values.tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("method", ["single", "complete", "average", "ward"])
+def test_linkage_groups_are_those_of_scipy(method):
+    points_ED = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    distance_EE = torch.cdist(points_ED, points_ED)
+    for num_groups in range(1, 13):
+        labels_E = linkage_groups(-distance_EE, num_groups, method)
+        expected_E = fcluster(linkage(points_ED.numpy(), method), num_groups, "maxclust")
+        same_EE = torch.from_numpy(expected_E[:, None] == expected_E)
+        assert torch.equal(labels_E[:, None] == labels_E, same_EE)
+        assert labels_E.unique().tolist() == list(range(num_groups))
+
+
+def test_linkage_groups_stay_within_router_groups():
+    # The nearest experts lie in different router groups.
+    points_E = torch.tensor([0.0, 5.0, 6.0, 20.0, 0.1, 5.1, 30.0, 31.0])
+    similarity_EE = -(points_E[:, None] - points_E).abs()
+    assert linkage_groups(similarity_EE, 4, "average", router_groups=2).tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
+    # All equally far: as many groups as asked for.
+    assert sorted(linkage_groups(torch.eye(6), 4, "complete").unique().tolist()) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -109,6 +137,7 @@ def test_random_groups_depend_on_the_seed_only():
         (lambda: join_dominants(torch.ones(4, 4), (0, 1), router_groups=2), "without a dominant"),
         (lambda: join_dominants(torch.full((2, 2), torch.nan), (0,)), "NaN"),
         (lambda: random_groups(4, 5, None), "num_groups=5 is outside 1..4"),
+        (lambda: linkage_groups(torch.eye(4), 5, "average"), "num_groups=5 is outside 1..4"),
     ],
 )
 def test_errors_state_rule_and_values(call, message):
