@@ -264,6 +264,7 @@ def test_a_changed_config_is_found(tmp_path: Path) -> None:
         (BlockDrop(num_blocks=2, layers=[0, 2], consecutive=True), "qwen3_moe", "not so many"),
         (BlockDrop(num_blocks=1), "switch_transformers", "encoder-decoder"),
         (BlockDrop(num_blocks=1), "gemma4", "embed_tokens_per_layer"),
+        (BlockDrop(num_blocks=1), "zaya", "each layer uses what the one before it computed"),
     ],
 )
 def test_what_cannot_be_dropped_is_refused_at_once(stage: Any, name: str, message: str) -> None:

@@ -7,6 +7,7 @@ attention. If something differs, no stock class can express it, and it is refuse
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ _REFERENCE = re.compile(r"layer.*(idx|index)")
 """Attributes of a layer whose value may be the number of a layer."""
 _SHARED = "shared"
 """Entry of a list with one entry for each layer: the layer takes something from the last one that is not shared."""
+_FULL = "full"
+"""Entry of such a list: the layer computes it itself."""
 _FEATURES = re.compile(r"deepstack.*index")
 """Lists of the layers of a tower whose features go into as many first layers of the decoder."""
 _PLAIN = (bool, int, float, str, type(None))
@@ -127,6 +130,8 @@ def _build(model: PreTrainedModel, blocks: Sequence[FoundBlock], dropped: frozen
         return taker
     if orphan := _orphan(config_at(model.config, tower), len(layers), kept):
         return orphan
+    if state := _passed_on(layers, config_at(model.config, tower)):
+        return state
     for settings in _possible_settings(config_at(model.config, tower), len(layers), kept, dense):
         named = {f"{tower}.{name}".lstrip("."): value for name, value in settings.items()}
         config = deepcopy(model.config)
@@ -192,6 +197,17 @@ def _takes_from_outside(config: Any, kept: tuple[int, ...]) -> str | None:
             if gone:
                 return f"layer {min(gone)} takes features of another tower by its number ({name})"
     return None
+
+
+def _passed_on(layers: nn.ModuleList, config: Any) -> str | None:
+    """What each layer gets from the one before it, if no setting says which layers use it; None if nothing."""
+    taken = [name for name in inspect.signature(type(layers[-1]).forward).parameters if name.startswith("prev_")]
+    told = any(
+        isinstance(value, list | tuple) and len(value) == len(layers) and set(value) <= {_SHARED, _FULL}
+        for value in vars(config).values()
+        if not isinstance(value, list | tuple) or all(isinstance(item, str) for item in value)
+    )
+    return f"each layer uses what the one before it computed ({taken[0]})" if taken and not told else None
 
 
 def _orphan(config: Any, whole: int, kept: tuple[int, ...]) -> str | None:
