@@ -25,7 +25,8 @@ from optimum_moe.surgeons.guard import as_stored
 
 CARRIED = (
     *("__init__.py", "model_info.py", "plan.py", "records.py", "settings.py"),
-    *("algorithms/*.py", "formats/*.py", "nn/*.py", "surgeons/*.py", "checkpoint/__init__.py", "checkpoint/missing.py"),
+    *("algorithms/*.py", "formats/*.py", "kernels/*.py", "nn/*.py", "surgeons/*.py"),
+    *("checkpoint/__init__.py", "checkpoint/missing.py"),
     *(f"hf/{name}.py" for name in ("__init__", "carried_code", "compat", "import_hook", "quantizer", "structure")),
     f"hf/{CARRIED_MODULE}.py",
 )

@@ -300,6 +300,11 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return module._parameters.get(name)
 
 
+def own_entries(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dictionaries in which a module has its submodules and its parameters, to be asked often."""
+    return module._modules, module._parameters
+
+
 def unloaded_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers under all their names, as they are: none is loaded by `load_at_first_use` on the way."""
     for path, part in module.named_modules(remove_duplicate=False):

@@ -20,6 +20,7 @@ from torch import nn
 
 from optimum_moe.algorithms.experts import Activate
 from optimum_moe.formats.base import JOINT, Product
+from optimum_moe.hf.compat import own_entries
 from optimum_moe.nn.expert_projection import ExpertProjection
 from optimum_moe.nn.factorized_experts import ExpertsWithoutNeurons, FactorizedExperts, WidthClass
 
@@ -67,7 +68,7 @@ class Watched:
         self._entries = [
             (entries, name, entry)
             for module in factors.modules()
-            for entries in (module._modules, module._parameters)
+            for entries in own_entries(module)
             for name, entry in entries.items()
         ]
         self.tensors = [entry for _, _, entry in self._entries if isinstance(entry, torch.Tensor)]
