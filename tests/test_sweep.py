@@ -41,7 +41,7 @@ def test_a_sweep_is_measured_kept_and_continued(tmp_path: Path) -> None:
     assert best is found.outcomes[2]
     assert best.score("kl") < min(o.score("kl") for o in found.outcomes[:2])
     assert {file.name for file in (tmp_path / "sweep").iterdir()} >= {"pareto.png", "pareto.svg", "sweep.md"}
-    assert str(found) == (tmp_path / "sweep" / "sweep.md").read_text().strip()
+    assert str(found) == (tmp_path / "sweep" / "sweep.md").read_text(encoding="utf-8").strip()
 
     trials = sorted((tmp_path / "sweep" / "trials").glob("reap*.json"))
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "sweep").rglob("*.json")}
@@ -101,7 +101,7 @@ def test_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no sweep, but is not empty"):
         run(tmp_path, recipes=["reap"], sizes=[0.5])
     assert json.dumps(sorted(file.name for file in tmp_path.iterdir())) == '["file"]'

@@ -181,7 +181,8 @@ def test_the_card_says_what_was_done_and_not_where(
     digest = json.loads((out / "plan.json").read_text(encoding="utf-8"))["calibration"]["hash"][:12]
     versions = f"optimum_moe {optimum_moe.__version__}, torch {torch.__version__}, transformers "
     assert (
-        "Stages: expert-pruning (num_experts=4, saliency=reap). Calibration: 512 tokens of corpus.jsonl; rows of 64; "
+        "Stages: expert-pruning (num_experts=4, saliency=reap, allocation=uniform, leaves=nothing). "
+        "Calibration: 512 tokens of corpus.jsonl; rows of 64; "
         f"seed 3; sha256 {digest}. Seed: 7. Made with {versions}{transformers.__version__}." in card
     )
     texts = [path for path in out.rglob("*") if path.suffix in (".md", ".json", ".yaml", ".py", ".jinja")]
