@@ -19,7 +19,7 @@ import yaml
 from transformers.utils.logging import tqdm
 
 from optimum_moe.calibration import CalibrationConfig
-from optimum_moe.checkpoint.destination import owned, written_beside
+from optimum_moe.checkpoint.destination import owned, remove, written_beside
 from optimum_moe.checkpoint.identity import identity
 from optimum_moe.compressor import MoECompressor
 from optimum_moe.evaluation import EvaluationResult, evaluate_many
@@ -237,10 +237,16 @@ def sweep(
     record: dict[str, Any] = {"model": dict(identity(source)), "seed": seed}
     record |= {"calibration": _fingerprint(calibration), "text": _fingerprint(text)}
     record["evaluation"] = {name: settings[name] for name in sorted(settings)}
-    _begin(folder, json.loads(json.dumps(record, default=str)))
+    is_new = _begin(folder, json.loads(json.dumps(record, default=str)))
     with owned(folder, overwrite=True):
         work = _Work(folder, str(model), text, calibration, settings, given, at_once, progress)
-        original = work.original(next(iter(compressors.values())))
+        try:
+            original = work.original(next(iter(compressors.values())))
+        except BaseException:
+            # Corrected settings may begin in the same folder.
+            if is_new:
+                remove(folder)
+            raise
         wanted = [trial for trial in trials if trial in compressors]
         statistics = work.statistics({t: loaded[t] for t in wanted}) if work.missing(wanted) else None
         work.measure({trial: loaded[trial] for trial in work.missing(wanted)}, statistics)
@@ -284,8 +290,8 @@ def _fingerprint(data: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def _begin(folder: Path, record: Mapping[str, Any]) -> None:
-    """Leave in a new folder what is measured there.
+def _begin(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Leave in a new folder what is measured there, and tell whether it is new.
 
     Raises:
         ValueError: If it holds something else.
@@ -298,11 +304,12 @@ def _begin(folder: Path, record: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{folder} holds a sweep with another {', '.join(odd)}. Choose another folder, or remove this one."
             )
-        return
+        return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds no sweep, but is not empty. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     _write(file, record)
+    return True
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:

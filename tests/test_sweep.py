@@ -100,6 +100,12 @@ def test_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_sweep_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Unknown task|task"):
+        run(tmp_path / "sweep", recipes=["reap"], sizes=[0.5], evaluation={"tasks": ["perplexity", "poetry"]})
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no sweep, but is not empty"):
