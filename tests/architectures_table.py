@@ -144,9 +144,7 @@ def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
 FAMILIES = (
     family("mixtral", "MixtralForCausalLM", "MixtralConfig"),
     family("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"norm_topk_prob": True}),
-    family("qwen3_moe-unnormalized", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"norm_topk_prob": False}),
     family("olmoe", "OlmoeForCausalLM", "OlmoeConfig", {"norm_topk_prob": False}),
-    family("olmoe-normalized", "OlmoeForCausalLM", "OlmoeConfig", {"norm_topk_prob": True}),
     family("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Config", _MLA),
     family(
         "deepseek_v3-groups",
@@ -219,6 +217,8 @@ FAMILIES = (
 )
 
 _WITHOUT_GROUPS = (
+    Target("qwen3_moe-unnormalized", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"norm_topk_prob": False}),
+    Target("olmoe-normalized", "OlmoeForCausalLM", "OlmoeConfig", {"norm_topk_prob": True}),
     Target("qwen2_moe", "Qwen2MoeForCausalLM", "Qwen2MoeConfig"),
     Target("qwen3_next", "Qwen3NextForCausalLM", "Qwen3NextConfig", _FOUR_LAYERS),
     Target("qwen3_5_moe", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", _FOUR_LAYERS),
