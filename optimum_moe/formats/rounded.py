@@ -166,9 +166,9 @@ class Rounded(BodyFormat, BudgetFormat):
     def _entering(self, fitter: ExpertFitter, dtype: torch.dtype) -> StoredPart:
         """Gate above up with all neurons: rows are rounded one by one, so that fewer neurons have some of these."""
         if fitter not in self._whole:
-            self._whole[fitter] = self._part(
-                fitter.expert.stacked.to(dtype), gram(fitter.loss.input_PH * fitter.loss.root_P1)
-            )
+            loss = fitter.loss
+            gram_HH = gram(loss.input_PH * loss.root_P1) if self.is_fitted else None
+            self._whole[fitter] = self._part(fitter.expert.stacked.to(dtype), gram_HH)
         return self._whole[fitter]
 
 
