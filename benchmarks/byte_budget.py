@@ -249,6 +249,16 @@ def run_seed(setting: Setting, seed: int, shares: list[float], arguments: argpar
         gc.collect()
 
 
+def measure(setting: Setting, arguments: argparse.Namespace) -> dict[tuple[float, str], list[EvaluationResult]]:
+    """Measure what was not measured yet, seed by seed, and read everything."""
+    torch.set_num_threads(arguments.threads)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Calibration gave no token")
+    for seed in arguments.seeds:
+        run_seed(setting, seed, arguments.shares, arguments)
+    return read(setting, arguments)
+
+
 def file_of(folder: Path, share: float, name: str) -> Path:
     return folder / f"{share:g}-{name.replace(' ', '_').replace('+', 'and')}.json"
 
@@ -320,12 +330,7 @@ def main() -> None:
     arguments = parser.parse_args()
     setting = SETTINGS[arguments.on]
     arguments.variants = arguments.variants or list(setting.variants)
-    torch.set_num_threads(arguments.threads)
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="Calibration gave no token")
-    for seed in arguments.seeds:
-        run_seed(setting, seed, arguments.shares, arguments)
-    found = read(setting, arguments)
+    found = measure(setting, arguments)
     original = found[100, ORIGINAL][0].scores
     names = ("perplexity", "choice_accuracy", "loop_rate")
     scores = ", ".join(f"{n} {original[n].value:.3f} [{original[n].low:.3f}, {original[n].high:.3f}]" for n in names)

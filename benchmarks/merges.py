@@ -12,14 +12,11 @@ smallest). All variants of a seed share one pass over the calibration data. Noth
 from __future__ import annotations
 
 import argparse
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-import transformers
-from byte_budget import ORIGINAL, Setting, Variant, pruned, read, reference_setting, run_seed, table
+from byte_budget import ORIGINAL, Setting, Variant, measure, pruned, reference_setting, table
 from reference import REFERENCES, ROOT, Reference
 
 from optimum_moe import ExpertMerging
@@ -61,12 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     setting = setting_of(REFERENCES[arguments.on])
     arguments.variants = list(setting.variants)
-    torch.set_num_threads(arguments.threads)
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="Calibration gave no token")
-    for seed in arguments.seeds:
-        run_seed(setting, seed, arguments.shares, arguments)
-    found = read(setting, arguments)
+    found = measure(setting, arguments)
     original = found[100, ORIGINAL][0].scores["perplexity"].value
     seeds = f"calibration seed{'s' * (len(arguments.seeds) > 1)} {', '.join(map(str, arguments.seeds))}"
     lines = [setting.source, "", f"Original: perplexity {original:.3f}. {seeds}; nothing is trained.", ""]
