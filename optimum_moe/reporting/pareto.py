@@ -30,7 +30,7 @@ def check_drawing() -> None:
         ValueError: If matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise ValueError('Pictures need matplotlib. Install it with: pip install "optimum-moe[plots]".')
+        raise ValueError("Pictures need matplotlib. Install it with: pip install matplotlib.")
 
 
 def draw_pareto(dots: Sequence[Dot], front: Sequence[tuple[int, float]], path: Path) -> list[Path]:
