@@ -267,6 +267,16 @@ def size_fields(name: str | Path) -> frozenset[str]:
     return frozenset(size for stage in stages if stage in known for size in known[stage].size_fields)
 
 
+def share_field(name: str | Path) -> str | None:
+    """The setting of a preset or YAML file that says which share remains, of the first stage that has one; else None.
+
+    Raises:
+        ValueError: If there is no such preset or file, or a stage is unknown.
+    """
+    stages = [_stage_class(settings) for settings in _written_stages(dict(recipe_record(name)))]
+    return next((size for stage in stages for size in stage.size_fields if size in stage.share_fields), None)
+
+
 def _settings_of(stage: type[Stage]) -> list[str]:
     return [f.name for f in dataclasses.fields(stage) if f.init]
 

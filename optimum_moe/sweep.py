@@ -23,7 +23,7 @@ from optimum_moe.checkpoint.destination import owned, remove, written_beside
 from optimum_moe.checkpoint.identity import identity
 from optimum_moe.compressor import MoECompressor
 from optimum_moe.evaluation import EvaluationResult, evaluate_many
-from optimum_moe.recipe import Recipe, load_recipe, size_fields
+from optimum_moe.recipe import Recipe, load_recipe, share_field, size_fields
 from optimum_moe.reporting.pareto import Dot, check_drawing, draw_pareto
 from optimum_moe.settings import percent
 from optimum_moe.stages.counts import check_share, parse_size
@@ -58,8 +58,10 @@ class Trial:
         """
         name, settings = split_recipe(self.recipe)
         taken = size_fields(name)
-        fields = ("share", "keep_ratio", "rank_ratio") if self.size.endswith("%") else ("target_size",)
-        field = next((field for field in fields if field in taken), None)
+        if self.size.endswith("%"):
+            field = share_field(name)
+        else:
+            field = "target_size" if "target_size" in taken else None
         if field is None:
             raise ValueError(
                 f"The recipe {name!r} takes {', '.join(sorted(taken))}, not a size such as {self.size}. Leave it out, "
@@ -220,6 +222,13 @@ def sweep(
     if len(set(trials)) < len(trials):
         raise ValueError(f"A recipe or size is given twice in {list(recipes)} and {list(sizes)}. Give each once.")
     check_drawing()
+    settings = {"tasks": list(_TASKS), **(evaluation or {})}
+    lacking = [task for task in _TASKS if task not in settings["tasks"]]
+    if lacking:
+        raise ValueError(
+            f"A sweep compares KL and perplexity, but the tasks {settings['tasks']} lack {', '.join(lacking)}. Add "
+            f"{'it' if len(lacking) == 1 else 'them'} to the tasks."
+        )
     loaded = {trial: trial.load() for trial in trials}
     given = {"seed": seed, "tokenizer": tokenizer, "progress": False, **arguments}
     refused: dict[Trial, str] = {}
@@ -231,7 +240,6 @@ def sweep(
             refused[trial] = " ".join(str(error).split())
     if not compressors:
         raise ValueError(f"No trial is possible for this model. {trials[0].name}: {refused[trials[0]]}")
-    settings = {"tasks": list(_TASKS), **(evaluation or {})}
     folder = Path(output_dir).expanduser()
     source = next(iter(compressors.values())).source
     record: dict[str, Any] = {"model": dict(identity(source)), "seed": seed}
@@ -249,7 +257,7 @@ def sweep(
             raise
         wanted = [trial for trial in trials if trial in compressors]
         statistics = work.statistics({t: loaded[t] for t in wanted}) if work.missing(wanted) else None
-        work.measure({trial: loaded[trial] for trial in work.missing(wanted)}, statistics)
+        work.measure({trial: compressors.pop(trial) for trial in work.missing(wanted)}, statistics)
         outcomes = [
             Outcome(trial, 0, False, 0.0, None, refused[trial]) if trial in refused else work.outcome(trial)
             for trial in trials
@@ -391,17 +399,16 @@ class _Work:
                 observed.save_pretrained(beside)
         return Statistics.from_pretrained(kept)
 
-    def measure(self, recipes: Mapping[Trial, Recipe], statistics: Statistics | None) -> None:
-        """Compress and evaluate, some models at a time."""
-        trials = list(recipes)
+    def measure(self, compressors: dict[Trial, MoECompressor], statistics: Statistics | None) -> None:
+        """Compress and evaluate, some models at a time; compressors are taken out with their models."""
+        trials = list(compressors)
         with tqdm(total=len(trials), desc="Trials", disable=not self.progress) as bar:
             for start in range(0, len(trials), self.at_once):
                 models, made = {}, {}
                 for trial in trials[start : start + self.at_once]:
-                    began = time.perf_counter()
+                    began, compressor = time.perf_counter(), compressors.pop(trial)
                     try:
-                        compressor = MoECompressor.from_pretrained(self.model, recipes[trial], **self.given)
-                        models[trial.name] = compressor.apply(statistics if recipes[trial].needs else None)
+                        models[trial.name] = compressor.apply(statistics if compressor.recipe.needs else None)
                     except ValueError as error:
                         self.keep(Outcome(trial, 0, False, 0.0, None, " ".join(str(error).split())))
                         continue
