@@ -202,19 +202,22 @@ class MoECompressor:
         remaining = expected_source(self.source, self.recipe)
         return description.expected_preview(self.source, remaining, self.recipe, self.mtp)
 
-    def calibrate(self) -> Statistics:
+    def calibrate(self, also: Collection[str] = ()) -> Statistics:
         """Collect all statistics on the calibration data, so that they can be reused with other recipes.
 
         Gradients and the residual stream are only collected if the recipe reads them. `apply()` alone only collects
         what the recipe reads.
 
+        Args:
+            also: What other recipes read (`Recipe.needs`), but for gradients.
+
         Raises:
             ValueError: If there are no calibration data, or they do not fit the model.
         """
         self._begin()
-        return self._observe(self._batches())
+        return self._observe(self._batches(), {*STANDARD, *also})
 
-    def _observe(self, batches: CalibrationBatches, needs: Collection[str] = STANDARD) -> Statistics:
+    def _observe(self, batches: CalibrationBatches, needs: Collection[str]) -> Statistics:
         needs = {*needs, *self.recipe.needs}
         if self.streaming is not None:
             self._settle_sample(batches, needs)

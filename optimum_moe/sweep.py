@@ -235,7 +235,7 @@ def sweep(
     compressors: dict[Trial, MoECompressor] = {}
     for trial, recipe in loaded.items():
         try:
-            compressors[trial] = MoECompressor.from_pretrained(model, recipe, **given)
+            compressors[trial] = MoECompressor.from_pretrained(model, recipe, calibration, **given)
         except ValueError as error:
             refused[trial] = " ".join(str(error).split())
     if not compressors:
@@ -393,8 +393,9 @@ class _Work:
             most = max(recipes.values(), key=lambda recipe: ("gradients" in recipe.needs, recipe.largest_sample))
             if not any(recipe.needs for recipe in recipes.values()):
                 return None
+            needs = frozenset().union(*(recipe.needs for recipe in recipes.values())) - {"gradients"}
             given = {**self.given, "progress": self.progress}
-            observed = MoECompressor.from_pretrained(self.model, most, self.calibration, **given).calibrate()
+            observed = MoECompressor.from_pretrained(self.model, most, self.calibration, **given).calibrate(needs)
             with owned(kept), written_beside(kept) as beside:
                 observed.save_pretrained(beside)
         return Statistics.from_pretrained(kept)

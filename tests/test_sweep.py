@@ -120,3 +120,17 @@ def test_settings_behind_a_name() -> None:
         {"runs_in": "transformers", "bits": [8, 4]},
     )
     assert split_recipe(" reap ") == ("reap", {})
+
+
+def test_recipes_that_drop_layers_are_observed_too(tmp_path: Path) -> None:
+    drop, both = tmp_path / "drop.yaml", tmp_path / "both.yaml"
+    drop.write_text("stage: block-drop\nkeep_ratio: 0.5\n", encoding="utf-8")
+    both.write_text(
+        "stages:\n- {stage: block-drop, keep_ratio: 0.75}\n- {stage: expert-pruning, num_experts: 16}\n",
+        encoding="utf-8",
+    )
+    found = run(tmp_path / "sweep", recipes=["reap", str(drop), str(both)], sizes=["75%"])
+    assert [outcome.refused for outcome in found.outcomes] == ["", "", ""]
+    reap, dropped, pruned = (outcome.bytes for outcome in found.outcomes)
+    # A layer of four goes, with its attention; and half of the experts of the others.
+    assert pruned < dropped < reap
