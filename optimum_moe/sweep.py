@@ -25,7 +25,7 @@ from optimum_moe.compressor import MoECompressor
 from optimum_moe.evaluation import EvaluationResult, evaluate_many
 from optimum_moe.recipe import Recipe, load_recipe, share_field, size_fields
 from optimum_moe.reporting.pareto import Dot, check_drawing, draw_pareto
-from optimum_moe.settings import percent
+from optimum_moe.settings import check_count, percent
 from optimum_moe.stages.counts import check_share, parse_size
 from optimum_moe.statistics import Statistics
 
@@ -222,6 +222,7 @@ def sweep(
     if len(set(trials)) < len(trials):
         raise ValueError(f"A recipe or size is given twice in {list(recipes)} and {list(sizes)}. Give each once.")
     check_drawing()
+    check_count("at_once", at_once, 1)
     settings = {"tasks": list(_TASKS), **(evaluation or {})}
     lacking = [task for task in _TASKS if task not in settings["tasks"]]
     if lacking:

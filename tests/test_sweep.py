@@ -91,6 +91,7 @@ def test_the_front_is_what_nothing_beats() -> None:
         ({"recipes": ["low-rank"], "sizes": ["5MB"]}, r"takes energy, rank, rank_ratio, not a size such as 5MB"),
         ({"sizes": [1.5]}, r"sizes=1.5"),
         ({"sizes": ["5 elephants"]}, r"sizes="),
+        ({"at_once": 0}, r"at_once=0 is out of range"),
         ({"evaluation": {"tasks": ["perplexity", "choice"]}}, r"lack agreement. Add it to the tasks"),
         ({"recipes": ["reap"], "sizes": [0.01]}, "No trial is possible for this model. reap at 1%"),
     ],
