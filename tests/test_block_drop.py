@@ -16,24 +16,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_moe import BlockDrop, CalibrationConfig, CompressionPlan, ExpertPruning, MoECompressor, MSMoE, verify
 from optimum_moe.surgeons import find_blocks, shallow_model
+from tests.dropping import WARNINGS, data_for, write_with_both_engines
 from tests.mtp_checkpoints import save_with_mtp
 from tests.quantized_checkpoints import edit_config
-from tests.test_streaming import assert_same, tensors
+from tests.test_streaming import tensors
 from tests.tiny_checkpoints import save_checkpoint
 from tests.tiny_models import Target, build, every_target, inputs_for, logits_of
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Calibration gave no token", "ignore:All outputs are zero", "ignore:These weights are all zeros"
-)
+pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
 STATES = re.compile(
     r"o_proj|out_proj|down_proj|output_linear|dense\.|w2|\.wo\.|fc2|v_proj\.bias|experts.*bias|shared_output"
 )
 """Parameters whose output goes to the residual stream, as most architectures call them."""
-
-
-def data(target: Target | str, batches: int = 2) -> CalibrationConfig:
-    return CalibrationConfig([inputs_for(target, seed=seed) for seed in range(batches)])
 
 
 def layers_of(model: PreTrainedModel) -> list[str]:
@@ -72,7 +67,7 @@ def test_dropping_an_identity_layer_changes_no_bit(target: Target) -> None:
     possible = droppable(model)
     if not possible:
         with pytest.raises(ValueError, match="can only be built without"):
-            MoECompressor.from_pretrained(model, BlockDrop(num_blocks=1), data(target), progress=False)
+            MoECompressor.from_pretrained(model, BlockDrop(num_blocks=1), data_for(target), progress=False)
         return
     layer, inputs = possible[0], inputs_for(target)
     make_identity(model, layer)
@@ -81,7 +76,7 @@ def test_dropping_an_identity_layer_changes_no_bit(target: Target) -> None:
     expected, before = logits_of(model, inputs), len(layers_of(model))
     protect = [f.info.name for f in find_blocks(model) if f.info.layer != layer]
     compressor = MoECompressor.from_pretrained(
-        model, BlockDrop(num_blocks=1, protect=protect), data(target), progress=False
+        model, BlockDrop(num_blocks=1, protect=protect), data_for(target), progress=False
     )
     observed = compressor.calibrate().blocks[next(f.info.name for f in find_blocks(model) if f.info.layer == layer)]
     assert observed.layer_cosine_sum.item() == pytest.approx(observed.num_tokens, abs=1e-6)
@@ -110,26 +105,12 @@ FAMILIES = (
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_streaming_equals_memory_and_verifies(name: str, tmp_path: Path) -> None:
-    build(name).save_pretrained(tmp_path / "original")
-    written = {}
-    for engine in ("memory", "streaming"):
-        compressor = MoECompressor.from_pretrained(
-            tmp_path / "original",
-            BlockDrop(num_blocks=1),
-            data(name),
-            engine=engine,
-            output_dir=tmp_path / engine / "out",
-            progress=False,
-        )
-        expected = compressor.preview()
-        written[engine] = compressor.apply()
-    assert_same(written["memory"], written["streaming"])
-    assert expected.after.parameters == sum(t.numel() for t in tensors(written["memory"]).values())
+    written = write_with_both_engines(name, BlockDrop(num_blocks=1), tmp_path)
+    expected = written.compressor.preview()
+    assert expected.after.parameters == sum(t.numel() for t in tensors(written.folder).values())
     assert expected.layers is not None
     assert expected.layers[1] == expected.layers[0] - 1
-    report = verify(written["memory"], tmp_path / "original")
-    assert report.passed, str(report)
-    plan = CompressionPlan.from_pretrained(written["memory"])
+    plan = CompressionPlan.from_pretrained(written.folder)
     assert len(plan.dropped) == 1
     assert plan.source["name"] == "original"
 
@@ -137,7 +118,7 @@ def test_streaming_equals_memory_and_verifies(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
 def test_the_result_loads_and_generates_without_the_package(name: str, tmp_path: Path) -> None:
     model = build(name)
-    compressor = MoECompressor.from_pretrained(model, BlockDrop(num_blocks=1), data(name), progress=False)
+    compressor = MoECompressor.from_pretrained(model, BlockDrop(num_blocks=1), data_for(name), progress=False)
     compressor.apply()
     compressor.save_pretrained(tmp_path / "out")
     inputs = inputs_for(name, rows=1, length=8)
@@ -211,14 +192,14 @@ def test_stages_after_it_see_what_is_left(following: Any, engine: str, tmp_path:
     together = MoECompressor.from_pretrained(
         tmp_path / "original",
         [BlockDrop(num_blocks=2), following],
-        data("qwen3_moe"),
+        data_for("qwen3_moe"),
         output_dir=tmp_path / "together",
         **settings,
     ).apply()
     source = tmp_path / "original"
     for number, stage in enumerate((BlockDrop(num_blocks=2), following)):
         out = tmp_path / f"step {number}"
-        source = MoECompressor.from_pretrained(source, stage, data("qwen3_moe"), output_dir=out, **settings).apply()
+        source = MoECompressor.from_pretrained(source, stage, data_for("qwen3_moe"), output_dir=out, **settings).apply()
     assert_same_tensors(together, source)
     report = verify(together, tmp_path / "original")
     assert report.passed, str(report)
@@ -236,7 +217,7 @@ def test_a_plan_is_carried_out_again(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "original", num_hidden_layers=4)
     stage = BlockDrop(num_blocks=2)
     first = MoECompressor.from_pretrained(
-        tmp_path / "original", stage, data("qwen3_moe"), output_dir=tmp_path / "first", progress=False
+        tmp_path / "original", stage, data_for("qwen3_moe"), output_dir=tmp_path / "first", progress=False
     ).apply()
     plan = CompressionPlan.from_pretrained(first)
     again = MoECompressor.from_pretrained(
@@ -248,7 +229,7 @@ def test_a_plan_is_carried_out_again(tmp_path: Path) -> None:
 def test_a_changed_config_is_found(tmp_path: Path) -> None:
     build("gpt_oss", num_hidden_layers=4).save_pretrained(tmp_path / "original")
     out = MoECompressor.from_pretrained(
-        tmp_path / "original", BlockDrop(num_blocks=2), data("gpt_oss"), output_dir=tmp_path / "out", progress=False
+        tmp_path / "original", BlockDrop(num_blocks=2), data_for("gpt_oss"), output_dir=tmp_path / "out", progress=False
     ).apply()
     assert verify(out, tmp_path / "original").passed
     edit_config(out, layer_types=["full_attention", "full_attention"])
@@ -269,7 +250,7 @@ def test_a_changed_config_is_found(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_dropped_is_refused_at_once(stage: Any, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MoECompressor.from_pretrained(build(name), stage, data(name), progress=False)
+        MoECompressor.from_pretrained(build(name), stage, data_for(name), progress=False)
 
 
 def test_wrong_settings_are_refused() -> None:
@@ -286,13 +267,13 @@ def test_layers_that_predict_more_tokens_are_refused_or_dropped(tmp_path: Path) 
     arguments = {"output_dir": tmp_path / "out", "progress": False}
     with pytest.raises(ValueError, match='Pass mtp="drop"'):
         MoECompressor.from_pretrained(
-            tmp_path / "original", BlockDrop(num_blocks=1), data("deepseek_v3"), mtp="copy", **arguments
+            tmp_path / "original", BlockDrop(num_blocks=1), data_for("deepseek_v3"), mtp="copy", **arguments
         )
     for engine in ("memory", "streaming"):
         out = MoECompressor.from_pretrained(
             tmp_path / "original",
             BlockDrop(num_blocks=1),
-            data("deepseek_v3"),
+            data_for("deepseek_v3"),
             mtp="drop",
             engine=engine,
             output_dir=tmp_path / engine,

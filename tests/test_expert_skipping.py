@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from optimum_moe import (
@@ -63,6 +64,27 @@ def test_weights_of_tokens_that_skip_nothing_keep_their_bits(dtype: torch.dtype,
     whole = (left_TK != 0).all(-1)
     assert 0 < int(whole.sum()) < 500
     assert torch.equal(left_TK[whole], weights_TK[whole])
+
+
+class MadeFromNumbers(TorchDispatchMode):
+    """Counts tensors that are made from Python numbers, which on a GPU are copied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_tensor_is_copied_to_the_device_when_tokens_skip() -> None:
+    weights_TK = torch.rand(5, 4).softmax(-1)
+    with MadeFromNumbers() as made:
+        torch.tensor([0.5])
+        assert made.count == 1
+        skip(weights_TK, Skipping((0.5, 0.4, 0.3), renormalize=True))
+    assert made.count == 1
 
 
 def test_a_router_that_normalizes_is_known_by_its_sums() -> None:

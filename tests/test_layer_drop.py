@@ -9,18 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_moe import CalibrationConfig, LayerDrop, MoECompressor, verify
+from optimum_moe import CalibrationConfig, LayerDrop, MoECompressor
 from optimum_moe.surgeons import find_blocks
-from tests.test_streaming import assert_same
+from tests.dropping import WARNINGS, data_for, write_with_both_engines
 from tests.tiny_models import Target, build, every_target, inputs_for, logits_of
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Calibration gave no token", "ignore:All outputs are zero", "ignore:These weights are all zeros"
-)
-
-
-def data(target: Target | str, batches: int = 2) -> CalibrationConfig:
-    return CalibrationConfig([inputs_for(target, seed=seed) for seed in range(batches)])
+pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
 
 @pytest.mark.parametrize("target", every_target())
@@ -34,7 +28,7 @@ def test_dropping_experts_that_give_zeros_changes_no_bit(target: Target) -> None
                 tensor.zero_()
     inputs = inputs_for(target)
     expected = logits_of(model, inputs)
-    compressor = MoECompressor.from_pretrained(model, LayerDrop(num_layers=1), data(target), progress=False)
+    compressor = MoECompressor.from_pretrained(model, LayerDrop(num_layers=1), data_for(target), progress=False)
     observed = compressor.calibrate().blocks[silent.info.name]
     assert observed.experts_cosine_sum.item() == pytest.approx(observed.num_tokens, abs=1e-6)
     after = compressor.apply()
@@ -72,24 +66,11 @@ def test_the_importance_is_that_of_the_routed_experts() -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "longcat_flash"])
 def test_streaming_equals_memory_and_verifies(name: str, tmp_path: Path) -> None:
-    build(name).save_pretrained(tmp_path / "original")
-    written = {}
-    for engine in ("memory", "streaming"):
-        compressor = MoECompressor.from_pretrained(
-            tmp_path / "original",
-            LayerDrop(num_layers=1),
-            data(name),
-            engine=engine,
-            output_dir=tmp_path / engine / "out",
-            progress=False,
-        )
-        preview = compressor.preview()
-        written[engine] = compressor.apply()
-        assert compressor.measured().after.parameters <= preview.after.parameters < preview.before.parameters
-    assert_same(written["memory"], written["streaming"])
-    report = verify(written["memory"], tmp_path / "original")
-    assert report.passed, str(report)
-    loaded = AutoModelForCausalLM.from_pretrained(written["memory"]).eval()
+    written = write_with_both_engines(name, LayerDrop(num_layers=1), tmp_path)
+    preview = written.compressor.preview()
+    measured = written.compressor.measured().after.parameters
+    assert measured <= preview.after.parameters < preview.before.parameters
+    loaded = AutoModelForCausalLM.from_pretrained(written.folder).eval()
     inputs = inputs_for(name, rows=1, length=8)
     cached = loaded.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=True)
     assert torch.equal(cached, loaded.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=False))
@@ -101,4 +82,4 @@ def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="num_layers=0 is out of range"):
         LayerDrop(num_layers=0)
     with pytest.raises(ValueError, match=r"drops the experts of 2 blocks, but layers=\[0\]"):
-        MoECompressor.from_pretrained(build("qwen3_moe"), LayerDrop(num_layers=2, layers=[0]), data("qwen3_moe"))
+        MoECompressor.from_pretrained(build("qwen3_moe"), LayerDrop(num_layers=2, layers=[0]), data_for("qwen3_moe"))

@@ -85,10 +85,11 @@ def skip(weights_TK: torch.Tensor, skipping: Skipping) -> torch.Tensor:
         weights_TK: (T, K) routing weights.
         skipping: What is skipped.
     """
-    ratios_K = torch.tensor([0.0, *skipping.ratios], device=weights_TK.device)
     wide_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
     ordered_TK, order_TK = wide_TK.sort(dim=-1, descending=True, stable=True)
-    skips_TK = ordered_TK < ordered_TK[..., :1] * ratios_K
+    # A number is passed to a kernel by value; a tensor of the ratios would be copied to the device on every call.
+    floor_TK = torch.stack([ordered_TK[..., 0] * ratio for ratio in (0.0, *skipping.ratios)], dim=-1)
+    skips_TK = ordered_TK < floor_TK
     left_TK = wide_TK.masked_fill(torch.zeros_like(skips_TK).scatter(-1, order_TK, skips_TK), 0)
     if skipping.renormalize:
         left_TK = left_TK * (wide_TK.sum(-1, keepdim=True) / left_TK.sum(-1, keepdim=True))

@@ -14,6 +14,9 @@ from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.cost import BlockCost
 from optimum_moe.statistics import Statistics
 
+GRAM_TOKENS = 32768
+"""Tokens to sample for a stage that fits matrices of single experts: more of each expert than it has channels."""
+
 
 @dataclass(frozen=True)
 class Stage(ABC):

@@ -207,11 +207,6 @@ class ByteBudget(FormattingStage):
         return frozenset({"frequency", "sample", *(("gradients",) if self.curvature else ())})
 
     @property
-    def sample_size(self) -> int:
-        """Number of tokens to sample, enough for Gram matrices of single experts."""
-        return 32768
-
-    @property
     def largest_sample(self) -> int:
         """Four times as many tokens, since the time that candidates take grows with them."""
         return 4 * self.sample_size

@@ -12,7 +12,7 @@ from optimum_moe.algorithms.low_rank import estimated_stable_rank
 from optimum_moe.formats import PROJECTIONS, StoredExperts
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan, keep_all
-from optimum_moe.stages.base import Stage
+from optimum_moe.stages.base import GRAM_TOKENS, Stage
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.counts import is_selected, selected_blocks
 
@@ -32,6 +32,11 @@ class FormattingStage(Stage):
     def leaves_dense_experts(self) -> bool:
         """Always False, since experts are stored in other formats than dense matrices."""
         return False
+
+    @property
+    def sample_size(self) -> int:
+        """Number of tokens to sample, enough for Gram matrices of single experts if the stage reads any."""
+        return GRAM_TOKENS if "sample" in self.needs else super().sample_size
 
     def check(self, model: ModelInfo) -> None:
         """Check that the experts of all selected blocks can be stored in other formats."""

@@ -109,11 +109,6 @@ class LowRankSparse(FormattingStage):
         """Sampled tokens, if `whiten`; else nothing."""
         return frozenset({"frequency", "sample"} if self.whiten else ())
 
-    @property
-    def sample_size(self) -> int:
-        """Number of tokens to sample, enough for Gram matrices of single experts."""
-        return 32768
-
     def check_order(self, before: Stage | None) -> None:
         """See `Stage.check_order`; shared bases need a stage that merges and keeps the router."""
         super().check_order(before)

@@ -66,11 +66,6 @@ class Rounding(FormattingStage):
         """Sampled tokens, if numbers are fitted to them; else nothing."""
         return frozenset({"frequency", "sample"} if self._reads_tokens else ())
 
-    @property
-    def sample_size(self) -> int:
-        """Number of tokens to sample, enough for Gram matrices of single experts."""
-        return 32768
-
     def check(self, model: ModelInfo) -> None:
         """See `Stage.check`; rows of all matrices have to fill whole words."""
         super().check(model)
