@@ -23,11 +23,24 @@ from optimum_moe import ExpertMerging
 from optimum_moe.stages import Stage
 
 SHARES = (75, 50, 25)
+REAM = ExpertMerging(
+    num_experts=1,
+    similarity="router_logits_and_outputs",
+    grouping="saliency",
+    weighting="reap",
+    align_by="both",
+    routing="reduce",
+    router_rows="dominant",
+)
 MERGES: dict[str, ExpertMerging] = {
     "M-SMoE": ExpertMerging(num_experts=1),
     "M-SMoE + group refit (MergeMoE)": ExpertMerging(num_experts=1, refit="group"),
     "M-SMoE + block refit": ExpertMerging(num_experts=1, refit="block"),
+    "M-SMoE, aligned by activations": ExpertMerging(num_experts=1, align_by="activations"),
+    "M-SMoE, aligned by both": ExpertMerging(num_experts=1, align_by="both"),
     "HC-SMoE": ExpertMerging(num_experts=1, similarity="expert_outputs", grouping="average_linkage", align=False),
+    "REAM": REAM,
+    "REAM, mapped": replace(REAM, routing="map", router_rows="fit"),
     "M-SMoE groups, neurons": ExpertMerging(num_experts=1, merge="neurons", refit="block"),
     "dominants by loss, neurons": ExpertMerging(num_experts=1, grouping="loss", merge="neurons", refit="block"),
     "merge": ExpertMerging(
@@ -36,8 +49,14 @@ MERGES: dict[str, ExpertMerging] = {
 }
 
 
-def merged(reference: Reference, merge: ExpertMerging, share: float) -> Stage:
-    return replace(merge, num_experts=int(reference.num_experts * share))
+def merged(reference: Reference, merge: ExpertMerging, share: float) -> Stage | None:
+    """As many merged experts; None where a router with a row for each of them could not select among so few."""
+    count = int(reference.num_experts * share)
+    if merge.routing == "reduce":
+        count = count // reference.router_groups * reference.router_groups
+        if count < reference.least_experts:
+            return None
+    return replace(merge, num_experts=count)
 
 
 def setting_of(reference: Reference) -> Setting:

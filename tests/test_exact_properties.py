@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
+from optimum_moe.recipe import load_recipe
 from optimum_moe.surgeons import find_blocks
 from tests.expert_order import edited, make_copies, permute_experts, reordered, silence
 from tests.tiny_models import Target, build, every_target, inputs_for, logits_of
@@ -20,6 +21,7 @@ pytestmark = [
 REFUSALS = ("does not follow from its", "meet what all experts share")
 """Of routers whose rule is not known, and of experts whose outputs depend on more than their weights."""
 UNCHANGED = list(range(8))
+REAM = dataclasses.replace(load_recipe("ream").stages[0], num_experts=4, keep_ratio=None)
 LABELS = [0, 1, 2, 0, 3, 2, 1, 3]
 # Two router groups of four experts: no group crosses them.
 GROUPED_LABELS = [0, 1, 1, 0, 2, 3, 2, 3]
@@ -36,11 +38,12 @@ def assert_rounding(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual - expected).abs().max() <= 2e-5 * scale
 
 
-def test_copies_of_experts_merge_without_loss(target: Target) -> None:
+@pytest.mark.parametrize("align_by", ["weights", "activations", "both"])
+def test_copies_of_experts_merge_without_loss(target: Target, align_by) -> None:
     model = build(target)
     make_copies(model, LABELS)
     expected = logits_of(model, inputs_for(target))
-    compressor = compressor_for(model, MSMoE(num_experts=4), target)
+    compressor = compressor_for(model, MSMoE(num_experts=4, align_by=align_by), target)
     statistics = compressor.calibrate()
     same_EE = (torch.tensor(LABELS)[:, None] == torch.tensor(LABELS)).double()
     frequency_E = torch.tensor([9.0, 2.0, 8.0, 1.0, 7.0, 3.0, 6.0, 4.0], dtype=torch.float64)
@@ -127,12 +130,13 @@ def test_a_pruned_model_is_the_original_with_experts_masked_out_of_the_router(ta
         MSMoE(num_experts=4, routing="reduce", router_rows="mean"),
         MSMoE(num_experts=4, routing="reduce", router_rows="fit"),
         MSMoE(num_experts=4, allocation="adaptive"),
+        REAM,
         ExpertPruning(num_experts=4, saliency="reap"),
         ExpertPruning(num_experts=4, saliency="razor", allocation="global"),
         ExpertPruning(num_experts=4, saliency="reconstruction"),
         ExpertPruning(num_experts=4, saliency="mone", leaves="low_rank", rank=4),
     ],
-    ids=["map", "mean", "fit", "adaptive", "prune", "global", "reconstruction", "low_rank"],
+    ids=["map", "mean", "fit", "adaptive", "ream", "prune", "global", "reconstruction", "low_rank"],
 )
 def test_the_order_of_experts_does_not_matter(target: Target, method) -> None:
     if target.refuses_pruning and isinstance(method, ExpertPruning):

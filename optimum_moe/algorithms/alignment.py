@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -38,6 +39,12 @@ _TEMPERATURES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16)
 _TILE_ROWS, _TILE_COLUMNS = 256, 1024
 # Below this size the plain solver takes a few milliseconds and nothing is worth saving.
 _SMALL = 128
+
+
+Features: TypeAlias = Sequence[torch.Tensor]
+"""(I, D) parts of the features of an expert's neurons, side by side."""
+FeaturesOf: TypeAlias = Callable[[int, int], Features]
+"""From an expert and its group to the features of the expert's neurons."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +76,15 @@ def _segments(widths: Sequence[int]) -> tuple[tuple[tuple[int, slice], ...], ...
     return tuple(segments)
 
 
-def _describe(up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -> _Neurons:
-    dtype = torch.float64 if up.dtype == torch.float64 else torch.float32
+def _describe(features: Features) -> _Neurons:
+    dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
 
     def dense(matrix: torch.Tensor) -> torch.Tensor:
         matrix = matrix.detach().to(dtype)
         # The matrix product copies an operand without a unit stride on every call: copy it once.
         return matrix if 1 in matrix.stride() else matrix.contiguous()
 
-    pieces = (dense(up), dense(down.T)) if gate is None else (dense(gate), dense(up), dense(down.T))
+    pieces = tuple(dense(matrix) for matrix in features)
     segments = _segments([piece.shape[1] for piece in pieces])
     squared_SI = torch.stack(
         [torch.stack([_squares(pieces[p][:, cols]) for p, cols in segment]).sum(0) for segment in segments]
@@ -272,8 +279,19 @@ def alignment_permutation(
     ]
     if len({shape for pair in shapes for shape in pair}) > 1:
         raise ValueError(f"Experts of one shape can be aligned, got (gate, up, down^T) pairs {shapes}.")
-    reference = _describe(reference_up, reference_down, reference_gate)
-    return _permutation(reference, _describe(member_up, member_down, member_gate), solvers or threading.Semaphore())
+    reference = _describe(_weights(reference_up, reference_down, reference_gate))
+    member = _describe(_weights(member_up, member_down, member_gate))
+    return _permutation(reference, member, solvers or threading.Semaphore())
+
+
+def weights_of(experts: ExpertTensors, expert: int) -> Features:
+    """The rows of gate and up and the columns of down of one expert, neuron by neuron."""
+    gate = None if experts.gate is None else experts.gate[expert]
+    return _weights(experts.up[expert], experts.down[expert], gate)
+
+
+def _weights(up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -> Features:
+    return (up, down.T) if gate is None else (gate, up, down.T)
 
 
 def align_experts(
@@ -282,10 +300,12 @@ def align_experts(
     dominants_G: Sequence[int],
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    features: FeaturesOf | None = None,
 ) -> torch.Tensor:
     """Align every expert of a block to its group's dominant expert (M-SMoE, arXiv 2310.01334).
 
-    Biases are permuted with their neurons when merging, but take no part in the cost.
+    Neurons are matched so that the sum of the products of their features is the largest. Biases are permuted with
+    their neurons when merging, but take no part in it.
 
     Args:
         experts: the block's routed experts.
@@ -294,6 +314,7 @@ def align_experts(
         num_threads: experts aligned at the same time, each on one thread; default `torch.get_num_threads()`. Each
             holds one (I, I) float32 matrix, half of them a float64 one.
         progress: called in the calling thread with 1 for every expert aligned (fits `tqdm.update`).
+        features: what neurons are compared by; default their weights, as in `alignment_permutation`.
 
     Returns:
         (E, I) int64 permutations on the CPU, the identity for dominant and pruned experts and for fixed neurons.
@@ -302,6 +323,7 @@ def align_experts(
         ValueError: if labels, dominants and experts do not fit each other, or a weight is NaN or infinite.
     """
     labels = _check_labels(experts, labels_E, dominants_G)
+    features = features or (lambda expert, group: weights_of(experts, expert))
     size = experts.intermediate_size
     permutations_EI = torch.arange(size).repeat(experts.num_experts, 1)
     # Members of a group stand together, so that few references are alive at a time.
@@ -315,15 +337,7 @@ def align_experts(
         label, expert = pair
         dominant = dominants_G[label]
         try:
-            return alignment_permutation(
-                experts.up[dominant],
-                experts.down[dominant],
-                experts.up[expert],
-                experts.down[expert],
-                None if experts.gate is None else experts.gate[dominant],
-                None if experts.gate is None else experts.gate[expert],
-                solvers=solvers,
-            )
+            return _permutation(_describe(features(dominant, label)), _describe(features(expert, label)), solvers)
         except ValueError as error:
             raise ValueError(f"Expert {expert} cannot be aligned to expert {dominant}: {error}") from error
 

@@ -5,6 +5,7 @@ Shape letters: E experts, G groups. A router group is the architecture's own `n_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -40,6 +41,24 @@ def _check_groups(num_experts: int, num_groups: int, router_groups: int) -> None
         raise ValueError(
             f"num_groups={num_groups} is not a multiple of router_groups={router_groups}: every router group must "
             f"keep as many experts as the others. Choose a multiple of {router_groups}."
+        )
+
+
+def _check_dominants(dominants_G: Sequence[int], num_experts: int, router_groups: int) -> None:
+    if len(set(dominants_G)) != len(dominants_G) or not all(0 <= d < num_experts for d in dominants_G):
+        raise ValueError(
+            f"dominants_G={tuple(dominants_G)} must be distinct experts in 0..{num_experts - 1}. "
+            "Take them from dominant_experts or adaptive_dominants."
+        )
+    if router_groups < 1 or num_experts % router_groups:
+        raise ValueError(
+            f"router_groups={router_groups} does not divide {num_experts} experts. Pass the model's own n_group."
+        )
+    width = num_experts // router_groups
+    if len({d // width for d in dominants_G}) != router_groups:
+        raise ValueError(
+            f"dominants_G={tuple(dominants_G)} leaves a router group without a dominant: each of the "
+            f"{router_groups} router groups of {width} experts needs one. Pass router_groups to dominant_experts too."
         )
 
 
@@ -134,21 +153,8 @@ def join_dominants(similarity_EE: torch.Tensor, dominants_G: Sequence[int], rout
     if similarity_EE.ndim != 2 or similarity_EE.shape[0] != similarity_EE.shape[1]:
         raise ValueError(f"similarity_EE has shape {tuple(similarity_EE.shape)}, it must be square: pass (E, E).")
     num_experts = similarity_EE.shape[0]
-    if len(set(dominants_G)) != len(dominants_G) or not all(0 <= d < num_experts for d in dominants_G):
-        raise ValueError(
-            f"dominants_G={tuple(dominants_G)} must be distinct experts in 0..{num_experts - 1}. "
-            "Take them from dominant_experts or adaptive_dominants."
-        )
-    if router_groups < 1 or num_experts % router_groups:
-        raise ValueError(
-            f"router_groups={router_groups} does not divide {num_experts} experts. Pass the model's own n_group."
-        )
+    _check_dominants(dominants_G, num_experts, router_groups)
     width = num_experts // router_groups
-    if len({d // width for d in dominants_G}) != router_groups:
-        raise ValueError(
-            f"dominants_G={tuple(dominants_G)} leaves a router group without a dominant: each of the "
-            f"{router_groups} router groups of {width} experts needs one. Pass router_groups to dominant_experts too."
-        )
     if bool(similarity_EE.isnan().any()):
         raise ValueError("similarity_EE holds NaN. Compute it with gram_similarity or vector_similarity.")
     dominant_index_G = torch.tensor(dominants_G)
@@ -158,6 +164,46 @@ def join_dominants(similarity_EE: torch.Tensor, dominants_G: Sequence[int], rout
     # torch.argmax does not promise which of equal values it returns, NumPy's promises the first.
     labels_E = torch.from_numpy(candidate_EG.numpy().argmax(axis=1))
     labels_E[dominant_index_G] = torch.arange(len(dominants_G))
+    return labels_E
+
+
+def take_nearest(
+    similarity_EE: torch.Tensor, centroids_G: Sequence[int], most_taken: int, router_groups: int = 1
+) -> torch.Tensor:
+    """Let every centroid in turn take the most similar of the experts that are left (REAM, arXiv 2604.04356).
+
+    The first centroids take as many as they may, so that most of the others stay as they are: close to pruning, but
+    removed experts are merged into some that stay.
+
+    Args:
+        similarity_EE: (E, E), higher means more alike.
+        centroids_G: the centroid of each group, in the order in which they take.
+        most_taken: experts that a centroid takes at most, at least ceil(E / G) - 1.
+        router_groups: number of router groups; a centroid only takes experts of its own.
+
+    Returns:
+        (E,) int64 labels. The centroid of group g has label g; ties take the lower index.
+
+    Raises:
+        ValueError: if the centroids do not fit the experts, or there are experts that no centroid can take.
+    """
+    num_experts = len(similarity_EE)
+    _check_dominants(centroids_G, num_experts, router_groups)
+    width = num_experts // router_groups
+    left = set(range(num_experts)) - set(centroids_G)
+    labels_E = torch.full((num_experts,), -1)
+    labels_E[list(centroids_G)] = torch.arange(len(centroids_G))
+    for group, centroid in enumerate(centroids_G):
+        nearest = _descending(similarity_EE[centroid].detach().double().cpu())
+        taken = [e for e in nearest if e in left and e // width == centroid // width][:most_taken]
+        labels_E[taken] = group
+        left -= set(taken)
+    if left:
+        raise ValueError(
+            f"most_taken={most_taken} leaves experts {sorted(left)} without a group: {len(centroids_G)} centroids of "
+            f"{num_experts} experts in {router_groups} router groups take too few. Pass at least "
+            f"{math.ceil(num_experts / len(centroids_G)) - 1}."
+        )
     return labels_E
 
 

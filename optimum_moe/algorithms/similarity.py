@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
+from optimum_moe.algorithms.expert_tokens import SampledTokens, routed_output, single_expert
 from optimum_moe.algorithms.experts import ExpertTensors
 
 
@@ -83,4 +83,25 @@ def mean_outputs(experts: ExpertTensors, sample: SampledTokens) -> torch.Tensor:
         hidden_I = single.activated(single.preactivations(input_SH)).mean(0, dtype=torch.float64)
         bias = 0.0 if experts.down_bias is None else experts.down_bias[e].double()
         found.append(single.down_HI.double() @ hidden_I + bias)
+    return torch.stack(found).cpu()
+
+
+@torch.no_grad()
+def mean_gated_outputs(experts: ExpertTensors, sample: SampledTokens) -> torch.Tensor:
+    """(E, H) float64 mean over all sampled tokens of what every expert adds to the block's output.
+
+    An expert adds nothing to tokens that are not routed to it.
+
+    Args:
+        experts: the block's routed experts.
+        sample: the block's sampled tokens.
+
+    Raises:
+        ValueError: if something outside of the expert takes part in its output, or it has no gate function.
+    """
+    found = []
+    for e in range(experts.num_experts):
+        token_P, slot_P = ((sample.index_SK == e) & (sample.weights_SK != 0)).nonzero(as_tuple=True)
+        output_PH = routed_output(experts, e, sample.input_SH, token_P, sample.weights_SK[token_P, slot_P])
+        found.append(output_PH.sum(0, dtype=torch.float64) / max(len(sample.input_SH), 1))
     return torch.stack(found).cpu()

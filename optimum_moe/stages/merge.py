@@ -16,10 +16,11 @@ import torch
 from optimum_moe.algorithms.alignment import align_experts
 from optimum_moe.algorithms.grouping import adaptive_dominants
 from optimum_moe.algorithms.merging import merge_weights
+from optimum_moe.algorithms.neuron_features import TIES, activation_features
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan, Routing, keep_all
 from optimum_moe.settings import choose_one
-from optimum_moe.stages.base import register_stage
+from optimum_moe.stages.base import GRAM_TOKENS, register_stage
 from optimum_moe.stages.context import BlockContext, merged_experts
 from optimum_moe.stages.counted import CountedStage
 from optimum_moe.stages.counts import selected_blocks
@@ -27,6 +28,9 @@ from optimum_moe.stages.merge_choices import GROUPINGS, ROUTER_ROWS, SIMILARITIE
 from optimum_moe.stages.merge_refit import MergedBlock, Refit, cannot_refit
 from optimum_moe.stages.results import Groups
 from optimum_moe.statistics import Statistics
+
+_WEIGHTS_SHARE = {"activations": TIES, "both": 1.0}
+"""What the weights of neurons count beside their activations."""
 
 
 @register_stage
@@ -48,6 +52,8 @@ class ExpertMerging(CountedStage):
             registered with `register_grouping`.
         weighting: `"frequency"` or `"uniform"` weights in the merge, or a name registered with `register_weighting`.
         align: Permute each expert's neurons to its group's dominant expert before merging.
+        align_by: What neurons are matched by: their `"weights"` (the paper), their `"activations"` on the sampled
+            tokens of the group, or the sum of `"both"`, each neuron scaled to norm 1 (REAM).
         merge: What a merged expert is made of: the weighted `"mean"` of its members' matrices, or those `"neurons"` of
             all of them that together come closest to what the members gave (optimal brain surgeon).
         refit: Refit the down projections of merged experts by least squares on sampled tokens: not at all (`"none"`),
@@ -73,6 +79,7 @@ class ExpertMerging(CountedStage):
     grouping: str = "routing"
     weighting: str = "frequency"
     align: bool = True
+    align_by: Literal["weights", "activations", "both"] = "weights"
     merge: Literal["mean", "neurons"] = "mean"
     refit: Refit = "none"
     routing: Routing = "map"
@@ -82,6 +89,7 @@ class ExpertMerging(CountedStage):
         super().__post_init__()
         choose_one("allocation", self.allocation, ("uniform", "adaptive"))
         choose_one("routing", self.routing, ("map", "reduce"))
+        choose_one("align_by", self.align_by, ("weights", *_WEIGHTS_SHARE))
         choose_one("merge", self.merge, ("mean", "neurons"))
         choose_one("refit", self.refit, ("none", "group", "block"))
         if self.refits and self._reduces:
@@ -94,6 +102,11 @@ class ExpertMerging(CountedStage):
             raise ValueError(
                 'merge="neurons" chooses neurons for a down projection that is fitted to them. Pass refit="block" or '
                 'refit="group".'
+            )
+        if self.align_by != "weights" and not self._aligns:
+            raise ValueError(
+                f"align_by={self.align_by!r} has no meaning with align={self.align!r} and merge={self.merge!r}, where "
+                'no neurons are aligned. Leave it out, or pass align=True and merge="mean".'
             )
         for choice, chosen in self._choices:
             choice[chosen]
@@ -112,12 +125,13 @@ class ExpertMerging(CountedStage):
         """Frequencies, to find the dominant experts, the inputs of the chosen functions, and what a refit reads."""
         used = [choice[chosen] for choice, chosen in self._choices if choice is not ROUTER_ROWS or self._reduces]
         fitted = {"sample", "gradients"} if self.refits else set()
-        return frozenset({"frequency", *fitted}).union(*(function.observations for function in used))
+        aligned = {"sample"} if self.align_by != "weights" else set()
+        return frozenset({"frequency", *fitted, *aligned}).union(*(function.observations for function in used))
 
     @property
     def sample_size(self) -> int:
         """Number of tokens to sample; a refit needs more than there are neurons in an expert."""
-        return 32768 if self.refits else super().sample_size
+        return GRAM_TOKENS if self.refits else super().sample_size
 
     @property
     def refits(self) -> bool:
@@ -128,6 +142,10 @@ class ExpertMerging(CountedStage):
     def averages_experts(self) -> bool:
         """Whether merged matrices are weighted means."""
         return self.merge == "mean"
+
+    @property
+    def _aligns(self) -> bool:
+        return self.align and self.averages_experts
 
     @property
     def _reduces(self) -> bool:
@@ -178,18 +196,26 @@ class ExpertMerging(CountedStage):
         grouped = {"labels_E": labels_E, "dominants_G": dominants_G}
         weights_E = WEIGHTINGS[self.weighting](context, **grouped)
         rows = ROUTER_ROWS[self.router_rows](context, **grouped) if self._reduces else None
-        aligns = self.align and self.averages_experts
         plan = BlockPlan(
             name=info.name,
             labels_E=tuple(labels_E.tolist()),
             dominants_G=dominants_G,
             routing=self.routing,
             merge_weights_E=merge_weights(weights_E, labels_E, allocated),
-            permutations_EI=align_experts(context.experts, labels_E, dominants_G) if aligns else None,
+            permutations_EI=self._permutations(context, labels_E, dominants_G) if self._aligns else None,
             router_weights_E=None if rows is None else merge_weights(rows.weights_E, labels_E, allocated),
             router_fit=None if rows is None else rows.fit,
         )
         return self._refitted(context, plan) if self.refits else plan
+
+    def _permutations(
+        self, context: BlockContext, labels_E: torch.Tensor, dominants_G: tuple[int, ...]
+    ) -> torch.Tensor:
+        """(E, I) the order in which the neurons of each expert match those of its dominant expert."""
+        share, features = _WEIGHTS_SHARE.get(self.align_by), None
+        if share is not None:
+            features = activation_features(context.experts, context.sample(), labels_E, share)
+        return align_experts(context.experts, labels_E, dominants_G, features=features)
 
     def _refitted(self, context: BlockContext, plan: BlockPlan) -> BlockPlan:
         """The plan with the neurons that merged experts are made of, and their refitted down projections."""

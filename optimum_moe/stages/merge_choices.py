@@ -21,14 +21,21 @@ from optimum_moe.algorithms.grouping import (
     join_dominants,
     linkage_groups,
     random_groups,
+    take_nearest,
 )
 from optimum_moe.algorithms.merge_damage import pair_damages
 from optimum_moe.algorithms.router_fit import Choices, RouterView, fit_router
-from optimum_moe.algorithms.similarity import distance_similarity, gram_similarity, mean_outputs, vector_similarity
+from optimum_moe.algorithms.similarity import (
+    distance_similarity,
+    gram_similarity,
+    mean_gated_outputs,
+    mean_outputs,
+    vector_similarity,
+)
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.stages.from_context import Choice, Function
 from optimum_moe.stages.results import Groups, Returned, RouterRows
-from optimum_moe.stages.saliency import expected_loss
+from optimum_moe.stages.saliency import expected_loss, router_weighted_activation
 from optimum_moe.statistics import Reservoir
 
 SIMILARITIES = Choice("similarity", Returned.similarities)
@@ -126,6 +133,19 @@ def router_logits_x_outputs(
     return gram_similarity(router_gram_EE) * vector_similarity(mean_outputs(experts, sample))
 
 
+@register_similarity("router_logits_and_outputs")
+def router_logits_and_outputs(
+    router_gram_EE: torch.Tensor, experts: ExpertTensors, sample: SampledTokens
+) -> torch.Tensor:
+    """Mean of the cosine similarities of router logits and of mean weighted outputs (REAM, arXiv:2604.04356).
+
+    Both are in [0, 1]. Outputs are weighted by the routing weights that tokens really have; the public code weighs
+    those of all tokens by a softmax of the logits, and compares logits by their distance over the largest distance.
+    """
+    outputs_EH = mean_gated_outputs(experts, sample)
+    return (gram_similarity(router_gram_EE) + vector_similarity(outputs_EH)) / 2
+
+
 @register_similarity("damage")
 def merge_damage(experts: ExpertTensors, loss_sample: SampledTokens) -> torch.Tensor:
     """Minus what the loss is expected to rise by when one of two experts serves both, see `algorithms.merge_damage`."""
@@ -155,11 +175,38 @@ def group_by_loss(
 
     As `"routing"`, with the expected rise of the loss (saliency `"fisher"`) in place of the frequency.
     """
-    damage_E = expected_loss(experts, loss_sample)
-    # An expert without tokens that is to be kept has a rank above 0.
-    kept_E = (token_count_E == 0) & (rank_E > 0)
-    dominants = dominant_experts(damage_E.masked_fill(kept_E, 2 * float(damage_E.max()) + 1), num_groups, router_groups)
+    damage_E = _kept_first(expected_loss(experts, loss_sample), token_count_E, rank_E)
+    dominants = dominant_experts(damage_E, num_groups, router_groups)
     return Groups(join_dominants(similarity(), dominants, router_groups), dominants)
+
+
+@register_grouping("saliency")
+def group_by_saliency(
+    similarity: Callable[[], torch.Tensor],
+    gated_norm_sum_E: torch.Tensor,
+    token_count_E: torch.Tensor,
+    rank_E: torch.Tensor,
+    num_groups: int,
+    router_groups: int,
+) -> Groups:
+    """The most salient experts by `"reap"` are dominant, and take the most similar of the others in that order (REAM).
+
+    Each takes up to 15, or as many as it has to. All are taken before most of the dominant experts have their turn,
+    which therefore stay as they are (the pseudo-pruning of arXiv:2604.04356, with its groups of at most 16).
+    """
+    saliency_E = _kept_first(router_weighted_activation(gated_norm_sum_E, token_count_E), token_count_E, rank_E)
+    centroids = dominant_experts(saliency_E, num_groups, router_groups)
+    most_taken = max(_MOST_TAKEN, -(-len(saliency_E) // num_groups) - 1)
+    return Groups(take_nearest(similarity(), centroids, most_taken, router_groups), centroids)
+
+
+_MOST_TAKEN = 15
+
+
+def _kept_first(values_E: torch.Tensor, token_count_E: torch.Tensor, rank_E: torch.Tensor) -> torch.Tensor:
+    """(E,) values with the highest for experts without tokens that are to be kept, which have a rank above 0."""
+    kept_E = (token_count_E == 0) & (rank_E > 0)
+    return values_E.masked_fill(kept_E, 2 * float(values_E.max()) + 1)
 
 
 def _register_linkage(method: Linkage) -> None:
@@ -215,6 +262,12 @@ def weight_dominants(labels_E: torch.Tensor, dominants_G: tuple[int, ...]) -> to
     weights_E = torch.zeros(len(labels_E), dtype=torch.float64)
     weights_E[list(dominants_G)] = 1.0
     return weights_E
+
+
+@register_weighting("reap")
+def weight_by_saliency(gated_norm_sum_E: torch.Tensor, token_count_E: torch.Tensor) -> torch.Tensor:
+    """Weight each expert by the mean of g ||f(x)|| over its tokens, its saliency of REAP (REAM, arXiv:2604.04356)."""
+    return router_weighted_activation(gated_norm_sum_E, token_count_E)
 
 
 @register_weighting("fisher")

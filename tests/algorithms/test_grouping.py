@@ -8,6 +8,7 @@ from optimum_moe.algorithms.grouping import (
     join_dominants,
     linkage_groups,
     random_groups,
+    take_nearest,
 )
 
 
@@ -83,6 +84,34 @@ def test_adaptive_every_block_keeps_its_floor():
     assert adaptive_dominants(blocks, 8) == [(0, 1, 2, 3), (1, 2, 0, 3)]
 
 
+def test_centroids_take_in_turn_what_is_left():
+    similarity_EE = torch.zeros(7, 7)
+    similarity_EE[4] = torch.tensor([0.9, 0.8, 0.95, 0.1, 1.0, 0.2, 0.3])
+    similarity_EE[2] = torch.tensor([0.9, 0.1, 1.0, 0.5, 0.9, 0.5, 0.4])
+    # Expert 4 takes 0 and 1, not the centroid 2, which takes 3 and 5 of the rest.
+    assert take_nearest(similarity_EE, (4, 2, 6), 2).tolist() == [0, 0, 1, 1, 0, 1, 2]
+    assert take_nearest(similarity_EE, (4, 2, 6), 15).tolist() == [0, 0, 1, 0, 0, 0, 2]
+    # In two router groups of four, each centroid takes its own.
+    similarity_EE = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    assert take_nearest(similarity_EE, (1, 0, 6, 7), 15, router_groups=2).tolist() == [1, 0, 0, 0, 2, 2, 2, 3]
+
+
+def test_what_centroids_may_take_bounds_every_group():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        similarity_EE, order = torch.rand(40, 40, generator=generator), torch.randperm(40, generator=generator)
+        centroids = tuple(order[:7].tolist())
+        labels_E = take_nearest(similarity_EE, centroids, 5)
+        sizes = torch.bincount(labels_E, minlength=7).tolist()
+        assert sizes == [6, 6, 6, 6, 6, 6, 4]
+        assert labels_E[list(centroids)].tolist() == list(range(7))
+        # What an earlier centroid left is not nearer to it than what it took.
+        first = similarity_EE[centroids[0]]
+        others = [e for e in range(40) if labels_E[e] != 0 and e not in centroids]
+        taken = [e for e in range(40) if labels_E[e] == 0 and e != centroids[0]]
+        assert first[others].max() <= first[taken].min()
+
+
 @pytest.mark.parametrize("router_groups", [1, 2, 4])
 def test_random_groups_fill_every_group(router_groups):
     for seed in range(20):
@@ -136,6 +165,8 @@ def test_linkage_groups_stay_within_router_groups():
         (lambda: join_dominants(torch.ones(4, 4), (0, 0)), r"distinct experts"),
         (lambda: join_dominants(torch.ones(4, 4), (0, 1), router_groups=2), "without a dominant"),
         (lambda: join_dominants(torch.full((2, 2), torch.nan), (0,)), "NaN"),
+        (lambda: take_nearest(torch.ones(4, 4), (0, 4), 3), r"distinct experts in 0..3"),
+        (lambda: take_nearest(torch.ones(6, 6), (0, 1), 1), r"leaves experts \[4, 5\] without a group: .* at least 2"),
         (lambda: random_groups(4, 5, None), "num_groups=5 is outside 1..4"),
         (lambda: linkage_groups(torch.eye(4), 5, "average"), "num_groups=5 is outside 1..4"),
     ],

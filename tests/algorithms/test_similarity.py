@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from optimum_moe.algorithms.similarity import gram_similarity, vector_similarity
+from optimum_moe.algorithms.expert_tokens import SampledTokens
+from optimum_moe.algorithms.experts import ExpertTensors
+from optimum_moe.algorithms.similarity import gram_similarity, mean_gated_outputs, vector_similarity
 
 
 @pytest.mark.parametrize("family", ["stats/switch/", "stats/mixtral/"])
@@ -43,6 +45,26 @@ def test_zero_vector_has_cosine_zero_to_others():
 def test_tiny_norms_do_not_underflow():
     similarity_EE = vector_similarity(torch.tensor([[1e-90, 0.0], [1e-90, 1e-90]], dtype=torch.float64))
     assert similarity_EE[0, 1].item() == pytest.approx((2**-0.5 + 1) / 2)
+
+
+def test_mean_gated_outputs_are_what_experts_add_to_the_output():
+    generator = torch.Generator().manual_seed(0)
+    up_EIH, down_EHI = torch.randn(4, 6, 5, generator=generator), torch.randn(4, 5, 6, generator=generator)
+    bias_EH = torch.randn(4, 5, generator=generator)
+    experts = ExpertTensors(up_EIH, down_EHI, down_bias=bias_EH, activate=lambda gate, up: up.relu())
+    input_SH = torch.randn(9, 5, generator=generator)
+    # Expert 3 is not reached, and the slot of weight 0 counts for nothing.
+    index_SK = torch.tensor([[0, 1], [1, 2], [2, 0]]).repeat(3, 1)
+    weights_SK = torch.rand(9, 2, generator=generator)
+    weights_SK[0, 0] = 0.0
+    expected_EH = torch.zeros(4, 5, dtype=torch.float64)
+    for s in range(9):
+        for e, g in zip(index_SK[s].tolist(), weights_SK[s].double(), strict=True):
+            output_H = down_EHI[e].double() @ (up_EIH[e].double() @ input_SH[s].double()).relu() + bias_EH[e].double()
+            expected_EH[e] += g * output_H / 9
+    found_EH = mean_gated_outputs(experts, SampledTokens(input_SH, index_SK, weights_SK))
+    torch.testing.assert_close(found_EH, expected_EH, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found_EH[3], torch.zeros(5, dtype=torch.float64))
 
 
 def test_errors_name_the_shape_and_the_cause():
