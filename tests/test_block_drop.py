@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_moe import BlockDrop, CalibrationConfig, CompressionPlan, ExpertPruning, MoECompressor, MSMoE, verify
+from optimum_moe.algorithms.layer_similarity import importance_of_run
 from optimum_moe.surgeons import find_blocks, shallow_model
 from tests.dropping import WARNINGS, data_for, write_with_both_engines
+from tests.expert_order import edited
 from tests.mtp_checkpoints import save_with_mtp
 from tests.quantized_checkpoints import edit_config
 from tests.test_streaming import tensors
@@ -181,6 +184,40 @@ def test_the_least_important_layers_go() -> None:
         assert compressor.plan.dropped == tuple(f"model.layers.{n}" for n in chosen)
         assert [layer.self_attn.layer_idx for layer in own.model.layers] == [0, 1, 2, 3]
         assert own.config.num_hidden_layers == 4
+
+
+def test_layers_are_those_of_the_public_implementation_but_for_its_defect() -> None:
+    """With its eight states of the residual stream (here in float16) around seven layers.
+
+    Of two neighboring layers its code drops those after the ones that its own similarities name.
+    """
+    given = load_file(Path(__file__).parent / "data" / "parity_criteria.safetensors")
+    given = {key.removeprefix("unified_blockdrop/"): t for key, t in given.items() if "unified_blockdrop/" in key}
+    streams, similarities = given["in/hidden"].float(), given["in/sim"]
+    for first, row in enumerate(similarities):
+        for gap, similarity in enumerate(row[: 7 - first].tolist(), start=1):
+            change = importance_of_run(streams[first], streams[first + gap])
+            assert 1 - change == pytest.approx(similarity, abs=1e-5)
+    cosine_S = torch.nn.functional.cosine_similarity(streams[:-1].double(), streams[1:].double(), dim=-1).sum(-1)
+    chosen, names = {}, [f"model.layers.{n}.mlp" for n in range(7)]
+    for consecutive in (False, True):
+        stage = BlockDrop(num_blocks=2, consecutive=consecutive)
+        model = build("qwen3_moe", num_hidden_layers=7)
+        compressor = MoECompressor.from_pretrained(model, stage, data_for("qwen3_moe"), progress=False)
+        statistics = compressor.calibrate()
+        compressor.apply(
+            edited(
+                statistics,
+                num_tokens=400,
+                layer_cosine_sum=lambda name: cosine_S[names.index(name)],
+                residual_before_SH=lambda name: streams[names.index(name)],
+                residual_after_SH=lambda name: streams[names.index(name) + 1],
+            )
+        )
+        chosen[consecutive] = [int(layer.rpartition(".")[2]) for layer in compressor.plan.dropped]
+    assert chosen[False] == given["out/discrete"].tolist() == [1, 2]
+    assert chosen[True] == given["chk/consecutive_gap_n"].tolist() == [1, 2]
+    assert given["out/consecutive"].tolist() == [4, 5]
 
 
 @pytest.mark.parametrize("following", [ExpertPruning(num_experts=4, saliency="reap"), MSMoE(num_experts=4)])

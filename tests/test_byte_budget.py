@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from optimum_moe import ByteBudget, CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE
+from optimum_moe.surgeons import find_blocks
 from tests.expert_order import edited, permute_experts, reordered
 from tests.test_reload import assert_same_tensors, move_out_of_the_file
 from tests.tiny_models import TARGETS, Target, build, inputs_for, logits_of
@@ -48,6 +49,27 @@ def test_the_whole_budget_changes_nothing(target: Target) -> None:
     actual = logits_of(compressor.apply(), inputs_for(target))
     assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert stored(compressor) == original(compressor)
+
+
+@pytest.mark.parametrize("target", LANGUAGE)
+def test_neurons_that_give_nothing_go_and_change_nothing(target: Target) -> None:
+    """Two thirds of each expert's neurons, with a down projection of zeros; nothing is refitted."""
+    model = build(target, **SIZES)
+    blocks = {found.info.name: found.surgeon.experts(found.module(model)) for found in find_blocks(model)}
+    if any(experts.fixed_neurons for experts in blocks.values()):
+        pytest.skip("the neurons of its experts cannot go")
+    with torch.no_grad():
+        for experts in blocks.values():
+            for down_HI in experts.down:
+                down_HI[:, torch.randperm(experts.intermediate_size)[experts.intermediate_size // 3 :]] = 0.0
+    # Of the calibration data: a neuron that none of its tokens activates may go too.
+    inputs = inputs_for(target, rows=4, length=32, seed=0)
+    expected = logits_of(model, inputs)
+    stage = ByteBudget(runs_in="transformers", share=0.36, formats=["narrow"], refit=False)
+    compressor = compressor_for(model, stage, target)
+    actual = logits_of(compressor.apply(), inputs)
+    assert stored(compressor) <= 0.36 * original(compressor)
+    assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("target", LANGUAGE)

@@ -87,9 +87,9 @@ def test_reap_is_that_of_llm_compressor() -> None:
     assert sorted(dominant_experts(saliency_E, 4, 2)) == given["out/retained_2groups_drop2each"].tolist()
 
 
-def first_context(model, saliency: str, inputs) -> BlockContext:
+def first_context(model, saliency: str, inputs, num_experts: int = 4) -> BlockContext:
     """The first block that runs, as a criterion sees it."""
-    stage = ExpertPruning(num_experts=4, saliency=saliency)
+    stage = ExpertPruning(num_experts=num_experts, saliency=saliency)
     statistics = MoECompressor.from_pretrained(model, stage, CalibrationConfig([inputs]), progress=False).calibrate()
     found = running_order(model, inputs)[0]
     block = found.module(model)
@@ -136,6 +136,41 @@ def test_razor_is_what_removing_an_expert_changes(target: Target) -> None:
     assert tested == 2
     sum_E, count_E = over_tokens(change_SK.square(), sample, 8)
     torch.testing.assert_close(SALIENCIES["razor"](context), (sum_E / count_E.clamp(min=1)).sqrt())
+
+
+EVERY_EXPERT = {"num_experts_per_tok": 8}
+"""A router that selects all experts, so that none comes in for one that is removed."""
+
+
+@pytest.mark.filterwarnings("ignore:expert-pruning with num_experts=8 removes nothing")
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
+def test_razor_is_what_removing_an_expert_changes_where_none_comes_in(name: str) -> None:
+    inputs = inputs_for(name, rows=2, length=16)
+    model = build(name, **EVERY_EXPERT)
+    context = first_context(model, "razor", inputs, num_experts=8)
+    sample = context.sample()
+    assert sample.index_SK.shape[1] == 8
+    change_SK = removal_changes(context.experts, sample, context.rerouter())
+    before_TH = output_of(model, context.info.name, inputs)
+    for expert in (0, 5):
+        model = build(name, **EVERY_EXPERT)
+        silence(model, [expert], inputs)
+        expected_T = (output_of(model, context.info.name, inputs) - before_TH).norm(dim=-1)
+        rounding = 1e-5 * float(before_TH.norm(dim=-1).max())
+        torch.testing.assert_close(change_SK[sample.index_SK == expert], expected_T, rtol=1e-4, atol=rounding)
+
+
+@pytest.mark.filterwarnings("ignore:expert-pruning with num_experts=8 removes nothing")
+def test_razor_is_the_formula_of_the_paper_where_no_expert_comes_in() -> None:
+    """w / (1 - w) ||f - c||, written out for a router that divides weights by their sum, in float64."""
+    model, inputs = build("qwen3_moe", norm_topk_prob=True, **EVERY_EXPERT), inputs_for("qwen3_moe", rows=4, length=32)
+    context = first_context(model, "razor", inputs, num_experts=8)
+    output_SEH = outputs_of_all(context)
+    share_SE = (context.sample().input_SH.double() @ context.router.rows_NX.double().T).softmax(-1)
+    mean_S1H = (share_SE[..., None] * output_SEH).sum(1, keepdim=True)
+    change_SE = share_SE / (1 - share_SE) * (output_SEH - mean_S1H).norm(dim=-1)
+    expected_E = change_SE.square().mean(0).sqrt()
+    torch.testing.assert_close(SALIENCIES["razor"](context), expected_E.detach(), rtol=1e-4, atol=0)
 
 
 def test_razor_is_the_formula_of_the_paper() -> None:

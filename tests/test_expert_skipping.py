@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -64,6 +65,28 @@ def test_weights_of_tokens_that_skip_nothing_keep_their_bits(dtype: torch.dtype,
     whole = (left_TK != 0).all(-1)
     assert 0 < int(whole.sum()) < 500
     assert torch.equal(left_TK[whole], weights_TK[whole])
+
+
+def test_skipping_is_that_of_the_public_implementation() -> None:
+    """Its ratio, and with it the outputs of a block of four experts, each token with two."""
+    given = load_file(Path(__file__).parent / "data" / "parity_criteria.safetensors")
+    given = {key.removeprefix("expert_sparsity/"): t for key, t in given.items() if key.startswith("expert_sparsity/")}
+    input_TH = given["in/x"].flatten(0, 1)
+    weights_TK, index_TK = (input_TH @ given["in/router"].T).softmax(-1).topk(2)
+    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    ratios = median_ratios(weights_TK)
+    assert ratios == pytest.approx(given["out/beta_median"].tolist(), rel=1e-6)
+
+    def output(left_TK: torch.Tensor) -> torch.Tensor:
+        gate_TKI, up_TKI = torch.einsum("th,tkih->tki", input_TH, given["in/gate_up"][index_TK]).chunk(2, dim=-1)
+        hidden_TKI = torch.nn.functional.silu(gate_TKI) * up_TKI
+        return torch.einsum("tk,tki,tkhi->th", left_TK, hidden_TKI, given["in/down"][index_TK])
+
+    torch.testing.assert_close(output(weights_TK), given["out/moe"].flatten(0, 1), rtol=1e-5, atol=1e-5)
+    assert is_normalized(weights_TK)
+    left_TK = skip(weights_TK, Skipping(ratios, renormalize=True))
+    assert int((left_TK == 0).sum()) == len(left_TK) // 2
+    torch.testing.assert_close(output(left_TK), given["out/dynamic_skip"].flatten(0, 1), rtol=1e-5, atol=1e-5)
 
 
 class MadeFromNumbers(TorchDispatchMode):

@@ -4,6 +4,7 @@ import torch
 from optimum_moe.algorithms.expert_tokens import SampledTokens
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.algorithms.similarity import gram_similarity, mean_gated_outputs, vector_similarity
+from optimum_moe.stages.merge_choices import expert_weights
 
 
 @pytest.mark.parametrize("family", ["stats/switch/", "stats/mixtral/"])
@@ -22,6 +23,13 @@ def test_router_row_similarity_matches_public_code(parity, blocks):
         similarity_EE = vector_similarity(parity[f"switch/in/{block}/router"])
         expected_EE = parity[f"stats/switch/{block}/similarity_router-weight"].double()
         torch.testing.assert_close(similarity_EE, expected_EE, rtol=0, atol=1e-6)
+
+
+def test_weight_similarity_matches_public_code(parity, blocks):
+    for block in blocks("stats/switch/"):
+        experts = ExpertTensors(parity[f"switch/in/{block}/wi"], parity[f"switch/in/{block}/wo"])
+        expected_EE = parity[f"stats/switch/{block}/similarity_weight"].double()
+        torch.testing.assert_close(expert_weights(experts), expected_EE, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("family", "top_k"), [("stats/switch/", 1), ("stats/mixtral/", 2)])
