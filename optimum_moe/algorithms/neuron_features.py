@@ -14,8 +14,8 @@ from optimum_moe.algorithms.alignment import Features, FeaturesOf, weights_of
 from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
 from optimum_moe.algorithms.experts import ExpertTensors
 
-# Tokens of a block that are looked at: a correlation over a few hundred of them tells neurons apart.
-_TOKENS = 4096
+# Tokens of a group that are looked at, which bounds the memory of wide experts.
+_TOKENS = 8192
 
 TIES = 1e-3
 """Share of the weights that only decides between neurons whose activations say the same, such as those that no token
@@ -39,12 +39,12 @@ def activation_features(
     Raises:
         ValueError: When the features are asked for, if the architecture does not give its gate function.
     """
-    sample = sample.every(-(-len(sample.input_SH) // _TOKENS) or 1)
 
     def features(expert: int, group: int) -> Features:
         members = (labels_E == group).nonzero()[:, 0].to(sample.index_SK)
         reached_S = (torch.isin(sample.index_SK, members) & (sample.weights_SK != 0)).any(-1)
-        input_PH = (sample.input_SH[reached_S] if bool(reached_S.any()) else sample.input_SH).float()
+        token_P = (reached_S if bool(reached_S.any()) else torch.ones_like(reached_S)).nonzero()[:, 0]
+        input_PH = sample.input_SH[token_P[:: -(-len(token_P) // _TOKENS) or 1]].float()
         single = single_expert(experts, expert)
         hidden_PI = single.activated(single.preactivations(input_PH))
         weights_ID = torch.cat([matrix.float() for matrix in weights_of(experts, expert)], dim=1)

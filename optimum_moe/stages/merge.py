@@ -130,8 +130,8 @@ class ExpertMerging(CountedStage):
 
     @property
     def sample_size(self) -> int:
-        """Number of tokens to sample; a refit needs more than there are neurons in an expert."""
-        return GRAM_TOKENS if self.refits else super().sample_size
+        """Number of tokens to sample; refits and correlations need more than there are neurons in an expert."""
+        return GRAM_TOKENS if self.refits or self.align_by != "weights" else super().sample_size
 
     @property
     def refits(self) -> bool:
