@@ -170,6 +170,12 @@ class BlockPlan:
         return tuple(self.labels_E.index(group) for group in range(self.num_groups))
 
     @property
+    def removed_experts(self) -> tuple[int, ...]:
+        """The pruned experts, and those that keep no neuron."""
+        empty = set() if self.sizes is None else {g for g, width in enumerate(self.sizes.widths) if width == 0}
+        return tuple(e for e, label in enumerate(self.labels_E) if label < 0 or label in empty)
+
+    @property
     def keeps_all(self) -> bool:
         """True if no expert is merged or removed."""
         return self.num_groups == self.num_experts

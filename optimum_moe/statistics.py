@@ -29,10 +29,14 @@ OBSERVATIONS: Mapping[str, tuple[str, ...]] = {
     "layer_similarity": ("layer_cosine_sum",),
     "residual_stream": ("residual_before_SH", "residual_after_SH"),
     "experts_similarity": ("experts_cosine_sum",),
+    "modalities": ("modality_count_VE", "modality_gated_norm_VE"),
 }
 """Fields of `BlockStatistics` by observation; residual stream and gradients are part of the sample."""
-ON_REQUEST = frozenset({"gradients", "layer_similarity", "residual_stream", "experts_similarity"})
-"""Observations that are only collected for a recipe that reads them: they take more time or memory."""
+ON_REQUEST = frozenset({"gradients", "layer_similarity", "residual_stream", "experts_similarity", "modalities"})
+"""Observations that are only collected for a recipe that reads them: they take more time or memory, or, like those by
+modality, are only there for some data (and are then always collected)."""
+MODALITIES = ("text", "image", "video", "audio")
+"""Modalities of tokens, in the order of `modality_count_VE`."""
 STANDARD = tuple(name for name in OBSERVATIONS if name not in ON_REQUEST)
 """Observations that `calibrate()` collects for any recipe."""
 OBSERVATION_OF: Mapping[str, str] = {
@@ -87,6 +91,9 @@ class BlockStatistics:
         residual_after_SH: (S, H) residual stream after it.
         experts_cosine_sum: Sum over tokens of the cosine of the residual stream after that layer with the routed
             experts of the block and without them.
+        modality_count_VE: Tokens of each of `MODALITIES` (V of them) that were routed to each expert; zeros for a block
+            that sees no token ids, such as one of a vision tower. Observed where calibration data have media.
+        modality_gated_norm_VE: Sum of g ||f(x)|| over them.
 
     What no stage asked for is None.
     """
@@ -108,6 +115,8 @@ class BlockStatistics:
     residual_before_SH: torch.Tensor | None = None
     residual_after_SH: torch.Tensor | None = None
     experts_cosine_sum: torch.Tensor | None = None
+    modality_count_VE: torch.Tensor | None = None
+    modality_gated_norm_VE: torch.Tensor | None = None
 
     @property
     def sums(self) -> list[str]:

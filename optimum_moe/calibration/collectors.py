@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from optimum_moe.statistics import OBSERVATIONS
+from optimum_moe.statistics import MODALITIES, OBSERVATIONS
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class ExpertCall:
         norm_P: float64 norms of the expert's outputs for these tokens.
         all_input_PH: (P, H) inputs of all tokens.
         all_hidden_PI: (P, I) hidden activations of all tokens.
+        modality_P: int64 positions in `MODALITIES` of the tokens that are not padding; None if they are unknown.
     """
 
     keep_P: torch.Tensor
@@ -40,6 +41,7 @@ class ExpertCall:
     norm_P: torch.Tensor
     all_input_PH: torch.Tensor
     all_hidden_PI: torch.Tensor
+    modality_P: torch.Tensor | None = None
 
     @property
     def input_PH(self) -> torch.Tensor:
@@ -173,7 +175,25 @@ class RouterLogits(Collector):
         self.router_sum_E += logits_TE.sum(0)
 
 
-_COLLECTORS = (Frequency, RoutingWeights, Outputs, Inputs, Neurons, Coactivation, RouterLogits)
+class Modalities(Collector):
+    """Tokens and weighted output norms of each expert by the modality of the token."""
+
+    name = "modalities"
+
+    def __init__(self, sizes: BlockSizes) -> None:
+        self.modality_count_VE = _zeros(len(MODALITIES), sizes.num_experts)
+        self.modality_gated_norm_VE = _zeros(len(MODALITIES), sizes.num_experts)
+
+    def expert(self, expert: int, call: ExpertCall) -> None:
+        """See `Collector.expert`."""
+        if call.modality_P is None:
+            return
+        modality_P, gated_P = call.modality_P.cpu(), (call.gate_P * call.norm_P).cpu()
+        self.modality_count_VE[:, expert].index_add_(0, modality_P, torch.ones_like(gated_P))
+        self.modality_gated_norm_VE[:, expert].index_add_(0, modality_P, gated_P)
+
+
+_COLLECTORS = (Frequency, RoutingWeights, Outputs, Inputs, Neurons, Coactivation, RouterLogits, Modalities)
 _ALWAYS = frozenset({"frequency", "outputs"})
 """Always collected, to detect experts without tokens and activations that overflow."""
 

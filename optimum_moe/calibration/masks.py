@@ -41,8 +41,10 @@ def padding_mask(inputs: Mapping[str, Any], block: BlockInfo, in_text: bool) -> 
         return None
     prefix = "decoder_" if block.stack == "decoder" and "decoder_input_ids" in inputs else ""
     mask = inputs.get(f"{prefix}attention_mask")
+    return None if mask is None else seen_tokens(inputs, block, mask.reshape(-1).bool())
+
+
+def seen_tokens(inputs: Mapping[str, Any], block: BlockInfo, values_T: torch.Tensor) -> torch.Tensor:
+    """Of one value for each token of a forward pass, those of the tokens that a text block sees."""
     pool, kinds = _POOLS.get(block.name.rpartition(".")[2]), inputs.get(_POOL_IDS)
-    if pool is None or kinds is None:
-        return None if mask is None else mask.reshape(-1).bool()
-    mine_T = kinds.reshape(-1).bool() == pool
-    return torch.ones_like(mine_T)[mine_T] if mask is None else mask.reshape(-1).bool()[mine_T]
+    return values_T if pool is None or kinds is None else values_T[kinds.reshape(-1).bool() == pool]

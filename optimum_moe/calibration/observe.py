@@ -19,6 +19,7 @@ from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.gradients import differentiable, gives_logits, sampled_loss
 from optimum_moe.calibration.layer_watch import watch_layers
 from optimum_moe.calibration.masks import padding_mask, text_blocks
+from optimum_moe.calibration.modalities import placeholders, token_modalities, with_modalities
 from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.calibration.residual import residual_before
 from optimum_moe.statistics import STANDARD, BlockStatistics, Statistics
@@ -46,7 +47,8 @@ def observe(
         progress: Show a progress bar.
         draws: Number of backward passes per batch, each from a loss with labels sampled from the model's predictions;
             the gradients at the experts' outputs are sampled.
-        needs: Names of the observations to collect, see `OBSERVATIONS`; default the standard ones.
+        needs: Names of the observations to collect, see `OBSERVATIONS`; default the standard ones. Those by modality
+            are always collected where the data have media.
 
     Returns:
         Statistics of all blocks. Experts that no token reached cause a warning or an error, see `unseen`.
@@ -55,6 +57,8 @@ def observe(
         ValueError: If a mask does not fit the tokens of a block, an observed value is NaN or infinite, or
             `unseen="error"` and no token was routed to an expert.
     """
+    known = placeholders(model.config)
+    needs = with_modalities(needs, batches, known)
     recorders = {
         found.info.name: BlockRecorder(
             found.info.num_experts,
@@ -88,8 +92,9 @@ def observe(
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
             inputs = placed(batch, model)
             for found in blocks:
-                mask_T = padding_mask(inputs, found.info, found.info.name in in_text)
-                recorders[found.info.name].expect(mask_T)
+                its_text = found.info.name in in_text
+                modality_T = token_modalities(inputs, found.info, its_text, known) if "modalities" in needs else None
+                recorders[found.info.name].expect(padding_mask(inputs, found.info, its_text), modality_T)
             output = part(**inputs, **extra)
             if going_back is None:
                 # Without gradients a stage measures output errors, and warns.

@@ -38,6 +38,7 @@ class BlockRecorder:
         self.num_tokens = 0
         self._collectors = make_collectors(BlockSizes(num_experts, intermediate_size, hidden_size), needs)
         self._mask_T: torch.Tensor | None = None
+        self._modality_T: torch.Tensor | None = None
         self._valid_T = torch.empty(0, dtype=torch.bool)
         self._router_input_TH = torch.empty(0)
         self._sample = _Sample(reservoir_tokens, seed)
@@ -54,9 +55,14 @@ class BlockRecorder:
         # Equal seeds select the same tokens in all layers.
         self._residual = _Sample(reservoir_tokens, seed)
 
-    def expect(self, mask_T: torch.Tensor | None) -> None:
-        """Set the (T,) padding mask of the next forward pass, False for padding; None if no token is padding."""
-        self._mask_T = mask_T
+    def expect(self, mask_T: torch.Tensor | None, modality_T: torch.Tensor | None = None) -> None:
+        """Say what the tokens of the next forward pass are.
+
+        Args:
+            mask_T: (T,) bool, False for padding; None if no token is padding.
+            modality_T: (T,) int64 positions in `MODALITIES`; None if they are unknown.
+        """
+        self._mask_T, self._modality_T = mask_T, modality_T
 
     def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
         """Add the router's logits and inputs of one call."""
@@ -154,9 +160,21 @@ class BlockRecorder:
             norm_P=output_PH[keep_P].float().norm(dim=-1).double(),
             all_input_PH=input_PH,
             all_hidden_PI=hidden_PI,
+            modality_P=self._modalities(token_P[keep_P]),
         )
         for collector in self._collectors:
             collector.expert(expert, call)
+
+    def _modalities(self, token_P: torch.Tensor) -> torch.Tensor | None:
+        modality_T = self._modality_T
+        if modality_T is None:
+            return None
+        if len(modality_T) != len(self._valid_T):
+            raise ValueError(
+                f"The block saw {len(self._valid_T)} tokens, but there are {len(modality_T)} token ids. Give inputs "
+                "with one id for each token of the block: as many placeholders as an image or clip has tokens."
+            )
+        return modality_T.to(token_P.device)[token_P]
 
     def _that_take(self, what: str) -> list[Collector]:
         """The collectors that override a method of `Collector`."""

@@ -12,6 +12,7 @@ import torch
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.layer_watch import LAYER_OBSERVATIONS, run_layer
 from optimum_moe.calibration.masks import padding_mask, text_blocks
+from optimum_moe.calibration.modalities import placeholders, token_modalities, with_modalities
 from optimum_moe.calibration.observe import forward_calls, placed
 from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.calibration.residual import residual_before
@@ -20,6 +21,7 @@ from optimum_moe.engine.layers import Layer, other_layers
 from optimum_moe.engine.lockstep import Lockstep, Runner
 from optimum_moe.engine.progress import LayerReport, Progress
 from optimum_moe.engine.store import Observed, Store
+from optimum_moe.model_info import BlockInfo
 from optimum_moe.statistics import STANDARD, BlockStatistics
 
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
@@ -74,7 +76,9 @@ class LayerwiseRun:
         needs: Collection[str] = STANDARD,
     ) -> None:
         self.store, self.batches, self.config, self.handler = store, batches, config, handler
-        self.pending, self.propagate, self.keep, self.needs = set(pending), propagate, keep, needs
+        self.pending, self.propagate, self.keep = set(pending), propagate, keep
+        self._placeholders = placeholders(store.model.config)
+        self.needs = with_modalities(needs, batches, self._placeholders)
         self._layers = {layer.name: layer for layer in store.layers if not layer.tensors}
         self._in_text = text_blocks(store.model, store.blocks)
         self._seen: set[str] = set()
@@ -163,11 +167,18 @@ class LayerwiseRun:
     ) -> None:
         for runner, inputs in zip(runners, rows, strict=True):
             for found in layer.blocks:
-                mask_T = padding_mask(inputs, found.info, found.info.name in self._in_text)
-                recorders[found.info.name].expect(mask_T)
+                recorders[found.info.name].expect(*self._tokens(inputs, found.info))
             runner.advance()
             # The allocator keeps freed memory per thread, so return it before the next thread runs.
             return_freed()
+
+    def _tokens(self, inputs: Any, block: BlockInfo) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Padding mask and modalities of the tokens that a block sees of a batch."""
+        in_text = block.name in self._in_text
+        mask_T = padding_mask(inputs, block, in_text)
+        if "modalities" not in self.needs:
+            return mask_T, None
+        return mask_T, token_modalities(inputs, block, in_text, self._placeholders)
 
     def _recorders(self, layer: Layer) -> dict[str, BlockRecorder]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from optimum_moe.engine.decision import Decider, PlanReader, unreached_report
 from optimum_moe.engine.layers import Layer
 from optimum_moe.engine.layerwise import Keep, LayerwiseRun, keep_in_memory
 from optimum_moe.engine.progress import LayerReport, Progress
+from optimum_moe.engine.starving import starving_remarks
 from optimum_moe.engine.store import Observed, Store
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan, CompressionPlan
@@ -190,6 +192,9 @@ class Run:
 
     def _plan(self, statistics: Statistics | None, remarks: Sequence[str]) -> CompressionPlan:
         plans = self.store.plans()
+        starving = () if statistics is None else starving_remarks(plans, statistics.blocks)
+        for remark in starving:
+            warnings.warn(remark, stacklevel=2)
         return CompressionPlan(
             blocks=plans,
             settings=stock_settings(self.store.model, self.store.blocks, plans.values()),
@@ -197,7 +202,7 @@ class Run:
             source=self.identity,
             calibration=None if statistics is None else statistics.calibration,
             seed=self.seed,
-            remarks=tuple(remarks),
+            remarks=(*remarks, *starving),
         )
 
     def _cut_all(self, source: PlanSource, statistics: Statistics | None, what: str, show: bool = True) -> None:
