@@ -38,6 +38,9 @@ from optimum_moe.stages.results import Groups, Returned, RouterRows
 from optimum_moe.stages.saliency import expected_loss, router_weighted_activation
 from optimum_moe.statistics import Reservoir
 
+# Numbers of all experts that are multiplied with each other at a time.
+_AT_ONCE = 2**24
+
 SIMILARITIES = Choice("similarity", Returned.similarities)
 GROUPINGS = Choice("grouping", Returned.groups, "similarity", "rank_E", "num_groups", "router_groups")
 WEIGHTINGS = Choice("weighting", Returned.merge_weights, "labels_E", "dominants_G")
@@ -110,13 +113,14 @@ def router_weights(router: RouterView, info: BlockInfo) -> torch.Tensor:
 @register_similarity("expert_weights")
 def expert_weights(experts: ExpertTensors) -> torch.Tensor:
     """Cosine similarity of all matrices of the experts, without neuron alignment; data-free."""
-    fields = [m for m in (experts.gate, experts.up, experts.down) if m is not None]
     gram_EE = torch.zeros(experts.num_experts, experts.num_experts, dtype=torch.float64)
-    for matrices in fields:
-        for i in range(experts.num_experts):
-            for j in range(i + 1):
-                gram_EE[i, j] += (matrices[i].float() * matrices[j].float()).sum().cpu()
-    return gram_similarity(gram_EE.tril() + gram_EE.tril(-1).T)
+    for matrices in (m for m in (experts.gate, experts.up, experts.down) if m is not None):
+        height, width = matrices[0].shape
+        rows = max(1, _AT_ONCE // (experts.num_experts * width))
+        for start in range(0, height, rows):
+            part_ED = torch.stack([matrix[start : start + rows].float().flatten() for matrix in matrices])
+            gram_EE += (part_ED @ part_ED.T).double().cpu()
+    return gram_similarity(gram_EE)
 
 
 @register_similarity("expert_outputs")
