@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from optimum_moe.evaluation import evaluate
     from optimum_moe.exporting import export
     from optimum_moe.formats import register_format
+    from optimum_moe.look import LookInside, look_inside
     from optimum_moe.nn import LowRankSparseLinear, MergedExpertLayer
     from optimum_moe.plan import CompressionPlan
     from optimum_moe.stages import (
@@ -52,6 +53,7 @@ _HOMES = {
     "ExpertPruning": "optimum_moe.stages",
     "ExpertSkipping": "optimum_moe.stages",
     "LayerDrop": "optimum_moe.stages",
+    "LookInside": "optimum_moe.look",
     "LowRankSparse": "optimum_moe.stages",
     "LowRankSparseLinear": "optimum_moe.nn",
     "MSMoE": "optimum_moe.stages",
@@ -62,6 +64,7 @@ _HOMES = {
     "Statistics": "optimum_moe.statistics",
     "evaluate": "optimum_moe.evaluation",
     "export": "optimum_moe.exporting",
+    "look_inside": "optimum_moe.look",
     "register_format": "optimum_moe.formats",
     "register_grouping": "optimum_moe.stages",
     "register_router_rows": "optimum_moe.stages",
@@ -82,6 +85,7 @@ __all__ = [
     "ExpertPruning",
     "ExpertSkipping",
     "LayerDrop",
+    "LookInside",
     "LowRankSparse",
     "LowRankSparseLinear",
     "MSMoE",
@@ -92,6 +96,7 @@ __all__ = [
     "Statistics",
     "evaluate",
     "export",
+    "look_inside",
     "register_format",
     "register_grouping",
     "register_router_rows",

@@ -67,6 +67,12 @@ class Reservoir:
     residual_SH: torch.Tensor | None = None
 
 
+def no_sample() -> Reservoir:
+    """A sample of no tokens."""
+    empty = torch.empty(0, 0)
+    return Reservoir(empty, empty, torch.empty(0, 0, dtype=torch.int64), empty)
+
+
 @dataclass(frozen=True, eq=False)
 class BlockStatistics:
     """Sums over the routed tokens of one block, float64 on the CPU; padding never counts.

@@ -24,7 +24,8 @@ from optimum_moe.checkpoint.identity import identity
 from optimum_moe.compressor import MoECompressor
 from optimum_moe.evaluation import EvaluationResult, evaluate_many
 from optimum_moe.recipe import Recipe, load_recipe, share_field, size_fields
-from optimum_moe.reporting.pareto import Dot, check_drawing, draw_pareto
+from optimum_moe.reporting.pareto import Dot, draw_pareto
+from optimum_moe.reporting.pictures import check_drawing
 from optimum_moe.settings import check_count, percent
 from optimum_moe.stages.counts import check_share, parse_size
 from optimum_moe.statistics import Statistics

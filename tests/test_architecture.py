@@ -36,6 +36,7 @@ LAYERS = {
     "engine": 5,
     "reporting": 5,
     "compressor": 6,
+    "look": 6,
     "evaluation": 6,
     "exporting": 6,
     "recovery": 6,

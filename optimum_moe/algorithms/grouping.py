@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
@@ -235,6 +236,30 @@ def random_groups(
     return labels_E
 
 
+def dendrogram(similarity_EE: torch.Tensor, method: Linkage) -> np.ndarray:
+    """The tree of an agglomerative clustering, the two nearest clusters merged first.
+
+    Args:
+        similarity_EE: (E, E), higher means more alike; the distance of two experts is what it is below the largest.
+        method: As in `linkage_groups`.
+
+    Returns:
+        (E - 1, 4) float64 in scipy's format: the two clusters that merge, their distance, and the number of experts of
+        the new one, which has the number E + row. (0, 4) for one expert.
+    """
+    return _tree(_distances(similarity_EE), method)
+
+
+def _distances(similarity_EE: torch.Tensor) -> torch.Tensor:
+    return (similarity_EE.max() - similarity_EE).detach().double().cpu().fill_diagonal_(0)
+
+
+def _tree(distance_EE: torch.Tensor, method: Linkage) -> np.ndarray:
+    if len(distance_EE) == 1:
+        return np.empty((0, 4))
+    return linkage(squareform(distance_EE.numpy(), checks=False), method)
+
+
 def linkage_groups(
     similarity_EE: torch.Tensor, num_groups: int, method: Linkage, router_groups: int = 1
 ) -> torch.Tensor:
@@ -255,15 +280,14 @@ def linkage_groups(
     """
     num_experts = len(similarity_EE)
     _check_groups(num_experts, num_groups, router_groups)
-    distance_EE = (similarity_EE.max() - similarity_EE).detach().double().cpu().fill_diagonal_(0)
+    distance_EE = _distances(similarity_EE)
     width, share = num_experts // router_groups, num_groups // router_groups
     labels_E = torch.empty(num_experts, dtype=torch.int64)
     for router_group in range(router_groups):
         own = slice(router_group * width, (router_group + 1) * width)
-        condensed = squareform(distance_EE[own, own].numpy(), checks=False)
         clusters = {expert: [expert] for expert in range(width)}
-        # The rows of a linkage are in the order of the distances: the first of them leave as many clusters as wanted.
-        for row, (first, second, *_) in enumerate(linkage(condensed, method)[: width - share] if width > 1 else ()):
+        # The rows of a tree are in the order of the distances: the first of them leave as many clusters as wanted.
+        for row, (first, second, *_) in enumerate(_tree(distance_EE[own, own], method)[: width - share]):
             clusters[width + row] = clusters.pop(int(first)) + clusters.pop(int(second))
         for label, members in enumerate(sorted(map(sorted, clusters.values()))):
             labels_E[[router_group * width + expert for expert in members]] = router_group * share + label

@@ -67,6 +67,21 @@ def distance_similarity(vectors_ED: torch.Tensor) -> torch.Tensor:
     return -torch.cdist(vectors_ED, vectors_ED, compute_mode="donot_use_mm_for_euclid_dist")
 
 
+def pair_correlation(one_EE: torch.Tensor, other_EE: torch.Tensor) -> float:
+    """Pearson correlation of two similarities over all pairs of different experts.
+
+    Args:
+        one_EE: (E, E) symmetric similarities, as `other_EE`.
+        other_EE: See there.
+
+    Returns:
+        A number in [-1, 1]; NaN for fewer than two pairs, or where all pairs are equally similar.
+    """
+    pairs = torch.ones_like(one_EE, dtype=torch.bool).triu(1)
+    one_P, other_P = (values[pairs].double() - values[pairs].double().mean() for values in (one_EE, other_EE))
+    return float((one_P @ other_P) / (one_P.norm() * other_P.norm()))
+
+
 @torch.no_grad()
 def mean_outputs(experts: ExpertTensors, sample: SampledTokens) -> torch.Tensor:
     """(E, H) float64 mean output of every expert over all sampled tokens, whether or not they were routed to it.

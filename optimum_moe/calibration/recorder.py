@@ -8,7 +8,7 @@ import torch
 
 from optimum_moe.calibration.collectors import BlockSizes, Collector, ExpertCall, make_collectors
 from optimum_moe.calibration.residual import ResidualOf
-from optimum_moe.statistics import STANDARD, BlockStatistics, Reservoir
+from optimum_moe.statistics import STANDARD, BlockStatistics, Reservoir, no_sample
 
 
 class BlockRecorder:
@@ -245,8 +245,7 @@ class _Sample:
 
     def reservoir(self, with_gradients: bool) -> Reservoir:
         if not self._columns:
-            empty = torch.empty(0, 0)
-            return Reservoir(empty, empty, torch.empty(0, 0, dtype=torch.int64), empty)
+            return no_sample()
         router_input_SH, experts_input_SH, index_SK, weights_SK, residual_SH, gradient_SJH = self._columns
         assert router_input_SH is not None
         assert index_SK is not None

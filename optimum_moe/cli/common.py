@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from optimum_moe.recipe import Recipe
 
 SIZES = ("num_experts", "keep_ratio", "target_size", "share")
+CALIBRATION = ("text_column", "num_samples", "max_tokens", "sequence_length", "batch_size", "packing")
+"""Flags that are fields of `CalibrationConfig`."""
 _TARGETS = ("runs_in", "quantize", "tensor_parallel", "bits")
 
 
@@ -176,6 +178,30 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def add_calibration_arguments(parser: ArgumentParser) -> None:
+    """Add the source of calibration data, its tokenizer and the flags of `CALIBRATION`."""
+    parser.add_argument(
+        "--calibration",
+        action="append",
+        metavar="TEXT[:WEIGHT]",
+        help="Text to observe the model on: a .txt, .jsonl or .parquet file, or a Hub dataset as org/name, "
+        "org/name:split or org/name:config:split; repeat it for a mixture by weight.",
+    )
+    parser.add_argument("--text-column", help='Column of the text; default "text", else "messages".')
+    parser.add_argument("--tokenizer", help="Hub id, or folder; default the checkpoint's.")
+    parser.add_argument("--num-samples", type=int, help="Maximum number of calibration rows.")
+    parser.add_argument("--max-tokens", type=int, help="Maximum number of calibration tokens; default 65536.")
+    parser.add_argument("--sequence-length", type=int, help="Tokens per calibration row; default 512.")
+    parser.add_argument("--batch-size", type=int, help="Calibration rows per forward pass; default 8.")
+    parser.add_argument(
+        "--no-packing",
+        dest="packing",
+        action="store_false",
+        default=None,
+        help="One padded row per document, instead of rows cut from joined documents.",
+    )
+
+
 def add_runtime_arguments(parser: ArgumentParser) -> None:
     """Add the arguments that find the tools of a runtime."""
     parser.add_argument(
@@ -188,6 +214,12 @@ def add_runtime_arguments(parser: ArgumentParser) -> None:
         metavar="PATH",
         help="Interpreter of the environment that has the runtime: ENVIRONMENT/bin/python; by default this one.",
     )
+
+
+def given_flags(args: Namespace, names: Sequence[str]) -> list[str]:
+    """The flags among `names` that were given, as the user wrote them."""
+    spelled = {"packing": "--no-packing"}
+    return [spelled.get(name, _flag(name)) for name in names if getattr(args, name) is not None]
 
 
 def share(text: str) -> float:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_moe.cli.common import (
+    CALIBRATION,
     MoESubcommand,
+    add_calibration_arguments,
     add_checkpoint_arguments,
     add_recipe_arguments,
     check_text,
     checkpoint_arguments,
+    given_flags,
     model_of,
     prepare,
     recipe_of,
@@ -27,10 +30,7 @@ if TYPE_CHECKING:
     from optimum_moe.recipe import Recipe
 
 
-_CALIBRATION = (
-    *("text_column", "num_samples", "max_tokens", "sequence_length", "batch_size", "packing"),
-    "unseen",
-)
+_CALIBRATION = (*CALIBRATION, "unseen")
 """Flags that are fields of `CalibrationConfig`."""
 
 
@@ -54,7 +54,12 @@ class CompressCommand(MoESubcommand):
         parser.add_argument(
             "--error-propagation", action="store_true", help="Observe each layer on outputs of compressed layers."
         )
-        _add_calibration_arguments(parser)
+        add_calibration_arguments(parser)
+        parser.add_argument(
+            "--unseen",
+            choices=("warn", "error", "keep", "prune"),
+            help="Policy for experts that no calibration token reached; default warn.",
+        )
         parser.add_argument("--statistics", metavar="FOLDER", help="Reuse statistics that --save-statistics wrote.")
         parser.add_argument("--save-statistics", metavar="FOLDER", help="Save the statistics for other runs.")
         parser.add_argument("--seed", type=int, help="Seed of the calibration sample and all choices; default 0.")
@@ -149,11 +154,7 @@ class CompressCommand(MoESubcommand):
         check_text(args.calibration, "--calibration")
         if args.statistics is not None and not Path(args.statistics).is_dir():
             raise ValueError(f"--statistics {args.statistics} is not a folder. Give one that --save-statistics wrote.")
-        observing = ("calibration", *_CALIBRATION, "save_statistics")
-        spelled = {"packing": "--no-packing"}
-        given = [
-            spelled.get(name, f"--{name.replace('_', '-')}") for name in observing if getattr(args, name) is not None
-        ]
+        given = given_flags(args, ("calibration", *_CALIBRATION, "save_statistics"))
         if args.statistics is not None and given:
             raise ValueError(f"--statistics replaces the observation of the model. Drop it, or {', '.join(given)}.")
 
@@ -162,35 +163,6 @@ class CompressCommand(MoESubcommand):
         given = {name: getattr(self.args, name) for name in _CALIBRATION}
         settings = {name: value for name, value in given.items() if value is not None}
         return replace(recipe, calibration={**recipe.calibration, **settings})
-
-
-def _add_calibration_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of calibration."""
-    parser.add_argument(
-        "--calibration",
-        action="append",
-        metavar="TEXT[:WEIGHT]",
-        help="Text to observe the model on: a .txt, .jsonl or .parquet file, or a Hub dataset as org/name, "
-        "org/name:split or org/name:config:split; repeat it for a mixture by weight.",
-    )
-    parser.add_argument("--text-column", help='Column of the text; default "text", else "messages".')
-    parser.add_argument("--tokenizer", help="Hub id, or folder; default the checkpoint's.")
-    parser.add_argument("--num-samples", type=int, help="Maximum number of calibration rows.")
-    parser.add_argument("--max-tokens", type=int, help="Maximum number of calibration tokens; default 65536.")
-    parser.add_argument("--sequence-length", type=int, help="Tokens per calibration row; default 512.")
-    parser.add_argument("--batch-size", type=int, help="Calibration rows per forward pass; default 8.")
-    parser.add_argument(
-        "--no-packing",
-        dest="packing",
-        action="store_false",
-        default=None,
-        help="One padded row per document, instead of rows cut from joined documents.",
-    )
-    parser.add_argument(
-        "--unseen",
-        choices=("warn", "error", "keep", "prune"),
-        help="Policy for experts that no calibration token reached; default warn.",
-    )
 
 
 def _how_to_load(compressor: MoECompressor, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""`optimum-cli moe inspect`: show the content of a checkpoint, or what is supported."""
+"""`optimum-cli moe inspect`: show the content of a checkpoint, what its experts do on text, or what is supported."""
 
 from __future__ import annotations
 
@@ -7,18 +7,29 @@ from argparse import ArgumentParser
 from typing import Any
 
 from optimum_moe.cli.common import (
+    CALIBRATION,
     MoESubcommand,
+    add_calibration_arguments,
     add_checkpoint_arguments,
     add_model_argument,
+    check_text,
     checkpoint_arguments,
+    given_flags,
     model_of,
     prepare,
     table,
+    text_source,
 )
+
+_LOOKING = ("calibration", *CALIBRATION, "tokenizer", "seed", "output", "device_map", "max_memory")
+"""Flags of `--statistics`."""
 
 
 class InspectCommand(MoESubcommand):
-    """Show the MoE blocks of a checkpoint from config and headers; without a checkpoint, list what is supported."""
+    """Show the MoE blocks of a checkpoint from config and headers; without a checkpoint, list what is supported.
+
+    With --statistics, show what its experts and routers do on text.
+    """
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -28,15 +39,77 @@ class InspectCommand(MoESubcommand):
         parser.add_argument("--list", action="store_true", help="List architectures, presets, stages and functions.")
         parser.add_argument("--json", action="store_true", help="Print JSON.")
         add_checkpoint_arguments(parser)
+        parser.add_argument(
+            "--statistics",
+            action="store_true",
+            help="Run the model over --calibration, and show what its experts and routers do, block by block.",
+        )
+        add_calibration_arguments(parser)
+        parser.add_argument("--seed", type=int, help="Seed of the calibration sample; default 0.")
+        parser.add_argument(
+            "--output", metavar="FOLDER", help="Also write all numbers (JSON) and pictures (PNG and SVG) to a folder."
+        )
+        parser.add_argument("--device-map", help='Device of the weights, such as "auto" or "cuda:0"; default the CPU.')
+        parser.add_argument(
+            "--max-memory", help='Maximum memory for tensors, such as "20GB", of a model that is run layer by layer.'
+        )
 
     def execute(self) -> None:
         """See `MoESubcommand`."""
+        if self.args.statistics:
+            self._look()
+            return
+        given = given_flags(self.args, _LOOKING)
+        if given:
+            raise ValueError(f"These are only for --statistics: {', '.join(given)}. Add it, or leave them out.")
         listing = self.args.list or self.args.model == self.args.named_model
         record = supported() if listing else inspected(model_of(self.args), **checkpoint_arguments(self.args))
         if self.args.json:
             print(json.dumps(record, indent=1))
         else:
             print(_show_supported(record) if listing else _show_inspected(record))
+
+    def _look(self) -> None:
+        """Show, and write if asked, what `look_inside` finds.
+
+        Raises:
+            ValueError: If there is no calibration data, or as `look_inside`.
+        """
+        args = self.args
+        check_text(args.calibration, "--calibration")
+        model = model_of(args)
+        if args.list:
+            raise ValueError("--list needs no model, and --statistics runs one. Give one of the two.")
+        if not args.calibration:
+            raise ValueError("--statistics runs the model over text. Give it, as --calibration corpus.txt.")
+        from optimum_moe.calibration import CalibrationConfig
+        from optimum_moe.checkpoint.destination import check_destination, owned, written_beside
+        from optimum_moe.look import look_inside
+        from optimum_moe.reporting.pictures import check_drawing
+
+        output = None if args.output is None else check_destination(args.output)
+        if output is not None:
+            check_drawing()
+        data = {name: value for name in CALIBRATION if (value := getattr(args, name)) is not None}
+        look = look_inside(
+            model,
+            CalibrationConfig(text_source(args.calibration), seed=args.seed, **data),
+            tokenizer=args.tokenizer,
+            engine="auto" if args.max_memory is None else "streaming",
+            device_map=args.device_map,
+            max_memory=args.max_memory,
+            progress=not args.json,
+            **checkpoint_arguments(args),
+        )
+        if output is not None:
+            with owned(output), written_beside(output) as beside:
+                look.save(beside)
+        if args.json:
+            print(json.dumps(look.to_dict()))
+            return
+        print("\n\n".join(table(rows) for rows in (look.rows(), look.modality_rows()) if rows))
+        if output is not None:
+            print(f"\nNumbers: {args.output}/look_inside.json; pictures: overview and one of each block, PNG and SVG.")
 
 
 def inspected(model: str, **arguments: Any) -> dict[str, Any]:

@@ -48,9 +48,17 @@ class StreamingSettings:
 
 
 def choose_streaming(
-    engine: str, source: ModelSource, destination: Path | None, device_map: Any, max_memory: Any
+    engine: str, source: ModelSource, destination: Path | None, device_map: Any, max_memory: Any, writes: bool = True
 ) -> StreamingSettings | None:
     """The settings of a streaming run; None if the whole model is to be loaded.
+
+    Args:
+        engine: `"auto"`, `"memory"` or `"streaming"`.
+        source: The model.
+        destination: Folder that the run writes to.
+        device_map: As in `from_pretrained`.
+        max_memory: Maximum bytes for tensors, or a size such as `"20GB"`.
+        writes: Whether the run writes, and so cannot stream without a destination.
 
     Raises:
         ValueError: If streaming is requested and impossible.
@@ -59,14 +67,14 @@ def choose_streaming(
         too_large = source.live is None and source.info.bytes > psutil.virtual_memory().available
         spread = device_map in ("auto", "balanced", "balanced_low_0", "sequential")
         spread = spread or (isinstance(device_map, Mapping) and len(device_map) > 1)
-        engine = "streaming" if too_large and destination is not None and not spread else "memory"
+        engine = "streaming" if too_large and (destination is not None or not writes) and not spread else "memory"
     if engine == "memory":
         if max_memory is not None and not isinstance(max_memory, Mapping):
             raise ValueError(f'max_memory={max_memory!r} is for engine="streaming"; in memory it is a dict by device.')
         return None
     if source.live is not None:
         raise ValueError('engine="streaming" needs a checkpoint, but this model is in memory. Pass its path instead.')
-    if destination is None:
+    if destination is None and writes:
         raise ValueError('engine="streaming" writes during the run and needs output_dir. Pass output_dir=.')
     if isinstance(device_map, Mapping) and len(device_map) == 1:
         device_map = next(iter(device_map.values()))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+
+from optimum_moe.reporting.pictures import check_drawing, write_picture
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,6 @@ class Dot:
     label: str
     bytes: int
     loss: float
-
-
-def check_drawing() -> None:
-    """Check that pictures can be drawn.
-
-    Raises:
-        ValueError: If matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise ValueError("Pictures need matplotlib. Install it with: pip install matplotlib.")
 
 
 def draw_pareto(dots: Sequence[Dot], front: Sequence[tuple[int, float]], path: Path) -> list[Path]:
@@ -68,7 +59,4 @@ def draw_pareto(dots: Sequence[Dot], front: Sequence[tuple[int, float]], path: P
     axis.set(xlabel="checkpoint (MB)", ylabel="KL to the original (nats a token)", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for file in files:
-        figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return files
+    return write_picture(figure, path)

@@ -33,7 +33,20 @@ RECIPE |= {"--num-experts", "--keep-ratio", "--target-size", "--share"}
 CHECKPOINT = {"--revision", "--subfolder", "--variant", "--trust-remote-code", "--dequantize", "--dtype"}
 # A change here is a change of what users have in their scripts.
 OPTIONS = {
-    "inspect": {"--model", "--list", "--json", *CHECKPOINT},
+    "inspect": {
+        *{
+            "--model",
+            "--list",
+            "--json",
+            "--statistics",
+            "--calibration",
+            "--text-column",
+            "--tokenizer",
+            "--num-samples",
+        },
+        *{"--max-tokens", "--sequence-length", "--batch-size", "--no-packing", "--seed", "--output", "--device-map"},
+        *{"--max-memory", *CHECKPOINT},
+    },
     "preview": {"--json", *RECIPE, *CHECKPOINT},
     "compress": {
         "--output",
@@ -518,3 +531,45 @@ def test_released_checkpoints(run: Run, tmp_path: Path):
     status, _, error = run("compress", *recipe, "--dequantize", "--mtp", "cut", *out)
     assert (status, error) == (0, "")
     assert run("verify", tmp_path / "out", "--against", original, "--quiet")[0] == 0
+
+
+def test_statistics_of_a_checkpoint(run: Run, checkpoint: Path, corpus: Path, tmp_path: Path):
+    looking = ("--statistics", "--calibration", corpus, "--max-tokens", 512, "--sequence-length", 64)
+    status, out, err = run("inspect", checkpoint, *looking, "--output", tmp_path / "looked")
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0].split()[:4] == ["MoE", "block", "experts", "no"]
+    assert [line.split()[:2] for line in lines[1:4]] == [[f"model.layers.{layer}.mlp", "8"] for layer in range(3)]
+    assert f"{tmp_path / 'looked'}/look_inside.json" in lines[-1]
+    written = json.loads((tmp_path / "looked" / "look_inside.json").read_text(encoding="utf-8"))
+    assert {path.name for path in (tmp_path / "looked").glob("*.png")} == {
+        "overview.png",
+        *(f"block-00{number}.png" for number in range(3)),
+    }
+    status, out, _ = run("inspect", checkpoint, *looking, "--json")
+    assert status == 0
+    assert json.loads(out) == written
+    assert written["calibration"]["num_tokens"] == 512
+    status, _, err = run("inspect", checkpoint, *looking, "--output", tmp_path / "looked")
+    assert status == 2
+    assert "is not empty" in err
+
+
+def test_statistics_need_a_model_and_text(run: Run, checkpoint: Path, corpus: Path, tmp_path: Path):
+    def refused(*arguments: object) -> str:
+        status, _, err = run("inspect", *arguments)
+        assert status == 2
+        return err
+
+    assert "Give it, as --calibration corpus.txt." in refused(checkpoint, "--statistics")
+    assert "One MODEL is needed" in refused("--statistics", "--calibration", corpus)
+    assert "there is no such file" in refused(checkpoint, "--statistics", "--calibration", tmp_path / "gone.txt")
+    assert "Give one of the two." in refused(checkpoint, "--statistics", "--list", "--calibration", corpus)
+    given = refused(checkpoint, "--calibration", corpus, "--no-packing", "--seed", 0)
+    assert given == (
+        "error: These are only for --statistics: --calibration, --no-packing, --seed. Add it, or leave them out.\n"
+    )
+    assert "max-memory 1,000 bytes is less" in refused(
+        *(checkpoint, "--statistics", "--calibration", corpus, "--max-tokens", 512, "--sequence-length", 64),
+        *("--max-memory", "1KB"),
+    )
