@@ -15,6 +15,7 @@ from optimum_moe.stages import BlockContext
 from optimum_moe.stages.merge_choices import SIMILARITIES, WEIGHTINGS
 from optimum_moe.surgeons import find_blocks
 from tests.expert_order import router_tensors
+from tests.test_streaming import assert_same
 from tests.tiny_models import build, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
@@ -59,6 +60,23 @@ def test_router_and_untouched_experts_are_those_of_reap(name: str, tmp_path: Pat
     assert torch.equal(logits_of(loaded, inputs_for(name)), logits_of(ream.model, inputs_for(name)))
     report = verify(tmp_path / "out", against=tmp_path / "original")
     assert report.passed, str(report)
+
+
+def test_streaming_writes_the_same(tmp_path: Path) -> None:
+    name = "deepseek_v3-groups"
+    build(name).save_pretrained(tmp_path / "original")
+    written = {}
+    for engine in ("memory", "streaming"):
+        compressor = MoECompressor.from_pretrained(
+            tmp_path / "original",
+            REAM,
+            data_for(name),
+            engine=engine,
+            output_dir=tmp_path / engine / "out",
+            progress=False,
+        )
+        written[engine] = compressor.apply()
+    assert_same(written["memory"], written["streaming"])
 
 
 def context_of(model) -> BlockContext:

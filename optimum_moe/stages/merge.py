@@ -53,7 +53,8 @@ class ExpertMerging(CountedStage):
         weighting: `"frequency"` or `"uniform"` weights in the merge, or a name registered with `register_weighting`.
         align: Permute each expert's neurons to its group's dominant expert before merging.
         align_by: What neurons are matched by: their `"weights"` (the paper), their `"activations"` on the sampled
-            tokens of the group, or the sum of `"both"`, each neuron scaled to norm 1 (REAM).
+            tokens of the group, or the sum of `"both"`, each neuron scaled to norm 1 (REAM). Experts of MTP layers,
+            which no token reaches, are matched by their weights.
         merge: What a merged expert is made of: the weighted `"mean"` of its members' matrices, or those `"neurons"` of
             all of them that together come closest to what the members gave (optimal brain surgeon).
         refit: Refit the down projections of merged experts by least squares on sampled tokens: not at all (`"none"`),
