@@ -58,6 +58,20 @@ class BlockInfo:
     no_skipping: str = ""
     layer: str = ""
 
+    def with_width(self, width: int) -> BlockInfo:
+        """The block with experts of `width` neurons, which gate, up and down have alike; down keeps its bias."""
+        whole, hidden = self.intermediate_size, self.hidden_size
+        biases = self.expert_parameters - self.expert_multiply_adds
+        # Gate and up have a bias for each neuron, down has one for each output.
+        fixed = hidden if biases - hidden in (0, whole, 2 * whole) else 0
+        multiply_adds = self.expert_multiply_adds // whole * width
+        return replace(
+            self,
+            intermediate_size=width,
+            expert_multiply_adds=multiply_adds,
+            expert_parameters=multiply_adds + fixed + (biases - fixed) // whole * width,
+        )
+
     def bytes_of_experts(self, number: float, parameters: float) -> float:
         """Bytes of `number` experts whose matrices and biases have `parameters` parameters in total."""
         biases = number * (self.expert_parameters - self.expert_multiply_adds)
@@ -89,8 +103,12 @@ class ModelInfo:
         """The model before the first stage of a recipe."""
         return self.before or self
 
-    def with_experts(self, counts: Mapping[str, int], removed_bytes: float = 0.0) -> ModelInfo:
-        """The model with these expert counts by block, `removed_bytes` smaller than the original."""
-        blocks = tuple(replace(block, num_experts=counts[block.name]) for block in self.blocks)
+    def with_experts(
+        self, counts: Mapping[str, int], widths: Mapping[str, int], removed_bytes: float = 0.0
+    ) -> ModelInfo:
+        """The model with these numbers of experts and of their neurons, `removed_bytes` smaller than the original."""
+        blocks = tuple(
+            replace(block.with_width(widths[block.name]), num_experts=counts[block.name]) for block in self.blocks
+        )
         original = self.original
         return replace(self, blocks=blocks, bytes=int(original.bytes - removed_bytes), before=original)

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -24,6 +24,7 @@ from optimum_moe.records import read_record, write_record
 PLAN_NAME = "plan"
 
 Routing = Literal["map", "reduce"]
+Weights = Literal["original", "masked", "fitted"]
 
 _FITTED = tuple(f.name for f in fields(RouterFit))
 
@@ -59,6 +60,8 @@ class BlockPlan:
         refits_down: Whether the down projections of merged experts were refitted to what their members gave.
         is_stock: Whether the experts of `sizes` are dense and of one width, and stored in the original's own tensors;
             their digests are then those of these tensors.
+        weights: What dense matrices of `sizes` hold: the `"original"` weights (of merged experts: those of the merge),
+            these or zeros (`"masked"`), or other values (`"fitted"`). Refitted down projections are others in any case.
     """
 
     name: str
@@ -77,6 +80,7 @@ class BlockPlan:
     stable_rank: tuple[float, float] | None = None
     refits_down: bool = False
     is_stock: bool = False
+    weights: Weights = "original"
     skipping: Skipping | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +93,8 @@ class BlockPlan:
             )
         if self.is_stock and (self.sizes is None or self.width is None):
             raise ValueError(f"Plan for {self.name}: stock experts must be dense and of one width, got {self.sizes}.")
+        if self.weights not in get_args(Weights):
+            raise ValueError(f"Plan for {self.name}: weights must be one of {get_args(Weights)}, got {self.weights!r}.")
         if self.routing not in ("map", "reduce"):
             raise ValueError(f"Plan for {self.name}: routing must be 'map' or 'reduce', got {self.routing!r}.")
         self._check_groups()
@@ -236,13 +242,18 @@ class BlockPlan:
             )
         if following.sizes is None:
             return replace(self, stable_rank=following.stable_rank)
+        factors, neurons = following.factors, following.neurons
+        if factors is not None and self.neurons is not None:
+            factors = factors.within(self.neurons)
+            neurons = tuple(expert.neurons for expert in factors.experts)
         return replace(
             self,
-            factors=following.factors,
+            factors=factors,
             sizes=following.sizes,
-            neurons=following.neurons,
+            neurons=neurons,
             digest=following.digest,
             is_stock=following.is_stock,
+            weights=max(self.weights, following.weights, key=get_args(Weights).index),
             stable_rank=following.stable_rank,
         )
 
@@ -336,7 +347,7 @@ class CompressionPlan:
         """Sizes and routing of every changed block, from which the model is rebuilt without its weights."""
         return {
             name: {"num_experts": plan.num_experts, "num_groups": plan.num_groups, "routing": plan.routing}
-            | ({} if plan.sizes is None or (plan.refits_down and plan.is_stock) else {"factors": plan.sizes.to_dict()})
+            | ({} if plan.sizes is None or plan.is_stock else {"factors": plan.sizes.to_dict()})
             | ({} if plan.skipping is None else {"skipping": plan.skipping.to_dict()})
             for name, plan in self.blocks.items()
             if not plan.is_identity
@@ -361,6 +372,8 @@ class CompressionPlan:
                 tensors |= {f"{index}.neurons.{e}": n.to(torch.int32) for e, n in enumerate(kept) if n is not None}
             if plan.is_stock:
                 blocks[-1]["stock"] = True
+            if plan.weights != "original":
+                blocks[-1]["weights"] = plan.weights
             if plan.skipping is not None:
                 blocks[-1]["skipping"] = plan.skipping.to_dict()
             if plan.refits_down:
@@ -440,6 +453,7 @@ def _read_block(block: Mapping[str, Any], index: int, tensors: Mapping[str, torc
         stable_rank=tuple(block["stable_rank"]) if "stable_rank" in block else None,
         refits_down=block.get("refits_down", False) is True,
         is_stock=block.get("stock", False) is True,
+        weights=block.get("weights", "original"),
         skipping=Skipping.from_dict(block["skipping"]) if "skipping" in block else None,
     )
 

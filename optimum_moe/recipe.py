@@ -130,7 +130,8 @@ class Recipe:
             costs = stage.costs(entering, costs)
             saved = sum(costs[block.name].saved_bytes(block) for block in model.blocks)
             counts = {name: cost.experts for name, cost in costs.items()}
-            entering = model.with_experts(counts, removed_bytes=saved)
+            widths = {name: cost.width for name, cost in costs.items()}
+            entering = model.with_experts(counts, widths, removed_bytes=saved)
         return costs
 
     def as_used(self, plan: CompressionPlan) -> Recipe:

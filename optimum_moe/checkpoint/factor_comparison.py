@@ -92,11 +92,11 @@ def _dense_failures(
     exact = {name: _is_exact(sizes.sizes_of(name, expert)) for name in originals}
     # Experts that keep all of their neurons are refitted to the tokens of removed ones, if no others can be.
     make_up = not sizes.parts and 0 in sizes.widths and len(set(sizes.widths)) == 2
-    make_up = make_up or plan.is_stock or plan.refits_down
+    make_up = make_up or (plan.is_stock and plan.weights != "masked") or plan.refits_down
     failures = []
     for projection in originals:
         refitted = projection == "down" and (kept is not None or make_up or not all(exact.values()))
-        if not exact[projection] or refitted:
+        if not exact[projection] or refitted or plan.weights == "fitted":
             continue
         # Matrices in other formats are not made: the values of a broken checkpoint may not allow it.
         now = read(expert)
@@ -104,7 +104,11 @@ def _dense_failures(
             continue
         expected = originals[projection][expert]
         expected = expected if kept is None else expected[kept]
-        if not same_bits(now[projection], expected):
+        if plan.weights == "masked":
+            # A weight that is neither zero nor the original's.
+            if bool(((now[projection] != 0) & (now[projection] != expected)).any()):
+                failures.append(f"{prefix}{projection} of expert {expert} has weights that the original does not have")
+        elif not same_bits(now[projection], expected):
             failures.append(f"{prefix}{projection} of expert {expert} is kept dense, but differs from the original")
     return failures
 

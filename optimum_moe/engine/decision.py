@@ -12,7 +12,7 @@ from optimum_moe.engine.store import Observed, Store
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan, CompressionPlan, keep_all
 from optimum_moe.recipe import Recipe
-from optimum_moe.stages import BlockContext
+from optimum_moe.stages import BlockContext, Stage
 from optimum_moe.statistics import Statistics, Unseen
 from optimum_moe.surgeons import FoundBlock
 
@@ -102,8 +102,8 @@ class Decider:
                 self._keep_unreached(stage.changed_by_data(model, allocation), statistics.blocks)
             self._allocations.append(allocation)
             self.remarks += stage.remarks(model, statistics, profiles)
-            counts = {block.name: stage.remaining(model, block, allocation[block.name]) for block in model.blocks}
-            model = model.with_experts(counts)
+            model = _leaving(model, stage, allocation)
+            counts = {block.name: block.num_experts for block in model.blocks}
         self._counts = counts
         self._check_together()
 
@@ -142,7 +142,7 @@ class Decider:
         model, names = self.info, frozenset[str]()
         for stage, allocation in zip(self.recipe.stages, self._allocations, strict=True):
             names |= stage.changed_by_data(model, allocation)
-            model = model.with_experts({b.name: stage.remaining(model, b, allocation[b.name]) for b in model.blocks})
+            model = _leaving(model, stage, allocation)
         return names - self.unreached
 
     def _keep_unreached(self, wanted: frozenset[str], observed: Observed) -> None:
@@ -209,7 +209,8 @@ class Decider:
         with torch.no_grad():
             context = self._entering(last, found, observed)
             own = self.recipe.stages[last].decide(context, self._allocations[last][name])
-        plans = [*(known[name] for known in self._known[:last]), own]
+        # Plans may hold whole experts, which nothing needs again.
+        plans = [*(known.pop(name) for known in self._known[:last]), own]
         combined = plans[0]
         for stage, plan in zip(self.recipe.stages[1:], plans[1:], strict=True):
             combined = stage.combine(combined, plan)
@@ -231,6 +232,14 @@ class Decider:
             num_blocks=len(self.store.blocks),
             profiled=None if self._profiled is None else self._profiled[found.info.name],
         )
+
+
+def _leaving(model: ModelInfo, stage: Stage, allocation: Mapping[str, Any]) -> ModelInfo:
+    """The model as it leaves a stage."""
+    return model.with_experts(
+        {block.name: stage.remaining(model, block, allocation[block.name]) for block in model.blocks},
+        {block.name: stage.width(model, block, allocation[block.name]) for block in model.blocks},
+    )
 
 
 def unreached_report(names: Sequence[str], wanted: int) -> str:

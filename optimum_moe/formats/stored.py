@@ -6,8 +6,8 @@ kept, G experts of a block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -220,6 +220,18 @@ class StoredExperts:
     """
 
     experts: tuple[StoredExpert, ...]
+
+    def within(self, neurons: Sequence[torch.Tensor | None]) -> StoredExperts:
+        """The same experts, whose neurons were counted among those that an earlier cut had kept.
+
+        Args:
+            neurons: The neurons of that cut by expert, None for all.
+        """
+        found = list(self.experts)
+        for index, (expert, kept) in enumerate(zip(self.experts, neurons, strict=True)):
+            if kept is not None:
+                found[index] = replace(expert, neurons=kept if expert.neurons is None else kept[expert.neurons])
+        return StoredExperts(tuple(found))
 
     @cached_property
     def joint(self) -> bool:

@@ -153,7 +153,9 @@ def _sentence(plan: CompressionPlan) -> str:
     blocks = plan.blocks.values()
     merged = any(len(block.members(group)) > 1 for block in blocks for group in range(block.num_groups))
     done = ["merged"] if merged else ["removed"] if any(not block.keeps_all for block in blocks) else []
-    done += ["made narrower"] if any(block.is_stock for block in blocks) else []
+    narrow = any(n is not None for block in blocks if block.is_stock for n in block.neurons or ())
+    done += ["made narrower"] if narrow else []
+    done += ["partly set to zero"] if any(block.weights != "original" for block in blocks) else []
     done += ["stored in smaller formats"] if any(b.sizes is not None and not b.is_stock for b in blocks) else []
     return f"experts were {' and '.join(done) or 'left unchanged'}."
 

@@ -20,7 +20,7 @@ from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.recipe import Recipe
 from optimum_moe.reporting.card import CardFacts, inherited_metadata, mean_stable_ranks, model_card
 from optimum_moe.reporting.loads_in import FIELD, REPORT_FILE, known_rows, to_json
-from optimum_moe.reporting.preview import Cost, Preview, flops_per_token, original_cost, preview
+from optimum_moe.reporting.preview import Cost, Preview, flops_per_token, original_cost, preview, values_only
 from optimum_moe.reporting.versions import versions
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
@@ -126,6 +126,7 @@ def measured_preview(
         plain=plan.is_plain,
         widths=next(((blocks[0].info.intermediate_size, width) for width in narrow if width is not None), None),
         layers=(_num_layers(source) + len(plan.dropped), _num_layers(source)) if plan.dropped else None,
+        only_values=values_only(recipe),
     )
 
 
@@ -181,7 +182,9 @@ def routed_multiply_adds(info: BlockInfo, plan: BlockPlan, observed: BlockStatis
     # A shared base runs once per token, however many experts of its group the token selects.
     for labels, each in sizes.shared_multiply_adds(info.hidden_size).items():
         own[labels] = [a + b for a, b in zip(own.get(labels, [0.0] * len(each)), each, strict=True)]
-    if observed is None or not len(observed.reservoir.index_SK):
+    rerouted = plan.routing == "reduce" and not plan.keeps_all
+    if observed is None or rerouted or not len(observed.reservoir.index_SK):
+        # Tokens of removed experts go to others, which nobody has observed.
         return active * sum(sum(each) / len(each) for each in own.values())
     return sum(observed.mean_of_distinct(labels, each) for labels, each in own.items())
 

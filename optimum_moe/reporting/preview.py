@@ -46,6 +46,7 @@ class Preview:
         widths: `(neurons, remaining)` of every expert, where stock experts were made narrower; else None.
         choices: `(experts, neurons)` of every block among which the calibration data will choose; empty for none.
         layers: Number of layers with MoE blocks before and after, if some are dropped.
+        only_values: What stages write into experts that keep their size, in sentences.
     """
 
     before: Cost
@@ -55,11 +56,16 @@ class Preview:
     widths: tuple[int, int] | None = None
     choices: tuple[tuple[int, int], ...] = ()
     layers: tuple[int, int] | None = None
+    only_values: tuple[str, ...] = ()
 
     def warn_if_nothing_shrinks(self, recipe: Recipe) -> None:
         """Warn if the settings of a recipe remove nothing."""
         before, after = self.before, self.after
-        if recipe.knows_size and (after.parameters, after.bytes) == (before.parameters, before.bytes):
+        if (
+            recipe.knows_size
+            and not self.only_values
+            and (after.parameters, after.bytes) == (before.parameters, before.bytes)
+        ):
             shown = ", ".join(
                 f"{name}={value!r}"
                 for stage in recipe.stages
@@ -108,7 +114,13 @@ class Preview:
         loads = "any transformers" if self.plain else "transformers with optimum_moe imported"
         if self.layers is not None:
             lines.append("layers with MoE blocks: {} -> {}".format(*self.layers))
-        return "\n".join([*lines, f"experts of {len(self.counts)} MoE blocks: {summary}; loads in {loads}"])
+        lines.append(f"experts of {len(self.counts)} MoE blocks: {summary}; loads in {loads}")
+        return "\n".join([*lines, *self.only_values])
+
+
+def values_only(recipe: Recipe) -> tuple[str, ...]:
+    """What the stages of a recipe write into experts that keep their size."""
+    return tuple(said for stage in recipe.stages if (said := stage.only_changes_values))
 
 
 def _ends_of(choices: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -161,6 +173,7 @@ def preview(skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo
     towers = {found.info.name: tower_of(skeleton, found) for found in blocks}
     mapped = recipe.routing == "map" and len(unchanged) < len(blocks)
     stock = all(cost.stock for cost in costs.values())
+    narrow = {(block.intermediate_size, costs[block.name].width) for block in info.blocks}
     return Preview(
         before=original_cost(skeleton, blocks, info),
         after=Cost(
@@ -171,5 +184,7 @@ def preview(skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo
         ),
         counts={block.name: (block.num_experts, counts[block.name]) for block in info.blocks},
         plain=stock and not mapped and is_expressible(counts, unchanged, towers),
+        widths=next((pair for pair in narrow if pair[0] != pair[1]), None),
         choices=next((found for stage in recipe.stages if (found := stage.choices(info))), ()),
+        only_values=values_only(recipe),
     )

@@ -21,11 +21,13 @@ from optimum_moe.stages.merge_choices import (
     register_similarity,
     register_weighting,
 )
+from optimum_moe.stages.neuron_pruning import NeuronPruning
 from optimum_moe.stages.prune import ExpertPruning
 from optimum_moe.stages.results import Groups, RouterRows
 from optimum_moe.stages.rounding import Rounding
 from optimum_moe.stages.saliency import register_saliency
 from optimum_moe.stages.skip import ExpertSkipping
+from optimum_moe.stages.weight_pruning import WeightPruning
 
 __all__ = [
     "BlockContext",
@@ -39,9 +41,11 @@ __all__ = [
     "LayerDrop",
     "LowRankSparse",
     "MSMoE",
+    "NeuronPruning",
     "Rounding",
     "RouterRows",
     "Stage",
+    "WeightPruning",
     "register_grouping",
     "register_router_rows",
     "register_saliency",

@@ -101,6 +101,11 @@ class Stage(ABC):
         return True
 
     @property
+    def only_changes_values(self) -> str:
+        """A sentence for previews on what it writes into experts that keep their size; empty if they become smaller."""
+        return ""
+
+    @property
     def stores_stock_experts(self) -> bool:
         """Whether experts that lose neurons are stored in the original's own tensors, which stock classes load."""
         return False
@@ -176,6 +181,10 @@ class Stage(ABC):
     def remaining(self, model: ModelInfo, block: BlockInfo, allocated: Any) -> int:
         """Number of experts that remain in a block with its share of the allocation."""
         return block.num_experts
+
+    def width(self, model: ModelInfo, block: BlockInfo, allocated: Any) -> int:
+        """Neurons of each remaining expert of a block, for a stage that leaves all of them dense and equally wide."""
+        return block.intermediate_size
 
     def profile(self, context: BlockContext) -> Any:
         """Measurements of a block that `allocate` needs; only called if `needs_profile`."""

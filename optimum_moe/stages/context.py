@@ -11,6 +11,7 @@ from optimum_moe.algorithms.experts import NEURON_AXIS, ExpertTensors, PerExpert
 from optimum_moe.algorithms.merging import gather_neurons, merge_matrices
 from optimum_moe.algorithms.rerouting import Rerouter
 from optimum_moe.algorithms.router_fit import RouterView
+from optimum_moe.formats import PROJECTIONS
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import map_routing
 from optimum_moe.plan import BlockPlan
@@ -94,16 +95,18 @@ class BlockContext:
         )
 
     def after(self, plan: BlockPlan) -> BlockContext:
-        """The context of the next stage, with merged or pruned experts; the block itself is not changed.
+        """The context of the next stage, with the experts that the plan leaves; the block itself is not changed.
 
-        Of the statistics, only the sample and the token counts remain valid for the merged experts.
+        Of the statistics, only the sample and the token counts remain valid for changed experts.
         """
-        if plan.keeps_all:
+        if plan.keeps_all and plan.sizes is None:
             return replace(self, before=(self, plan))
+        experts = merged_experts(self.experts, plan)
+        narrow = self.info.with_width(experts.intermediate_size)
         return replace(
             self,
-            info=replace(self.info, num_experts=plan.num_groups),
-            experts=merged_experts(self.experts, plan),
+            info=replace(narrow, num_experts=plan.num_groups),
+            experts=experts,
             statistics=None if self.statistics is None else _mapped(self.statistics, plan),
             profiled=None if self.profiled is None else _mapped(self.profiled, plan),
             before=(self, plan),
@@ -111,11 +114,15 @@ class BlockContext:
 
 
 def merged_experts(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
-    """The merged experts of all groups of a plan; a group of one expert gives a copy of it."""
+    """The dense experts that a plan leaves, one for each group; a group of one expert gives a copy of it."""
     merged: dict[str, PerExpert] = {}
+    stored = () if plan.factors is None or not plan.is_stock else plan.factors.experts
     for name, axis in NEURON_AXIS.items():
         values = getattr(experts, name)
         if values is None:
+            continue
+        if stored and name in PROJECTIONS:
+            merged[name] = [expert.matrices[name].densified().to(values[0].dtype) for expert in stored]
             continue
         stack = [torch.empty_like(values[0], memory_format=torch.contiguous_format) for _ in range(plan.num_groups)]
         for group, out in enumerate(stack):
@@ -127,9 +134,11 @@ def merged_experts(experts: ExpertTensors, plan: BlockPlan) -> ExpertTensors:
             weights = [float(plan.merge_weights_E[e]) for e in members]
             order = [None if plan.permutations_EI is None else plan.permutations_EI[e] for e in members]
             merge_matrices([values[e] for e in members], weights, order, axis, out)
-        merged[name] = stack
-    if plan.factors is not None and plan.is_stock:
-        merged["down"] = [expert.down.densified().to(experts.down[0].dtype) for expert in plan.factors.experts]
+        kept = [expert.neurons if axis is not None else None for expert in stored] or [None] * len(stack)
+        merged[name] = [
+            bias if neurons is None else bias[neurons.to(bias.device)]
+            for bias, neurons in zip(stack, kept, strict=True)
+        ]
     return replace(experts, **merged)  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ class BlockCost:
     Args:
         original_experts: Number of experts before the first stage.
         experts: Number of experts now.
+        width: Neurons of each of them, while all are dense.
         parameters: Parameters that all of them store, biases included.
         active: Minimum and maximum number of experts that a token runs; fewer than the router selects if selected
             experts may have been merged into one.
@@ -27,6 +28,7 @@ class BlockCost:
 
     original_experts: int
     experts: int
+    width: int
     parameters: float
     active: tuple[int, int]
     multiply_adds: tuple[float, float]
@@ -40,7 +42,7 @@ class BlockCost:
         """The cost of a block before the first stage."""
         each = block.top_k * block.expert_multiply_adds
         experts, parameters = block.num_experts, block.num_experts * block.expert_parameters
-        return cls(experts, experts, parameters, (block.top_k, block.top_k), (each, each))
+        return cls(experts, experts, block.intermediate_size, parameters, (block.top_k, block.top_k), (each, each))
 
     def with_count(self, block: BlockInfo, count: int, routing: Routing) -> BlockCost:
         """The cost if `count` of the experts remain, at an unchanged cost per expert."""

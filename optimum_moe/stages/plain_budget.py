@@ -206,12 +206,8 @@ def _damage_at(points: Sequence[Point], width: int) -> float:
 
 def _bytes_of_expert(block: BlockInfo, width: int) -> float:
     """Bytes of an expert of a width."""
-    whole, hidden = block.intermediate_size, block.hidden_size
-    biases = block.expert_parameters - block.expert_multiply_adds
-    # Gate and up have a bias for each neuron, down has one for each output.
-    fixed = hidden if biases - hidden in (0, whole, 2 * whole) else 0
-    matrices = block.expert_multiply_adds * width / whole * block.expert_itemsize
-    return matrices + (fixed + (biases - fixed) * width / whole) * block.bias_itemsize
+    narrow = block.with_width(width)
+    return narrow.bytes_of_experts(1, narrow.expert_parameters)
 
 
 def plain_plan(context: BlockContext, shape: PlainShape, refit: bool = True) -> BlockPlan:
@@ -234,7 +230,7 @@ def plain_plan(context: BlockContext, shape: PlainShape, refit: bool = True) -> 
     rerouted = _rerouted(context, sample, shape.kept)
     kept = [single_expert(experts, expert) for expert in shape.kept]
     candidate = Candidate("dense" if is_whole else "narrow", shape.width)
-    stored = [build_expert(expert, _tokens(rerouted, sample, slot), candidate) for slot, expert in enumerate(kept)]
+    stored = [build_expert(expert, tokens_of(rerouted, slot), candidate) for slot, expert in enumerate(kept)]
     if refit:
         target_SH = block_output(experts, range(info.num_experts), sample)
         if experts.down_bias is not None:
@@ -260,9 +256,9 @@ def _rerouted(context: BlockContext, sample: SampledTokens, kept: Sequence[int])
     return replace(sample, index_SK=slot_SK, weights_SK=weights_SK.to(device))
 
 
-def _tokens(rerouted: SampledTokens, sample: SampledTokens, slot: int) -> ExpertTokens:
+def tokens_of(sample: SampledTokens, expert: int) -> ExpertTokens:
     """The tokens of an expert that stays; for one that no token selects, those of the whole block."""
-    found = rerouted.of_expert(slot)
+    found = sample.of_expert(expert)
     if len(found):
         return found
     input_SH = sample.input_SH.float()
