@@ -15,7 +15,7 @@ from optimum_moe.cli.common import (
     text_source,
 )
 
-TARGETS = ("gguf", "mlx", "vllm", "transformers4")
+TARGETS = ("gguf", "mlx", "vllm", "compressed-tensors", "transformers4")
 
 
 class ExportCommand(MoESubcommand):
@@ -28,7 +28,7 @@ class ExportCommand(MoESubcommand):
         add_model_argument(parser, "Folder of a checkpoint.")
         parser.add_argument("--to", required=True, choices=TARGETS, help="Runtime, or its format.")
         parser.add_argument("--output", help="New file or folder; by default beside the checkpoint.")
-        parser.add_argument("--quantize", help='Type of the values: "q4_k_m", "q8_0" (gguf), "4bit" (mlx).')
+        parser.add_argument("--quantize", help='"q4_k_m", "q8_0" (gguf), "4bit" (mlx), "w4a16" (packed).')
         parser.add_argument(
             "--calibration",
             action="append",

@@ -31,10 +31,11 @@ def export(
 
     Args:
         checkpoint: Folder of a checkpoint: compressed, or the original.
-        to: "gguf" (llama.cpp, Ollama, LM Studio), "mlx", "vllm" or "transformers4".
+        to: "gguf" (llama.cpp, Ollama, LM Studio), "mlx", "vllm", "compressed-tensors" (vLLM, with the experts in 4 or 8
+            bits) or "transformers4".
         output: The new file or folder; by default beside the checkpoint, under its name and the type.
-        quantize: Type of the values, such as "q4_k_m" or "q8_0" for GGUF and "4bit" for MLX; by default the
-            checkpoint's own values.
+        quantize: Type of the values, such as "q4_k_m" or "q8_0" for GGUF, "4bit" for MLX, "w4a16" or "w8a16" for
+            compressed-tensors; by default the checkpoint's own values.
         calibration: Text for the importance matrix of a quantized GGUF file, as `calibration` of `MoECompressor`; None
             for none.
         llama_cpp: A checkout of llama.cpp, or the source distribution of llama-cpp-python, for GGUF.
@@ -64,6 +65,10 @@ def export(
         from optimum_moe.exporting.to_mlx import plan_mlx
 
         planned = plan_mlx(opened, quantize, interpreter)
+    elif target.name == "compressed-tensors":
+        from optimum_moe.exporting.to_compressed_tensors import plan_packed
+
+        planned = plan_packed(opened, quantize)
     else:
         from optimum_moe.exporting.to_folder import plan_folder
 

@@ -16,7 +16,7 @@ from typing import Any
 from optimum_moe.checkpoint.carried_files import carried_files
 from optimum_moe.exporting.exported import Exported
 
-_CODE = (".py", ".pyc", ".so")
+_CODE = (".py", ".pyc", ".so", ".zip")
 _REMOTE = ("auto_map", "custom_pipelines")
 
 
@@ -30,15 +30,7 @@ def stage(checkpoint: Exported, folder: Path, config: Mapping[str, Any], *, link
         link: Whether weights become symbolic links, for a folder that is read and removed; else they are hard links,
             or copies where the file system has none.
     """
-    for file in carried_files(checkpoint.directory):
-        if file.suffix in _CODE or file.name in ("plan.json", "checksums.json"):
-            continue
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".json":
-            _copy_json(checkpoint.directory / file, folder / file)
-        else:
-            shutil.copyfile(checkpoint.directory / file, folder / file)
-    write_json(folder / "config.json", {key: value for key, value in config.items() if key not in _REMOTE})
+    stage_beside_weights(checkpoint, folder, config)
     for file in (*checkpoint.headers.files, *checkpoint.directory.glob("*.safetensors.index.json")):
         target = folder / file.name
         if link:
@@ -48,6 +40,19 @@ def stage(checkpoint: Exported, folder: Path, config: Mapping[str, Any], *, link
             os.link(file.resolve(), target)
         except OSError:
             shutil.copyfile(file, target)
+
+
+def stage_beside_weights(checkpoint: Exported, folder: Path, config: Mapping[str, Any]) -> None:
+    """Put the new config and the tokenizer of a checkpoint into an empty folder, without code."""
+    for file in carried_files(checkpoint.directory):
+        if file.suffix in _CODE or file.name in ("plan.json", "checksums.json"):
+            continue
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".json":
+            _copy_json(checkpoint.directory / file, folder / file)
+        else:
+            shutil.copyfile(checkpoint.directory / file, folder / file)
+    write_json(folder / "config.json", {key: value for key, value in config.items() if key not in _REMOTE})
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ class Target:
         needs: What the export needs beside this package, and how to install it.
         runs_formats: Whether the runtime runs experts in compressed formats and maps, with this package installed.
         runs_constants: Whether it runs experts that are replaced by a constant output.
+        takes_rounded: Whether it takes experts that were stored in 4 or 8 bits by this package.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Target:
     needs: str = ""
     runs_formats: bool = False
     runs_constants: bool = False
+    takes_rounded: bool = False
 
 
 CONVERTER = (
@@ -53,6 +55,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("mlx", "MLX", "mlx", quantize=("3bit", "4bit", "5bit", "6bit", "8bit"), needs=f"{MLX}."),
     Target("vllm", "vLLM", "vllm", runs_formats=True, runs_constants=True),
+    Target("compressed-tensors", "vLLM", "packed", quantize=("w4a16", "w8a16"), takes_rounded=True),
     Target("transformers4", "transformers 4", "transformers4"),
 )
 
@@ -72,7 +75,7 @@ def refuse_inexpressible(checkpoint: Exported, target: Target) -> None:
     structure = [*checkpoint.structure]
     if target.runs_constants and CONSTANTS_FIELD in checkpoint.config:
         structure = [said for said in structure if "constant" not in said]
-    if structure and not target.runs_formats:
+    if structure and not (target.runs_formats or (target.takes_rounded and checkpoint.is_structured)):
         raise ValueError(
             f"{checkpoint.directory} has {' and '.join(structure)}, which {target.runtime} cannot express. Compress "
             "the original again with --runs-in any (the same number of experts and the same width in every layer), "
@@ -96,6 +99,6 @@ def check_quantize(target: Target, quantize: str | None) -> None:
     if not target.quantize:
         raise ValueError(
             f"to={target.name!r} writes the checkpoint's own values, so quantize={quantize!r} has no effect. Leave it "
-            "out, and quantize with the tools of that runtime (llm-compressor for vLLM)."
+            "out, or quantize experts for vLLM with to='compressed-tensors' (--to compressed-tensors)."
         )
     choose_one("quantize", quantize.lower(), target.quantize)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from optimum_moe.checkpoint.checkpoint_tensors import raw_config
 from optimum_moe.checkpoint.checksums import CHECKSUMS_FILE
+from optimum_moe.formats import ExpertsSpec
+from optimum_moe.formats.rounded import ROUNDED
 from optimum_moe.hf.structure import METHOD
 from optimum_moe.settings import choose_one
 from optimum_moe.vllm_plugin.blocks import CompressedBlock
@@ -45,6 +47,9 @@ class LoadsIn:
     version: str = ""
 
 
+_PACKED = (
+    "loads where the original loads, after `optimum-cli moe export --to compressed-tensors` if that takes its sizes"
+)
 _ANY = "Compress with --runs-in any for it."
 _TABLE: dict[Kind, tuple[LoadsIn, ...]] = {
     "plain": (
@@ -86,10 +91,18 @@ def known_rows(directory: Path) -> list[LoadsIn]:
     kind = kind_of(directory)
     rows = list(_TABLE[kind])
     if kind == "structured":
-        objection = objection_of_plugin(raw_config(directory))
+        config = raw_config(directory)
+        objection = objection_of_plugin(config)
         says = "loads with this package installed beside it" if objection is None else f"cannot run it: {objection}"
-        rows.insert(1, LoadsIn("vllm", says))
+        rows.insert(1, LoadsIn("vllm", _PACKED if _is_rounded(config) else says))
     return rows
+
+
+def _is_rounded(config: Mapping[str, Any]) -> bool:
+    """Whether all experts of a structured checkpoint are stored in four or eight bits."""
+    entries = config["quantization_config"]["blocks"].values()
+    specs = [ExpertsSpec.from_dict(entry["factors"]) for entry in entries if "factors" in entry]
+    return len(specs) == len(entries) and all(spec.parts and set(spec.parts) <= set(ROUNDED.values()) for spec in specs)
 
 
 def objection_of_plugin(config: Mapping[str, Any]) -> str | None:

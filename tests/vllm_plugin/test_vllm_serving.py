@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_moe import ByteBudget, LowRankSparse, MoECompressor, MSMoE
+from optimum_moe import (
+    ByteBudget,
+    CalibrationConfig,
+    LowRankSparse,
+    MoECompressor,
+    MSMoE,
+    NeuronPruning,
+    Rounding,
+    export,
+)
+from optimum_moe.exporting.runs_in import reference_run
+from optimum_moe.surgeons import find_blocks
 from tests.tiny_models import build
 
 PYTHON = os.environ.get("OPTIMUM_MOE_VLLM_PYTHON")
@@ -169,6 +181,46 @@ def test_greedy_tokens_are_those_of_transformers(
 ) -> None:
     name, kind, _ = SERVED[case]
     assert served[case] == {"tokens": in_transformers(checkpoints.path(name, kind))}
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled Qwen3-MoE with experts of 64 neurons in four bits, and beside it its export for vLLM."""
+    place = tmp_path_factory.mktemp("packed") / "rounded"
+    data = CalibrationConfig(str(REFERENCE.parent / "calibration.jsonl"), max_tokens=4096, sequence_length=256)
+    stages = [NeuronPruning(num_neurons=64, curvature=False), Rounding()]
+    compressor = MoECompressor.from_pretrained(str(REFERENCE), stages, data, progress=False)
+    compressor.apply()
+    compressor.save_pretrained(place)
+    export(place, "compressed-tensors", place.with_name("packed"))
+    return place
+
+
+def test_packed_experts_need_no_plugin(rounded: Path, tmp_path: Path) -> None:
+    """Up to ties: on a CPU vLLM multiplies by bfloat16 activations that it rounds to eight bits."""
+    expected = reference_run(rounded, PROMPTS)
+    expected = replace(expected, tokens=[tokens[:TOKENS] for tokens in expected.tokens])
+    answer = in_vllm([(rounded.with_name("packed"), {"dtype": "bfloat16"})], tmp_path)[0]
+    same, said = expected.compare(answer["tokens"])
+    assert same, said
+
+
+def test_compressed_tensors_unpacks_the_same_values(rounded: Path, tmp_path: Path) -> None:
+    script, output = Path(__file__).with_name("load_packed.py"), tmp_path / "unpacked.safetensors"
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [str(PYTHON), str(script), str(rounded.with_name("packed")), str(output)]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    unpacked, model = load_file(output), AutoModelForCausalLM.from_pretrained(rounded, dtype="auto")
+    blocks = find_blocks(AutoModelForCausalLM.from_pretrained(REFERENCE, dtype="auto"))
+    assert len(unpacked) == 2 * len(blocks)
+    for found in blocks:
+        held = found.surgeon.factors(model.get_submodule(found.info.name))
+        for expert in range(found.info.num_experts):
+            own = held.densified(expert)
+            stacked = torch.cat([own["gate"], own["up"]])
+            assert torch.equal(unpacked[f"{found.info.name}.experts.gate_up_proj"][expert], stacked)
+            assert torch.equal(unpacked[f"{found.info.name}.experts.down_proj"][expert], own["down"])
 
 
 def first(tensors: dict[str, Any], *words: str) -> str:
