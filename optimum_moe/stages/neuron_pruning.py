@@ -17,7 +17,7 @@ from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, keep_all
 from optimum_moe.runtimes import Quantizer, get_quantizer
 from optimum_moe.settings import check_count, exactly_one, product
-from optimum_moe.stages.base import Stage, register_stage
+from optimum_moe.stages.base import GRAM_TOKENS, Stage, register_stage
 from optimum_moe.stages.context import BlockContext
 from optimum_moe.stages.cost import BlockCost
 from optimum_moe.stages.counts import check_share
@@ -74,7 +74,7 @@ class NeuronPruning(Stage):
     @property
     def sample_size(self) -> int:
         """Number of tokens to sample, enough for Gram matrices of single experts."""
-        return 32768
+        return GRAM_TOKENS
 
     @property
     def stores_stock_experts(self) -> bool:

@@ -103,11 +103,6 @@ class WeightPruning(FormattingStage):
         return frozenset({"frequency", "sample"} if self.method != "magnitude" else ())
 
     @property
-    def sample_size(self) -> int:
-        """Number of tokens to sample, enough for Gram matrices of single experts."""
-        return 32768
-
-    @property
     def leaves_dense_experts(self) -> bool:
         """Always True: zeros are stored like other weights."""
         return True
