@@ -19,7 +19,7 @@ from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.algorithms.neurons import gram, root
 
 Method = Literal["wanda", "sparsegpt", "magnitude"]
-METHODS: tuple[str, ...] = get_args(Method)
+CRITERIA: tuple[str, ...] = get_args(Method)
 
 # Columns of SparseGPT between two updates of those after them, and the ridge of a Gram; both are the paper's.
 _BLOCK = 128
@@ -118,7 +118,7 @@ def pruned_expert(
     Args:
         expert: The expert.
         tokens: Those that were routed to it, each of which counts once; None, or no token, ranks by magnitude.
-        method: One of `METHODS`.
+        method: One of `CRITERIA`.
         sparsity: How many weights of each matrix are zero.
         knows_hidden: Whether the expert alone says what its down projection reads; else that is ranked by magnitude.
     """

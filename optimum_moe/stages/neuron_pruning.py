@@ -139,7 +139,7 @@ class NeuronPruning(Stage):
         return width
 
     def changed_by_data(self, model: ModelInfo, allocation: Mapping[str, Any]) -> frozenset[str]:
-        """All blocks."""
+        """All blocks, which lose neurons by statistics."""
         return frozenset(block.name for block in model.blocks)
 
     def allocate(self, model: ModelInfo, statistics: Any, profiles: Mapping[str, Any]) -> Mapping[str, int]:

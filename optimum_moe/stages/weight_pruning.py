@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from optimum_moe.algorithms.expert import Expert
 from optimum_moe.algorithms.expert_tokens import single_expert
-from optimum_moe.algorithms.weight_pruning import METHODS, Sparsity, pruned_expert
+from optimum_moe.algorithms.weight_pruning import CRITERIA, Sparsity, pruned_expert
 from optimum_moe.formats import StoredExpert, StoredExperts
 from optimum_moe.formats.stored import stored_matrix
 from optimum_moe.model_info import ModelInfo
@@ -66,7 +66,7 @@ class WeightPruning(FormattingStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose_one("method", self.method, METHODS)
+        choose_one("method", self.method, CRITERIA)
         group = self._group
         if group is not None and self.sparsity is not None:
             raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.algorithms.neurons import gram
 from optimum_moe.algorithms.weight_pruning import (
-    METHODS,
+    CRITERIA,
     Sparsity,
     by_magnitude,
     by_sparsegpt,
@@ -39,7 +39,7 @@ def pruned(method: str, matrix_OX: torch.Tensor, input_PX: torch.Tensor, sparsit
 
 
 @pytest.mark.parametrize("sparsity", PATTERNS, ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CRITERIA)
 def test_the_number_of_zeros_is_exact(method: str, sparsity: Sparsity) -> None:
     found_OX = pruned(method, made(40, 312), inputs(columns=312), sparsity)
     zero_OX = found_OX == 0
@@ -54,7 +54,7 @@ def test_the_number_of_zeros_is_exact(method: str, sparsity: Sparsity) -> None:
 
 @pytest.mark.parametrize("group", [0, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CRITERIA)
 def test_no_zeros_change_no_bit(method: str, dtype: torch.dtype, group: int) -> None:
     matrix_OX = made(24, 96, dtype=dtype)
     found_OX = pruned(method, matrix_OX, inputs(), Sparsity(0.0, group))
@@ -92,7 +92,7 @@ def test_updated_weights_lose_less_of_the_outputs(sparsity: Sparsity) -> None:
     matrix_OX, input_PX = made(48, 312), inputs(tokens=1000, columns=312)
     error = {
         method: float((input_PX @ (pruned(method, matrix_OX, input_PX, sparsity) - matrix_OX).T).square().sum())
-        for method in METHODS
+        for method in CRITERIA
     }
     assert error["sparsegpt"] < 0.5 * error["wanda"] < 0.5 * error["magnitude"]
 
@@ -125,7 +125,7 @@ def expert_of(inner: int = 40, hidden: int = 24) -> Expert:
     return Expert(made(inner, hidden, seed=3), made(hidden, inner, seed=4), activate, made(inner, hidden, seed=5))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CRITERIA)
 def test_an_expert_without_tokens_is_pruned_by_magnitude(method: str) -> None:
     expert, sparsity = expert_of(), Sparsity(0.5)
     for tokens in (None, ExpertTokens(torch.zeros(0, 24), torch.zeros(0))):
