@@ -52,12 +52,12 @@ def test_the_order_of_experts_permutes_the_numbers(target: Target):
         assert set(again.similarities) == set(block.similarities)
         for kind, values_EE in block.similarities.items():
             assert_reordered(again.similarities[kind], values_EE, ORDER, 2, 1e-4)
-        assert plain(again.router_entropy) == pytest.approx(plain(block.router_entropy), rel=1e-5)
-        # The nearest expert may be another one where two are equally near.
+        assert again.router_entropy == pytest.approx(block.router_entropy, rel=1e-5, nan_ok=True)
+        # The nearest expert may be another one where two are equally near, as all are without a router.
         near_E = torch.tensor(ORDER)[again.neighbors.nearest_E]
         same_E = near_E == block.neighbors.nearest_E[ORDER]
         aligned_E = block.neighbors.aligned_E[ORDER]
-        assert same_E.sum() >= 6
+        assert same_E.sum() >= 6 or math.isnan(block.router_entropy)
         assert torch.allclose(again.neighbors.aligned_E[same_E], aligned_E[same_E], rtol=1e-4, atol=1e-5)
         text = json.dumps(two.to_dict(), allow_nan=False)
         assert json.loads(text)["blocks"][0]["num_experts"] == 8
