@@ -123,6 +123,9 @@ QUANTIZERS: tuple[Quantizer, ...] = (
     ),
     # vLLM: groups of 128 in what AWQ and GPTQ checkpoints usually have, blocks of 128 x 128 in FP8 ones.
     *(Quantizer(name, 128, True, "is refused") for name in ("awq", "gptq", "fp8")),
+    # The stage Rounding, exported for vLLM.
+    Quantizer("w4a16", 64, True, "is refused"),
+    Quantizer("w8a16", 128, True, "is refused"),
     # MLX: groups of 64.
     *(Quantizer(name, 64, False, "is refused") for name in ("mlx4", "mlx8")),
 )

@@ -278,6 +278,18 @@ def test_the_preview_of_all_stages_is_what_is_written() -> None:
     assert compressor.measured().after == expected
 
 
+def test_the_preset_trims_slims_and_quantizes() -> None:
+    compressor = MoECompressor.from_pretrained(
+        build("qwen3_moe"), "trim-slim-quantize", data_for("qwen3_moe"), progress=False
+    )
+    compressor.apply()
+    for plan in compressor.plan.blocks.values():
+        assert plan.num_groups == 6
+        assert set(plan.sizes.widths) == {16}
+        assert set(plan.sizes.parts) == {"int4"}
+        assert all(len(neurons) == 16 for neurons in plan.neurons)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -295,6 +307,7 @@ def test_widths_that_are_refused(given: dict[str, object], said: str) -> None:
     ("stages", "said"),
     [
         (NeuronPruning(num_neurons=20, quantize="q8_0"), "num_neurons=20 is no multiple of 32"),
+        (NeuronPruning(keep_ratio=0.5, quantize="w4a16"), "can have no fewer neurons"),
         (NeuronPruning(keep_ratio=1.0), "Experts of this model can have 8, 16, 24, 32, 40, 48, 56 neurons"),
         ([MSMoE(num_experts=4), NeuronPruning(keep_ratio=0.5)], 'Pass routing="reduce" to it'),
         ([Rounding(), NeuronPruning(keep_ratio=0.5)], "stores experts in other formats"),

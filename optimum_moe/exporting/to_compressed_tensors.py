@@ -247,8 +247,8 @@ def _group(checkpoint: Exported, bits: int, stored: _Sizes, rows: tuple[int, int
             return group
     raise ValueError(
         f"vLLM needs rows of whole groups of {' or '.join(map(str, offered))} weights, but matrices of the experts of "
-        f"{checkpoint.directory} have {rows[0]} and {rows[1]} columns. Keep a multiple of the neurons: "
-        f"NeuronPruning(num_neurons=...) or ByteBudget(quantize=...) before it."
+        f"{checkpoint.directory} have {rows[0]} and {rows[1]} columns. Compress to such a width: "
+        f"NeuronPruning or ByteBudget with quantize='w{bits}a16'."
     )
 
 
