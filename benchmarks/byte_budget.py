@@ -19,7 +19,7 @@ import statistics as stats
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from optimum_moe import (
     Statistics,
 )
 from optimum_moe.evaluation import EvaluationResult, evaluate_many
+from optimum_moe.recipe import coerce_recipe
 from optimum_moe.runtimes import width_step
 from optimum_moe.stages import Stage
 
@@ -210,9 +211,11 @@ def statistics_of(setting: Setting, seed: int, folder: Path) -> Statistics:
         config = CalibrationConfig(
             str(CALIBRATION), sequence_length=256, max_tokens=setting.calibration_tokens, seed=seed
         )
+        made = [variant(share / 100) for variant in setting.variants.values() for share in SHARES]
+        also = frozenset().union(*(coerce_recipe(method).needs for method in made if method)) - {"gradients"}
         MoECompressor.from_pretrained(
             setting.model, ByteBudget(runs_in="transformers", share=0.5), config, seed=seed, progress=False
-        ).calibrate().save_pretrained(kept)
+        ).calibrate(also).save_pretrained(kept)
     return Statistics.from_pretrained(kept)
 
 
@@ -228,11 +231,13 @@ def run_seed(setting: Setting, seed: int, shares: list[float], arguments: argpar
     original = transformers.AutoModelForCausalLM.from_pretrained(setting.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(setting.model)
     for start in range(0, max(len(missing), 1), setting.at_once):
-        models = {(100, ORIGINAL): original} if start == 0 else {}
+        models: dict[tuple[float, str], Any] = {(100, ORIGINAL): original} if start == 0 else {}
+        sizes: dict[tuple[float, str], dict[str, Any]] = {(100, ORIGINAL): {"stored_share": 1.0, "is_plain": True}}
         for share, name in missing[start : start + setting.at_once]:
             method = setting.variants[name](share / 100)
             compressor = MoECompressor.from_pretrained(setting.model, method, seed=seed, progress=False)
             models[share, name] = compressor.apply(statistics=statistics)
+            sizes[share, name] = size_of(compressor)
             print(f"seed {seed}: {name} at {share:g}% made", file=sys.stderr, flush=True)
         results = evaluate_many(
             {f"{share} {name}": model for (share, name), model in models.items()},
@@ -244,9 +249,18 @@ def run_seed(setting: Setting, seed: int, shares: list[float], arguments: argpar
             **setting.evaluation,
         )
         for (share, name), result in zip(models, results.values(), strict=True):
-            result.save(file_of(folder, share, name))
+            sized = replace(result, data={**result.data, **sizes[share, name]})
+            sized.save(file_of(folder, share, name))
         del models
         gc.collect()
+
+
+def size_of(compressor: MoECompressor) -> dict[str, Any]:
+    """Bytes that went, as what is left of those of the experts, and whether stock transformers loads the result."""
+    made, blocks = compressor.measured(), compressor.source.info.blocks
+    numbers = sum(block.num_experts * block.expert_parameters for block in blocks)
+    experts = numbers * made.before.bytes / made.before.parameters
+    return {"stored_share": 1 - (made.before.bytes - made.after.bytes) / experts, "is_plain": made.plain}
 
 
 def measure(setting: Setting, arguments: argparse.Namespace) -> dict[tuple[float, str], list[EvaluationResult]]:
@@ -279,20 +293,24 @@ def values_of(results: list[EvaluationResult], column: str, base: float) -> list
     return [value / base for value in values] if column == "perplexity" else values
 
 
+def cells_of(results: list[EvaluationResult], original: list[EvaluationResult]) -> list[str]:
+    """Mean and spread over seeds of every score."""
+    base, cells = original[0].scores["perplexity"].value, []
+    for column in COLUMNS:
+        values = values_of(results, column, base)
+        digits, factor = (4, "") if column == "kl" else (3, "x" if column == "perplexity" else "")
+        cells.append(f"{factor}{stats.mean(values):.{digits}f} ({max(values) - min(values):.{digits}f})")
+    return cells
+
+
 def table(setting: Setting, found: dict[tuple[float, str], list[EvaluationResult]], shares: list[float]) -> list[str]:
     """Lines of a Markdown table."""
-    base = found[100, ORIGINAL][0].scores["perplexity"].value
     lines = ["| expert bytes | variant | perplexity | KL | top-1 | choice | generation | loops |", "|---" * 8 + "|"]
     for share in shares:
         for name in setting.variants:
-            if (share, name) not in found:
-                continue
-            cells = []
-            for column in COLUMNS:
-                values = values_of(found[share, name], column, base)
-                digits, factor = (4, "") if column == "kl" else (3, "x" if column == "perplexity" else "")
-                cells.append(f"{factor}{stats.mean(values):.{digits}f} ({max(values) - min(values):.{digits}f})")
-            lines.append(f"| {share:g}% | {name} | " + " | ".join(cells) + " |")
+            if (share, name) in found:
+                cells = cells_of(found[share, name], found[100, ORIGINAL])
+                lines.append(f"| {share:g}% | {name} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -1,33 +1,31 @@
-"""All criteria of expert pruning side by side, at half of the experts of the bundled models.
+"""Every method side by side at equal bytes of the experts, on the bundled models; the best of them at three sizes.
 
-    python benchmarks/catalog.py [--on reference] [--seed 0] [--output benchmarks/results/catalog]
+    python benchmarks/catalog.py [--on reference] [--output benchmarks/results/catalog.md]
+    python benchmarks/catalog.py --best 10 --seeds 0 1 2 --output benchmarks/results/catalog_best.md
 
-For every criterion: perplexity relative to the original, KL and top-1 agreement on held-out text; then one number of
-experts that all blocks share, and what removed experts leave. One calibration serves all rows of a model. Nothing is
-trained. Every row is kept in `.cache/catalog`, so that an interrupted run continues.
+Without `--best`: everything at 50% of the bytes of the experts. With it: so many of those with the least KL there, and
+pruning at random and by frequency, at 75, 50 and 25%. Perplexity relative to the original, KL and top-1 agreement on
+held-out text, multiple choice, generation agreement and loop rate, as the mean over calibration seeds and the spread
+(largest minus smallest). One calibration serves all rows of a model and seed; nothing is trained. Results are kept in
+`.cache/catalog`, so that an interrupted run continues.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import sys
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
-from reference import CALIBRATION, HELD_OUT, REFERENCES, ROOT, Reference
+from byte_budget import BUDGETS, ORIGINAL, Setting, Variant, cells_of, measure, reference_setting
+from merges import MERGES, merged
+from reference import REFERENCES, ROOT, Reference
 
-from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, Statistics
-from optimum_moe.evaluation import EvaluationResult, evaluate
+from optimum_moe import BlockDrop, ExpertPruning, LayerDrop
+from optimum_moe.evaluation import EvaluationResult
 from optimum_moe.stages import Stage
 
-COLUMNS = ("perplexity", "kl", "top1_agreement")
 CRITERIA = (
     "random",
     "aimer",
@@ -46,138 +44,106 @@ CRITERIA = (
 )
 RANK = 8
 """Of the maps that removed experts leave."""
+BASELINES = ("prune: random", "prune: frequency")
+BEST_SHARES = (75, 50, 25)
+SEVERAL = ("experts only", "ranks only", "neurons only", "byte budget", "byte budget, 8 and 4 bits too")
+"""Of the byte budgets for transformers, those that are listed."""
+COLUMNS = "| expert bytes | method | stored | loads plainly | perplexity | KL | top-1 | choice | generation | loops |"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Args:
-        name: What it is.
-        stage: With the model's number of experts.
-    """
-
-    name: str
-    stage: Stage
+def pruned(reference: Reference, saliency: str, share: float, **settings: object) -> Stage | None:
+    """The most salient experts, as many as the bytes allow in equal router groups."""
+    groups = reference.router_groups
+    count = int(reference.num_experts * share) // groups * groups
+    if count < reference.least_experts:
+        return None
+    return ExpertPruning(num_experts=count, saliency=saliency, **settings)
 
 
-def rows(reference: Reference) -> list[Row]:
-    """Criteria, then allocations, then what is left of removed experts."""
-    count = reference.num_experts // 2
-    found = [Row(name, ExpertPruning(num_experts=count, saliency=name)) for name in CRITERIA]
-    found += [
-        Row(f"{name}, global", ExpertPruning(num_experts=count, saliency=name, allocation="global"))
-        for name in ("frequency", "reap", "razor", "fisher")
-    ]
+def methods(reference: Reference) -> dict[str, Variant]:
+    """All rows by name, in the order of the table."""
+    found: dict[str, Variant] = {f"prune: {name}": partial(pruned, reference, name) for name in CRITERIA}
+    for name in ("frequency", "reap", "razor", "fisher"):
+        found[f"prune: {name}, global"] = partial(pruned, reference, name, allocation="global")
     for name in ("frequency", "reap", "mone", "fisher"):
-        found.append(Row(f"{name}, constants", ExpertPruning(num_experts=count, saliency=name, leaves="constant")))
-        stage = ExpertPruning(num_experts=count, saliency=name, leaves="low_rank", rank=RANK)
-        found.append(Row(f"{name}, maps of rank {RANK}", stage))
+        found[f"prune: {name}, constants"] = partial(pruned, reference, name, leaves="constant")
+        left = partial(pruned, reference, name, leaves="low_rank", rank=RANK)
+        found[f"prune: {name}, maps of rank {RANK}"] = left
+    found |= {f"merge: {name}": partial(merged, reference, merge) for name, merge in MERGES.items()}
+    found["drop: experts of whole layers"] = lambda share: LayerDrop(keep_ratio=share)
+    found["drop: whole layers"] = lambda share: BlockDrop(keep_ratio=share)
+    others = reference_setting(reference).variants
+    for name in ("MC-SMoE", "base + delta", "plain SVD", "whitened SVD"):
+        found[f"factorize: {name}"] = others[name]
+    listed = [name for name in others if name not in BUDGETS or name in SEVERAL]
+    for name in listed[listed.index("whole experts by loss") :]:
+        found[f"budget: {name.removeprefix('byte budget, ')}"] = others[name]
+    found["round: eight bits"] = others["all in eight bits"]
     return found
 
 
-def folder_of(reference: Reference, arguments: argparse.Namespace) -> Path:
-    """Where results of this model, text and amount of evaluation are kept."""
-    digest = hashlib.sha256()
-    for path in (*sorted(reference.model.glob("*.safetensors")), CALIBRATION, HELD_OUT):
-        digest.update(path.read_bytes())
-    digest.update(f"{arguments.max_tokens} {arguments.calibration_tokens}".encode())
-    return Path(arguments.cache) / digest.hexdigest()[:12] / f"seed{arguments.seed}"
+def setting_of(reference: Reference) -> Setting:
+    return replace(reference_setting(reference), variants=methods(reference))
 
 
-def statistics_of(reference: Reference, folder: Path, arguments: argparse.Namespace) -> Statistics:
-    """Observed once for all rows, with the backward passes that `fisher` wants."""
-    kept = folder / "statistics"
-    if not (kept / "statistics.json").is_file():
-        config = CalibrationConfig(
-            str(CALIBRATION), sequence_length=256, max_tokens=arguments.calibration_tokens, seed=arguments.seed
-        )
-        stage = ExpertPruning(keep_ratio=0.5, saliency="fisher")
-        compressor = MoECompressor.from_pretrained(reference.model, stage, config, seed=arguments.seed, progress=False)
-        compressor.calibrate().save_pretrained(kept)
-    return Statistics.from_pretrained(kept)
+def best_of(found: dict[tuple[float, str], list[EvaluationResult]], number: int) -> list[str]:
+    """So many names with the least KL at half of the bytes in the first seed, and the baselines, in their order."""
+    scored = {name: results[0].scores["kl"].value for (share, name), results in found.items() if share == 50}
+    chosen = {*sorted(scored, key=scored.__getitem__)[:number], *BASELINES}
+    return [name for name in scored if name in chosen]
 
 
-def measured(reference: Reference, arguments: argparse.Namespace) -> dict[str, tuple[EvaluationResult, float]]:
-    """Result and share of the experts' numbers by row, the original first; what is missing is measured."""
-    folder = folder_of(reference, arguments)
-    folder.mkdir(parents=True, exist_ok=True)
-    original = transformers.AutoModelForCausalLM.from_pretrained(reference.model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(reference.model)
-    results: dict[str, tuple[EvaluationResult, float]] = {}
-
-    def result_of(name: str, make: Callable[[], Any]) -> EvaluationResult:
-        file = folder / f"{name.replace(' ', '_').replace(',', '')}.json"
-        if not file.is_file():
-            found = evaluate(
-                make(),
-                str(HELD_OUT),
-                reference=original,
-                tokenizer=tokenizer,
-                calibration=str(CALIBRATION),
-                max_tokens=arguments.max_tokens,
-                tasks=("perplexity", "agreement"),
-                progress=False,
-            )
-            found.save(file)
-            print(f"{reference.description}: {name} measured", file=sys.stderr, flush=True)
-        return EvaluationResult.load(file)
-
-    results["original"] = result_of("original", lambda: original), 1.0
-    for row in rows(reference):
-        compressor = MoECompressor.from_pretrained(reference.model, row.stage, seed=arguments.seed, progress=False)
-        shown = compressor.preview()
-        experts = sum(block.num_experts * block.expert_parameters for block in compressor.source.info.blocks)
-        share = 1 - (shown.before.parameters - shown.after.parameters) / experts
-        results[row.name] = result_of(row.name, partial(applied, compressor, reference, folder, arguments)), share
-    return results
-
-
-def applied(compressor: MoECompressor, reference: Reference, folder: Path, arguments: argparse.Namespace) -> Any:
-    """The compressed model of a row."""
-    return compressor.apply(statistics=statistics_of(reference, folder, arguments))
-
-
-def table(results: dict[str, tuple[EvaluationResult, float]]) -> list[str]:
-    """Lines of a Markdown table."""
-    base = results["original"][0].scores["perplexity"].value
-    lines = ["| pruned by | experts' numbers | perplexity | KL | top-1 |", "|---" * 5 + "|"]
-    for name, (result, share) in results.items():
-        perplexity, kl, agreement = (result.scores[column].value for column in COLUMNS)
-        lines.append(f"| {name} | {share:.1%} | x{perplexity / base:.3f} | {kl:.4f} | {agreement:.3f} |")
+def table(
+    found: dict[tuple[float, str], list[EvaluationResult]], names: Sequence[str], shares: Sequence[float]
+) -> list[str]:
+    """Lines of a Markdown table, with the best KL of each size first."""
+    lines = [COLUMNS, "|---" * COLUMNS.count(" | ") + "|---|"]
+    for share in shares:
+        rows = {name: found[share, name] for name in names if (share, name) in found}
+        for name in sorted(rows, key=lambda row: sum(r.scores["kl"].value for r in rows[row])):
+            results = rows[name]
+            stored = sum(r.data["stored_share"] for r in results) / len(results)
+            plain = "yes" if all(r.data["is_plain"] for r in results) else "no"
+            cells = [f"{share:g}%", name, f"{stored:.1%}", plain, *cells_of(results, found[100, ORIGINAL])]
+            lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--on", choices=REFERENCES, nargs="+", default=list(REFERENCES))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-tokens", type=int, default=16384)
-    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--best", type=int, help="number of methods to compare at 75, 50 and 25%%")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "catalog")
     parser.add_argument("--output", type=Path, help="also write the tables there (.md)")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="Calibration gave no token")
     lines: list[str] = []
     for name in arguments.on:
-        reference = REFERENCES[name]
-        results = measured(reference, arguments)
-        original = results["original"][0].scores["perplexity"].value
+        setting = setting_of(REFERENCES[name])
+        everything = argparse.Namespace(
+            **{**vars(arguments), "seeds": arguments.seeds[:1], "shares": [50], "variants": list(setting.variants)}
+        )
+        found, names, shares = measure(setting, everything), list(setting.variants), [50]
+        if arguments.best:
+            names, shares = best_of(found, arguments.best), list(BEST_SHARES)
+            arguments.shares, arguments.variants = shares, names
+            found = measure(setting, arguments)
+        original = found[100, ORIGINAL][0].scores
+        seeds = len(arguments.seeds) if arguments.best else 1
         lines += [
-            reference.source_line,
+            setting.source,
             "",
-            f"Half of the experts, one calibration seed of {arguments.calibration_tokens:,} tokens; perplexity of the "
-            f"original {original:.3f}.",
+            f"Original: perplexity {original['perplexity'].value:.3f}, choice {original['choice_accuracy'].value:.3f}, "
+            f"loops {original['loop_rate'].value:.3f}. {seeds} calibration seed{'s' * (seeds > 1)} of "
+            f"{setting.calibration_tokens:,} tokens; nothing is trained.",
             "",
-            *table(results),
+            *table(found, names, shares),
             "",
         ]
     print("\n".join(lines))
     if arguments.output:
-        arguments.output.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+        arguments.output.write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
