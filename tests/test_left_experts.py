@@ -140,7 +140,7 @@ def test_streaming_leaves_the_same(settings, tmp_path: Path) -> None:
 def test_the_map_is_the_best_of_its_rank() -> None:
     """No map of the rank has a smaller ridge objective, and of a map of that rank itself hardly anything is lost."""
     input_PH, output_PH, weight_P = torch.randn(40, 8).double(), torch.randn(40, 8).double(), torch.rand(40).double()
-    fit = AffineFit(input_PH, output_PH, weight_P)
+    fit = AffineFit(input_PH, output_PH, 3, weight_P)
     parts = [part.clone().requires_grad_() for part in fit.at(3, torch.float64)]
     share_P = weight_P / weight_P.sum()
 
@@ -157,7 +157,7 @@ def test_the_map_is_the_best_of_its_rank() -> None:
 
     input_PH = torch.randn(200, 20)
     output_PH = input_PH @ torch.randn(20, 3) @ torch.randn(3, 20) + torch.randn(20)
-    offset_H, left_RH, right_RH = AffineFit(input_PH, output_PH).at(3)
+    offset_H, left_RH, right_RH = AffineFit(input_PH, output_PH, 3).at(3)
     error_PH = input_PH @ right_RH.T @ left_RH + offset_H - output_PH
     assert error_PH.norm() < 5e-3 * output_PH.norm()
 
@@ -176,13 +176,13 @@ def test_the_ridge_is_the_one_with_the_least_error_by_generalized_cross_validati
         left = (target_PH - hat_PP @ target_PH).square().sum()
         errors[ridge] = float(left / (tokens - 1 - hat_PP.trace()) ** 2)
     best = min(errors, key=lambda ridge: errors[ridge])
-    assert AffineFit(input_PH, output_PH).ridge == pytest.approx(best)
+    assert AffineFit(input_PH, output_PH, 1).ridge == pytest.approx(best)
 
 
 def test_one_token_and_equal_tokens_give_their_mean() -> None:
     input_PH, output_PH = torch.randn(1, 6).expand(5, 6), torch.randn(1, 6).expand(5, 6)
     for tokens in (1, 5):
-        offset_H, left_RH, right_RH = AffineFit(input_PH[:tokens], output_PH[:tokens]).at(4)
+        offset_H, left_RH, right_RH = AffineFit(input_PH[:tokens], output_PH[:tokens], 4).at(4)
         assert left_RH.shape == right_RH.shape == (4, 6)
         torch.testing.assert_close(input_PH @ right_RH.T @ left_RH + offset_H, output_PH)
 
@@ -199,7 +199,7 @@ def test_the_budget_format_is_the_fitted_map() -> None:
     stored = build_expert(expert, tokens, Candidate("affine", 0, 2))
     output_PH = expert.activated(expert.preactivations(tokens.input_PH)) @ expert.down_HI.T
     weight_P = tokens.weight_P.square() * tokens.gradient_JPH.square().sum((0, 2))
-    offset_H, left_RH, right_RH = AffineFit(tokens.input_PH, output_PH, weight_P).at(2)
+    offset_H, left_RH, right_RH = AffineFit(tokens.input_PH, output_PH, 2, weight_P).at(2)
     expected_PH = tokens.input_PH @ right_RH.T @ left_RH + offset_H
     torch.testing.assert_close(stored.run(expert, tokens.input_PH), expected_PH, rtol=1e-4, atol=1e-5)
     points = {p.candidate: p for p in candidates(expert, tokens, formats=["affine"], itemsize=2)}

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from optimum_moe.algorithms.leading import leading_rows
+
 # Strengths that are tried, as shares of the mean square of the centered inputs along their directions.
 _RIDGES = tuple(10.0**power for power in range(-3, 4))
 
@@ -22,10 +24,13 @@ class AffineFit:
     Args:
         input_PH: (P, H) inputs, of at least one token.
         output_PH: (P, H) outputs for them.
+        rank: The largest rank that is wanted.
         weight_P: (P,) nonnegative weights of the squared errors; default 1 for all.
     """
 
-    def __init__(self, input_PH: torch.Tensor, output_PH: torch.Tensor, weight_P: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, input_PH: torch.Tensor, output_PH: torch.Tensor, rank: int, weight_P: torch.Tensor | None = None
+    ) -> None:
         input_PH, output_PH = input_PH.double(), output_PH.double()
         weight_P = input_PH.new_ones(len(input_PH)) if weight_P is None else weight_P.double()
         share_P = (
@@ -39,27 +44,26 @@ class AffineFit:
         square_D, vector = torch.linalg.eigh(rows_PH @ rows_PH.T if is_wide else rows_PH.T @ rows_PH)
         square_D = square_D.clamp(min=0)
         # s w^T and q^T y, up to the same orthogonal factor.
-        self._rows_DH = vector.T @ rows_PH if is_wide else square_D.sqrt()[:, None] * vector.T
+        rows_DH = vector.T @ rows_PH if is_wide else square_D.sqrt()[:, None] * vector.T
         inverse_D = square_D.clamp(min=1e-300).rsqrt().where(square_D > 1e-12 * square_D.max(), 0.0)
         along_DH = vector.T @ target_PH if is_wide else inverse_D[:, None] * (vector.T @ (rows_PH.T @ target_PH))
         self.ridge = _cross_validated(square_D, along_DH, float(target_PH.square().sum()), len(rows_PH))
         damped_D = square_D + self.ridge
         fitted_DH = (square_D / damped_D.clamp(min=1e-300)).sqrt()[:, None] * along_DH
-        self._direction_DH = torch.linalg.svd(fitted_DH, full_matrices=False).Vh
-        self._solved_DH = along_DH / damped_D.clamp(min=1e-300)[:, None]
+        self.left_RH = torch.nn.functional.pad(found := leading_rows(fitted_DH, rank), (0, 0, 0, rank - len(found)))
+        """(R, H) float64 U^T of the largest rank; fewer directions than the rank are followed by zeros."""
+        solved_DR = along_DH @ self.left_RH.T / damped_D.clamp(min=1e-300)[:, None]
+        self.right_RH = solved_DR.T @ rows_DH
+        """(R, H) float64 V of the largest rank."""
 
     def at(self, rank: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """c (H,), U (R, H) and V (R, H) of the map c + U^T V x; fewer directions than the rank are followed by zeros.
+        """c (H,), U (R, H) and V (R, H) of the map c + U^T V x.
 
         Args:
-            rank: R.
+            rank: R, at most that of the fit.
             dtype: Of the result; c makes up at the mean input for what the rounding of U and V changes.
         """
-        left_RH = self._direction_DH[:rank]
-        right_RH = (self._rows_DH.T @ (self._solved_DH @ left_RH.T)).T
-        left_RH, right_RH = (
-            torch.nn.functional.pad(t, (0, 0, 0, rank - len(left_RH))).to(dtype) for t in (left_RH, right_RH)
-        )
+        left_RH, right_RH = self.left_RH[:rank].to(dtype), self.right_RH[:rank].to(dtype)
         bias_H = self.output_H - (right_RH.double() @ self.input_H) @ left_RH.double()
         return bias_H.to(dtype), left_RH, right_RH
 

@@ -13,37 +13,50 @@ fits to all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
-from optimum_moe.algorithms.fisher_loss import FisherLoss
+from optimum_moe.algorithms.fisher_loss import FisherLoss, Outputs
 from optimum_moe.algorithms.neurons import DAMPING, elimination, root, taken_over
 
 # Share of the tokens that a fit has not seen in what it is expected to lose on others.
 _HELD_OUT_SHARE = 0.75
 
 
-@dataclass(frozen=True, eq=False)
 class NarrowExpert:
-    """An expert with some of its neurons.
+    """An expert with some of its neurons; nothing is computed before it is asked for.
 
     Args:
-        expert: Its gate and up.
-        kept_N: (N,) ascending numbers of the neurons.
-        made_SN: (S, N) float64 what they are mapped to, in the space of `FisherLoss.outputs`.
-        dropped_D: (D,) ascending numbers of the other neurons.
-        taken_DN: (D, N) float64 how those that stay give them.
+        expert: The expert.
+        order_I: (I,) its neurons, in the order in which they stay.
+        lower_II: (I, I) float64 root of their Gram in this order.
+        neurons: How many stay.
     """
 
-    expert: Expert
-    kept_N: torch.Tensor
-    made_SN: torch.Tensor
-    dropped_D: torch.Tensor
-    taken_DN: torch.Tensor
+    def __init__(self, expert: Expert, order_I: torch.Tensor, lower_II: torch.Tensor, neurons: int) -> None:
+        self._expert, self._order_I, self._lower_II = expert, order_I, lower_II
+        self.kept_N, self._by_N = order_I[:neurons].sort()
+        """(N,) ascending numbers of the neurons."""
+
+    @cached_property
+    def expert(self) -> Expert:
+        """Its gate and up."""
+        return self._expert.narrowed(self.kept_N)
+
+    @cached_property
+    def made_SN(self) -> torch.Tensor:
+        """(S, N) float64 what its neurons are mapped to, in the space of `FisherLoss.outputs`, to do what all did."""
+        neurons = len(self.kept_N)
+        taken_DN, dropped_D = taken_over(self._lower_II, neurons)[:, self._by_N], self._order_I[neurons:]
+        target_SI = Outputs(self._expert.down_HI).target_SI
+        if target_SI is not None:
+            return target_SI[:, self.kept_N].double() + target_SI[:, dropped_D].double() @ taken_DN
+        made_SN = taken_DN.new_zeros(len(self._order_I), neurons).index_copy_(0, dropped_D, taken_DN)
+        made_SN[self.kept_N, torch.arange(neurons, device=self.kept_N.device)] = 1.0
+        return made_SN
 
 
 class ExpertFitter:
@@ -66,7 +79,7 @@ class ExpertFitter:
         return FisherLoss(self.expert, self._tokens)
 
     @cached_property
-    def _survivors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def survivors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(I,) the neurons, the last that is eliminated first, and (I, I) the root of their Gram in this order."""
         gram_II = self.loss.gram_II
         order_I = elimination(gram_II, self.loss.effect_II, self.damping)[0].flip(0).to(gram_II.device)
@@ -74,16 +87,7 @@ class ExpertFitter:
 
     def narrowed(self, neurons: int) -> NarrowExpert:
         """The expert with so many neurons, refitted to what all of them gave."""
-        order_I, lower_II = self._survivors
-        (kept_N, by_N), (dropped_D, by_D) = order_I[:neurons].sort(), order_I[neurons:].sort()
-        taken_DN = taken_over(lower_II, neurons)[by_D][:, by_N]
-        target_SI = self.loss.outputs.target_SI
-        if target_SI is None:
-            made_SN = taken_DN.new_zeros(len(order_I), neurons).index_copy_(0, dropped_D, taken_DN)
-            made_SN[kept_N, torch.arange(neurons, device=kept_N.device)] = 1.0
-        else:
-            made_SN = target_SI[:, kept_N].double() + target_SI[:, dropped_D].double() @ taken_DN
-        return NarrowExpert(self.expert.narrowed(kept_N), kept_N, made_SN, dropped_D, taken_DN)
+        return NarrowExpert(self.expert, *self.survivors, neurons)
 
 
 class HeldOutEstimate:
@@ -96,6 +100,7 @@ class HeldOutEstimate:
     """
 
     def __init__(self, fitter: ExpertFitter, held_out: ExpertTokens, total: int) -> None:
+        self._fitter = fitter
         self.seen, self.held_out = fitter.loss, FisherLoss(fitter.expert, held_out)
         self._held_out_scale = _HELD_OUT_SHARE * total / len(self.held_out.input_PH)
         self._seen_scale = (1 - _HELD_OUT_SHARE) * total / len(self.seen.input_PH)
@@ -105,13 +110,31 @@ class HeldOutEstimate:
         """Of leaving the expert out."""
         return self._weighed(lambda loss: loss.empty_damage)
 
-    def of_neurons(self, narrow: NarrowExpert) -> float:
-        """Of an expert with fewer neurons."""
-        return self._weighed(lambda loss: loss.damage_without(narrow.dropped_D, narrow.kept_N, narrow.taken_DN))
+    @cached_property
+    def by_neurons_I1(self) -> torch.Tensor:
+        """(I + 1,) of an expert with the first so many of its neurons."""
+        order_I, lower_II = self._fitter.survivors
+        eye_II = torch.eye(len(order_I), dtype=lower_II.dtype, device=lower_II.device)
+        inverse_II = torch.linalg.solve_triangular(lower_II, eye_II, upper=False)
+        seen_I1, held_out_I1 = (
+            loss.damages_without(order_I, lower_II, inverse_II) for loss in (self.seen, self.held_out)
+        )
+        return self._seen_scale * seen_I1 + self._held_out_scale * held_out_I1
 
     def of_hidden(self, made_SN: torch.Tensor, seen_PN: torch.Tensor, held_out_PN: torch.Tensor) -> float:
         """Of weighted hidden activations on either tokens, and a refitted down projection."""
         return self._weighed(lambda loss: loss.damage_of_hidden(seen_PN if loss is self.seen else held_out_PN, made_SN))
+
+    def of_sums(
+        self, terms: Callable[[torch.Tensor], torch.Tensor], outputs_RH: torch.Tensor, numbers: Sequence[int]
+    ) -> list[float]:
+        """Of sums of a few outputs, each times what `terms` gives, (P, R) for (P, H) inputs; one for each number R."""
+        seen, held_out = (
+            loss.damages_of_sums(terms(loss.input_PH), outputs_RH, numbers) for loss in (self.seen, self.held_out)
+        )
+        return [
+            self._seen_scale * own + self._held_out_scale * other for own, other in zip(seen, held_out, strict=True)
+        ]
 
     def of_outputs(self, run: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """Of anything that gives (P, H) outputs, without down bias and routing weight, for (P, H) inputs."""

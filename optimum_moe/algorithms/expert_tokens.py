@@ -60,6 +60,11 @@ class SampledTokens:
         gradient_JPH = None if gradient_SJH is None else gradient_SJH[token_P].transpose(0, 1).float()
         return token_P, ExpertTokens(input_PH, weight_P, gradient_JPH)
 
+    def counts(self, num_experts: int) -> list[int]:
+        """How many tokens each expert has."""
+        chosen = self.index_SK[self.weights_SK != 0].long()
+        return torch.bincount(chosen.clamp(max=num_experts), minlength=num_experts)[:num_experts].tolist()
+
     def every(self, step: int, first: int = 0) -> SampledTokens:
         """Every `step`-th token from the one numbered `first` on."""
         gradient_SJH = self.gradient_SJH

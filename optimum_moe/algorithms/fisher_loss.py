@@ -15,7 +15,7 @@ the output of size H never appears.
 
 Damage is a sum of squares and is computed as one: as empty + own - both it would be a small difference of large sums,
 and float32 would not do. With B = R^T R of a QR of the directions, a candidate costs one product with R for all of its
-tokens; neurons that are left out are measured by the residual of the Gram, in float64.
+tokens; all numbers of neurons are measured at once, by what the root of the Gram says of those that are left out.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ import torch
 
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.algorithms.neurons import gram, is_finite
+
+# Directions along which a change is measured at a time.
+_DIRECTIONS = 4096
 
 
 class Outputs:
@@ -53,9 +56,9 @@ class Outputs:
         return made_SN if self.target_SI is not None else self.down_HI.to(made_SN) @ made_SN
 
     def root(self, rows_QH: torch.Tensor) -> torch.Tensor:
-        """(min(Q, S), S) R of a QR of rows r, so that R^T R is the metric sum r r^T; singular metrics included."""
+        """(min(Q, S), S) R with R^T R the metric sum r r^T of rows r: that of a QR, or few rows themselves."""
         rows_QS = rows_QH @ self.down_HI.to(rows_QH) if self.target_SI is None else rows_QH
-        return torch.linalg.qr(rows_QS, mode="r").R
+        return rows_QS if len(rows_QS) <= rows_QS.shape[1] else torch.linalg.qr(rows_QS, mode="r").R
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,13 +101,19 @@ class FisherLoss:
         """(P, I or 2I) outputs of gate above up, without biases and weights."""
         self.hidden_PI = expert.activated(self.stacked_PO) * self.root_P1
         self.root_QS = self.outputs.root(self._rows_QH)
-        root_QI = self.root_QS if self.outputs.target_SI is None else self.root_QS @ self.outputs.target_SI
-        self.effect_II = gram(root_QI).double()
-        """(I, I) float64 D^T B D."""
-        self.gram_II = gram(self.hidden_PI).double()
-        """(I, I) float64 sum of q h h^T."""
-        self._lost_PQ = self.hidden_PI @ root_QI.T
+        self._root_QI = self.root_QS if self.outputs.target_SI is None else self.root_QS @ self.outputs.target_SI
+        self._lost_PQ = self.hidden_PI @ self._root_QI.T
         self.empty_damage = _half_of_squares(self._lost_PQ)
+
+    @cached_property
+    def effect_II(self) -> torch.Tensor:
+        """(I, I) float64 D^T B D."""
+        return gram(self._root_QI).double()
+
+    @cached_property
+    def gram_II(self) -> torch.Tensor:
+        """(I, I) float64 sum of q h h^T."""
+        return gram(self.hidden_PI).double()
 
     @cached_property
     def _output_PS(self) -> torch.Tensor:
@@ -145,28 +154,60 @@ class FisherLoss:
             output_PH: (P, H) for `input_PH`, without the down bias and the routing weight.
         """
         scaled_PH = output_PH.to(self.root_P1.dtype) * self.root_P1
-        change_PH = scaled_PH - self.hidden_PI @ self.outputs.down_HI.T
-        along_HQ = change_PH.T @ change_PH @ self._rows_QH.T
-        return 0.5 * float((along_HQ.double() * self._rows_QH.T.double()).sum().clamp(min=0))
+        change_PH, rows_QH = scaled_PH - self.hidden_PI @ self.outputs.down_HI.T, self._rows_QH
+        (tokens, hidden), directions = change_PH.shape, len(rows_QH)
+        if tokens * directions <= (tokens + directions) * hidden:
+            return sum(_half_of_squares(change_PH @ rows_DH.T) for rows_DH in rows_QH.split(_DIRECTIONS))
+        along_HQ = change_PH.T @ change_PH @ rows_QH.T
+        return 0.5 * float((along_HQ.double() * rows_QH.T.double()).sum().clamp(min=0))
+
+    def damages_of_sums(self, terms_PR: torch.Tensor, outputs_RH: torch.Tensor, numbers: Sequence[int]) -> list[float]:
+        """Of sums of a few outputs in place of the expert's, for each number R of the first ones.
+
+        Args:
+            terms_PR: (P, R) by what each is multiplied for `input_PH`.
+            outputs_RH: (R, H) without the down bias and the routing weight.
+            numbers: How many of them are summed.
+        """
+        outputs_RH, terms_PR = outputs_RH.to(self._rows_QH), terms_PR.to(self.root_P1) * self.root_P1
+        if self.outputs.target_SI is None:
+            both_QC = self._rows_QH @ torch.cat([self.outputs.down_HI.T.to(outputs_RH), outputs_RH]).T
+            both_QC = both_QC if len(both_QC) <= both_QC.shape[1] else torch.linalg.qr(both_QC, mode="r").R
+            own_QI, other_QR = both_QC.split([self.expert.inner, len(outputs_RH)], dim=1)
+            lost_PQ = self.hidden_PI @ own_QI.T
+        else:
+            lost_PQ, other_QR = self._lost_PQ, self.root_QS @ outputs_RH.T
+        return [
+            _half_of_squares(torch.addmm(lost_PQ, terms_PR[:, :number], other_QR[:, :number].T, beta=-1))
+            for number in numbers
+        ]
 
     def damage_of_hidden(self, hidden_PN: torch.Tensor, made_SN: torch.Tensor) -> float:
         """Of weighted hidden activations that are mapped to outputs by a matrix, in place of the expert's own."""
         made_QN = self.root_QS @ made_SN.to(self.root_QS)
         return _half_of_squares(torch.addmm(self._lost_PQ, hidden_PN, made_QN.T, beta=-1))
 
-    def damage_without(self, dropped_D: torch.Tensor, kept_N: torch.Tensor, taken_DN: torch.Tensor) -> float:
-        """Of leaving out some neurons, each of which the others give as a linear combination.
+    def damages_without(self, order_I: torch.Tensor, lower_II: torch.Tensor, inverse_II: torch.Tensor) -> torch.Tensor:
+        """(I + 1,) float64 of keeping the first N neurons only, each other given as a linear combination of them.
+
+        With h = L z, the N neurons give all of h but L_:M z_M of the others M: `taken_over` for every N. So the damage
+        is the sum over all pairs of M of L^T D^T B D L times the Gram of z, and one sum from the end has them all.
 
         Args:
-            dropped_D: (D,) int64 the neurons.
-            kept_N: (N,) int64 the others.
-            taken_DN: (D, N) float64 h_D is replaced by this times h_N.
+            order_I: (I,) int64 the neurons in the order in which they stay.
+            lower_II: (I, I) root L of the Gram, in this order, that says how they are given (`neurons.root`).
+            inverse_II: (I, I) its inverse.
         """
-        gram_DI = self.gram_II[dropped_D]
-        effect_DD, gram_NN = self.effect_II[dropped_D][:, dropped_D], self.gram_II[kept_N][:, kept_N]
-        own = ((effect_DD @ taken_DN) * (taken_DN @ gram_NN - 2 * gram_DI[:, kept_N])).sum()
+        effect_II = gram(self._root_QI[:, order_I] @ lower_II.to(self._root_QI))
+        inverse_II = inverse_II.to(self.hidden_PI)
+        if len(self.hidden_PI) <= len(order_I):
+            gram_II = gram(self.hidden_PI[:, order_I] @ inverse_II.T)
+        else:
+            gram_II = inverse_II @ self.gram_II[order_I][:, order_I].to(inverse_II) @ inverse_II.T
+        both_II = effect_II.double() * gram_II
+        summed_II = both_II.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
         # A sum of squares: a rounding error below zero must not reach the curves.
-        return max(0.0, 0.5 * float(own + (effect_DD * gram_DI[:, dropped_D]).sum()))
+        return torch.cat([0.5 * summed_II.clamp(min=0), summed_II.new_zeros(1)])
 
     def stacked(self, kept_N: torch.Tensor) -> torch.Tensor:
         """(N or 2N,) numbers of the rows of gate above up that belong to some neurons."""

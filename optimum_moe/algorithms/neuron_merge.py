@@ -40,8 +40,9 @@ def choose_neurons(
     gram_UU, cross_HU = gram(hidden_PU), target_PH.T @ hidden_PU
     down_HU = refitted(cross_HU.double(), gram_UU, torch.zeros_like(cross_HU), damping)
     effect_UU = gram(rows_QH.double() @ down_HU)
-    order_U, _ = elimination(gram_UU, effect_UU, damping)
-    return order_U[len(order_U) - count :].sort().values
+    kept_U = torch.ones(len(gram_UU), dtype=torch.bool)
+    kept_U[elimination(gram_UU, effect_UU, damping, len(gram_UU) - count)[0]] = False
+    return kept_U.nonzero().flatten()
 
 
 def fit_down(

@@ -17,6 +17,8 @@ DAMPING = 1e-3
 
 # Neurons that go between two updates of the matrices.
 _BLOCK = 32
+# Matrices shrink when one in so many of their neurons is gone.
+_COMPACTED = 8
 # Columns of a Gram that are computed at a time: what lies above the diagonal is not computed again below it.
 _COLUMNS = 256
 # The least ridge, as a share of the mean diagonal, of a Gram that is not positive definite with the one asked for.
@@ -61,7 +63,7 @@ def damped(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
 
 
 def elimination(
-    gram_II: torch.Tensor, effect_II: torch.Tensor, damping: float = DAMPING
+    gram_II: torch.Tensor, effect_II: torch.Tensor, damping: float = DAMPING, drop: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Drop neurons one by one, each time the one whose loss costs the least after the others are refitted.
 
@@ -71,47 +73,57 @@ def elimination(
         gram_II: (I, I) A, sum of h h^T over (weighted) hidden activations.
         effect_II: (I, I) M = W^T B W.
         damping: ridge as a share of A's mean diagonal.
+        drop: D, how many neurons go, default all.
 
     Returns:
-        (I,) int64 the neurons in the order in which they go, and (I + 1,) float64 the damage when the first k are gone.
+        (D,) int64 the neurons in the order in which they go, and (D + 1,) float64 the damage when the first k are gone.
 
     Raises:
         ValueError: If a value is NaN or infinite.
     """
-    inner = len(gram_II)
     if not bool(effect_II.isfinite().all()):
         raise ValueError("effect_II holds NaN or infinity. Check the down projection and the loss gradients.")
-    inverse_II = torch.linalg.inv(damped(gram_II, damping))
+    inverse_II = torch.cholesky_inverse(root(gram_II, damping))
     effect_II = effect_II.double().clone()
-    gone_I = torch.zeros(inner, dtype=torch.bool, device=gram_II.device)
-    order: list[int] = []
-    damage = [0.0]
-    for start in range(0, inner, _BLOCK):
-        count = min(_BLOCK, inner - start)
-        _drop(inverse_II, effect_II, gone_I, count, order, damage)
-    return torch.tensor(order, dtype=torch.int64), torch.tensor(damage, dtype=torch.float64)
+    name_I = torch.arange(len(gram_II), device=gram_II.device)
+    gone_I = torch.zeros_like(name_I, dtype=torch.bool)
+    drop = len(gram_II) if drop is None else drop
+    orders: list[torch.Tensor] = []
+    costs: list[torch.Tensor] = []
+    for start in range(0, drop, _BLOCK):
+        neuron_C, cost_C = _drop(inverse_II, effect_II, gone_I, min(_BLOCK, drop - start))
+        orders.append(name_I[neuron_C])
+        costs.append(cost_C)
+        if int(gone_I.sum()) * _COMPACTED >= len(gone_I):
+            # What is gone need not be brought up to date any more.
+            left_N = gone_I.logical_not().nonzero().flatten()
+            inverse_II, effect_II = (m.index_select(0, left_N).index_select(1, left_N) for m in (inverse_II, effect_II))
+            name_I, gone_I = name_I[left_N], gone_I[left_N]
+    order_D = torch.cat([name_I[:0], *orders]).cpu()
+    damage = torch.cat([torch.zeros(1, dtype=torch.float64), *(cost_C.cpu() for cost_C in costs)]).cumsum(0)
+    return order_D, damage
 
 
 def _drop(
-    inverse_II: torch.Tensor,
-    effect_II: torch.Tensor,
-    gone_I: torch.Tensor,
-    count: int,
-    order: list[int],
-    damage: list[float],
-) -> None:
+    inverse_II: torch.Tensor, effect_II: torch.Tensor, gone_I: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Drop `count` neurons; both matrices are brought up to date once, by matrix products, and not at every neuron.
 
     Dropping j changes the columns by T = 1 - e_j a^T with a = V_j / V_jj, V the inverse: V loses p p^T with
     p = V_j / V_jj^1/2, and M loses a b^T + b a^T with b = M_j - M_jj a / 2.
+
+    Returns:
+        (count,) int64 their numbers, which are marked in `gone_I`, and (count,) float64 what each of them costs.
     """
     shares_CI, halves_CI, roots_CI = (inverse_II.new_zeros(count, len(inverse_II)) for _ in range(3))
     inverse_I, effect_I = inverse_II.diagonal().clone(), effect_II.diagonal().clone()
+    order: list[int] = []
+    costs: list[torch.Tensor] = []
     for step in range(count):
         score_I = (effect_I.clamp(min=0) / inverse_I).masked_fill(gone_I, torch.inf)
         neuron = int(score_I.argmin())
         order.append(neuron)
-        damage.append(damage[-1] + float(score_I[neuron]))
+        costs.append(score_I[neuron])
         gone_I[neuron] = True
         done = slice(0, step)
         row_I = inverse_II[neuron] - roots_CI[done, neuron] @ roots_CI[done]
@@ -124,6 +136,7 @@ def _drop(
         effect_I -= 2 * shares_CI[step] * halves_CI[step]
     inverse_II.addmm_(roots_CI.T, roots_CI, alpha=-1)
     effect_II.addmm_(shares_CI.T, halves_CI, alpha=-1).addmm_(halves_CI.T, shares_CI, alpha=-1)
+    return torch.tensor(order, device=inverse_II.device), torch.stack(costs)
 
 
 def root(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:

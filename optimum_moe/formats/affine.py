@@ -6,7 +6,6 @@ A "tilted novice" (arXiv:2610.41366): a constant that leans with the input.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
 
 import torch
 
@@ -42,7 +41,7 @@ class Affine(ExpertFormat, BudgetFormat):
     def forward(self, tensors: Mapping[str, torch.Tensor], input_PH: torch.Tensor) -> torch.Tensor:
         """(P, H) c + U V x."""
         offset_1H, left_RH, right_RH = (tensors[n].to(input_PH.dtype) for n in self.tensors(1, 1, False))
-        return _run(offset_1H, left_RH, right_RH, input_PH)
+        return torch.addmm(offset_1H, input_PH @ right_RH.T, left_RH)
 
     def multiply_adds(self, size: int, hidden_size: int) -> int:
         """Those of the two factors."""
@@ -59,10 +58,20 @@ class Affine(ExpertFormat, BudgetFormat):
 
     def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:
         """Maps of a few ranks, each as good as it is on tokens that it was not fitted to."""
-        fit, hidden = _fit(trial.fitter), trial.expert.up_IH.shape[1]
-        for rank in (rank for rank in _RANKS if 2 * rank < hidden):
-            map_of_rank = partial(_run, *fit.at(rank))
-            yield Candidate(self.name, 0, rank), trial.estimate.of_outputs(map_of_rank)
+        hidden = trial.expert.up_IH.shape[1]
+        ranks = [rank for rank in _RANKS if 2 * rank < hidden]
+        if not ranks:
+            return
+        fit = _fit(trial.fitter, ranks[-1])
+        outputs_RH = torch.cat([fit.output_H[None], fit.left_RH]).float()
+
+        def terms(input_PH: torch.Tensor) -> torch.Tensor:
+            along_PR = (input_PH - fit.input_H.to(input_PH)) @ fit.right_RH.to(input_PH).T
+            return torch.cat([along_PR.new_ones(len(along_PR), 1), along_PR], 1)
+
+        damages = trial.estimate.of_sums(terms, outputs_RH, [rank + 1 for rank in ranks])
+        for rank, damage in zip(ranks, damages, strict=True):
+            yield Candidate(self.name, 0, rank), damage
 
     def layout(self, candidate: Candidate, gated: bool) -> Layout:
         """Empty, since there are no matrices."""
@@ -70,11 +79,7 @@ class Affine(ExpertFormat, BudgetFormat):
 
     def build(self, expert: Expert, fitter: ExpertFitter, candidate: Candidate) -> StoredExpert:
         """No neurons, and the map of the candidate's rank."""
-        return without_neurons(expert, affine_part(_fit(fitter), candidate.size, expert.up_IH.dtype))
-
-
-def _run(offset_H: torch.Tensor, left_RH: torch.Tensor, right_RH: torch.Tensor, input_PH: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(offset_H, input_PH @ right_RH.T, left_RH)
+        return without_neurons(expert, affine_part(_fit(fitter, candidate.size), candidate.size, expert.up_IH.dtype))
 
 
 def affine_part(fit: AffineFit, rank: int, dtype: torch.dtype) -> StoredPart:
@@ -84,8 +89,8 @@ def affine_part(fit: AffineFit, rank: int, dtype: torch.dtype) -> StoredPart:
     return StoredPart(Affine.name, rank, tensors)
 
 
-def _fit(fitter: ExpertFitter) -> AffineFit:
+def _fit(fitter: ExpertFitter, rank: int) -> AffineFit:
     """Fitted to the outputs without the down bias, weighted as the loss is."""
     expert, loss = fitter.expert, fitter.loss
     output_PH = expert.activated(expert.preactivations(loss.input_PH)) @ expert.down_HI.T
-    return AffineFit(loss.input_PH, output_PH, loss.weight_P)
+    return AffineFit(loss.input_PH, output_PH, rank, loss.weight_P)

@@ -24,6 +24,8 @@ from optimum_moe.formats.stored import StoredExpert
 # Share of the damage that a mixture of formats has to promise to save over a single one: the best of more candidates
 # always looks a little better than it is.
 _LEAST_GAIN = 0.0125
+# Sizes at which a format is compared, as shares of what lies between the smallest and the largest candidates.
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
 
 
 def candidates(
@@ -35,6 +37,7 @@ def candidates(
     itemsize: float | None = None,
     bias_itemsize: float | None = None,
     constant_bytes: float = 0.0,
+    among: Collection[Candidate] | None = None,
 ) -> list[Point]:
     """What one expert could be stored as, by ascending bytes.
 
@@ -49,6 +52,7 @@ def candidates(
         itemsize: Bytes of a weight as it is stored, default that of the given tensors.
         bias_itemsize: Bytes of a number of a bias, default the same.
         constant_bytes: What every candidate stores as well: the down bias, which even an empty expert keeps.
+        among: Candidates of costly formats that are tried, see `worth_trying`; default all.
 
     Returns:
         Points, the empty expert first and the untouched one, of damage 0, last.
@@ -78,13 +82,37 @@ def candidates(
     with torch.no_grad():
         fitted, held_out = tokens.halves()
         fitter = ExpertFitter(expert, fitted, damping)
-        trial = Trial(expert, fitter, HeldOutEstimate(fitter, held_out, len(tokens)))
+        trial = Trial(expert, fitter, HeldOutEstimate(fitter, held_out, len(tokens)), among)
         for width in sorted(set().union(*tried.values())):
             narrow = fitter.narrowed(width)
             for form in (form for form in chosen if width in tried[form.name]):
                 for candidate, damage in form.candidates(trial, narrow):
                     points.append(Point(bytes_of(candidate), damage, candidate))
     return sorted(points, key=lambda point: point.bytes)
+
+
+def worth_trying(points: Sequence[Sequence[Point]]) -> frozenset[Candidate]:
+    """The candidates of costly formats that other experts of a block may want, by what some of them are offered.
+
+    They are those of the formats that save damage at any of a few sizes, by more than what a mixture has to promise
+    (`choose`), which lie on the convex curve of all candidates or of the format alone.
+
+    Args:
+        points: For some experts their candidates, damages in one unit.
+    """
+    curves, found = [hull(own) for own in points], set[Candidate]()
+    least, most = (sum(own[end].bytes for own in points) for end in (0, -1))
+    budgets = [least + share * (most - least) for share in _SHARES]
+    for name in (form.name for form in all_formats(BudgetFormat) if form.is_costly):
+        without = [hull([point for point in own if point.candidate.format != name]) for own in points]
+        if all(
+            _total(allocate(curves, budget)) >= (1 - _LEAST_GAIN) * _total(allocate(without, budget))
+            for budget in budgets
+        ):
+            continue
+        alone = [hull([p for p in own if _formats_of(p.candidate, own) <= {name}]) for own in points]
+        found |= {p.candidate for own in (*curves, *alone) for p in own if p.candidate.format == name}
+    return frozenset(found)
 
 
 def candidate_bytes(candidate: Candidate, expert: Expert, itemsize: float, bias_itemsize: float) -> float:

@@ -26,11 +26,17 @@ class Trial:
         expert: The expert.
         fitter: Fits to every other of its tokens.
         estimate: Of what fits lose on other tokens.
+        among: Candidates of costly formats that are tried, None for all.
     """
 
     expert: Expert
     fitter: ExpertFitter
     estimate: HeldOutEstimate
+    among: Collection[Candidate] | None = None
+
+    def wants(self, candidate: Candidate) -> bool:
+        """Whether a candidate of a costly format is tried."""
+        return self.among is None or candidate in self.among
 
 
 class BudgetFormat(Format):
@@ -40,6 +46,8 @@ class BudgetFormat(Format):
     """False for those that every expert has, with tokens or without, and that no choice of formats leaves out."""
     by_default: ClassVar[bool] = True
     """Whether it is tried where nothing says which formats are."""
+    is_costly: ClassVar[bool] = False
+    """Whether its candidates take so long that some experts of a block tell first which are worth it."""
 
     def widths(self, inner: int, can_narrow: bool) -> Collection[int]:
         """Numbers of neurons at which it is tried, of `inner`; `can_narrow` tells whether fewer may be kept at all."""

@@ -45,6 +45,7 @@ class LowRank(BodyFormat, BudgetFormat):
     """W = U^T V: `u` (R, O) and `v` (R, X) of size R. Rank 0 is a matrix of zeros, to which others are added."""
 
     name = "low_rank"
+    is_costly = True
 
     def tensors(self, size: int, outputs: int, inputs: int) -> dict[str, TensorSpec]:
         """The factors `u` (R, O) and `v` (R, X)."""
@@ -109,11 +110,13 @@ class LowRank(BodyFormat, BudgetFormat):
 
     def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:
         """Several ranks of gate and up at this width."""
-        ranks = _ranks(*narrow.expert.stacked.shape)
+        neurons, shape = len(narrow.kept_N), trial.expert.stacked.shape
+        ranks = _ranks(shape[0] // trial.expert.inner * neurons, shape[1])
+        ranks = [rank for rank in ranks if trial.wants(Candidate(self.name, neurons, rank))]
         for rank, made in zip(ranks, _fits(trial.fitter, narrow, ranks, trial.estimate.held_out), strict=True):
             seen_PN, held_out_PN = made.hidden
             damage = trial.estimate.of_hidden(made.made_SN, seen_PN, held_out_PN)
-            yield Candidate(self.name, len(narrow.kept_N), rank), damage
+            yield Candidate(self.name, neurons, rank), damage
 
     def layout(self, candidate: Candidate, gated: bool) -> Layout:
         """Gate and up as one matrix of low rank, down dense."""

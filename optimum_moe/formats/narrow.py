@@ -29,7 +29,8 @@ class Narrow(BudgetFormat):
 
     def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:
         """The expert at this width."""
-        yield Candidate(self.name, len(narrow.kept_N)), trial.estimate.of_neurons(narrow)
+        neurons = len(narrow.kept_N)
+        yield Candidate(self.name, neurons), float(trial.estimate.by_neurons_I1[neurons])
 
     def layout(self, candidate: Candidate, gated: bool) -> Layout:
         """Every matrix dense."""

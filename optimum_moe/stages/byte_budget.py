@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from optimum_moe.algorithms.byte_budget import Candidate, Point
-from optimum_moe.algorithms.expert_tokens import single_expert
+from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
 from optimum_moe.algorithms.ranks import STEP
 from optimum_moe.formats import StoredExperts, budget_formats, build_expert, candidates, choose, refit_block
 from optimum_moe.formats.base import get_format
-from optimum_moe.formats.budget import candidate_bytes
+from optimum_moe.formats.budget import candidate_bytes, worth_trying
 from optimum_moe.formats.budget_format import BudgetFormat
 from optimum_moe.formats.rounded import ROUNDED
 from optimum_moe.model_info import BlockInfo, ModelInfo
@@ -37,6 +37,9 @@ from optimum_moe.stages.plain_budget import (
 from optimum_moe.statistics import Statistics
 
 _REMOVED = Candidate("empty", 0)
+
+# Experts of a block that tell which candidates of costly formats the others try.
+_SCREENED = 8
 
 # Smaller gains of another runtime are not worth a sentence.
 _LEAST_REMARK = 0.05
@@ -279,7 +282,7 @@ class ByteBudget(FormattingStage):
         """
         if not self.applies(context):
             return None
-        sample, found = context.sample(), []
+        sample = context.sample()
         gradient_SJH = sample.gradient_SJH
         if gradient_SJH is not None and len(gradient_SJH) and not gradient_SJH.any():
             name = context.info.name
@@ -288,27 +291,44 @@ class ByteBudget(FormattingStage):
                 "weights of the layers after it; load the model in a wider dtype, leave the block out with "
                 f'protect=["{name}"], or pass curvature=False.'
             )
-        info = context.info
-        down_bias = 0 if context.experts.down_bias is None else len(context.experts.down_bias[0])
-        for index in range(context.experts.num_experts):
-            expert, tokens = single_expert(context.experts, index), sample.of_expert(index)
-            points = candidates(
-                expert,
-                tokens,
-                formats=self.tried_formats,
-                fixed_neurons=context.experts.fixed_neurons or (self.runtime.is_stock and bool(info.fixed_width)),
-                itemsize=info.expert_itemsize,
-                bias_itemsize=info.bias_itemsize,
-                constant_bytes=down_bias * info.bias_itemsize,
-            )
-            if len(tokens) and self.runtime.removed_as != _REMOVED.format:
-                # What is left of a removed expert has bytes of its own.
-                left = candidate_bytes(self._left, expert, info.expert_itemsize, info.bias_itemsize)
-                points = [replace(p, bytes=p.bytes + left) if p.candidate == _REMOVED else p for p in points]
-            if len(tokens) == 0 and context.unseen in ("keep", "prune"):
-                points = points[-1:] if context.unseen == "keep" else points[:1]
-            found.append(tuple(replace(point, damage=point.damage / sample.share) for point in points))
-        return BlockProfile(tuple(found), gradient_SJH is not None)
+        found: dict[int, list[Point]] = {}
+        among = None
+        # The experts with the most tokens, the fewest, and in between.
+        counts = sample.counts(context.experts.num_experts)
+        by_tokens = sorted(range(len(counts)), key=lambda e: -counts[e])
+        first = by_tokens[:: max(1, len(by_tokens) // _SCREENED)]
+        for index in [*first, *(index for index in by_tokens if index not in first)]:
+            if len(found) == len(first):
+                among = worth_trying([found[e] for e in first])
+            found[index] = self._points(context, sample, index, among)
+        points = (
+            tuple(replace(point, damage=point.damage / sample.share) for point in found[e]) for e in sorted(found)
+        )
+        return BlockProfile(tuple(points), gradient_SJH is not None)
+
+    def _points(
+        self, context: BlockContext, sample: SampledTokens, index: int, among: Collection[Candidate] | None
+    ) -> list[Point]:
+        """What one expert could be stored as."""
+        info, bias_EH = context.info, context.experts.down_bias
+        expert, tokens = single_expert(context.experts, index), sample.of_expert(index)
+        points = candidates(
+            expert,
+            tokens,
+            formats=self.tried_formats,
+            fixed_neurons=context.experts.fixed_neurons or (self.runtime.is_stock and bool(info.fixed_width)),
+            itemsize=info.expert_itemsize,
+            bias_itemsize=info.bias_itemsize,
+            constant_bytes=0 if bias_EH is None else len(bias_EH[0]) * info.bias_itemsize,
+            among=among,
+        )
+        if len(tokens) and self.runtime.removed_as != _REMOVED.format:
+            # What is left of a removed expert has bytes of its own.
+            left = candidate_bytes(self._left, expert, info.expert_itemsize, info.bias_itemsize)
+            points = [replace(p, bytes=p.bytes + left) if p.candidate == _REMOVED else p for p in points]
+        if len(tokens) == 0 and context.unseen in ("keep", "prune"):
+            return points[-1:] if context.unseen == "keep" else points[:1]
+        return points
 
     def allocate(
         self, model: ModelInfo, statistics: Statistics | None, profiles: Mapping[str, BlockProfile | None]

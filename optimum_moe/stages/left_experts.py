@@ -67,4 +67,4 @@ def _left(expert: Expert, tokens: ExpertTokens, rank: int | None, dtype: torch.d
     output_PH = expert.activated(expert.preactivations(tokens.input_PH)) @ expert.down_HI.T
     if rank is None:
         return without_neurons(expert, constant_part(output_PH.mean(0, keepdim=True), dtype))
-    return without_neurons(expert, affine_part(AffineFit(tokens.input_PH, output_PH), rank, dtype))
+    return without_neurons(expert, affine_part(AffineFit(tokens.input_PH, output_PH, rank), rank, dtype))

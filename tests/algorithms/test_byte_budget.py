@@ -10,6 +10,7 @@ from optimum_moe.algorithms.byte_budget import Candidate, Point, allocate, hull
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.algorithms.expert_fitter import ExpertFitter, HeldOutEstimate
 from optimum_moe.formats import budget_formats, build_expert, candidates, choose
+from optimum_moe.formats.budget import worth_trying
 
 HIDDEN, INNER, TOKENS = 24, 32, 200
 
@@ -336,3 +337,27 @@ def test_refused():
         build_expert(make_expert(), tokens, candidate(40))
     with pytest.raises(ValueError, match=r"without tokens can be empty or whole"):
         build_expert(make_expert(), make_tokens(tokens=0), candidate(8))
+
+
+def test_other_experts_try_what_lies_on_the_curves_of_the_first():
+    """For experts of low rank some ranks, which give the same points as all of them; for others none."""
+    whole_experts = [make_expert(seed) for seed in range(4)]
+    factors = [torch.randn(2 * INNER, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    narrow = [
+        Expert(made[INNER:] @ expert.up_IH[:4], expert.down_HI, swiglu, made[:INNER] @ expert.up_IH[:4])
+        for expert, made in zip(whole_experts, factors, strict=True)
+    ]
+    tokens = [make_tokens(seed, 400) for seed in range(4)]
+    points = [
+        candidates(expert, seen, formats=["narrow", "low_rank"]) for expert, seen in zip(narrow, tokens, strict=True)
+    ]
+    tried = worth_trying(points)
+    ranks = {point.candidate for own in points for point in own if point.candidate.format == "low_rank"}
+    assert 0 < len(tried) < len(ranks)
+    for expert, seen, own in zip(narrow, tokens, points, strict=True):
+        again = candidates(expert, seen, formats=["narrow", "low_rank"], among=tried)
+        assert again == [point for point in own if point.candidate not in ranks - tried]
+        assert hull(again) == hull(own)
+    for point_lists in ([own[:1] + own[-1:] for own in points], [[own[0]] for own in points]):
+        assert worth_trying(point_lists) == frozenset()
+    assert candidates(narrow[0], tokens[0], formats=["low_rank"], among=[])[1:-1] == []

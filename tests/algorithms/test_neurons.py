@@ -52,6 +52,15 @@ def test_each_step_is_the_cheapest_after_a_refit(seed):
     assert float(damage_I[-1]) == pytest.approx(total, rel=1e-6)
 
 
+def test_fewer_steps_are_the_first_ones():
+    gram_II, down_HI, metric_HH = problem()
+    order_I, damage_I = elimination(gram_II, down_HI.T @ metric_HH @ down_HI)
+    for drop in range(INNER + 1):
+        order_D, damage_D = elimination(gram_II, down_HI.T @ metric_HH @ down_HI, drop=drop)
+        assert torch.equal(order_D, order_I[:drop])
+        assert torch.equal(damage_D, damage_I[: drop + 1])
+
+
 def test_a_copy_of_a_neuron_goes_for_nothing():
     gram_II, down_HI, metric_HH = problem()
     copy = torch.eye(INNER, dtype=torch.float64)
