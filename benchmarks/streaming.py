@@ -2,12 +2,13 @@
 
     python benchmarks/streaming.py --folder /data/scratch                    # four small sizes
     python benchmarks/streaming.py --folder /data/scratch --large            # also more than 30 GB, streaming only
+    python benchmarks/streaming.py --folder /data/scratch --layers 8 16 32 --kinds gradients --engines streaming
 
 Half of the experts remain: `random` and `aimer` prune without data, `merge` merges by statistics that are given
-(without alignment), `calibrated` prunes by what it observes. Each run is a process of its own, whose anonymous memory
-is sampled from outside; seconds are without imports. `copy` copies the files of the original right before the run that
-it is compared with, `synced` also waits for the disk, as every run does for every shard. What is checked stands at the
-end.
+(without alignment), `calibrated` prunes by what it observes, `gradients` by the loss, with a backward pass. Each run is
+a process of its own, whose anonymous memory is sampled from outside; seconds are without imports. `copy` copies the
+files of the original right before the run that it is compared with, `synced` also waits for the disk, as every run does
+for every shard. What is checked stands at the end.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ model, out, engine, kind, batches, sequences = sys.argv[1:]
 generator = torch.Generator().manual_seed(0)
 data = [{"input_ids": torch.randint(0, 2048, (int(sequences), 256), generator=generator)} for _ in range(int(batches))]
 data = CalibrationConfig(data, reservoir_tokens=256, unseen="keep")
-method = ExpertPruning(keep_ratio=0.5, saliency="reap" if kind == "calibrated" else kind) if kind != "merge" else None
-method = method or MSMoE(keep_ratio=0.5, align=False)
+saliency = {"calibrated": "reap", "gradients": "fisher"}.get(kind, kind)
+method = MSMoE(keep_ratio=0.5, align=False) if kind == "merge" else ExpertPruning(keep_ratio=0.5, saliency=saliency)
 logging.disable_progress_bar()
 began = time.monotonic()
 compressor = MoECompressor.from_pretrained(
@@ -174,12 +175,13 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=384)
     parser.add_argument("--kinds", nargs="*", default=["random", "aimer", "merge", "calibrated"])
     parser.add_argument("--engines", nargs="*", default=["memory", "streaming"])
+    parser.add_argument("--batches", type=int, default=8, help="Batches of 4 x 256 tokens; the large one gets 2 of 1.")
     parser.add_argument("--large", action="store_true", help="Also a checkpoint of more than 30 GB, streaming only.")
     parser.add_argument("--large-kinds", nargs="*", default=["random", "aimer", "calibrated"])
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    # 8 batches of 4 x 256 tokens; the large one gets 2 of 1 x 256.
-    sizes = [((number, args.hidden, args.intermediate), args.engines, args.kinds, ("8", "4")) for number in args.layers]
+    data = str(args.batches), "4"
+    sizes = [((number, args.hidden, args.intermediate), args.engines, args.kinds, data) for number in args.layers]
     if args.large:
         large = LARGE["layers"], LARGE["hidden"], LARGE["intermediate"]
         sizes.append((large, ["streaming"], args.large_kinds, ("2", "1")))

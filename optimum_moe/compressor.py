@@ -27,7 +27,7 @@ from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.checkpoint.writer import choose_shard_size, describe_model, write_model
 from optimum_moe.engine import MemoryStore, Run, Store, check_model, check_together
 from optimum_moe.engine.depth import choose_drop, expected_source
-from optimum_moe.engine.layerwise import Keep, keep_in_memory
+from optimum_moe.engine.layerwise import keep_in_memory
 from optimum_moe.engine.sample_size import Room, choose_sample_size, free_on, recorded_sample_size
 from optimum_moe.engine.streaming import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
 from optimum_moe.plan import CompressionPlan, keep_all
@@ -222,7 +222,10 @@ class MoECompressor:
         if self.streaming is not None:
             self._settle_sample(batches, needs)
             with StreamingJob(self.source, None, {}, self.streaming) as job:
-                self.statistics = self._run(job.store, batches, job.keep).observe(needs)
+                run = replace(self._run(job.store, batches, job), propagate=False)
+                if run.goes_back:
+                    job.check_backward(batches)
+                self.statistics = run.observe(needs)
         else:
             store = MemoryStore(self._loaded(), self.source.blocks)
             self._settle_sample(batches, needs)
@@ -437,8 +440,10 @@ class MoECompressor:
         }
         try:
             with StreamingJob(self._remaining, self.output_dir, made_from, self.streaming, self.overwrite) as job:
+                run = self._run(job.store, batches, job)
+                if batches is not None and run.goes_back:
+                    job.check_backward(batches)
                 job.check(self.preview().after.bytes, self.mtp.stored())
-                run = self._run(job.store, batches, job.keep)
                 decided, observed = run.decide(self._usable, plan or self._untouched())
                 self.plan = decided if plan is not None else self._with_drop(decided, dropped)
                 self._seen = observed or self._usable
@@ -462,7 +467,7 @@ class MoECompressor:
         """Statistics of the blocks that are decided: none if layers were dropped since they were observed."""
         return self.statistics if self.recipe.needs and self.recipe.dropping is None else None
 
-    def _run(self, store: Store, batches: CalibrationBatches | None, keep: Keep = keep_in_memory) -> Run:
+    def _run(self, store: Store, batches: CalibrationBatches | None, job: StreamingJob | None = None) -> Run:
         return Run(
             store,
             self._remaining.info,
@@ -474,7 +479,8 @@ class MoECompressor:
             propagate=self.error_propagation,
             progress=self.progress,
             lines=self.streaming is not None,
-            keep=keep,
+            keep=keep_in_memory if job is None else job.keep,
+            save=None if job is None else job.save,
         )
 
     def measured(self) -> Preview:

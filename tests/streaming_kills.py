@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from optimum_moe import CalibrationConfig, LowRankSparse, MoECompressor, MSMoE
+from optimum_moe import ByteBudget, CalibrationConfig, LowRankSparse, MoECompressor, MSMoE
 from tests.tiny_models import inputs_for
 
 
@@ -24,6 +24,7 @@ def stream(checkpoint: Path, out: Path) -> None:
     method = {
         "uniform": MSMoE(num_experts=4),
         "adaptive": MSMoE(num_experts=4, allocation="adaptive"),
+        "gradients": ByteBudget(share=0.5, runs_in="transformers"),
         "factorized": [MSMoE(num_experts=4), LowRankSparse(rank=8)],
     }[kind]
     MoECompressor.from_pretrained(checkpoint, method, data, engine="streaming", output_dir=out, progress=False).apply()
@@ -45,7 +46,7 @@ def start(checkpoint: Path, out: Path) -> int:
 def main(checkpoint: Path, folder: Path, kills: int, *kinds: str) -> None:
     torch.set_num_threads(1)
     rng = random.Random(kills)
-    for kind in kinds or ("uniform", "adaptive"):
+    for kind in kinds or ("uniform", "adaptive", "gradients"):
         began = time.monotonic()
         assert os.waitpid(start(checkpoint, folder / f"{kind}-undisturbed" / "out"), 0)[1] == 0
         seconds = time.monotonic() - began

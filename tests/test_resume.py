@@ -82,7 +82,7 @@ def test_killed_at_random_moments(checkpoint: Path, tmp_path: Path, kills: int) 
     command = [sys.executable, str(script), str(checkpoint), str(tmp_path), str(kills)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
-    for kind in ("uniform", "adaptive"):
+    for kind in ("uniform", "adaptive", "gradients"):
         expected = contents(tmp_path / f"{kind}-undisturbed" / "out")
         for number in range(kills):
             folder = tmp_path / f"{kind}-{number}"

@@ -58,12 +58,12 @@ def data(**settings: int) -> CalibrationConfig:
     ],
 )
 def test_the_sample_grows_by_doubling(observed: int, room: int, expected: int) -> None:
-    # Streaming has one block in memory at a time, and no gradients.
-    without, plenty = TOKEN - 32 * 2, 10**15
+    plenty = 10**15
     for free in (
         Room(memory=4 * room * 3 * TOKEN),
-        Room(memory=4 * room * without, disk=plenty),
-        Room(memory=plenty, disk=4 * room * 3 * without),
+        # Streaming has one block in memory at a time.
+        Room(memory=4 * room * TOKEN, disk=plenty),
+        Room(memory=plenty, disk=4 * room * 3 * TOKEN),
         Room(memory=plenty, device=4 * room * (TOKEN + 4 * 4 * 32)),
     ):
         assert choose_sample_size(BUDGET, BLOCKS, observed, free, NEEDS) == expected

@@ -16,15 +16,16 @@ IGNORED = -100
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Let autograd record the model after a tensor that requires gradients; parameters get no gradients."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name in learning:
+        model.get_parameter(name).requires_grad_(False)
     try:
         with torch.enable_grad():
             yield
     finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
+        # By name, since a streamed model replaces its parameters as it loads them.
+        for name in learning:
+            model.get_parameter(name).requires_grad_(True)
 
 
 def gives_logits(output: Any, inputs: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from optimum_moe.calibration.boundaries import bounded_layers
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.gradients import differentiable, gives_logits, sampled_loss
 from optimum_moe.calibration.layer_watch import watch_layers
@@ -79,7 +80,10 @@ def observe(
     in_text = text_blocks(model, blocks)
     with ExitStack() as stack:
         stack.enter_context(differentiable(part) if draws else torch.no_grad())
+        stack.enter_context(without_cache(model))
         stack.enter_context(watch_layers(model, blocks, recorders))
+        if draws:
+            stack.enter_context(bounded_layers(model, blocks))
         for found in blocks:
             block, recorder = found.module(model), recorders[found.info.name]
             if "residual" in needs:
@@ -161,11 +165,58 @@ def placed(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     return {name: place(value) for name, value in batch.items()}
 
 
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Context in which forward passes keep no keys and values, also where that is a setting of the config alone."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    caching = [config for config in found if getattr(config, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
 def forward_calls(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Iterator[Callable[[], Any]]:
     """The forward pass of each batch, without a cache and with logits of the last position only."""
     part = running_part(model)
     for batch in batches:
         yield partial(part, **placed(batch, model), **_cheap_forward_arguments(part))
+
+
+def backward_calls(
+    model: PreTrainedModel, inputs: Iterable[Mapping[str, Any]], config: CalibrationConfig
+) -> Iterator[Callable[[], None]]:
+    """The forward pass of each batch and, if it gives logits, the backward pass of `sampled_loss`.
+
+    Batches draw their labels in the order in which their forward passes end. Each call drops its logits and its graph
+    as it goes back.
+
+    Args:
+        model: The model, whose parameters take no gradients.
+        inputs: Inputs of each batch, on the model's device.
+        config: The seed of the labels.
+    """
+    part = running_part(model)
+    extra = _cheap_forward_arguments(part, needs_logits=True)
+    generator = torch.Generator().manual_seed(config.random_seed)
+    for batch in inputs:
+        yield partial(_go_there_and_back, part, {**batch, **extra}, generator)
+
+
+def _go_there_and_back(part: Any, inputs: Mapping[str, Any], generator: torch.Generator) -> None:
+    # Without the threads that autograd has for each device, backward passes can wait for each other.
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+        loss = _loss(part, inputs, generator)
+        if loss is not None:
+            loss.backward()
+
+
+def _loss(part: Any, inputs: Mapping[str, Any], generator: torch.Generator) -> torch.Tensor | None:
+    output = part(**inputs)
+    return sampled_loss(part, output, inputs, generator) if gives_logits(output, inputs) else None
 
 
 def _cheap_forward_arguments(model: nn.Module, needs_logits: bool = False) -> dict[str, Any]:

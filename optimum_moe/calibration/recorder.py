@@ -108,6 +108,8 @@ class BlockRecorder:
 
     def gradient(self, gradient_TH: torch.Tensor) -> None:
         """Add the gradient of a backward pass with respect to the output of the last call."""
+        if self.paused:
+            return
         self._reached = True
         self._gradients.append(gradient_TH[self._valid_T.to(gradient_TH.device)])
         if len(self._gradients) == self._draws:

@@ -58,7 +58,7 @@ class DiskStore:
         """Peak bytes of memory while the largest layer is read, cut and written."""
         self._files = [layer.name for layer in self.layers if sizes[layer.name]]
         self._plans: dict[str, BlockPlan] = {}
-        self._layer: Layer | None = None
+        self._place, self._step = 0, 1
         self._runs = False
         self._to_rebuild: list[Layer] = []
         for layer in self.layers:
@@ -122,7 +122,8 @@ class DiskStore:
     @contextmanager
     def opened(self, layer: Layer) -> Iterator[None]:
         """Open the layer without reading it, and free it on exit."""
-        self._layer = layer
+        place = self.layers.index(layer)
+        self._place, self._step = place, -1 if place < self._place else 1
         try:
             yield
         finally:
@@ -152,11 +153,11 @@ class DiskStore:
         self.streamed.load(name for name in names if name not in left)
 
     def _load(self, names: Sequence[str]) -> None:
-        """Read tensors of the open layer, and start to prefetch the next layer."""
+        """Read tensors of the open layer, and start to prefetch the next layer in the same direction."""
         self.streamed.expect(names)
         self.streamed.load(names)
-        assert self._layer is not None
-        following = self.layers[self.layers.index(self._layer) + 1 :]
+        place = self._place + self._step
+        following = self.layers[place : place + 1] if place >= 0 else ()
         if following and following[0].blocks and not self.is_finished(following[0]):
             self.streamed.expect(self.streamed.names(following[0].name))
 

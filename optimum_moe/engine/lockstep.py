@@ -1,15 +1,17 @@
 """Lockstep: every batch runs the ordinary forward pass in its own thread, and all pass one layer before the next.
 
 This needs no code per architecture: masks, positions and states remain in the frames of the paused threads. Only one
-thread computes at a time, so the results are the same as for one batch after another.
+thread computes at a time, so the results are the same as for one batch after another. Backward passes that follow go
+through the layers together too, from the last to the first.
 """
 
 from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -18,11 +20,40 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from optimum_moe.calibration.boundaries import named_arguments
+from optimum_moe.engine.layer_backward import LayerCall, Save, run_without_graph
+
 _here = threading.local()
 
 
 class _Stopped(BaseException):
     """Raised in a thread to end its forward pass early."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A place where a thread waits.
+
+    Args:
+        layer: Path of the layer that it enters next.
+        back: Whether it does so in its backward pass.
+    """
+
+    layer: str
+    back: bool = False
+
+
+@dataclass(frozen=True)
+class Backward:
+    """How the layers take part in backward passes.
+
+    Args:
+        starts: Paths of the layers in which gradients may begin.
+        save: Stores a tensor that enters a layer until the backward pass.
+    """
+
+    starts: Collection[str]
+    save: Save
 
 
 class Runner(threading.Thread):
@@ -35,7 +66,7 @@ class Runner(threading.Thread):
 
     def __init__(self, call: Callable[[], Any], settings: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self.at: str | None = None
+        self.at: Turn | None = None
         self.error: BaseException | None = None
         self.stopping = False
         self._call, self._settings = call, settings
@@ -60,9 +91,9 @@ class Runner(threading.Thread):
             del self._call
             self._parked.release()
 
-    def park(self, layer: str) -> None:
+    def park(self, turn: Turn) -> None:
         """Wait before a layer until it is this thread's turn; called in the thread."""
-        self.at = layer
+        self.at = turn
         self._parked.release()
         self._turn.acquire()
         if self.stopping:
@@ -94,12 +125,18 @@ class Lockstep:
         layers: Paths of the modules to pause at. If threads wait at several, the first in this list has its turn.
         calls: The forward passes, one for each batch.
         keep: Stores the output of a layer while its thread is paused.
+        backward: How layers take part in the backward passes of the calls; None if there are none.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[str], calls: Sequence[Callable[[], Any]], keep: Callable[[Any], Any]
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        calls: Sequence[Callable[[], Any]],
+        keep: Callable[[Any], Any],
+        backward: Backward | None = None,
     ) -> None:
-        self.model, self.layers, self.keep = model, list(layers), keep
+        self.model, self.layers, self.keep, self.backward = model, list(layers), keep, backward
         self.last: str | None = None
         """Path of the layer after which forward passes stop."""
         self.run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any] | None = None
@@ -129,29 +166,44 @@ class Lockstep:
                 # accelerate replaces the forward of a module instance.
                 vars(module)["forward"] = original
 
-    def turns(self) -> Iterator[tuple[str, list[Runner]]]:
-        """Each layer with the runners that wait there, in the order of the batches; advance them all."""
+    def turns(self) -> Iterator[tuple[Turn, list[Runner]]]:
+        """Each turn with the runners that wait for it, in the order of the batches; advance them all."""
         for runner in self.runners:
             runner.advance()
-        order = {layer: place for place, layer in enumerate(self.layers)}
-        while waiting := [runner.at for runner in self.runners if runner.at is not None]:
-            layer = min(waiting, key=order.__getitem__)
-            yield layer, [runner for runner in self.runners if runner.at == layer]
+        forward = {layer: place for place, layer in enumerate(self.layers)}
+        entered: list[str] = []
+
+        def order(turn: Turn) -> tuple[bool, int]:
+            # Backward passes wait for all forward passes, and begin with the layer that was entered last.
+            return (True, -entered.index(turn.layer)) if turn.back else (False, forward[turn.layer])
+
+        while waiting := {runner.at for runner in self.runners if runner.at is not None}:
+            turn = min(waiting, key=order)
+            if not turn.back:
+                entered.append(turn.layer)
+            yield turn, [runner for runner in self.runners if runner.at == turn]
 
     def _forward(self, layer: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         runner: Runner | None = getattr(_here, "runner", None)
         if runner is None:
             return forward(*args, **kwargs)
-        runner.park(layer)
+        runner.park(Turn(layer))
         if layer in self.rehearsed:
             # The second run would append to a cache again.
             copies = {name: deepcopy(value) if isinstance(value, Cache) else value for name, value in kwargs.items()}
             forward(*(deepcopy(value) if isinstance(value, Cache) else value for value in args), **copies)
-            runner.park(layer)
-        output = forward(*args, **kwargs) if self.run is None else self.run(forward, args, kwargs)
+            runner.park(Turn(layer))
+        if self.backward is not None:
+            wait = partial(runner.park, Turn(layer, back=True))
+            call = LayerCall(layer, partial(self._run, forward), wait, self.keep, self.backward.save)
+            return run_without_graph(call, named_arguments(args, kwargs), starts=layer in self.backward.starts)
+        output = self._run(forward, *args, **kwargs)
         if layer == self.last:
             raise _Stopped
         return self.keep(output)
+
+    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self.run is None else self.run(forward, args, kwargs)
 
     def _settings(self) -> Callable[[], None]:
         """Thread-local settings of torch that a new thread does not inherit."""

@@ -25,12 +25,12 @@ class LayerReport:
     Args:
         plans: Plans of its blocks.
         error: Relative error of their outputs, if measured.
-        finished_before: Whether the layer needed no observation, because an earlier run finished it.
+        done: What was done with a layer whose blocks were not cut.
     """
 
     plans: dict[str, BlockPlan] = field(default_factory=dict)
     error: float | None = None
-    finished_before: bool = False
+    done: str = "observed"
 
 
 class Progress:
@@ -79,7 +79,7 @@ class Progress:
 
     def _line(self, layer: Layer, report: LayerReport, seconds: float) -> str:
         experts = [f"{plan.num_experts} -> {plan.num_groups} experts" for plan in report.plans.values()]
-        otherwise = "no experts" if not layer.blocks else "finished before" if report.finished_before else "observed"
+        otherwise = report.done if layer.blocks else "no experts"
         parts = [f"[{self._done}/{self.total}] {layer.name}:", ", ".join(experts) or otherwise]
         if report.error is not None:
             parts.append(f"error {report.error:.4f}")

@@ -12,6 +12,7 @@ import torch
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.observe import check_observed, forward_calls, observe, reached_tokens
 from optimum_moe.engine.decision import Decider, PlanReader, unreached_report
+from optimum_moe.engine.layer_backward import Save
 from optimum_moe.engine.layers import Layer
 from optimum_moe.engine.layerwise import Keep, LayerwiseRun, keep_in_memory
 from optimum_moe.engine.progress import LayerReport, Progress
@@ -102,6 +103,7 @@ class Run:
         progress: Show progress bars.
         lines: Print one line per layer.
         keep: Stores the output of a layer while its forward pass waits.
+        save: Stores what enters a layer until its backward pass, if the store does not hold all layers.
     """
 
     store: Store
@@ -115,11 +117,14 @@ class Run:
     progress: bool = True
     lines: bool = True
     keep: Keep = keep_in_memory
+    save: Save | None = None
     has_cut: bool = field(default=False, init=False)
     """Whether any block was cut, so that the model is no longer the original."""
 
     def observe(self, needs: Collection[str]) -> Statistics:
-        """Only observe: with whole forward passes if the store holds all layers, else layer by layer.
+        """Only observe: with whole passes if the store holds all layers, else layer by layer.
+
+        With error propagation no gradients are observed, since those of later layers are not known when one is cut.
 
         Args:
             needs: Names of the observations to collect, see `OBSERVATIONS`.
@@ -164,7 +169,7 @@ class Run:
             return plan, None
         observing = statistics is None and bool(self.recipe.needs)
         # A store that holds all layers observes them in one pass; others cut each layer in the same pass if possible.
-        if observing and (self.recipe.is_adaptive or (self.store.holds_all and not self.propagate)):
+        if observing and (self.recipe.is_adaptive or self.goes_back or (self.store.holds_all and not self.propagate)):
             statistics = self.observe(self.recipe.needs)
         on_the_way = observing and (self.propagate or statistics is None)
         unseen = self.config.unseen if observing and self.config is not None else "warn"
@@ -185,6 +190,11 @@ class Run:
         self._cut_all(decider, None, "write", show=False)
         statistics = self._finished(kept)
         return self._plan(statistics, decider.remarks), statistics
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether gradients of the loss are observed, with a backward pass."""
+        return self.recipe.gradient_draws > 0 and not self.propagate
 
     @property
     def _shows_profiles(self) -> bool:
@@ -269,8 +279,9 @@ class Run:
             propagate=self.propagate and isinstance(handler, _Cut),
             keep=self.keep,
             needs=needs,
+            save=self.save if self.goes_back else None,
         )
-        with Progress(len(layers), what, self.progress, self.lines) as shown:
+        with Progress(len(layers) * (1 + self.goes_back), what, self.progress, self.lines) as shown:
             run.run(shown)
 
     def _finished(self, kept: KeptStatistics) -> Statistics:

@@ -55,9 +55,7 @@ def choose_sample_size(
     """
     size = recipe.sample_size
     wanted = min(observed, recipe.largest_sample)
-    # Layer by layer there are no backward passes.
-    draws = recipe.gradient_draws if room.disk is None else 0
-    fitting = fitting_tokens(blocks, 1 + draws + ("residual" in needs), room)
+    fitting = fitting_tokens(blocks, 1 + recipe.gradient_draws + ("residual" in needs), room)
     while size < wanted and 2 * size <= fitting:
         size *= 2
     return size

@@ -29,7 +29,7 @@ class Store(Protocol):
 
     @property
     def holds_all(self) -> bool:
-        """Whether all layers are in memory at once, so that whole forward and backward passes can run."""
+        """Whether all layers are in memory at once, so that they need not be observed one by one."""
 
     def loaded(self, layer: Layer) -> AbstractContextManager[None]:
         """Context in which the layer has its tensors and can run."""

@@ -16,11 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
-from optimum_moe.checkpoint.destination import check_space, disk_is_full, remove, take_place
+from optimum_moe.checkpoint.destination import check_space, disk_is_full, free_space, remove, take_place
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.checkpoint.streamed import StreamedModel
 from optimum_moe.checkpoint.system import readable_path
-from optimum_moe.engine.activations import Activations
+from optimum_moe.engine.activations import Activations, SavedActivations
 from optimum_moe.engine.disk_store import DiskStore
 from optimum_moe.engine.sample_size import SAMPLE_SETTING
 from optimum_moe.engine.weight_checks import Named, check_tensors
@@ -31,6 +31,7 @@ from optimum_moe.reporting.versions import versions
 from optimum_moe.stages.counts import parse_size
 from optimum_moe.statistics import Statistics
 
+_IDS = ("input_ids", "decoder_input_ids")
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -121,6 +122,7 @@ class StreamingJob:
             self._stack.callback(streamed.close)
             self.store = DiskStore(streamed, self._checkpoint.blocks, self.folder)
             self.keep = Activations(self._place_for_activations(), self._room()).keep
+            self.save = SavedActivations(self._place_for_activations()).save
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -151,6 +153,21 @@ class StreamingJob:
         assert self.folder is not None
         check_tensors(chain(self.store.tensors(), beside), self.store.model, self.store.blocks)
         check_space(self.folder.destination, size - sum(layer["size"] for layer in self.folder.finished.values()))
+
+    def check_backward(self, batches: CalibrationBatches) -> None:
+        """Raise a `ValueError` unless the disk has room for what enters the layers, until the backward pass."""
+        store, place = self.store, self._place_for_activations()
+        # Padding included; a decoder and its encoder have layers of their own.
+        tokens = sum(max((ids.numel() for name, ids in batch.items() if name in _IDS), default=0) for batch in batches)
+        layers = [layer for layer in store.layers if not layer.tensors]
+        needed = len(layers) * tokens * store.blocks[0].info.hidden_size * store.model.dtype.itemsize
+        free = free_space(place)
+        if free < needed:
+            raise ValueError(
+                f"A backward pass through {len(layers)} layers takes {needed:,} bytes of disk for {tokens:,} tokens; "
+                f"{place} has {free:,} left. Free some space, observe fewer tokens (max_tokens=), or choose a recipe "
+                "that reads no gradients, such as ByteBudget(curvature=False) (--set curvature=false)."
+            )
 
     def finished_model(self) -> PreTrainedModel:
         """The compressed model on the meta device, without values."""

@@ -517,8 +517,8 @@ def comparable(profiles: Mapping[str, BlockProfile]) -> dict[str, list[list[Poin
     if without:
         warnings.warn(
             f"No gradient of the loss was observed at {len(without)} of {len(profiles)} blocks ({without[0]}, ...): "
-            "damage is measured by output errors, and all blocks have the same weight. A backward pass needs "
-            'engine="memory" without error propagation, and a model that returns logits.',
+            "damage is measured by output errors, and all blocks have the same weight. A backward pass needs a model "
+            "that returns logits, and no error propagation.",
             stacklevel=2,
         )
     found: dict[str, list[list[Point]]] = {}
