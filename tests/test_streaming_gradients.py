@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -181,13 +182,23 @@ def test_parameters_require_gradients_again(tmp_path: Path) -> None:
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["1.bias"]
 
 
+class Layer(nn.Linear):
+    """A layer that notes the threads that it ran in."""
+
+    threads: ClassVar[set[threading.Thread]] = set()
+
+    def forward(self, input_TH: torch.Tensor) -> torch.Tensor:
+        self.threads.add(threading.current_thread())
+        return super().forward(input_TH)
+
+
 class Stack(nn.Module):
     """Layers that share a state, which the first of them gives."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.layers = nn.ModuleList(Layer(4, 4) for _ in range(3))
 
     def forward(self, input_TH: torch.Tensor) -> torch.Tensor:
         first = hidden = self.layers[0](input_TH)
@@ -215,6 +226,8 @@ def test_all_batches_go_back_through_a_layer_before_the_one_below(tmp_path: Path
             for runner in runners:
                 runner.advance()
     assert turns == [(name, False, 2) for name in names] + [(name, True, 2) for name in reversed(names)]
+    # Libraries keep memory for each thread that they ran in.
+    assert Layer.threads == {threading.main_thread()}
     for batch, gradient in zip(inputs, expected, strict=True):
         torch.testing.assert_close(batch.grad, gradient)
 

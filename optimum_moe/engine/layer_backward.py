@@ -35,14 +35,16 @@ class LayerCall:
     Args:
         layer: Path of the layer.
         run: Its forward pass.
-        wait: Returns when it is the turn of the layer's backward pass.
+        forward: Calls a function when it is the layer's turn.
+        backward: Calls a function when it is the turn of the layer's backward pass.
         keep: Stores an output or a gradient while other batches compute.
         save: Stores what enters the layer until the backward pass.
     """
 
     layer: str
     run: Callable[..., Any]
-    wait: Callable[[], None]
+    forward: Callable[[Callable[[], Any]], Any]
+    backward: Callable[[Callable[[], Any]], Any]
     keep: Callable[[Any], Any]
     save: Save
 
@@ -63,14 +65,15 @@ def run_without_graph(call: LayerCall, arguments: Arguments, starts: bool) -> An
     """
     places, tensors = take_out(arguments)
     if not tensors and not starts:
-        return call.keep(call_with(call.run, arguments))
+        return call.keep(call.forward(partial(call_with, call.run, arguments)))
 
     def run(given: Sequence[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
         entered = put_back(places, [entering(tensor) for tensor in given])
         return take_out(run_layer_call(call.layer, call.run, entered))
 
     # Kernels may depend on whether autograd records them, so it does.
-    results, left = run([tensor.detach().requires_grad_() for tensor in tensors])
+    given = [tensor.detach().requires_grad_() for tensor in tensors]
+    results, left = call.forward(partial(run, given))
     if left:
         saved = [call.save(call.layer, tensor.detach()) for tensor in tensors]
         back = partial(_go_back, call, run, saved)
@@ -89,13 +92,16 @@ def _go_back(
     gradients: Gradients,
 ) -> list[torch.Tensor | None]:
     """The gradients of what entered the layer, from those of what left it."""
-    call.wait()
-    tensors = [load().requires_grad_() for load in saved]
-    with torch.enable_grad():
-        _, left = run(tensors)
-        pairs = [(out, gradient) for out, gradient in zip(left, gradients, strict=True) if gradient is not None]
-        torch.autograd.backward([out for out, _ in pairs], [gradient for _, gradient in pairs])
-    return [None if tensor.grad is None else call.keep(tensor.grad) for tensor in tensors]
+
+    def compute() -> list[torch.Tensor | None]:
+        tensors = [load().requires_grad_() for load in saved]
+        with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+            _, left = run(tensors)
+            pairs = [(out, gradient) for out, gradient in zip(left, gradients, strict=True) if gradient is not None]
+            torch.autograd.backward([out for out, _ in pairs], [gradient for _, gradient in pairs])
+        return [tensor.grad for tensor in tensors]
+
+    return [None if gradient is None else call.keep(gradient) for gradient in call.backward(compute)]
 
 
 class _WithoutGraph(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 This needs no code per architecture: masks, positions and states remain in the frames of the paused threads. Only one
 thread computes at a time, so the results are the same as for one batch after another. Backward passes that follow go
-through the layers together too, from the last to the first.
+through the layers together too, from the last to the first. The layers themselves run in the main thread, because
+libraries keep compiled kernels and freed memory for each thread that they ran in.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from optimum_moe.calibration.boundaries import named_arguments
 from optimum_moe.engine.layer_backward import LayerCall, Save, run_without_graph
 
 _here = threading.local()
+_REHEARSED = object()
+"""Stands for the output of a layer that is to run again."""
 
 
 class _Stopped(BaseException):
@@ -70,6 +73,8 @@ class Runner(threading.Thread):
         self.error: BaseException | None = None
         self.stopping = False
         self._call, self._settings = call, settings
+        self._work: Callable[[], Any] | None = None
+        self._result: Any = None
         self._turn, self._parked = threading.Semaphore(0), threading.Semaphore(0)
         self._context = contextvars.copy_context()
 
@@ -91,20 +96,34 @@ class Runner(threading.Thread):
             del self._call
             self._parked.release()
 
-    def park(self, turn: Turn) -> None:
-        """Wait before a layer until it is this thread's turn; called in the thread."""
-        self.at = turn
+    def park(self, turn: Turn, work: Callable[[], Any]) -> Any:
+        """Wait until it is this thread's turn to enter a layer, and return what the main thread got from `work()`.
+
+        Called in the thread of the forward pass, whose grad mode and context variables the work sees.
+        """
+        context, gradients = contextvars.copy_context(), torch.is_grad_enabled()
+
+        def in_context() -> Any:
+            with torch.set_grad_enabled(gradients):
+                return context.run(work)
+
+        self.at, self._work = turn, in_context
         self._parked.release()
         self._turn.acquire()
         if self.stopping:
             raise _Stopped
+        result, self._result = self._result, None
+        return result
 
     def advance(self) -> None:
-        """Run to the next layer or the end; called by the main thread.
+        """Run the layer that the thread waits for, then the thread to its next layer or end; called by the main thread.
 
         Raises:
-            BaseException: Any exception of the forward pass.
+            BaseException: Any exception of the layer or of the forward pass.
         """
+        work, self._work = self._work, None
+        if work is not None:
+            self._result = work()
         self._turn.release()
         self._parked.acquire()
         if self.error is not None:
@@ -187,20 +206,28 @@ class Lockstep:
         runner: Runner | None = getattr(_here, "runner", None)
         if runner is None:
             return forward(*args, **kwargs)
-        runner.park(Turn(layer))
-        if layer in self.rehearsed:
-            # The second run would append to a cache again.
-            copies = {name: deepcopy(value) if isinstance(value, Cache) else value for name, value in kwargs.items()}
-            forward(*(deepcopy(value) if isinstance(value, Cache) else value for value in args), **copies)
-            runner.park(Turn(layer))
         if self.backward is not None:
-            wait = partial(runner.park, Turn(layer, back=True))
-            call = LayerCall(layer, partial(self._run, forward), wait, self.keep, self.backward.save)
+            run, here, back = partial(self._run, forward), Turn(layer), Turn(layer, back=True)
+            call = LayerCall(
+                layer, run, partial(runner.park, here), partial(runner.park, back), self.keep, self.backward.save
+            )
             return run_without_graph(call, named_arguments(args, kwargs), starts=layer in self.backward.starts)
-        output = self._run(forward, *args, **kwargs)
+        output = runner.park(Turn(layer), partial(self._run_or_rehearse, layer, forward, args, kwargs))
+        if output is _REHEARSED:
+            output = runner.park(Turn(layer), partial(self._run, forward, *args, **kwargs))
         if layer == self.last:
             raise _Stopped
         return self.keep(output)
+
+    def _run_or_rehearse(
+        self, layer: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if layer not in self.rehearsed:
+            return self._run(forward, *args, **kwargs)
+        # The second run would append to a cache again.
+        copies = {name: deepcopy(value) if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        forward(*(deepcopy(value) if isinstance(value, Cache) else value for value in args), **copies)
+        return _REHEARSED
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self.run is None else self.run(forward, args, kwargs)
