@@ -5,6 +5,7 @@ float64. With `--against` another checkout of the repository is measured too: th
 its own that draws the same expert, and the ratio of a size is the median over the turns.
 
     python benchmarks/candidate_speed.py [--against ../before] [--sizes 2048x768x2048 ...] [--turns 3] [--accuracy]
+    python benchmarks/candidate_speed.py --formats narrow    # what is tried for any runtime
 """
 
 from __future__ import annotations
@@ -60,32 +61,33 @@ def numbers_of(size: str) -> tuple[int, int, int]:
     return hidden, inner, tokens
 
 
-def damages(expert: Expert, tokens: ExpertTokens) -> dict[str, float]:
-    found = candidates(expert, tokens, itemsize=2)
+def damages(expert: Expert, tokens: ExpertTokens, formats: list[str] | None = None) -> dict[str, float]:
+    found = candidates(expert, tokens, itemsize=2, formats=formats)
     return {f"{p.candidate.format} {p.candidate.neurons} {p.candidate.size}": p.damage for p in found}
 
 
-def measure(size: str, threads: int) -> None:
+def measure(size: str, threads: int, formats: list[str] | None) -> None:
     """Print the seconds and damages of one size; what the other processes do."""
     torch.set_num_threads(threads)
     hidden, inner, tokens = numbers_of(size)
     expert, seen = draw_expert(hidden, inner, tokens)
     candidates(*draw_expert(64, 32, 128))
     start, wall = time.process_time(), time.perf_counter()
-    found = damages(expert, seen)
+    found = damages(expert, seen, formats)
     print(json.dumps([time.process_time() - start, time.perf_counter() - wall, found]))
 
 
-def run(checkout: Path, size: str, threads: int) -> tuple[float, float, dict[str, float]]:
+def run(checkout: Path, size: str, threads: int, formats: list[str] | None) -> tuple[float, float, dict[str, float]]:
     """Measure one size with the package of a checkout."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, __file__, "--measure", size, "--threads", str(threads)]
+    command += [] if formats is None else ["--formats", *formats]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     seconds, wall, found = json.loads(done.stdout)
     return seconds, wall, found
 
 
-def print_speed(sizes: list[str], against: Path | None, turns: int, threads: int) -> None:
+def print_speed(sizes: list[str], against: Path | None, turns: int, threads: int, formats: list[str] | None) -> None:
     """A table of CPU and wall seconds, with the other checkout's beside them."""
     print("| hidden x intermediate x tokens | CPU s | wall s |", end="")
     print(
@@ -96,9 +98,9 @@ def print_speed(sizes: list[str], against: Path | None, turns: int, threads: int
     for size in sizes:
         own, other = [], []
         for _ in range(turns):
-            own.append(run(ROOT, size, threads))
+            own.append(run(ROOT, size, threads, formats))
             if against is not None:
-                other.append(run(against, size, threads))
+                other.append(run(against, size, threads, formats))
         cells = [f"{stats.median(r[0] for r in own):.1f}", f"{stats.median(r[1] for r in own):.1f}"]
         if other:
             cells += [f"{stats.median(r[0] for r in other):.1f}", f"{stats.median(r[1] for r in other):.1f}"]
@@ -110,7 +112,9 @@ def print_speed(sizes: list[str], against: Path | None, turns: int, threads: int
 def largest_error(found: dict[str, float], expected: dict[str, float], form: str = "") -> tuple[float, float, float]:
     """Of the candidates of a format the largest relative error, the error and the share of the least damage."""
     whole = max(expected.values())
-    errors = [(v / whole, abs(found[k] / v - 1)) for k, v in expected.items() if v > 0 and k.startswith(form)]
+    errors = [
+        (v / whole, abs(found[k] / v - 1)) for k, v in expected.items() if v > 1e-9 * whole and k.startswith(form)
+    ]
     least, error = min(errors)
     return max(e for _, e in errors), error, least
 
@@ -136,16 +140,18 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", help="hidden x intermediate x tokens, as in 2048x768x2048")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--formats", nargs="*", help="what is tried, default all")
     parser.add_argument("--accuracy", action="store_true", help="relative errors of damages instead of seconds")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(arguments.measure, arguments.threads)
+        measure(arguments.measure, arguments.threads, arguments.formats)
     elif arguments.accuracy:
         print_accuracy(arguments.sizes or list(SMALL))
     else:
         print(f"torch {torch.__version__}, {arguments.threads} thread, median of {arguments.turns}.\n")
-        print_speed(arguments.sizes or list(SIZES), arguments.against, arguments.turns, arguments.threads)
+        sizes = arguments.sizes or list(SIZES)
+        print_speed(sizes, arguments.against, arguments.turns, arguments.threads, arguments.formats)
 
 
 if __name__ == "__main__":
