@@ -96,7 +96,7 @@ def test_a_number_of_experts_needs_another_recipe_than_the_default(
     assert err == (
         f"error: {flag} is not a setting of the recipe 'budget', which takes --share, --target-size. "
         "Give one of these, or also another recipe: --recipe, one of hc-smoe, m-smoe, m-smoe-adaptive, m-smoe-plain, "
-        "mc-smoe, mc-smoe-fast, merge, ream, reap.\n"
+        "mc-smoe, mc-smoe-fast, merge, ream, reap, trim-slim-quantize.\n"
     )
 
 
