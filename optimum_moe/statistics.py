@@ -26,9 +26,9 @@ OBSERVATIONS: Mapping[str, tuple[str, ...]] = {
     "sample": ("reservoir",),
     "residual": (),
     "gradients": (),
-    "layer_similarity": ("layer_cosine_sum",),
+    "layer_similarity": ("layer_cosine_sum", "layer_tokens"),
     "residual_stream": ("residual_before_SH", "residual_after_SH"),
-    "experts_similarity": ("experts_cosine_sum",),
+    "experts_similarity": ("experts_cosine_sum", "layer_tokens"),
     "modalities": ("modality_count_VE", "modality_gated_norm_VE"),
 }
 """Fields of `BlockStatistics` by observation; residual stream and gradients are part of the sample."""
@@ -93,6 +93,7 @@ class BlockStatistics:
         reservoir: Sample of tokens.
         layer_cosine_sum: Sum over tokens of the cosine of the residual stream before and after the layer around the
             block.
+        layer_tokens: Tokens that this layer saw: more than the block did where it has one for each modality.
         residual_before_SH: (S, H) residual stream before that layer for sampled tokens, the same ones in all layers.
         residual_after_SH: (S, H) residual stream after it.
         experts_cosine_sum: Sum over tokens of the cosine of the residual stream after that layer with the routed
@@ -118,6 +119,7 @@ class BlockStatistics:
     router_gram_EE: torch.Tensor | None = None
     router_sum_E: torch.Tensor | None = None
     layer_cosine_sum: torch.Tensor | None = None
+    layer_tokens: torch.Tensor | None = None
     residual_before_SH: torch.Tensor | None = None
     residual_after_SH: torch.Tensor | None = None
     experts_cosine_sum: torch.Tensor | None = None

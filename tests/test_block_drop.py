@@ -82,7 +82,7 @@ def test_dropping_an_identity_layer_changes_no_bit(target: Target) -> None:
         model, BlockDrop(num_blocks=1, protect=protect), data_for(target), progress=False
     )
     observed = compressor.calibrate().blocks[next(f.info.name for f in find_blocks(model) if f.info.layer == layer)]
-    assert observed.layer_cosine_sum.item() == pytest.approx(observed.num_tokens, abs=1e-6)
+    assert observed.layer_cosine_sum.item() == pytest.approx(observed.layer_tokens.item(), abs=1e-6)
     after = compressor.apply()
     assert torch.equal(logits_of(after, inputs), expected)
     assert len(layers_of(after)) == before - 1
@@ -178,7 +178,7 @@ def test_the_least_important_layers_go() -> None:
         for n, found in enumerate(find_blocks(own)):
             block = statistics.blocks[found.info.name]
             if not stage.consecutive:
-                mean = block.layer_cosine_sum.item() / block.num_tokens
+                mean = block.layer_cosine_sum.item() / block.layer_tokens.item()
                 assert 1 - mean == pytest.approx(singles[n], abs=1e-7)
         assert compressor.apply() is own
         assert compressor.plan.dropped == tuple(f"model.layers.{n}" for n in chosen)
@@ -208,7 +208,7 @@ def test_layers_are_those_of_the_public_implementation_but_for_its_defect() -> N
         compressor.apply(
             edited(
                 statistics,
-                num_tokens=400,
+                layer_tokens=torch.tensor(400.0),
                 layer_cosine_sum=lambda name: cosine_S[names.index(name)],
                 residual_before_SH=lambda name: streams[names.index(name)],
                 residual_after_SH=lambda name: streams[names.index(name) + 1],

@@ -28,9 +28,13 @@ def test_dropping_experts_that_give_zeros_changes_no_bit(target: Target) -> None
                 tensor.zero_()
     inputs = inputs_for(target)
     expected = logits_of(model, inputs)
+    if target.fixed_neurons:
+        with pytest.raises(ValueError, match="cannot be factorized"):
+            MoECompressor.from_pretrained(model, LayerDrop(num_layers=1), data_for(target), progress=False)
+        return
     compressor = MoECompressor.from_pretrained(model, LayerDrop(num_layers=1), data_for(target), progress=False)
     observed = compressor.calibrate().blocks[silent.info.name]
-    assert observed.experts_cosine_sum.item() == pytest.approx(observed.num_tokens, abs=1e-6)
+    assert observed.experts_cosine_sum.item() == pytest.approx(observed.layer_tokens.item(), abs=1e-6)
     after = compressor.apply()
     emptied = [name for name, plan in compressor.plan.blocks.items() if plan.sizes is not None]
     assert emptied == [silent.info.name]

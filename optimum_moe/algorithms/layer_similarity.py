@@ -20,6 +20,6 @@ def importance_of_run(before_SH: torch.Tensor, after_SH: torch.Tensor) -> float:
     return float(1 - cosine_S.mean())
 
 
-def importance_of_layer(cosine_sum: torch.Tensor, num_tokens: int) -> float:
-    """1 minus the mean cosine, from its sum over tokens."""
-    return 1 - float(cosine_sum) / num_tokens
+def importance_of_layer(cosine_sum: torch.Tensor, num_tokens: torch.Tensor) -> float:
+    """1 minus the mean cosine, from its sum over tokens and their number."""
+    return 1 - float(cosine_sum) / float(num_tokens)

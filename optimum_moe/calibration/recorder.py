@@ -51,7 +51,7 @@ class BlockRecorder:
         self.needs = frozenset(needs)
         self.paused = False
         """Whether calls of the block are not part of the observed forward pass."""
-        self._layer_sums = {name: torch.zeros((), dtype=torch.float64) for name in ("layer", "experts")}
+        self._layer_sums = {name: torch.zeros((), dtype=torch.float64) for name in ("layer", "experts", "tokens")}
         # Equal seeds select the same tokens in all layers.
         self._residual = _Sample(reservoir_tokens, seed)
 
@@ -127,6 +127,7 @@ class BlockRecorder:
         valid_T = self._valid(len(before_TH), before_TH.device)
         before_SH, after_SH = before_TH[valid_T], after_TH[valid_T]
         self._layer_sums["layer"] += _cosine_sum(before_SH, after_SH)
+        self._layer_sums["tokens"] += len(before_SH)
         if without_TH is not None:
             self._layer_sums["experts"] += _cosine_sum(without_TH[valid_T], after_SH)
         if "residual_stream" in self.needs:
@@ -192,6 +193,8 @@ class BlockRecorder:
             fields["layer_cosine_sum"] = self._layer_sums["layer"]
         if "experts_similarity" in self.needs:
             fields["experts_cosine_sum"] = self._layer_sums["experts"]
+        if {"layer_similarity", "experts_similarity"} & set(self.needs):
+            fields["layer_tokens"] = self._layer_sums["tokens"]
         if "residual_stream" in self.needs:
             before_SH, after_SH = self._residual.columns or (torch.empty(0, 0), torch.empty(0, 0))
             fields |= {"residual_before_SH": before_SH, "residual_after_SH": after_SH}

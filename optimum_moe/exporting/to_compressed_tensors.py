@@ -145,7 +145,7 @@ def plan_packed(checkpoint: Exported, quantize: str | None) -> PackedExport:
     info = blocks[0].info
     group = _group(checkpoint, bits, stored, (info.hidden_size, stored.width))
     settings = stock_model(model, blocks, stored.count, stored.width).settings
-    modules, dropped = _modules(checkpoint, [block_names(model, found).block for found in blocks], stored)
+    modules, dropped = _rounded_modules(checkpoint, [block_names(model, found).block for found in blocks], stored)
     gated = round(info.expert_multiply_adds / (info.intermediate_size * info.hidden_size))
     if len(modules) != len(blocks) * stored.count * gated:
         raise ValueError(
@@ -252,7 +252,9 @@ def _group(checkpoint: Exported, bits: int, stored: _Sizes, rows: tuple[int, int
     )
 
 
-def _modules(checkpoint: Exported, prefixes: list[str], stored: _Sizes) -> tuple[frozenset[str], frozenset[str]]:
+def _rounded_modules(
+    checkpoint: Exported, prefixes: list[str], stored: _Sizes
+) -> tuple[frozenset[str], frozenset[str]]:
     """Names of the experts' matrices, and of the tensors of one element that guard a checkpoint of this package."""
     ending = f"weight_packed{stored.bits}" if stored.bits else "weight"
     pattern = re.compile(rf"(?:{'|'.join(map(re.escape, prefixes))})\.experts\.\d+\.\w+")

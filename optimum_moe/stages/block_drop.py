@@ -123,7 +123,8 @@ class BlockDrop(Stage):
                 )
         if not self.consecutive:
             assert first.layer_cosine_sum is not None
-            return importance_of_layer(first.layer_cosine_sum, first.num_tokens)
+            assert first.layer_tokens is not None
+            return importance_of_layer(first.layer_cosine_sum, first.layer_tokens)
         assert first.residual_before_SH is not None
         assert last.residual_after_SH is not None
         return importance_of_run(first.residual_before_SH, last.residual_after_SH)

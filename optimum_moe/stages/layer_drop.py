@@ -103,8 +103,9 @@ class LayerDrop(FormattingStage):
         for block in selected_blocks(model, self.layers, self.protect):
             observed = statistics.blocks[block.name]
             assert observed.experts_cosine_sum is not None
+            assert observed.layer_tokens is not None
             if observed.num_tokens:
-                importance[block.name] = importance_of_layer(observed.experts_cosine_sum, observed.num_tokens)
+                importance[block.name] = importance_of_layer(observed.experts_cosine_sum, observed.layer_tokens)
         dropped = sorted(importance, key=importance.__getitem__)[: self._number(model)]
         return {block.name: block.name in dropped for block in model.blocks}
 
