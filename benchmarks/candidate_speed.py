@@ -6,6 +6,7 @@ its own that draws the same expert, and the ratio of a size is the median over t
 
     python benchmarks/candidate_speed.py [--against ../before] [--sizes 2048x768x2048 ...] [--turns 3] [--accuracy]
     python benchmarks/candidate_speed.py --formats narrow    # what is tried for any runtime
+    python benchmarks/candidate_speed.py --others            # experts of a block after the first eight
 """
 
 from __future__ import annotations
@@ -109,6 +110,27 @@ def print_speed(sizes: list[str], against: Path | None, turns: int, threads: int
         print(f"| {size} | " + " | ".join(cells) + " |", flush=True)
 
 
+def print_others(sizes: list[str], threads: int) -> None:
+    """A table of CPU seconds of the first experts of a block, and of others, which try what the first ones may want."""
+    from optimum_moe.formats.budget import worth_trying
+
+    torch.set_num_threads(threads)
+    candidates(*draw_expert(64, 32, 128))
+    print(
+        "| hidden x intermediate x tokens | CPU s, of the first | of others | ranks that they try |\n"
+        + "|---" * 4
+        + "|"
+    )
+    for size in sizes:
+        expert, seen = draw_expert(*numbers_of(size))
+        start = time.process_time()
+        among = worth_trying([candidates(expert, seen, itemsize=2)])
+        first = time.process_time()
+        candidates(expert, seen, itemsize=2, among=among)
+        seconds = f"{first - start:.2f} | {time.process_time() - first:.2f}"
+        print(f"| {size} | {seconds} | {len(among)} |", flush=True)
+
+
 def largest_error(found: dict[str, float], expected: dict[str, float], form: str = "") -> tuple[float, float, float]:
     """Of the candidates of a format the largest relative error, the error and the share of the least damage."""
     whole = max(expected.values())
@@ -142,10 +164,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--formats", nargs="*", help="what is tried, default all")
     parser.add_argument("--accuracy", action="store_true", help="relative errors of damages instead of seconds")
+    parser.add_argument("--others", action="store_true", help="seconds of experts after the first ones of a block")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         measure(arguments.measure, arguments.threads, arguments.formats)
+    elif arguments.others:
+        print_others(arguments.sizes or list(SIZES), arguments.threads)
     elif arguments.accuracy:
         print_accuracy(arguments.sizes or list(SMALL))
     else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from optimum_moe.algorithms.leading import leading_rows
+from optimum_moe.algorithms.neurons import gram
 
 # Strengths that are tried, as shares of the mean square of the centered inputs along their directions.
 _RIDGES = tuple(10.0**power for power in range(-3, 4))
@@ -31,30 +32,31 @@ class AffineFit:
     def __init__(
         self, input_PH: torch.Tensor, output_PH: torch.Tensor, rank: int, weight_P: torch.Tensor | None = None
     ) -> None:
-        input_PH, output_PH = input_PH.double(), output_PH.double()
-        weight_P = input_PH.new_ones(len(input_PH)) if weight_P is None else weight_P.double()
-        share_P = (
-            weight_P / weight_P.sum() if float(weight_P.sum()) > 0 else torch.full_like(weight_P, 1 / len(weight_P))
-        )
-        self.input_H, self.output_H = share_P @ input_PH, share_P @ output_PH
+        weight_P = torch.ones(len(input_PH), device=input_PH.device) if weight_P is None else weight_P
+        total = float(weight_P.double().sum())
+        share_P = weight_P.double() / total if total > 0 else torch.full_like(weight_P.double(), 1 / len(weight_P))
+        self.input_H, self.output_H = share_P @ input_PH.double(), share_P @ output_PH.double()
         root_P1 = share_P.sqrt()[:, None]
-        rows_PH, target_PH = (input_PH - self.input_H) * root_P1, (output_PH - self.output_H) * root_P1
+        dtype = torch.promote_types(input_PH.dtype, torch.float32)
+        rows_PH = ((input_PH - self.input_H) * root_P1).to(dtype)
+        target_PH = ((output_PH - self.output_H) * root_P1).to(dtype)
         # By the smaller of the two Grams: x = q s w^T, of which the squares are the eigenvalues of either.
         is_wide = len(rows_PH) <= rows_PH.shape[1]
-        square_D, vector = torch.linalg.eigh(rows_PH @ rows_PH.T if is_wide else rows_PH.T @ rows_PH)
-        square_D = square_D.clamp(min=0)
+        # Products in float32 leave errors of 1e-7 of the largest square, far below every ridge.
+        square_D, vector = torch.linalg.eigh(gram(rows_PH.T if is_wide else rows_PH).double())
+        square_D, vector = square_D.clamp(min=0), vector.to(dtype)
         # s w^T and q^T y, up to the same orthogonal factor.
-        rows_DH = vector.T @ rows_PH if is_wide else square_D.sqrt()[:, None] * vector.T
-        inverse_D = square_D.clamp(min=1e-300).rsqrt().where(square_D > 1e-12 * square_D.max(), 0.0)
-        along_DH = vector.T @ target_PH if is_wide else inverse_D[:, None] * (vector.T @ (rows_PH.T @ target_PH))
-        self.ridge = _cross_validated(square_D, along_DH, float(target_PH.square().sum()), len(rows_PH))
+        rows_DH = vector.T @ rows_PH if is_wide else (square_D.sqrt()[:, None] * vector.T).to(dtype)
+        inverse_D = square_D.clamp(min=1e-300).rsqrt().where(square_D > torch.finfo(dtype).eps * square_D.max(), 0.0)
+        along_DH = vector.T @ target_PH if is_wide else inverse_D.to(dtype)[:, None] * (rows_PH @ vector).T @ target_PH
+        self.ridge = _cross_validated(square_D, along_DH, float(target_PH.double().square().sum()), len(rows_PH))
         damped_D = square_D + self.ridge
-        fitted_DH = (square_D / damped_D.clamp(min=1e-300)).sqrt()[:, None] * along_DH
+        fitted_DH = (square_D / damped_D.clamp(min=1e-300)).sqrt().to(dtype)[:, None] * along_DH
         self.left_RH = torch.nn.functional.pad(found := leading_rows(fitted_DH, rank), (0, 0, 0, rank - len(found)))
-        """(R, H) float64 U^T of the largest rank; fewer directions than the rank are followed by zeros."""
-        solved_DR = along_DH @ self.left_RH.T / damped_D.clamp(min=1e-300)[:, None]
+        """(R, H) U^T of the largest rank, in the dtype of the inputs; zeros follow fewer directions than that."""
+        solved_DR = along_DH @ self.left_RH.T / damped_D.clamp(min=1e-300).to(dtype)[:, None]
         self.right_RH = solved_DR.T @ rows_DH
-        """(R, H) float64 V of the largest rank."""
+        """(R, H) V of the largest rank, likewise."""
 
     def at(self, rank: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """c (H,), U (R, H) and V (R, H) of the map c + U^T V x.
@@ -74,7 +76,7 @@ def _cross_validated(square_D: torch.Tensor, along_DH: torch.Tensor, energy: flo
     if scale == 0.0:
         return 1.0
     error, ridge = float("inf"), scale
-    along_D = along_DH.square().sum(1)
+    along_D = along_DH.double().square().sum(1)
     for share in _RIDGES:
         kept_D = square_D / (square_D + share * scale)
         left = energy - float(((2 * kept_D - kept_D.square()) * along_D).sum())

@@ -92,5 +92,5 @@ def affine_part(fit: AffineFit, rank: int, dtype: torch.dtype) -> StoredPart:
 def _fit(fitter: ExpertFitter, rank: int) -> AffineFit:
     """Fitted to the outputs without the down bias, weighted as the loss is."""
     expert, loss = fitter.expert, fitter.loss
-    output_PH = expert.activated(expert.preactivations(loss.input_PH)) @ expert.down_HI.T
+    output_PH = expert.activated(loss.stacked_PO) @ expert.down_HI.T
     return AffineFit(loss.input_PH, output_PH, rank, loss.weight_P)

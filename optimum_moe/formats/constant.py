@@ -75,6 +75,6 @@ def _mean(fitter: ExpertFitter) -> torch.Tensor:
     """(1, H) mean output without the down bias, weighted as the loss is."""
     loss = fitter.loss
     weight_P1 = loss.weight_P[:, None].to(loss.input_PH.dtype)
-    hidden_PI = fitter.expert.activated(fitter.expert.preactivations(loss.input_PH))
+    hidden_PI = fitter.expert.activated(loss.stacked_PO)
     total = weight_P1.sum()
     return (weight_P1 * hidden_PI).sum(0, keepdim=True) @ fitter.expert.down_HI.T / (total if total > 0 else 1.0)
