@@ -26,9 +26,9 @@ OBSERVATIONS: Mapping[str, tuple[str, ...]] = {
     "sample": ("reservoir",),
     "residual": (),
     "gradients": (),
+    "experts_similarity": ("experts_cosine_sum", "layer_tokens"),
     "layer_similarity": ("layer_cosine_sum", "layer_tokens"),
     "residual_stream": ("residual_before_SH", "residual_after_SH"),
-    "experts_similarity": ("experts_cosine_sum", "layer_tokens"),
     "modalities": ("modality_count_VE", "modality_gated_norm_VE"),
 }
 """Fields of `BlockStatistics` by observation; residual stream and gradients are part of the sample."""
@@ -39,6 +39,7 @@ MODALITIES = ("text", "image", "video", "audio")
 """Modalities of tokens, in the order of `modality_count_VE`."""
 STANDARD = tuple(name for name in OBSERVATIONS if name not in ON_REQUEST)
 """Observations that `calibrate()` collects for any recipe."""
+# Of two observations that have a field the later one is taken.
 OBSERVATION_OF: Mapping[str, str] = {
     field: name for name, fields_ in OBSERVATIONS.items() for field in fields_ if field != "reservoir"
 }
