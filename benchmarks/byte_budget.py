@@ -82,11 +82,10 @@ def smallest_ratio(hidden_size: int, intermediate_size: int) -> float:
     return 8 * (intermediate_size + hidden_size) / (intermediate_size * hidden_size)
 
 
-def pruned(reference: Reference, saliency: str, share: float) -> Stage | None:
+def pruned(reference: Reference, saliency: str, share: float, **settings: Any) -> Stage | None:
     """The most salient experts, as many as the bytes allow in equal router groups."""
-    groups = reference.router_groups
-    count = int(reference.num_experts * share) // groups * groups
-    return ExpertPruning(num_experts=count, saliency=saliency) if count >= reference.least_experts else None
+    count = reference.experts_at(share)
+    return None if count is None else ExpertPruning(num_experts=count, saliency=saliency, **settings)
 
 
 def plain(reference: Reference, share: float) -> Stage | None:

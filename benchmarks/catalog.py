@@ -18,13 +18,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from byte_budget import BUDGETS, ORIGINAL, Setting, Variant, cells_of, measure, reference_setting
+from byte_budget import BUDGETS, ORIGINAL, Setting, Variant, cells_of, measure, pruned, reference_setting
 from merges import MERGES, merged
 from reference import REFERENCES, ROOT, Reference
 
-from optimum_moe import BlockDrop, ExpertPruning, LayerDrop
+from optimum_moe import BlockDrop, LayerDrop
 from optimum_moe.evaluation import EvaluationResult
-from optimum_moe.stages import Stage
 
 CRITERIA = (
     "random",
@@ -49,15 +48,6 @@ BEST_SHARES = (75, 50, 25)
 SEVERAL = ("experts only", "ranks only", "neurons only", "byte budget", "byte budget, 8 and 4 bits too")
 """Of the byte budgets for transformers, those that are listed."""
 COLUMNS = "| expert bytes | method | stored | loads plainly | perplexity | KL | top-1 | choice | generation | loops |"
-
-
-def pruned(reference: Reference, saliency: str, share: float, **settings: object) -> Stage | None:
-    """The most salient experts, as many as the bytes allow in equal router groups."""
-    groups = reference.router_groups
-    count = int(reference.num_experts * share) // groups * groups
-    if count < reference.least_experts:
-        return None
-    return ExpertPruning(num_experts=count, saliency=saliency, **settings)
 
 
 def methods(reference: Reference) -> dict[str, Variant]:

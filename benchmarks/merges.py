@@ -51,12 +51,9 @@ MERGES: dict[str, ExpertMerging] = {
 
 def merged(reference: Reference, merge: ExpertMerging, share: float) -> Stage | None:
     """As many merged experts; None where a router with a row for each of them could not select among so few."""
-    count = int(reference.num_experts * share)
-    if merge.routing == "reduce":
-        count = count // reference.router_groups * reference.router_groups
-        if count < reference.least_experts:
-            return None
-    return replace(merge, num_experts=count)
+    reduces = merge.routing == "reduce"
+    count = reference.experts_at(share) if reduces else int(reference.num_experts * share)
+    return None if count is None else replace(merge, num_experts=count)
 
 
 def setting_of(reference: Reference) -> Setting:

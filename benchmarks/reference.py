@@ -47,6 +47,11 @@ class Reference:
             "whole held-out documents."
         )
 
+    def experts_at(self, share: float) -> int | None:
+        """As many experts as a share of them in equal router groups; None where a router needs more."""
+        count = int(self.num_experts * share) // self.router_groups * self.router_groups
+        return count if count >= self.least_experts else None
+
     def variants(self, num_experts: int) -> dict[str, MSMoE | ExpertPruning]:
         """Those of `VARIANTS` that leave a router from which as many experts can be selected as before."""
         methods = {name: variant(num_experts) for name, variant in VARIANTS.items()}

@@ -1,4 +1,4 @@
-"""What the tests of stages that drop layers share: their data, and one run with each engine."""
+"""What tests of stages share: data for layers that were made silent, and one run with each engine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Written:
 
 
 def write_with_both_engines(name: str, stage: Stage, folder: Path) -> Written:
-    """Drop layers of a tiny model in memory and streaming; the checkpoints are equal, and they verify."""
+    """Compress a tiny model in memory and streaming; the checkpoints are equal, and they verify."""
     build(name).save_pretrained(folder / "original")
     runs = {}
     for engine in ("memory", "streaming"):

@@ -14,8 +14,8 @@ from optimum_moe.recipe import load_recipe
 from optimum_moe.stages import BlockContext
 from optimum_moe.stages.merge_choices import SIMILARITIES, WEIGHTINGS
 from optimum_moe.surgeons import find_blocks
+from tests.dropping import write_with_both_engines
 from tests.expert_order import router_tensors
-from tests.test_streaming import assert_same
 from tests.tiny_models import build, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
@@ -63,20 +63,7 @@ def test_router_and_untouched_experts_are_those_of_reap(name: str, tmp_path: Pat
 
 
 def test_streaming_writes_the_same(tmp_path: Path) -> None:
-    name = "deepseek_v3-groups"
-    build(name).save_pretrained(tmp_path / "original")
-    written = {}
-    for engine in ("memory", "streaming"):
-        compressor = MoECompressor.from_pretrained(
-            tmp_path / "original",
-            REAM,
-            data_for(name),
-            engine=engine,
-            output_dir=tmp_path / engine / "out",
-            progress=False,
-        )
-        written[engine] = compressor.apply()
-    assert_same(written["memory"], written["streaming"])
+    write_with_both_engines("deepseek_v3-groups", REAM, tmp_path)
 
 
 def context_of(model) -> BlockContext:

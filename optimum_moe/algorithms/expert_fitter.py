@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,8 @@ from optimum_moe.algorithms.neurons import DAMPING, elimination, root, taken_ove
 
 # Share of the tokens that a fit has not seen in what it is expected to lose on others.
 _HELD_OUT_SHARE = 0.75
+
+_Damage = TypeVar("_Damage", float, torch.Tensor)
 
 
 class NarrowExpert:
@@ -116,10 +119,7 @@ class HeldOutEstimate:
         order_I, lower_II = self._fitter.survivors
         eye_II = torch.eye(len(order_I), dtype=lower_II.dtype, device=lower_II.device)
         inverse_II = torch.linalg.solve_triangular(lower_II, eye_II, upper=False)
-        seen_I1, held_out_I1 = (
-            loss.damages_without(order_I, lower_II, inverse_II) for loss in (self.seen, self.held_out)
-        )
-        return self._seen_scale * seen_I1 + self._held_out_scale * held_out_I1
+        return self._weighed(lambda loss: loss.damages_without(order_I, lower_II, inverse_II))
 
     def of_hidden(self, made_SN: torch.Tensor, seen_PN: torch.Tensor, held_out_PN: torch.Tensor) -> float:
         """Of weighted hidden activations on either tokens, and a refitted down projection."""
@@ -129,16 +129,12 @@ class HeldOutEstimate:
         self, terms: Callable[[torch.Tensor], torch.Tensor], outputs_RH: torch.Tensor, numbers: Sequence[int]
     ) -> list[float]:
         """Of sums of a few outputs, each times what `terms` gives, (P, R) for (P, H) inputs; one for each number R."""
-        seen, held_out = (
-            loss.damages_of_sums(terms(loss.input_PH), outputs_RH, numbers) for loss in (self.seen, self.held_out)
-        )
-        return [
-            self._seen_scale * own + self._held_out_scale * other for own, other in zip(seen, held_out, strict=True)
-        ]
+        damages = self._weighed(lambda loss: loss.damages_of_sums(terms(loss.input_PH), outputs_RH, numbers))
+        return [float(damage) for damage in damages]
 
     def of_outputs(self, run: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """Of anything that gives (P, H) outputs, without down bias and routing weight, for (P, H) inputs."""
         return self._weighed(lambda loss: loss.damage_of_outputs(run(loss.input_PH)))
 
-    def _weighed(self, damage: Callable[[FisherLoss], float]) -> float:
+    def _weighed(self, damage: Callable[[FisherLoss], _Damage]) -> _Damage:
         return self._seen_scale * damage(self.seen) + self._held_out_scale * damage(self.held_out)

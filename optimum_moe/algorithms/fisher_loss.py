@@ -58,7 +58,7 @@ class Outputs:
     def root(self, rows_QH: torch.Tensor) -> torch.Tensor:
         """(min(Q, S), S) R with R^T R the metric sum r r^T of rows r: that of a QR, or few rows themselves."""
         rows_QS = rows_QH @ self.down_HI.to(rows_QH) if self.target_SI is None else rows_QH
-        return rows_QS if len(rows_QS) <= rows_QS.shape[1] else torch.linalg.qr(rows_QS, mode="r").R
+        return _shortened(rows_QS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,8 +161,8 @@ class FisherLoss:
         along_HQ = change_PH.T @ change_PH @ rows_QH.T
         return 0.5 * float((along_HQ.double() * rows_QH.T.double()).sum().clamp(min=0))
 
-    def damages_of_sums(self, terms_PR: torch.Tensor, outputs_RH: torch.Tensor, numbers: Sequence[int]) -> list[float]:
-        """Of sums of a few outputs in place of the expert's, for each number R of the first ones.
+    def damages_of_sums(self, terms_PR: torch.Tensor, outputs_RH: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        """(len(numbers),) float64 of sums of a few outputs in place of the expert's, for each number of the first ones.
 
         Args:
             terms_PR: (P, R) by what each is multiplied for `input_PH`.
@@ -171,16 +171,16 @@ class FisherLoss:
         """
         outputs_RH, terms_PR = outputs_RH.to(self._rows_QH), terms_PR.to(self.root_P1) * self.root_P1
         if self.outputs.target_SI is None:
-            both_QC = self._rows_QH @ torch.cat([self.outputs.down_HI.T.to(outputs_RH), outputs_RH]).T
-            both_QC = both_QC if len(both_QC) <= both_QC.shape[1] else torch.linalg.qr(both_QC, mode="r").R
+            both_QC = _shortened(self._rows_QH @ torch.cat([self.outputs.down_HI.T.to(outputs_RH), outputs_RH]).T)
             own_QI, other_QR = both_QC.split([self.expert.inner, len(outputs_RH)], dim=1)
             lost_PQ = self.hidden_PI @ own_QI.T
         else:
             lost_PQ, other_QR = self._lost_PQ, self.root_QS @ outputs_RH.T
-        return [
+        damages = [
             _half_of_squares(torch.addmm(lost_PQ, terms_PR[:, :number], other_QR[:, :number].T, beta=-1))
             for number in numbers
         ]
+        return torch.tensor(damages, dtype=torch.float64)
 
     def damage_of_hidden(self, hidden_PN: torch.Tensor, made_SN: torch.Tensor) -> float:
         """Of weighted hidden activations that are mapped to outputs by a matrix, in place of the expert's own."""
@@ -230,6 +230,11 @@ class FisherLoss:
         local_OO = effect_OO * gram_OO[kept_O][:, kept_O]
         total = local_OO.trace()
         return weight_P, local_OO / (total if total > 0 else 1.0)
+
+
+def _shortened(rows_QC: torch.Tensor) -> torch.Tensor:
+    """(min(Q, C), C) rows with the same Gram: R of a QR, or few rows themselves."""
+    return rows_QC if len(rows_QC) <= rows_QC.shape[1] else torch.linalg.qr(rows_QC, mode="r").R
 
 
 def _half_of_squares(value_PQ: torch.Tensor) -> float:

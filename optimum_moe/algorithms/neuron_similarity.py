@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from optimum_moe.algorithms.alignment import alignment_permutation
+from optimum_moe.algorithms.alignment import alignment_permutation, weights_of
 from optimum_moe.algorithms.experts import ExpertTensors
 
 
@@ -45,6 +45,4 @@ def neuron_similarity(experts: ExpertTensors, first: int, second: int) -> tuple[
 
 def _features(experts: ExpertTensors, expert: int) -> torch.Tensor:
     """(I, D) float32 features of an expert's neurons on the CPU."""
-    parts = [experts.up[expert], experts.down[expert].T]
-    parts += [] if experts.gate is None else [experts.gate[expert]]
-    return torch.cat([part.detach().float().cpu() for part in parts], dim=1)
+    return torch.cat([part.detach().float().cpu() for part in weights_of(experts, expert)], dim=1)

@@ -22,7 +22,7 @@ from optimum_moe.formats.base import (
 )
 from optimum_moe.formats.budget_format import BudgetFormat, Trial, dense_layout
 from optimum_moe.formats.grouped import grouped_product
-from optimum_moe.formats.stored import StoredExpert, stored_matrix
+from optimum_moe.formats.stored import StoredExpert, dense_expert
 
 
 @register_format
@@ -94,9 +94,4 @@ class Dense(BodyFormat, BudgetFormat):
 
     def build(self, expert: Expert, fitter: ExpertFitter, candidate: Candidate) -> StoredExpert:
         """The expert's own tensors."""
-        gate_IH = expert.gate_IH
-        return StoredExpert(
-            up=stored_matrix(expert.up_IH),
-            down=stored_matrix(expert.down_HI),
-            gate=None if gate_IH is None else stored_matrix(gate_IH),
-        )
+        return dense_expert(expert)

@@ -194,6 +194,16 @@ class StoredExpert:
         return output_PH.to(input_PH.dtype).expand(len(input_PH), -1)
 
 
+def dense_expert(expert: Expert) -> StoredExpert:
+    """An expert in its own matrices, the given tensors themselves."""
+    gate_IH = expert.gate_IH
+    return StoredExpert(
+        up=stored_matrix(expert.up_IH),
+        down=stored_matrix(expert.down_HI),
+        gate=None if gate_IH is None else stored_matrix(gate_IH),
+    )
+
+
 def without_neurons(expert: Expert, instead: StoredPart | None = None) -> StoredExpert:
     """An expert that keeps no neurons.
 

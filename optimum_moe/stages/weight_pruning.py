@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from re import fullmatch
 from typing import Any, ClassVar
 
-from optimum_moe.algorithms.expert import Expert
 from optimum_moe.algorithms.expert_tokens import single_expert
 from optimum_moe.algorithms.weight_pruning import CRITERIA, Sparsity, pruned_expert
-from optimum_moe.formats import StoredExpert, StoredExperts
-from optimum_moe.formats.stored import stored_matrix
+from optimum_moe.formats import StoredExperts
+from optimum_moe.formats.stored import dense_expert
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan
 from optimum_moe.settings import choose_one
@@ -148,7 +147,7 @@ class WeightPruning(FormattingStage):
         for index in range(context.experts.num_experts):
             tokens = None if sample is None else sample.of_expert(index)
             single = single_expert(context.experts, index)
-            stored.append(_dense(pruned_expert(single, tokens, self.method, self.zeros, knows_hidden), context))
+            stored.append(dense_expert(pruned_expert(single, tokens, self.method, self.zeros, knows_hidden)))
         return StoredExperts(tuple(stored))
 
     def decide(self, context: BlockContext, allocated: Any) -> BlockPlan:
@@ -161,14 +160,3 @@ class WeightPruning(FormattingStage):
     def costs(self, model: ModelInfo, before: Mapping[str, BlockCost]) -> dict[str, BlockCost]:
         """As before: zeros take as many bytes, and stock kernels multiply by them."""
         return dict(before)
-
-
-def _dense(expert: Expert, context: BlockContext) -> StoredExpert:
-    """An expert in dense matrices of the dtype that the block stores."""
-    dtype = context.experts.up[0].dtype
-    gate_IH = expert.gate_IH
-    return StoredExpert(
-        stored_matrix(expert.up_IH.to(dtype)),
-        stored_matrix(expert.down_HI.to(dtype)),
-        None if gate_IH is None else stored_matrix(gate_IH.to(dtype)),
-    )
