@@ -3,11 +3,12 @@
     python benchmarks/catalog.py [--on reference] [--output benchmarks/results/catalog.md]
     python benchmarks/catalog.py --best 10 --seeds 0 1 2 --output benchmarks/results/catalog_best.md
 
-Without `--best`: everything at 50% of the bytes of the experts. With it: so many of those with the least KL there, and
-pruning at random and by frequency, at 75, 50 and 25%. Perplexity relative to the original, KL and top-1 agreement on
-held-out text, multiple choice, generation agreement and loop rate, as the mean over calibration seeds and the spread
-(largest minus smallest). One calibration serves all rows of a model and seed; nothing is trained. Results are kept in
-`.cache/catalog`, so that an interrupted run continues.
+Without `--best`: everything at 50% of the bytes of the experts. With it: so many of those with the least KL there that
+store no more than they were asked for, and beside them pruning at random, by frequency and by REAP, M-SMoE and MC-SMoE,
+at 75, 50 and 25%. Perplexity relative to the original, KL and top-1 agreement on held-out text, multiple choice,
+generation agreement and loop rate, as the mean over calibration seeds and the spread (largest minus smallest). One
+calibration serves all rows of a model and seed; nothing is trained. Results are kept in `.cache/catalog`, so that an
+interrupted run continues.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ CRITERIA = (
 )
 RANK = 8
 """Of the maps that removed experts leave."""
-BASELINES = ("prune: random", "prune: frequency")
+BASELINES = ("prune: random", "prune: frequency", "prune: reap", "merge: M-SMoE", "factorize: MC-SMoE")
+"""Compared at every size, however they did at half of the bytes."""
+SLACK = 0.01
+"""Of the experts' bytes, which a method may store over what it was asked for: scales of rounded weights."""
 BEST_SHARES = (75, 50, 25)
 SEVERAL = ("experts only", "ranks only", "neurons only", "byte budget", "byte budget, 8 and 4 bits too")
 """Of the byte budgets for transformers, those that are listed."""
@@ -78,9 +82,11 @@ def setting_of(reference: Reference) -> Setting:
 
 def best_of(found: dict[tuple[float, str], list[EvaluationResult]], number: int) -> list[str]:
     """So many names with the least KL at half of the bytes in the first seed, and the baselines, in their order."""
-    scored = {name: results[0].scores["kl"].value for (share, name), results in found.items() if share == 50}
-    chosen = {*sorted(scored, key=scored.__getitem__)[:number], *BASELINES}
-    return [name for name in scored if name in chosen]
+    at_half = {name: results[0] for (share, name), results in found.items() if share == 50}
+    fair = [name for name, result in at_half.items() if result.data["stored_share"] <= 0.5 + SLACK]
+    fair.sort(key=lambda name: at_half[name].scores["kl"].value)
+    chosen = {*fair[:number], *BASELINES}
+    return [name for name in at_half if name in chosen]
 
 
 def table(
