@@ -31,7 +31,7 @@ $(VLLM)/.ready: setup.py
 	$(VLLM)/bin/pip install --quiet --no-deps -e .
 	touch $@
 
-.PHONY: help demo test test-all test-oldest test-digests test-serving lint docs bench
+.PHONY: help demo test test-all test-oldest test-digests test-report test-serving lint docs bench
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -46,6 +46,9 @@ test-all: $(READY) lint test-oldest test-digests  ## every architecture and ever
 
 test-digests: $(READY)  ## every tensor that the presets give, against the digests of the last change of results
 	$(BIN)/python benchmarks/digests.py --check benchmarks/results/digests.json --seeds 0
+
+test-report: $(READY)  ## reports in headless Chromium: network, accessibility, widths (needs chromium and npm)
+	$(BIN)/python benchmarks/report_check.py
 
 test-oldest: $(OLDEST_AT)/.ready  ## loading and exact properties with the oldest transformers that is supported
 	PYTHONPATH=$(CURDIR)/$(OLDEST_AT) $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(OLDEST)'"

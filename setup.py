@@ -33,7 +33,7 @@ setup(
         "torch.backends": ["optimum_moe = optimum_moe_autoload:autoload"],
         "vllm.general_plugins": ["optimum_moe = optimum_moe.vllm_plugin:register"],
     },
-    package_data={"optimum_moe": ["py.typed", "presets/*.yaml"]},
+    package_data={"optimum_moe": ["py.typed", "presets/*.yaml", "reporting/templates/*"]},
     install_requires=[
         "torch>=2.9",
         "transformers>=5.23,<5.25",
@@ -42,6 +42,7 @@ setup(
         "safetensors>=0.8",
         "scipy>=1.17",
         "huggingface_hub",
+        "jinja2>=3.1",
         "filelock>=3.30",
         "psutil",
         "numpy",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from optimum_moe.look import LookInside, look_inside
     from optimum_moe.nn import LowRankSparseLinear, MergedExpertLayer
     from optimum_moe.plan import CompressionPlan
+    from optimum_moe.report import write_report
     from optimum_moe.stages import (
         BlockDrop,
         ByteBudget,
@@ -78,6 +79,7 @@ _HOMES = {
     "register_surgeon": "optimum_moe.surgeons",
     "register_weighting": "optimum_moe.stages",
     "verify": "optimum_moe.verification",
+    "write_report": "optimum_moe.report",
 }
 
 __all__ = [
@@ -112,6 +114,7 @@ __all__ = [
     "register_surgeon",
     "register_weighting",
     "verify",
+    "write_report",
 ]
 
 

@@ -67,6 +67,7 @@ class MoECompressor:
         streaming: StreamingSettings | None = None,
         error_propagation: bool = False,
         max_shard_size: str | int = "5GB",
+        report: bool = True,
     ) -> None:
         self.source = source
         self.streaming = streaming
@@ -79,6 +80,7 @@ class MoECompressor:
         self.overwrite = overwrite
         self.progress = progress
         self.max_shard_size = max_shard_size
+        self.report = report
         self.model: PreTrainedModel | None = None
         self.plan: CompressionPlan | None = None
         self.statistics: Statistics | None = None
@@ -115,6 +117,7 @@ class MoECompressor:
         max_shard_size: str | int | None = None,
         overwrite: bool = False,
         progress: bool = True,
+        report: bool = True,
         **kwargs: Any,
     ) -> MoECompressor:
         """Open a model and check all settings against its config and headers; no weight is read yet.
@@ -144,6 +147,7 @@ class MoECompressor:
                 layer.
             overwrite: Allow `output_dir` to be replaced; a streaming run starts again.
             progress: Show progress bars.
+            report: Write the report of the run beside the weights, as `report.html`.
             kwargs: Further arguments for `from_pretrained` of the model class.
 
         Raises:
@@ -193,6 +197,7 @@ class MoECompressor:
             streaming=streaming,
             error_propagation=error_propagation,
             max_shard_size=shard_size,
+            report=report,
         )
         compressor.preview().warn_if_nothing_shrinks(recipe)
         return compressor
@@ -414,7 +419,8 @@ class MoECompressor:
             describe_model(self.model, beside, self._remaining.blocks)
         self.mtp.write(beside, self.model, self.plan)
         carry_files(self.source.directory, self._given_tokenizer, self.source.load_tokenizer, beside)
-        description.write_description(beside, name, self._card_facts())
+        blocks = description.block_facts(self._remaining, self._seen)
+        description.write_description(beside, name, self._card_facts(), blocks, page=self.report)
         share_as_new(beside)
 
     def _card_facts(self) -> description.CardFacts:

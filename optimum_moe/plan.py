@@ -187,6 +187,11 @@ class BlockPlan:
         return self.num_groups == self.num_experts
 
     @property
+    def merges(self) -> bool:
+        """True if some experts become one."""
+        return sum(label >= 0 for label in self.labels_E) > self.num_groups
+
+    @property
     def is_identity(self) -> bool:
         """True if the block is not changed at all."""
         return self.keeps_all and self.sizes is None and self.skipping is None

@@ -109,6 +109,23 @@ class Sweep:
     original: Outcome
     outcomes: tuple[Outcome, ...]
 
+    @classmethod
+    def load(cls, output_dir: str | Path) -> Sweep:
+        """All outcomes that are in the folder of a sweep, the largest checkpoints first.
+
+        Raises:
+            ValueError: If the folder holds no sweep, or one without any result.
+        """
+        folder = Path(output_dir).expanduser()
+        if not (folder / "sweep.json").is_file():
+            raise ValueError(f"{folder} holds no sweep. Give the --output of optimum-cli moe sweep.")
+        files = (file for file in (folder / "trials").glob("*.json") if not file.name.endswith(".scores.json"))
+        found = sorted(map(_read_outcome, files), key=lambda o: (-o.bytes, o.trial.recipe, o.trial.size))
+        original = next((outcome for outcome in found if outcome.trial.recipe == ORIGINAL), None)
+        if original is None:
+            raise ValueError(f"The sweep in {folder} has no result yet. Let it go on first.")
+        return cls(original, tuple(outcome for outcome in found if outcome is not original))
+
     def best(self, size: str) -> Outcome:
         """The outcome with the least KL at a size.
 
@@ -322,6 +339,14 @@ def _begin(folder: Path, record: Mapping[str, Any]) -> bool:
     return True
 
 
+def _read_outcome(file: Path) -> Outcome:
+    """What was kept of a trial in its file, whose scores are in another one beside it."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    result = None if record["result"] is None else EvaluationResult.load(file.parent / record["result"])
+    trial = Trial(record["recipe"], record["size"])
+    return Outcome(trial, record["bytes"], record["plain"], record["seconds"], result, record["refused"])
+
+
 def _write(file: Path, record: Mapping[str, Any]) -> None:
     beside = file.with_suffix(".part")
     beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -351,9 +376,7 @@ class _Work:
 
     def outcome(self, trial: Trial) -> Outcome:
         """What was kept of a trial."""
-        record = json.loads(self._file(trial).read_text(encoding="utf-8"))
-        result = None if record["result"] is None else EvaluationResult.load(self.folder / "trials" / record["result"])
-        return Outcome(trial, record["bytes"], record["plain"], record["seconds"], result, record["refused"])
+        return _read_outcome(self._file(trial))
 
     def keep(self, outcome: Outcome) -> None:
         """Write what became of a trial; the scores first."""

@@ -42,6 +42,7 @@ LAYERS = {
     "recovery": 6,
     "verification": 6,
     "sweep": 7,
+    "report": 7,
     "cli": 8,
     "vllm_plugin": 8,
     "vllm_plugin/blocks": 2,

@@ -89,7 +89,7 @@ def test_files_are_carried_byte_for_byte(engine: str, tmp_path: Path) -> None:
     assert written - shards == {
         *("LICENSE", "tool_parser.py", "additional_chat_templates/tool_use.jinja", "vocab.txt", "tokenizer.json"),
         *("tokenizer_config.json", "generation_config.json", "config.json", "README.md", "recipe.yaml", "plan.json"),
-        *("plan/tensors.safetensors", "compression_report.json", "checksums.json"),
+        *("plan/tensors.safetensors", "compression_report.json", "checksums.json", "report.html"),
     }
     assert AutoTokenizer.from_pretrained(out)("abc").input_ids == tokenizer()("abc").input_ids
 

@@ -18,8 +18,8 @@ from optimum_moe.plan import PLAN_NAME
 
 CHECKSUMS_FILE = "checksums.json"
 _CHECKED_OTHERWISE = {"config.json", INDEX_FILE, CHECKSUMS_FILE, f"{PLAN_NAME}.json"}
-_FREE = {"README.md", ".gitattributes"}
-"""Files that the Hub and its users edit."""
+_FREE = {"README.md", "report.html", ".gitattributes"}
+"""Files that the Hub and its users edit, or that can be written again."""
 _SAVED_AGAIN = (
     *("generation_config.json", "*token*.json", "vocab*", "merges.txt", "chat_template*", "*processor_config.json"),
     *(f"{CARRIED_MODULE}.py", ARCHIVE),

@@ -72,6 +72,7 @@ class CompressCommand(MoESubcommand):
             metavar="REPO",
             help="Upload the result to this repository; by default to one with the name of the folder.",
         )
+        parser.add_argument("--no-report", dest="report", action="store_false", help="Write no report.html.")
         parser.add_argument("--quiet", action="store_true", help="Print only the path of the output folder.")
 
     def execute(self) -> None:
@@ -108,6 +109,7 @@ class CompressCommand(MoESubcommand):
             seed=args.seed,
             device_map=args.device_map,
             progress=not args.quiet,
+            report=args.report,
             mtp=args.mtp,
             tokenizer=args.tokenizer,
             **checkpoint_arguments(args),

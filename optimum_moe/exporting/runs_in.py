@@ -19,6 +19,7 @@ from optimum_moe.exporting.gguf_file import read_gguf
 from optimum_moe.exporting.gguf_types import FILE_TYPES
 from optimum_moe.exporting.to_gguf import stored_type
 from optimum_moe.reporting.loads_in import LoadsIn, record_run
+from optimum_moe.reporting.page import refresh_page
 from optimum_moe.settings import choose_one
 
 _TEXTS = ("The capital of France is", "In the beginning", "def fibonacci(n):\n    ", "He said that she")
@@ -95,6 +96,7 @@ class Run:
         """Write it into the report and the card of a checkpoint."""
         says = self.says.replace("|", "/")
         record_run(Path(checkpoint), LoadsIn(self.title, says, "run", self.version))
+        refresh_page(Path(checkpoint))
 
 
 @dataclass(frozen=True, eq=False)

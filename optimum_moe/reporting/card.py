@@ -134,7 +134,7 @@ def model_card(facts: CardFacts, name: str, loads_in: Sequence[LoadsIn]) -> str:
         metadata=metadata.to_yaml(),
         title=name,
         base=facts.base,
-        sentence=_sentence(facts.plan),
+        sentence=describe_cut(facts.plan),
         loading="\n".join(load),
         rows="\n".join(f"| {label} | {old:,.0f} | {new:,.0f} | {new / old:.3f} |" for label, old, new in rows),
         experts=", ".join(f"{old} -> {new}" for old, new in sorted(set(facts.cost.counts.values()))),
@@ -148,10 +148,10 @@ def model_card(facts: CardFacts, name: str, loads_in: Sequence[LoadsIn]) -> str:
     )
 
 
-def _sentence(plan: CompressionPlan) -> str:
+def describe_cut(plan: CompressionPlan) -> str:
     """A sentence on what was done to the experts."""
     blocks = plan.blocks.values()
-    merged = any(len(block.members(group)) > 1 for block in blocks for group in range(block.num_groups))
+    merged = any(block.merges for block in blocks)
     done = ["merged"] if merged else ["removed"] if any(not block.keeps_all for block in blocks) else []
     narrow = any(n is not None for block in blocks if block.is_stock for n in block.neurons or ())
     done += ["made narrower"] if narrow else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +20,12 @@ from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.recipe import Recipe
 from optimum_moe.reporting.card import CardFacts, inherited_metadata, mean_stable_ranks, model_card
 from optimum_moe.reporting.loads_in import FIELD, REPORT_FILE, known_rows, to_json
+from optimum_moe.reporting.page import PAGE_FILE, RunRecord, write_page
+from optimum_moe.reporting.page.run_record import RECIPE_FILE, BlockFacts
 from optimum_moe.reporting.preview import Cost, Preview, flops_per_token, original_cost, preview, values_only
 from optimum_moe.reporting.versions import versions
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
-
-RECIPE_FILE = "recipe.yaml"
 
 
 def card_facts(source: ModelSource, recipe: Recipe, plan: CompressionPlan, cost: Preview, auto_class: str) -> CardFacts:
@@ -41,15 +41,34 @@ def card_facts(source: ModelSource, recipe: Recipe, plan: CompressionPlan, cost:
     )
 
 
-def write_description(directory: Path, name: str, facts: CardFacts) -> None:
-    """Write plan, recipe, report and model card of a checkpoint called `name`, and the digests of all these files."""
+def block_facts(source: ModelSource, statistics: Statistics | None) -> dict[str, BlockFacts]:
+    """Sizes of each MoE block, and what was observed of it."""
+    observed = {} if statistics is None else statistics.blocks
+    return {info.name: BlockFacts.of(info, observed.get(info.name)) for info in source.info.blocks}
+
+
+def write_description(
+    directory: Path, name: str, facts: CardFacts, blocks: Mapping[str, BlockFacts], page: bool = True
+) -> None:
+    """Write plan, recipe, report and model card of a checkpoint, and the digests of all these files.
+
+    Args:
+        directory: Its folder, with weights and config already written.
+        name: What it is called.
+        facts: Content of the card.
+        blocks: Facts of each MoE block.
+        page: Whether to write the report as HTML too.
+    """
     facts.plan.save_pretrained(directory)
     (directory / RECIPE_FILE).write_text(facts.recipe, encoding="utf-8")
     ranks = mean_stable_ranks(facts.plan)
     report = facts.cost.to_dict() | {"versions": versions(), FIELD: to_json(known_rows(directory))}
+    report["blocks"] = {block: own.to_dict() for block, own in blocks.items()}
     report |= {} if ranks is None else {"stable_rank": dict(zip(("before", "after"), ranks, strict=True))}
     (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     write_card(directory, name, facts)
+    if page:
+        write_page(RunRecord.read(directory, name), directory / PAGE_FILE)
     write_checksums(directory)
 
 

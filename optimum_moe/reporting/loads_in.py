@@ -47,6 +47,9 @@ class LoadsIn:
     version: str = ""
 
 
+HOW_KNOWN = {"run": "run", "table": "known of this kind of checkpoint, not run", "code": "from its code, not run"}
+"""What the values of `LoadsIn.known` mean."""
+
 _PACKED = (
     "loads where the original loads, after `optimum-cli moe export --to compressed-tensors` if that takes its sizes"
 )
@@ -126,9 +129,10 @@ def to_json(rows: Sequence[LoadsIn]) -> list[dict[str, Any]]:
 
 def markdown(rows: Sequence[LoadsIn]) -> str:
     """Section of the model card."""
-    how = {"run": "run", "table": "known of this kind of checkpoint, not run", "code": "from its code, not run"}
     lines = [_TITLE, "", "| runtime | | how it is known |", "|---|---|---|"]
-    lines += [f"| {' '.join([row.runtime, row.version]).strip()} | {row.says} | {how[row.known]} |" for row in rows]
+    lines += [
+        f"| {' '.join([row.runtime, row.version]).strip()} | {row.says} | {HOW_KNOWN[row.known]} |" for row in rows
+    ]
     return "\n".join(lines)
 
 
@@ -145,12 +149,17 @@ def record_run(directory: Path, row: LoadsIn) -> None:
     # What was run takes the place of what was expected of the same runtime, and of an earlier run.
     rows = [known for known in known_rows(directory) if known.runtime != row.runtime]
     rows.append(row)
-    report = json.loads(file.read_text(encoding="utf-8")) | {FIELD: to_json(rows)}
-    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report_file(directory, json.loads(file.read_text(encoding="utf-8")) | {FIELD: to_json(rows)})
     card = directory / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="surrogateescape")
         card.write_text(with_section(text, rows), encoding="utf-8", errors="surrogateescape")
+
+
+def write_report_file(directory: Path, report: Mapping[str, Any]) -> None:
+    """Write the report's file of a finished checkpoint again, and its digest."""
+    file = directory / REPORT_FILE
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     checksums = directory / CHECKSUMS_FILE
     if checksums.is_file():
         record = json.loads(checksums.read_text(encoding="utf-8"))

@@ -69,6 +69,7 @@ OPTIONS = {
         "--error-propagation",
         "--max-shard-size",
         "--push-to-hub",
+        "--no-report",
         "--quiet",
         *RECIPE,
         *CHECKPOINT,
@@ -100,6 +101,7 @@ OPTIONS = {
         *{"--model", "--against", "--quiet", "--trained"},
         *{"--runs-in", "--exported", "--quantize", "--llama-cpp", "--python"},
     },
+    "report": {"--model", "--output", "--statistics", "--evaluation", "--reference", "--sweep", "--json"},
     "export": {
         *{"--model", "--to", "--output", "--overwrite", "--quantize", "--calibration"},
         *{"--llama-cpp", "--pre-tokenizer", "--python"},

@@ -1,0 +1,118 @@
+"""What the checkpoint scored, and what a sweep found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from shlex import quote
+from typing import Any
+
+from optimum_moe.reporting.page.drawing import Axis, line_path, point_path, whisker_path, x_ticks, y_ticks
+from optimum_moe.reporting.page.elements import Chart, Element, Line, Missing, Section, Table, Text
+from optimum_moe.reporting.page.run_record import RunRecord
+from optimum_moe.reporting.page.words import quantity
+
+EVALUATION, REFERENCE, SWEEP = "evaluation", "reference_evaluation", "sweep"
+"""Keys of scores, of the original's scores, and of a sweep in the report's file."""
+
+_SCORES = {
+    "perplexity": "perplexity",
+    "kl": "KL to the original (nats a token)",
+    "top1_agreement": "same most likely token as the original",
+    "choice_accuracy": "true continuation chosen among four",
+    "generation_agreement": "same tokens as the original, generated greedily",
+    "prefix_agreement": "tokens up to the first difference from the original",
+    "loop_rate": "continuations that loop",
+}
+_DIGITS = {"perplexity": 2, "kl": 4}
+
+
+def quality(run: RunRecord) -> Section:
+    """Scores with their intervals."""
+    scores = run.report.get(EVALUATION)
+    if scores is None:
+        missing = Missing(
+            "This checkpoint was not evaluated yet, so nothing here says how good it is.",
+            "Measure it on text that it was not calibrated on, and add the scores:",
+            f"optimum-cli moe evaluate {quote(run.name)} --reference {quote(run.original)} --text HELD_OUT "
+            f"--output scores.json\n{run.command('--evaluation scores.json')}",
+        )
+        return Section("quality", "How good it is", [missing])
+    original = (run.report.get(REFERENCE) or {}).get("scores", {})
+    rows = []
+    for name, score in scores["scores"].items():
+        cells = [_SCORES.get(name, name), *_interval(name, score)]
+        cells += _interval(name, original[name]) if name in original else ["–", "–"]
+        rows.append((*cells, str(score["count"])))
+    header = ("score", "this model", "95% interval", "original", "95% interval", "units")
+    elements: list[Element] = [Table("Scores", header, tuple(rows)), Text(_measured_on(scores.get("data", {})))]
+    return Section("quality", "How good it is", elements)
+
+
+def _interval(name: str, score: Mapping[str, Any]) -> list[str]:
+    digits = _DIGITS.get(name, 3)
+    return [f"{score['value']:.{digits}f}", f"{score['low']:.{digits}f} to {score['high']:.{digits}f}"]
+
+
+def _measured_on(data: Mapping[str, Any]) -> str:
+    names = ", ".join(str(source.get("name")) for source in data.get("sources", ())) or "text without a name"
+    said = f"Measured on {names}"
+    if data.get("num_tokens"):
+        said += f", {data['num_tokens']:,} tokens"
+    if data.get("hash"):
+        said += f", sha256 {str(data['hash'])[:12]}"
+    return f"{said}. Units are windows of text, questions or prompts; intervals are from a bootstrap over them."
+
+
+def sweep(run: RunRecord) -> Section | None:
+    """What a sweep over recipes and sizes found on this model; None if there is none."""
+    found = run.report.get(SWEEP)
+    if not found:
+        return None
+    trials = [trial for trial in found if trial.get("kl") is not None]
+    element = _pareto(trials, _trials(found)) if trials else replace(_trials(found), folded=False)
+    return Section("sweep", "Other recipes and sizes", [element])
+
+
+def _trials(found: Sequence[Mapping[str, Any]]) -> Table:
+    rows = tuple(
+        (
+            trial["recipe"],
+            trial["size"],
+            quantity(trial["bytes"], "B") if trial["bytes"] else "–",
+            "–" if trial.get("kl") is None else f"{trial['kl']:.4f}",
+            "–" if trial.get("perplexity") is None else f"{trial['perplexity']:.2f}",
+            f"refused: {trial['refused']}" if trial.get("refused") else "yes" if trial["plain"] else "no",
+        )
+        for trial in found
+    )
+    header = ("recipe", "size", "checkpoint", "KL", "perplexity", "loads without this package")
+    return Table("All trials", header, rows, folded=True)
+
+
+def _pareto(trials: Sequence[Mapping[str, Any]], table: Table) -> Chart:
+    unit = max(trial["bytes"] for trial in trials) / 10
+    step, prefix = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if unit >= pair[0] / 100)
+    x, y = Axis.of(trial["bytes"] / step for trial in trials), Axis.of((t["kl"] for t in trials), is_log=True)
+    lines = []
+    for style, recipe in enumerate(dict.fromkeys(trial["recipe"] for trial in trials)):
+        own = sorted((t["bytes"] / step, t["kl"], t["low"], t["high"]) for t in trials if t["recipe"] == recipe)
+        points = [(at, value) for at, value, _, _ in own]
+        whiskers = whisker_path([(at, low, high) for at, _, low, high in own], x, y)
+        lines.append(Line(str(style % 7), recipe, line_path(points, x, y), point_path(points, x, y), whiskers))
+    front: list[tuple[float, float]] = []
+    for at, value in sorted((t["bytes"] / step, t["kl"]) for t in trials):
+        if not front or value < front[-1][1]:
+            front.append((at, value))
+    lines.append(Line("front", "best of all", line_path(front, x, y, steps=True)))
+    return Chart(
+        identifier="pareto",
+        title="KL to the original against the size of the checkpoint",
+        description="Lower and further left is better; whiskers are 95% intervals.",
+        lines=tuple(lines),
+        x_label=f"checkpoint ({prefix})",
+        x_ticks=x_ticks(x),
+        y_label="KL (nats a token, logarithmic)",
+        y_ticks=y_ticks(y),
+        table=table,
+    )
