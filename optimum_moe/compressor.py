@@ -420,12 +420,19 @@ class MoECompressor:
         self.mtp.write(beside, self.model, self.plan)
         carry_files(self.source.directory, self._given_tokenizer, self.source.load_tokenizer, beside)
         blocks = description.block_facts(self._remaining, self._seen)
-        description.write_description(beside, name, self._card_facts(), blocks, page=self.report)
+        description.write_description(beside, name, self._card_facts(), blocks)
         share_as_new(beside)
 
     def _card_facts(self) -> description.CardFacts:
         assert self.plan is not None
-        return description.card_facts(self.source, self.recipe, self.plan, self.measured(), type(self.model).__name__)
+        return description.card_facts(
+            self.source,
+            self.recipe,
+            self.plan,
+            self.measured(),
+            type(self.model).__name__,
+            page=self.report,
+        )
 
     def _stream(self, batches: CalibrationBatches | None, plan: CompressionPlan | None) -> Path:
         """Run `apply()` layer by layer, and write to the destination."""

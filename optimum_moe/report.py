@@ -11,11 +11,12 @@ from optimum_moe.algorithms.similarity import gram_similarity
 from optimum_moe.checkpoint.identity import first_difference
 from optimum_moe.evaluation.result import EvaluationResult
 from optimum_moe.plan import CompressionPlan
+from optimum_moe.reporting.card_quality import update_card
 from optimum_moe.reporting.loads_in import write_report_file
 from optimum_moe.reporting.page import PAGE_FILE, RunRecord, write_page
 from optimum_moe.reporting.page.merges import TREES
-from optimum_moe.reporting.page.quality import EVALUATION, REFERENCE, SWEEP
 from optimum_moe.reporting.page.run_record import check_is_run, read_report
+from optimum_moe.reporting.scores import EVALUATION, REFERENCE, SWEEP
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.sweep import Sweep
 
@@ -70,6 +71,7 @@ def write_report(
     _check_file(file)
     if output is None and report != read_report(folder):
         write_report_file(folder, report)
+        update_card(folder / "README.md", run.name, report)
     write_page(run, file)
     return file
 

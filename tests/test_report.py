@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 
 from optimum_moe import (
     CalibrationConfig,
@@ -20,17 +21,21 @@ from optimum_moe import (
     LowRankSparse,
     MoECompressor,
     MSMoE,
+    Rounding,
+    Stage,
     Statistics,
     verify,
     write_report,
 )
 from optimum_moe.evaluation import EvaluationResult
 from optimum_moe.evaluation.scores import UnitScores
+from optimum_moe.recipe import Recipe
 from optimum_moe.reporting.loads_in import LoadsIn, record_run
 from optimum_moe.reporting.page import RunRecord, refresh_page
 from optimum_moe.reporting.page.drawing import Axis, Cell, index_ticks, line_path, row_paths, thinned, tree_path
 from optimum_moe.reporting.page.fates import REMOVED, UNCHANGED, fates
 from optimum_moe.reporting.page.write import page
+from optimum_moe.reporting.papers import papers
 from optimum_moe.sweep import ORIGINAL, Outcome, Sweep, Trial
 from tests.synthetic_run import synthetic_run
 from tests.tiny_checkpoints import documents, save_checkpoint
@@ -322,3 +327,58 @@ def test_trees() -> None:
     assert order == [1, 0, 2]
     assert path.count("M") == 2
     assert tree_path([], 1) == ("", [0])
+
+
+def of_the_hub(original: Path, place: Path) -> Path:
+    """A folder of the Hub's cache with the original."""
+    folder = place / "hub" / "models--org--name" / "snapshots" / "0a1b"
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(original)
+    return folder
+
+
+def test_the_card_has_what_the_hub_reads(original: Path, statistics: Statistics, tmp_path: Path) -> None:
+    folder = of_the_hub(original, tmp_path)
+    recorded = {**statistics.calibration, "sources": [{"name": "org/texts:train", "weight": 1.0}, {"name": "mine.txt"}]}
+    compressor = MoECompressor.from_pretrained(folder, METHODS["merged"], SAMPLE, progress=False)
+    compressor.apply(replace(statistics, calibration=recorded))
+    out = compressor.save_pretrained(tmp_path / "out")
+    card = ModelCard.load(out / "README.md")
+    data = card.data.to_dict()
+    assert data["base_model"] == "org/name"
+    assert data["datasets"] == ["org/texts"]
+    assert "base_model_relation" not in data
+    assert "model-index" not in data
+    assert "https://arxiv.org/abs/2310.01334" in card.text
+    assert "makes no claim about quality" in card.text
+    write_report(out, evaluation=scores(20.0))
+    card = ModelCard.load(out / "README.md")
+    assert isinstance(card.data, ModelCardData)
+    assert card.data.model_name == "out"
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results or ()}
+    assert found == {"perplexity": pytest.approx(20.0, rel=1e-2), "kl": pytest.approx(0.2)}
+    assert "makes no claim" not in card.text
+    assert card.text.count("## Quality") == 1
+    assert card.data.to_dict()["base_model"] == "org/name"
+    before = (out / "README.md").read_bytes()
+    write_report(out, evaluation=scores(20.0))
+    assert (out / "README.md").read_bytes() == before
+
+
+def test_the_card_of_rounded_experts(original: Path, tmp_path: Path) -> None:
+    compressor = MoECompressor.from_pretrained(of_the_hub(original, tmp_path), Rounding(bits=8), progress=False)
+    compressor.apply()
+    data = ModelCard.load(compressor.save_pretrained(tmp_path / "out") / "README.md").data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("org/name", "quantized")
+
+
+@pytest.mark.parametrize(
+    ("stages", "numbers"),
+    [
+        ([MSMoE(num_experts=4), LowRankSparse(rank=8)], ("2310.01334",)),
+        ([ExpertPruning(num_experts=4)], ("2510.13999",)),
+        ([ExpertPruning(num_experts=4, saliency="frequency")], ()),
+    ],
+)
+def test_papers_of_a_recipe(stages: list[Stage], numbers: tuple[str, ...]) -> None:
+    assert papers(Recipe(tuple(stages)).settings()) == numbers

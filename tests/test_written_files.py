@@ -185,7 +185,7 @@ def test_the_card_says_what_was_done_and_not_where(
         "Calibration: 512 tokens of corpus.jsonl; rows of 64; "
         f"seed 3; sha256 {digest}. Seed: 7. Made with {versions}{transformers.__version__}." in card
     )
-    texts = [path for path in out.rglob("*") if path.suffix in (".md", ".json", ".yaml", ".py", ".jinja")]
+    texts = [path for path in out.rglob("*") if path.suffix in (".md", ".json", ".yaml", ".py", ".jinja", ".html")]
     assert [path.name for path in texts if str(tmp_path.parent) in path.read_text(encoding="utf-8")] == []
     recipe = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
     assert recipe.pop("calibration") == {

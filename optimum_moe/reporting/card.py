@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from optimum_moe.checkpoint.names import data_set_name
+from optimum_moe.formats.rounded import ROUNDED
 from optimum_moe.plan import CompressionPlan
+from optimum_moe.reporting.card_quality import eval_results, quality_section
 from optimum_moe.reporting.loads_in import LoadsIn, markdown
+from optimum_moe.reporting.papers import papers
 from optimum_moe.reporting.preview import Preview
 from optimum_moe.reporting.versions import versions
 
@@ -27,9 +32,7 @@ _TEMPLATE = """---
 
 ## Use
 
-```python
-{loading}
-```
+{use}
 
 ## Size
 
@@ -41,17 +44,27 @@ Experts of each MoE block: {experts}. FLOPs are 2 x multiply-adds of all weight 
 
 {loads_in}
 
+{quality}
+
+## Limits
+
+{limits}
+
 ## How it was made
 
 ```yaml
 {recipe}
 ```
 
-Stages: {stages}. Calibration: {calibration}. Seed: {seed}. Made with {versions}. `plan.json` and
-`plan/tensors.safetensors` record which experts were merged, removed or kept.
+Stages: {stages}. Calibration: {calibration}. Seed: {seed}. Made with {versions}. {papers}
 
-This card states sizes; it makes no claim about quality. Measure it on your task with `optimum-cli moe evaluate`.
-"""
+| file | what it is | sha256 |
+|---|---|---|
+| `recipe.yaml` | the recipe above, for `optimum-cli moe compress --recipe` | {recipe_digest} |
+| `plan.json`, `plan/tensors.safetensors` | which experts were merged, removed or kept | {plan_digest} |
+| `compression_report.json` | sizes, and use of the experts, as numbers | |
+{page}"""
+_PAGE = "| `report.html` | the run as one page: what each expert became, and how it was used | |\n"
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,7 @@ class CardFacts:
         recipe: The recipe as YAML.
         hub_id: Hub id of the original, None if it has none.
         inherited: Metadata of the original's card that also apply to the compressed model.
+        page: Whether the report is there as HTML.
     """
 
     base: str
@@ -75,6 +89,7 @@ class CardFacts:
     recipe: str
     hub_id: str | None = None
     inherited: Mapping[str, Any] = field(default_factory=dict)
+    page: bool = True
 
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -107,20 +122,76 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def model_card(facts: CardFacts, name: str, loads_in: Sequence[LoadsIn]) -> str:
-    """Text of `README.md` for a checkpoint called `name`, with rows on where it loads."""
+def model_card(
+    facts: CardFacts, name: str, loads_in: Sequence[LoadsIn], plan_digest: str, report: Mapping[str, Any]
+) -> str:
+    """Text of `README.md`.
+
+    Args:
+        facts: Its content.
+        name: What the checkpoint is called.
+        loads_in: Where it loads.
+        plan_digest: SHA-256 of the plan.
+        report: Content of the report's file.
+    """
     before, after = facts.cost.before, facts.cost.after
-    metadata = ModelCardData(
-        base_model=facts.hub_id,
-        library_name="transformers",
-        **facts.inherited,
-        tags=["optimum_moe", "mixture-of-experts", *_stage_names(facts.plan)],
-    )
     rows = [
         ("parameters", before.parameters, after.parameters),
         ("bytes", before.bytes, after.bytes),
         ("FLOPs per token", before.flops_upper, after.flops_upper),
     ]
+    cited = ", ".join(f"[arXiv:{number}](https://arxiv.org/abs/{number})" for number in papers(facts.plan.stages))
+    return _TEMPLATE.format(
+        metadata=_metadata(facts, name, report).to_yaml(),
+        title=name,
+        base=facts.base,
+        sentence=describe_cut(facts.plan),
+        use=how_to_use(name, facts, loads_in),
+        rows="\n".join(f"| {label} | {old:,.0f} | {new:,.0f} | {new / old:.3f} |" for label, old, new in rows),
+        experts=", ".join(f"{old} -> {new}" for old, new in sorted(set(facts.cost.counts.values()))),
+        stable_rank=_stable_rank(facts.plan),
+        loads_in=markdown(loads_in),
+        quality=quality_section(report),
+        limits="\n".join(f"- {said}" for said in _limits(facts, report)),
+        recipe=facts.recipe.strip(),
+        stages=describe_stages(facts.plan.stages),
+        calibration=describe_calibration(facts.plan.calibration),
+        seed=facts.plan.seed,
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+        papers=f"Papers: {cited}." if cited else "",
+        recipe_digest=hashlib.sha256(facts.recipe.encode("utf-8", "surrogateescape")).hexdigest()[:16],
+        plan_digest=plan_digest[:16],
+        page=_PAGE if facts.page else "",
+    )
+
+
+def _metadata(facts: CardFacts, name: str, report: Mapping[str, Any]) -> ModelCardData:
+    """What the Hub reads of the card."""
+    sources = (facts.plan.calibration or {}).get("sources", ())
+    data_sets = [named[0] for source in sources if (named := data_set_name(str(source.get("name")))) is not None]
+    rounded = any(set(block.sizes.parts) & set(ROUNDED.values()) for block in facts.plan.blocks.values() if block.sizes)
+    scores = eval_results(report)
+    return ModelCardData(
+        model_name=name if scores else None,
+        eval_results=scores or None,
+        base_model=facts.hub_id,
+        # The Hub knows no relation of a model to one with fewer or other experts.
+        base_model_relation="quantized" if facts.hub_id and rounded else None,
+        library_name="transformers",
+        **facts.inherited,
+        datasets=list(dict.fromkeys(data_sets)) or None,
+        tags=["optimum_moe", "mixture-of-experts", *_stage_names(facts.plan)],
+    )
+
+
+def how_to_use(name: str, facts: CardFacts, loads_in: Sequence[LoadsIn]) -> str:
+    """Code for each runtime that loads the checkpoint.
+
+    Args:
+        name: What it is called.
+        facts: Content of the card.
+        loads_in: Where it loads.
+    """
     load = [
         f"from transformers import {facts.auto_class}",
         "",
@@ -130,22 +201,41 @@ def model_card(facts: CardFacts, name: str, loads_in: Sequence[LoadsIn]) -> str:
         load.insert(
             0, "# With optimum-moe installed (no import needed); else an Auto class and trust_remote_code=True."
         )
-    return _TEMPLATE.format(
-        metadata=metadata.to_yaml(),
-        title=name,
-        base=facts.base,
-        sentence=describe_cut(facts.plan),
-        loading="\n".join(load),
-        rows="\n".join(f"| {label} | {old:,.0f} | {new:,.0f} | {new / old:.3f} |" for label, old, new in rows),
-        experts=", ".join(f"{old} -> {new}" for old, new in sorted(set(facts.cost.counts.values()))),
-        stable_rank=_stable_rank(facts.plan),
-        loads_in=markdown(loads_in),
-        recipe=facts.recipe.strip(),
-        stages=describe_stages(facts.plan.stages),
-        calibration=describe_calibration(facts.plan.calibration),
-        seed=facts.plan.seed,
-        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
-    )
+    parts = ["\n".join(["```python", *load, "```"])]
+    loaded = {row.runtime for row in loads_in if row.says.startswith("loads")}
+    if "vllm" in loaded:
+        parts.append(f"In vLLM{_WITHOUT[facts.cost.plain]}:\n\n```bash\nvllm serve {name}\n```")
+    if "llama.cpp" in loaded:
+        parts.append(
+            "In llama.cpp, where it runs the original:\n\n```bash\n"
+            f"optimum-cli moe export {name} --to gguf --output model.gguf --llama-cpp llama.cpp\n"
+            "llama-cli -m model.gguf\n```"
+        )
+    return "\n\n".join(parts)
+
+
+_WITHOUT = {True: ", where it runs the original", False: ", with optimum-moe installed beside it"}
+
+
+def _limits(facts: CardFacts, report: Mapping[str, Any]) -> Iterator[str]:
+    """What users have to expect, in plain words."""
+    plan = facts.plan
+    if plan.calibration:
+        yield (
+            "What it lost was chosen on the calibration data below. Text of other kinds, such as other languages or "
+            "code, may lose more."
+        )
+    else:
+        yield "No data was read: what it lost was chosen from the weights alone."
+    routed = [block["routed"].split() for block in report.get("blocks", {}).values() if "routed" in block]
+    unused = sum(counts.count("0") for counts in routed)
+    if unused:
+        total = sum(block.num_experts for block in plan.blocks.values())
+        yield f"The calibration data reached all but {unused:,} of {total:,} experts; nothing is known of their use."
+    yield "Nothing was trained after the cut. Fine-tuning on your data can win back some of what was lost."
+    if not facts.cost.plain:
+        yield "Runtimes that are not listed above do not know how its experts are stored, and stop with an error."
+    yield "What the original gets wrong, and what its license and terms of use demand, holds for this model too."
 
 
 def describe_cut(plan: CompressionPlan) -> str:

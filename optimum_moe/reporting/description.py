@@ -16,20 +16,37 @@ from optimum_moe.checkpoint.mtp import MTPLayers
 from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.nn import FactorizedExperts
-from optimum_moe.plan import BlockPlan, CompressionPlan
+from optimum_moe.plan import PLAN_NAME, BlockPlan, CompressionPlan
 from optimum_moe.recipe import Recipe
+from optimum_moe.records import read_digest
 from optimum_moe.reporting.card import CardFacts, inherited_metadata, mean_stable_ranks, model_card
 from optimum_moe.reporting.loads_in import FIELD, REPORT_FILE, known_rows, to_json
 from optimum_moe.reporting.page import PAGE_FILE, RunRecord, write_page
-from optimum_moe.reporting.page.run_record import RECIPE_FILE, BlockFacts
+from optimum_moe.reporting.page.run_record import RECIPE_FILE, BlockFacts, read_report
 from optimum_moe.reporting.preview import Cost, Preview, flops_per_token, original_cost, preview, values_only
 from optimum_moe.reporting.versions import versions
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
 
 
-def card_facts(source: ModelSource, recipe: Recipe, plan: CompressionPlan, cost: Preview, auto_class: str) -> CardFacts:
-    """The content of a compressed checkpoint's model card, without local paths."""
+def card_facts(
+    source: ModelSource,
+    recipe: Recipe,
+    plan: CompressionPlan,
+    cost: Preview,
+    auto_class: str,
+    page: bool,
+) -> CardFacts:
+    """The content of a compressed checkpoint's model card, without local paths.
+
+    Args:
+        source: The original.
+        recipe: The recipe.
+        plan: The plan that was carried out.
+        cost: Measured sizes, before and after.
+        auto_class: Class to load with.
+        page: Whether the report is written as HTML too.
+    """
     return CardFacts(
         base=source.title,
         auto_class=auto_class,
@@ -38,6 +55,7 @@ def card_facts(source: ModelSource, recipe: Recipe, plan: CompressionPlan, cost:
         recipe=recipe.as_used(plan).to_yaml(),
         hub_id=source.hub_id,
         inherited=inherited_metadata(source.directory),
+        page=page,
     )
 
 
@@ -47,9 +65,7 @@ def block_facts(source: ModelSource, statistics: Statistics | None) -> dict[str,
     return {info.name: BlockFacts.of(info, observed.get(info.name)) for info in source.info.blocks}
 
 
-def write_description(
-    directory: Path, name: str, facts: CardFacts, blocks: Mapping[str, BlockFacts], page: bool = True
-) -> None:
+def write_description(directory: Path, name: str, facts: CardFacts, blocks: Mapping[str, BlockFacts]) -> None:
     """Write plan, recipe, report and model card of a checkpoint, and the digests of all these files.
 
     Args:
@@ -57,7 +73,6 @@ def write_description(
         name: What it is called.
         facts: Content of the card.
         blocks: Facts of each MoE block.
-        page: Whether to write the report as HTML too.
     """
     facts.plan.save_pretrained(directory)
     (directory / RECIPE_FILE).write_text(facts.recipe, encoding="utf-8")
@@ -67,7 +82,7 @@ def write_description(
     report |= {} if ranks is None else {"stable_rank": dict(zip(("before", "after"), ranks, strict=True))}
     (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     write_card(directory, name, facts)
-    if page:
+    if facts.page:
         write_page(RunRecord.read(directory, name), directory / PAGE_FILE)
     write_checksums(directory)
 
@@ -76,7 +91,9 @@ def write_card(directory: Path, name: str, facts: CardFacts) -> None:
     """Write the model card of a checkpoint called `name`."""
     # Paths that the locale cannot encode are written as their bytes.
     (directory / "README.md").write_text(
-        model_card(facts, name, known_rows(directory)), encoding="utf-8", errors="surrogateescape"
+        model_card(facts, name, known_rows(directory), read_digest(directory, PLAN_NAME), read_report(directory)),
+        encoding="utf-8",
+        errors="surrogateescape",
     )
 
 

@@ -58,6 +58,8 @@ class SharedBases:
 class LowRankSparse(FormattingStage):
     """Replace every matrix of an expert by U V + S; can follow a stage that merges or prunes.
 
+    The second step of MC-SMoE (arXiv:2310.01334, section 3.3).
+
     Args:
         rank: Rank of every matrix, a multiple of 8. Exactly one of this and the next two.
         rank_ratio: Share of a matrix's elements that U and V may store, in (0, 1]. With this and the next, a matrix

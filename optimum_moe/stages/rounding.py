@@ -25,7 +25,7 @@ from optimum_moe.stages.formatting import FormattingStage
 @register_stage
 @dataclass(frozen=True)
 class Rounding(FormattingStage):
-    """Store every matrix of the experts in 8 or 4 bits; can follow a stage that merges or prunes.
+    """Store every matrix of the experts in 8 or 4 bits; can follow a stage that merges or prunes (arXiv:2406.02500).
 
     Eight bits have a scale for 128 weights of a row, four bits for 64; scales have the dtype of the weights.
 

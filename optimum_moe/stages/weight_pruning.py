@@ -34,6 +34,8 @@ _DEFAULT = 0.5
 class WeightPruning(FormattingStage):
     """Set weights of the experts' matrices to zero; shapes, dtypes and bytes of the checkpoint stay as they are.
 
+    The expert slimming of arXiv:2406.02500, section 3.2, without structure.
+
     An expert that no sampled token selects is pruned by magnitude, and so is a down projection whose inputs come from
     outside of the expert (attention experts).
 

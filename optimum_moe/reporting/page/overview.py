@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from optimum_moe.reporting.card import describe_calibration, describe_cut
 from optimum_moe.reporting.page.elements import Element, Section, Table, Text, Tile, Tiles
-from optimum_moe.reporting.page.quality import EVALUATION, REFERENCE
 from optimum_moe.reporting.page.run_record import RunRecord
 from optimum_moe.reporting.page.words import quantity, ratio
+from optimum_moe.reporting.scores import EVALUATION, REFERENCE
 
 _SIZES = (
     ("bytes of the weights", "bytes", "B"),

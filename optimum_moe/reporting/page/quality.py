@@ -11,20 +11,7 @@ from optimum_moe.reporting.page.drawing import Axis, line_path, point_path, whis
 from optimum_moe.reporting.page.elements import Chart, Element, Line, Missing, Section, Table, Text
 from optimum_moe.reporting.page.run_record import RunRecord
 from optimum_moe.reporting.page.words import quantity
-
-EVALUATION, REFERENCE, SWEEP = "evaluation", "reference_evaluation", "sweep"
-"""Keys of scores, of the original's scores, and of a sweep in the report's file."""
-
-_SCORES = {
-    "perplexity": "perplexity",
-    "kl": "KL to the original (nats a token)",
-    "top1_agreement": "same most likely token as the original",
-    "choice_accuracy": "true continuation chosen among four",
-    "generation_agreement": "same tokens as the original, generated greedily",
-    "prefix_agreement": "tokens up to the first difference from the original",
-    "loop_rate": "continuations that loop",
-}
-_DIGITS = {"perplexity": 2, "kl": 4}
+from optimum_moe.reporting.scores import EVALUATION, REFERENCE, SWEEP, measured_on, score_rows
 
 
 def quality(run: RunRecord) -> Section:
@@ -38,30 +25,9 @@ def quality(run: RunRecord) -> Section:
             f"--output scores.json\n{run.command('--evaluation scores.json')}",
         )
         return Section("quality", "How good it is", [missing])
-    original = (run.report.get(REFERENCE) or {}).get("scores", {})
-    rows = []
-    for name, score in scores["scores"].items():
-        cells = [_SCORES.get(name, name), *_interval(name, score)]
-        cells += _interval(name, original[name]) if name in original else ["–", "–"]
-        rows.append((*cells, str(score["count"])))
-    header = ("score", "this model", "95% interval", "original", "95% interval", "units")
-    elements: list[Element] = [Table("Scores", header, tuple(rows)), Text(_measured_on(scores.get("data", {})))]
+    header, rows = score_rows(scores, run.report.get(REFERENCE))
+    elements: list[Element] = [Table("Scores", header, rows), Text(measured_on(scores.get("data", {})))]
     return Section("quality", "How good it is", elements)
-
-
-def _interval(name: str, score: Mapping[str, Any]) -> list[str]:
-    digits = _DIGITS.get(name, 3)
-    return [f"{score['value']:.{digits}f}", f"{score['low']:.{digits}f} to {score['high']:.{digits}f}"]
-
-
-def _measured_on(data: Mapping[str, Any]) -> str:
-    names = ", ".join(str(source.get("name")) for source in data.get("sources", ())) or "text without a name"
-    said = f"Measured on {names}"
-    if data.get("num_tokens"):
-        said += f", {data['num_tokens']:,} tokens"
-    if data.get("hash"):
-        said += f", sha256 {str(data['hash'])[:12]}"
-    return f"{said}. Units are windows of text, questions or prompts; intervals are from a bootstrap over them."
 
 
 def sweep(run: RunRecord) -> Section | None:

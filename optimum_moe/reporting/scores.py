@@ -1,0 +1,53 @@
+"""Scores as the report's file records them, for the report and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+EVALUATION, REFERENCE, SWEEP = "evaluation", "reference_evaluation", "sweep"
+"""Keys of scores, of the original's scores, and of a sweep in the report's file."""
+
+_SCORES = {
+    "perplexity": "perplexity",
+    "kl": "KL to the original (nats a token)",
+    "top1_agreement": "same most likely token as the original",
+    "choice_accuracy": "true continuation chosen among four",
+    "generation_agreement": "same tokens as the original, generated greedily",
+    "prefix_agreement": "tokens up to the first difference from the original",
+    "loop_rate": "continuations that loop",
+}
+_DIGITS = {"perplexity": 2, "kl": 4}
+
+
+def score_rows(
+    evaluation: Mapping[str, Any], reference: Mapping[str, Any] | None
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Header and rows of a table of scores with their intervals.
+
+    Args:
+        evaluation: Scores as the report's file records them.
+        reference: The original's; None if they are not there.
+    """
+    original = (reference or {}).get("scores", {})
+    rows = []
+    for name, score in evaluation["scores"].items():
+        other = _interval(name, original[name]) if name in original else ["–", "–"]
+        rows.append((_SCORES.get(name, name), *_interval(name, score), *other, str(score["count"])))
+    return ("score", "this model", "95% interval", "original", "95% interval", "units"), tuple(rows)
+
+
+def _interval(name: str, score: Mapping[str, Any]) -> list[str]:
+    digits = _DIGITS.get(name, 3)
+    return [f"{score['value']:.{digits}f}", f"{score['low']:.{digits}f} to {score['high']:.{digits}f}"]
+
+
+def measured_on(data: Mapping[str, Any]) -> str:
+    """The text that scores are from, and what their intervals are, in two sentences."""
+    names = ", ".join(str(source.get("name")) for source in data.get("sources", ())) or "text without a name"
+    said = f"Measured on {names}"
+    if data.get("num_tokens"):
+        said += f", {data['num_tokens']:,} tokens"
+    if data.get("hash"):
+        said += f", sha256 {str(data['hash'])[:12]}"
+    return f"{said}. Units are windows of text, questions or prompts; intervals are from a bootstrap over them."
