@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from optimum_moe.look import LookInside, look_inside
     from optimum_moe.nn import LowRankSparseLinear, MergedExpertLayer
     from optimum_moe.plan import CompressionPlan
+    from optimum_moe.recovery import recover, store_teacher_logits
     from optimum_moe.report import write_report
     from optimum_moe.stages import (
         BlockDrop,
@@ -70,6 +71,7 @@ _HOMES = {
     "evaluate": "optimum_moe.evaluation",
     "export": "optimum_moe.exporting",
     "look_inside": "optimum_moe.look",
+    "recover": "optimum_moe.recovery",
     "register_format": "optimum_moe.formats",
     "register_grouping": "optimum_moe.stages",
     "register_router_rows": "optimum_moe.stages",
@@ -78,6 +80,7 @@ _HOMES = {
     "register_stage": "optimum_moe.stages",
     "register_surgeon": "optimum_moe.surgeons",
     "register_weighting": "optimum_moe.stages",
+    "store_teacher_logits": "optimum_moe.recovery",
     "verify": "optimum_moe.verification",
     "write_report": "optimum_moe.report",
 }
@@ -105,6 +108,7 @@ __all__ = [
     "evaluate",
     "export",
     "look_inside",
+    "recover",
     "register_format",
     "register_grouping",
     "register_router_rows",
@@ -113,6 +117,7 @@ __all__ = [
     "register_stage",
     "register_surgeon",
     "register_weighting",
+    "store_teacher_logits",
     "verify",
     "write_report",
 ]

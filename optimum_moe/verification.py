@@ -23,6 +23,7 @@ from optimum_moe.checkpoint.mtp import COUNT_FIELDS, MTPLayers, MTPOption, block
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader, take_dtypes
 from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.stored import rounded
+from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.formats import ExpertsSpec
 from optimum_moe.hf.structure import METHOD
 from optimum_moe.plan import BlockPlan, CompressionPlan
@@ -45,6 +46,7 @@ class _Work:
     original: CheckpointTensors | None = None
     inputs: Mapping[str, torch.Tensor] | None = None
     trained: bool = False
+    record: TrainingRecord | None = None
 
     @cached_property
     def in_files(self) -> dict[str, str]:
@@ -65,7 +67,8 @@ def verify(
         against: The original, a folder or a Hub id, to compare every tensor with the result of the plan.
         inputs: Inputs to run the model on; by default a few token ids.
         trained: Whether weights may differ from the result of the plan, because they were trained since; the report
-            then lists those that differ. By default this is detected for a checkpoint that needs this package.
+            then lists those that differ. By default this is detected for a checkpoint that needs this package; of one
+            that `recover` wrote, the parameters that its record names may differ, and no others.
 
     Raises:
         ValueError: If `out` is not a folder, or `against` is not a checkpoint that can be compressed.
@@ -106,6 +109,7 @@ def _run(
     if headers is not None:
         add("side files", *side_file_failures(directory, trained))
     plan = _attempt(add, "plan", lambda: CompressionPlan.from_pretrained(directory))
+    record = _attempt(add, "side files", lambda: TrainingRecord.load(directory))
     model = _attempt(add, "config", lambda: built(directory, headers))
     if headers is None or plan is None or model is None:
         return checks
@@ -115,9 +119,20 @@ def _run(
         reader = CheckpointReader(skeleton, headers.tensors, cast=False)
         checkpoint_tensors = CheckpointTensors(reader, headers, get)
         work = _Work(
-            directory, headers, raw, plan, skeleton, blocks, checkpoint_tensors, source, inputs=inputs, trained=trained
+            directory,
+            headers,
+            raw,
+            plan,
+            skeleton,
+            blocks,
+            checkpoint_tensors,
+            source,
+            inputs=inputs,
+            trained=trained,
+            record=record,
         )
-        add("plan", _plan_failures(work), f"{len(plan.blocks)} blocks")
+        since = "" if record is None else f", then trained ({record.train}) on {record.tokens:,} tokens"
+        add("plan", _plan_failures(work), f"{len(plan.blocks)} blocks{since}")
         if source is not None and plan.dropped:
             source = work.source = _attempt(add, "plan", partial(source.without_layers, plan.dropped))
         original = None if source is None else source.config
@@ -272,7 +287,8 @@ def _compared(work: _Work) -> dict[str, Comparison]:
     """Compare every tensor with the result of the plan on the original, one block or conversion at a time."""
     assert work.original is not None
     assert work.source is not None
-    results = {name: Comparison(work.trained) for name in ("experts", "routers", "other tensors")}
+    names = frozenset(() if work.record is None else work.record.names)
+    results = {name: Comparison(work.trained, names) for name in ("experts", "routers", "other tensors")}
     done: set[str] = set()
     for found in work.source.blocks:
         plan = work.plan.blocks[found.info.name]

@@ -45,7 +45,8 @@ def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | R
     """Read any supported source, see `CalibrationConfig.source`.
 
     Args:
-        source: a path, list of strings, list of chats, dataset, iterable of model inputs, or a mixture of text sources.
+        source: a path, list of strings, list of chats, dataset, iterable of model inputs, or a mixture of text sources;
+            or text sources that were read already.
         text_column: column of text in .jsonl, .parquet and datasets; without it a "messages" column is read as chats,
             else "input_ids" as token ids.
 
@@ -56,6 +57,8 @@ def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | R
     Raises:
         ValueError: an empty source, an unknown type of file or object, a missing column, or an invalid weight.
     """
+    if isinstance(source, list) and source and all(isinstance(part, TextSource) for part in source):
+        return source
     pairs = _mixture(source)
     if pairs is None:
         read = _read_one(source, text_column)

@@ -17,13 +17,15 @@ class Comparison:
     """Results of comparing tensors.
 
     Args:
-        may_be_trained: Whether floating-point values may differ, because the model was trained since.
+        may_be_trained: Whether all floating-point values may differ, because the model was trained since.
+        trained_names: The parameters that may differ, where a record says what was trained.
         failures: Messages of failures.
         trained: Messages of differences that are allowed.
         count: Number of compared tensors.
     """
 
     may_be_trained: bool = False
+    trained_names: frozenset[str] = frozenset()
     failures: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     count: int = 0
@@ -48,11 +50,12 @@ class Comparison:
             self.failures.append(f"{name} is stored in {actual.dtype}, and should be in {expected.dtype}")
         elif not same_bits(actual, expected):
             text = _difference(name, actual, expected, plan)
-            self.differs(text) if actual.is_floating_point() else self.failures.append(text)
+            self.differs(text, name) if actual.is_floating_point() else self.failures.append(text)
 
-    def differs(self, text: str) -> None:
-        """Record a difference of floating-point values."""
-        (self.trained if self.may_be_trained else self.failures).append(text)
+    def differs(self, text: str, *names: str) -> None:
+        """Record a difference of floating-point values that come from these parameters."""
+        allowed = self.may_be_trained or not self.trained_names.isdisjoint(names)
+        (self.trained if allowed else self.failures).append(text)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

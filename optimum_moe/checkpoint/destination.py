@@ -5,6 +5,7 @@ During a run, or after one was killed, these are beside a destination `out`:
 | `.out.lock` | held by the run that owns `out` |
 | `.out.writing` | the incomplete result of a run in memory |
 | `.out.streaming` | the finished layers of a streaming run; kept after an interruption, so that the run can resume |
+| `.out.training` | the states of a training, from which it can go on; kept after an interruption |
 | `.out.replaced` | the former content of `out`, while the result replaces it |
 """
 
@@ -72,6 +73,11 @@ def free_space(directory: Path) -> int:
 def working_folder(directory: Path) -> Path:
     """Folder of the finished parts of a streaming run to `directory`; its shards are in the subfolder `PARTS`."""
     return _beside(directory, "streaming")
+
+
+def training_folder(directory: Path) -> Path:
+    """Folder of the states of a training whose result goes to `directory`."""
+    return _beside(directory, "training")
 
 
 @contextmanager

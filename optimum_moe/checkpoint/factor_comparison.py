@@ -58,11 +58,11 @@ def compare_factors(
             text = f"{prefix}{key} does not match the digest in the plan"
             # Indices change only if rows were dropped.
             changes = resized or (key in state and state[key].is_floating_point())
-            result.differs(text) if changes else result.failures.append(text)
+            result.differs(text, f"{prefix}{key}") if changes else result.failures.append(text)
     read = _readable(found, block)
     for expert in range(plan.num_groups):
         for text in _dense_failures(read, expert, plan, originals, prefix):
-            result.differs(text)
+            result.differs(text, *(f"{prefix}{key}" for key in state))
 
 
 def _matrices(view: Any) -> dict[str, Any]:

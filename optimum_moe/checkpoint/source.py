@@ -447,7 +447,7 @@ def _has_weights(directory: Path, variant: str | None) -> bool:
     return True
 
 
-def _model_class(config: PreTrainedConfig) -> Any:
+def model_class(config: PreTrainedConfig) -> Any:
     """The class that the config names, else the first Auto class that knows the config.
 
     Raises:
@@ -468,6 +468,6 @@ def _model_class(config: PreTrainedConfig) -> Any:
 
 
 def _skeleton(config: PreTrainedConfig, auto_class: type | None, trust_remote_code: bool) -> PreTrainedModel:
-    cls: Any = auto_class or _model_class(config)
+    cls: Any = auto_class or model_class(config)
     with torch.device("meta"):
         return model_from_config(cls, config, trust_remote_code)

@@ -9,6 +9,7 @@ from optimum_moe.cli.evaluate import EvaluateCommand
 from optimum_moe.cli.export import ExportCommand
 from optimum_moe.cli.inspect import InspectCommand
 from optimum_moe.cli.preview import PreviewCommand
+from optimum_moe.cli.recover import RecoverCommand
 from optimum_moe.cli.report import ReportCommand
 from optimum_moe.cli.sweep import SweepCommand
 from optimum_moe.cli.verify import VerifyCommand
@@ -26,6 +27,7 @@ class MoECommand(BaseOptimumCLICommand):
         CommandInfo(
             "export", "Write a checkpoint for another runtime: GGUF, MLX, vLLM, transformers 4.", ExportCommand
         ),
+        CommandInfo("recover", "Train a compressed checkpoint on what its original predicts.", RecoverCommand),
         CommandInfo("report", "Write the report of a compressed checkpoint as one HTML file.", ReportCommand),
         CommandInfo("sweep", "Compare recipes at several sizes on your own model and text.", SweepCommand),
         CommandInfo("verify", "Check a compressed checkpoint tensor by tensor.", VerifyCommand),

@@ -36,6 +36,24 @@ def check_disjoint(
     """
     if ngram < 1 or not 0 <= threshold <= 1:
         raise ValueError(f"ngram={ngram} must be at least 1 and threshold={threshold} between 0 and 1.")
+    share, example = shared_ngrams(calibration_documents, evaluation_documents, ngram)
+    if share > threshold:
+        raise ValueError(
+            f"{share:.1%} of the evaluation text's {ngram}-word sequences occur in the calibration text (at most "
+            f"{threshold:.1%} may), for instance {example!r}. Scores on seen text are too good: evaluate on held-out "
+            "text."
+        )
+    return share
+
+
+def shared_ngrams(
+    calibration_documents: Iterable[str], evaluation_documents: Iterable[str], ngram: int = NGRAM
+) -> tuple[float, str]:
+    """The share of `check_disjoint`, and an example of what both have, empty if they share nothing.
+
+    Raises:
+        ValueError: an evaluation text without a word.
+    """
     counts: dict[str, int] = {}
     for gram in _ngrams(evaluation_documents, ngram):
         counts[gram] = counts.get(gram, 0) + 1
@@ -48,14 +66,7 @@ def check_disjoint(
         if found and not example:
             example = gram
         shared += found
-    share = shared / total
-    if share > threshold:
-        raise ValueError(
-            f"{share:.1%} of the evaluation text's {ngram}-word sequences occur in the calibration text (at most "
-            f"{threshold:.1%} may), for instance {example!r}. Scores on seen text are too good: evaluate on held-out "
-            "text."
-        )
-    return share
+    return shared / total, example
 
 
 def _ngrams(documents: Iterable[str], ngram: int) -> Iterator[str]:

@@ -104,6 +104,10 @@ class Surgeon(ABC):
     def expert_parameters(self, block: Block) -> list[nn.Parameter]:
         """All parameters of the routed experts."""
 
+    def router_parameters(self, block: Block) -> list[nn.Parameter]:
+        """All parameters of the router, which training it may change; none if experts are selected without one."""
+        return []
+
     @abstractmethod
     def router_rows(self, block: Block) -> torch.Tensor:
         """(E, H) rows of the router's last linear layer."""

@@ -160,6 +160,12 @@ class StackedSurgeon(Surgeon):
             return list(factors.parameters())
         return [attribute(block, stack.path) for stack in self.stacks(block)]
 
+    def router_parameters(self, block: Block) -> list[nn.Parameter]:
+        """Parameters of the router module, and those of `tensors` that lie beside it."""
+        inside = list(getattr(block, self.router_name).parameters())
+        beside = [tensor for row, tensor in self.router_tensors(block) if row.on_block]
+        return inside + [tensor for tensor in beside if isinstance(tensor, nn.Parameter)]
+
     def probe(self, block: Block) -> dict[str, torch.Tensor]:
         """See `Surgeon.probe`; flat stacks are saved as they are."""
         found = {stack.path: torch.zeros(2, 2, 2, device="cpu") for stack in self.stacks(block) if not stack.flat}

@@ -125,6 +125,10 @@ class SwitchTransformersSurgeon(Surgeon):
         """The weights of all expert modules."""
         return list(block.experts.parameters())
 
+    def router_parameters(self, block: Block) -> list[nn.Parameter]:
+        """Weight and, if present, bias of the classifier."""
+        return list(block.router.parameters())
+
     def router_rows(self, block: Block) -> torch.Tensor:
         """(E, H) rows of the classifier."""
         return block.router.classifier.weight

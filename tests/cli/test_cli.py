@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -91,6 +92,12 @@ OPTIONS = {
         "--seed",
         "--output",
         "--quiet",
+    },
+    "recover": {
+        *{"--model", "--teacher", "--data", "--output", "--overwrite", "--train", "--max-tokens", "--held-out"},
+        *{"--held-out-share", "--text-column", "--sequence-length", "--batch-size", "--tokenizer", "--learning-rate"},
+        *{"--alpha", "--temperature", "--task-weight", "--hidden-weight", "--final-density", "--lora-rank"},
+        *{"--seed", "--quiet"},
     },
     "sweep": {
         *{"--model", "--recipes", "--keep", "--target-size", "--calibration", "--text", "--text-column", "--tokenizer"},
@@ -575,3 +582,27 @@ def test_statistics_need_a_model_and_text(run: Run, checkpoint: Path, corpus: Pa
         *(checkpoint, "--statistics", "--calibration", corpus, "--max-tokens", 512, "--sequence-length", 64),
         *("--max-memory", "1KB"),
     )
+
+
+def test_recover_trains_and_says_what_it_won(compress: Run, run: Run, checkpoint: Path, corpus: Path, tmp_path: Path):
+    small, better = tmp_path / "small", tmp_path / "better"
+    assert compress("--recipe", "reap", "--num-experts", 4, "--output", small, "--quiet")[0] == 0
+    common = ("recover", small, "--teacher", checkpoint, "--data", corpus, "--sequence-length", 32, "--batch-size", 2)
+    status, out, err = run(*common, "--max-tokens", "1.5k", "--learning-rate", 1e-4, "--output", better)
+    assert status == 0, err
+    assert "Routers and norms were trained on 1," in out
+    record = json.loads((better / "recovery.json").read_text(encoding="utf-8"))
+    assert record["settings"]["max_tokens"] == 1500
+    assert record["data"]["sources"][0]["name"] == "corpus.jsonl"
+    assert run("verify", better, "--against", checkpoint, "--quiet")[0] == 0
+    assert "Trained afterwards" in (better / "README.md").read_text(encoding="utf-8")
+    for arguments, message in (
+        (("--train", "expert"), "--train expert is not one of .* did you mean 'experts'"),
+        (("--held-out", corpus), "are in the training text .* as --held-out"),
+        (("--max-tokens", "many"), "invalid tokens value: 'many'"),
+        (("--data", tmp_path / "none.txt"), "there is no such file"),
+    ):
+        status, _, err = run(*common, "--output", tmp_path / "other", *arguments)
+        assert status == 2
+        assert re.search(message, err), err
+    assert not (tmp_path / "other").exists()

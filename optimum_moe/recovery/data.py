@@ -1,0 +1,162 @@
+"""The text that a recovery trains on, and the documents of it that are held out to stop in time."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_moe.calibration import CalibrationBatches, CalibrationConfig, batches_for
+from optimum_moe.calibration.documents import Document, DocumentColumn, TextSource
+from optimum_moe.calibration.sources import read_sources
+from optimum_moe.evaluation.disjoint import THRESHOLD, shared_ngrams
+from optimum_moe.settings import check_count
+
+HELD_OUT_TOKENS = 8192
+"""Maximum tokens that the divergence is measured on during training."""
+_STREAMED = 16
+"""Documents at the beginning of a stream that are held out."""
+_LONGEST = 512
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How much text is read, and what part of it is held out.
+
+    Args:
+        max_tokens: tokens that are trained on; a text with fewer of them is read several times.
+        held_out: text to measure the divergence on; None for whole documents of the training text.
+        held_out_share: share of the documents that are held out, at least one.
+        seed: seed of the choice and order of documents, unless the data have one of their own.
+    """
+
+    max_tokens: int
+    held_out: Any = None
+    held_out_share: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("max_tokens", self.max_tokens, 2)
+        if not 0 < self.held_out_share < 1:
+            raise ValueError(
+                f"held_out_share={self.held_out_share} must be between 0 and 1: the share of the documents that are "
+                "not trained on. Use 0.1, or pass held_out=."
+            )
+
+
+@dataclass(frozen=True)
+class RecoveryData:
+    """Batches to train on, and batches of other documents to measure on."""
+
+    training: CalibrationBatches
+    held_out: CalibrationBatches
+
+    @property
+    def splits(self) -> dict[str, CalibrationBatches]:
+        """Both by name."""
+        return {"training": self.training, "held_out": self.held_out}
+
+
+def read_data(model: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSettings) -> RecoveryData:
+    """Read, split and tokenize.
+
+    Args:
+        model: the model; may be on the meta device.
+        tokenizer: its tokenizer or processor, None if it has none.
+        data: whatever `calibration=` of `MoECompressor` takes; of a `CalibrationConfig` `max_tokens` is not used.
+        settings: amount and split.
+
+    Raises:
+        ValueError: If there is too little text, if it cannot be split by documents, or if held-out text was found in
+            the training text.
+    """
+    config = _config(model, data, settings)
+    if settings.held_out is None:
+        training, held_out = _split(config, settings)
+    else:
+        training, held_out = config, replace(_config(model, settings.held_out, settings), seed=0)
+    held_out = replace(held_out, max_tokens=max(HELD_OUT_TOKENS, held_out.sequence_length), num_samples=None)
+    found = RecoveryData(batches_for(model, training, tokenizer), batches_for(model, held_out, tokenizer))
+    _check_apart(found)
+    return found
+
+
+def _config(model: PreTrainedModel, data: Any, settings: DataSettings) -> CalibrationConfig:
+    """The data with this run's amount and seed."""
+    config = CalibrationConfig.coerce(data)
+    if config is not data and not (CalibrationConfig.is_fields(data) and "sequence_length" in data):
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
+        config = replace(config, sequence_length=min(longest, _LONGEST, settings.max_tokens))
+    seed = settings.seed if config.seed is None else config.seed
+    return replace(config, max_tokens=settings.max_tokens, seed=seed)
+
+
+def _split(config: CalibrationConfig, settings: DataSettings) -> tuple[CalibrationConfig, CalibrationConfig]:
+    sources = read_sources(config.source, config.text_column)
+    if not isinstance(sources, list):
+        raise ValueError(
+            "Model inputs, images, audio and video are not split into training and held-out data by documents. Pass "
+            "held_out=, in the same form."
+        )
+    pairs = [_split_source(source, settings.held_out_share, config.random_seed) for source in sources]
+    return replace(config, source=[pair[0] for pair in pairs]), replace(config, source=[pair[1] for pair in pairs])
+
+
+def _split_source(source: TextSource, share: float, seed: int) -> tuple[TextSource, TextSource]:
+    """The documents that are trained on, and those that are not."""
+    documents = source.documents
+    if isinstance(documents, Iterator):
+        first = list(islice(documents, _STREAMED))
+        return replace(source, documents=documents), replace(source, documents=first)
+    count = len(documents)
+    if count < 2:
+        raise ValueError(
+            f"{source.name} has {count} document(s): one is trained on and another one held out, to see when training "
+            "stops helping. Give more documents (in a .txt file empty lines separate them), or pass held_out=."
+        )
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    # Of few documents some may be empty or shorter than a row, but one long one is enough.
+    held = min(count - 1, math.ceil(share * count))
+    return (
+        replace(source, documents=_selected(documents, sorted(order[held:]), source.name)),
+        replace(source, documents=_selected(documents, sorted(order[:held]), source.name)),
+    )
+
+
+def _selected(
+    documents: list[Document] | DocumentColumn, chosen: list[int], name: str
+) -> list[Document] | DocumentColumn:
+    if isinstance(documents, list):
+        return [documents[index] for index in chosen]
+    return DocumentColumn(len(chosen), lambda index: documents[chosen[index]], name)
+
+
+def _check_apart(data: RecoveryData) -> None:
+    """Refuse held-out text that is trained on."""
+    texts = {name: list(_as_words(batches)) for name, batches in data.splits.items()}
+    if not all(texts.values()):
+        return
+    share, _ = shared_ngrams(texts["training"], texts["held_out"])
+    if share > THRESHOLD:
+        raise ValueError(
+            f"{share:.1%} of the held-out text's sequences of 13 tokens are in the training text (at most "
+            f"{THRESHOLD:.0%} may be), so training would not be stopped in time. Give every document once, or pass "
+            "other text as held_out=."
+        )
+
+
+def _as_words(batches: CalibrationBatches) -> Iterator[str]:
+    """Each row as its ids, which are compared like words; nothing for inputs without ids."""
+    for batch in batches:
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        for row in range(0 if ids is None else len(ids)):
+            assert ids is not None
+            real: Tensor = ids[row] if mask is None or mask.ndim != 2 else ids[row][mask[row] != 0]
+            yield " ".join(map(str, real.tolist()))

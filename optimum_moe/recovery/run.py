@@ -1,0 +1,457 @@
+"""`recover`: train a compressed model on the predictions of its original."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from optimum_moe.checkpoint.destination import check_destination, owned, remove, training_folder, written_beside
+from optimum_moe.checkpoint.system import readable_path
+from optimum_moe.checkpoint.training_record import TrainingRecord
+from optimum_moe.evaluation.models import find_tokenizer
+from optimum_moe.records import digest
+from optimum_moe.recovery.adapters import Adapters, check_adapters
+from optimum_moe.recovery.data import DataSettings, RecoveryData, read_data
+from optimum_moe.recovery.objective import Objective
+from optimum_moe.recovery.row_pruning import RowPruning
+from optimum_moe.recovery.student import Student, dtypes_of, narrowed, open_student, write_student
+from optimum_moe.recovery.teacher import ModelTeacher, StoredTeacher, Teacher, is_stored
+from optimum_moe.recovery.trainable import check_train, trained_names
+from optimum_moe.recovery.trainer import (
+    WEIGHTS,
+    RecoveryTrainer,
+    curve,
+    has_diverged,
+    load_trained,
+    losses,
+    quiet_trainer,
+    save_trained,
+)
+from optimum_moe.reporting.recovery import describe_recovery
+from optimum_moe.reporting.versions import versions
+from optimum_moe.settings import check_count, check_seed
+
+LEARNING_RATES = {"router": 1e-2, "experts": 2e-3, "lora": 2e-3, "full": 1e-3}
+"""Default learning rates by what trains."""
+_MEASUREMENTS = 10
+"""Measurements on held-out text in a training."""
+_PATIENCE = 5
+"""Measurements without a better one after which a training stops."""
+_WARMUP = 0.05
+_IDENTITY = "identity.json"
+_START = "start"
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The result of a recovery.
+
+    Args:
+        model: The trained model in eval mode.
+        record: What was trained, and how it went.
+        folder: Its checkpoint, None if none was written.
+    """
+
+    model: PreTrainedModel
+    record: TrainingRecord
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The settings of a run, checked; fields as in `recover`."""
+
+    train: str
+    objective: Objective
+    data: DataSettings
+    learning_rate: float
+    final_density: float | None = None
+    lora_rank: int = 8
+    progress: bool = True
+    seed: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} must be positive. Use {LEARNING_RATES[self.train]:g}, the default."
+            )
+        check_count("lora_rank", self.lora_rank, 1)
+        check_seed(self.seed)
+        if self.train == "lora":
+            check_adapters()
+
+    def described(self) -> dict[str, Any]:
+        """The settings that a record tells."""
+        told = {**asdict(self.objective), "learning_rate": self.learning_rate, "max_tokens": self.data.max_tokens}
+        told |= {} if self.final_density is None else {"final_density": self.final_density}
+        return told | ({"lora_rank": self.lora_rank} if self.train == "lora" else {})
+
+
+def recover(
+    model: str | Path | PreTrainedModel,
+    *,
+    teacher: str | Path | PreTrainedModel,
+    data: Any,
+    train: str = "router",
+    max_tokens: int = 300_000,
+    output_dir: str | Path | None = None,
+    held_out: Any = None,
+    held_out_share: float = 0.1,
+    learning_rate: float | None = None,
+    alpha: float = 1.0,
+    temperature: float = 1.0,
+    task_weight: float = 0.0,
+    hidden_weight: float = 0.0,
+    final_density: float | None = None,
+    lora_rank: int = 8,
+    tokenizer: Any = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Recovered:
+    """Train a compressed model so that it predicts what its original does (knowledge distillation).
+
+    The loss is `task_weight * CE + alpha * temperature**2 * KL(teacher || student) + hidden_weight * MSE`; by default
+    the divergence alone, which needs no labels. Whole documents of the data are held out; the divergence on them is
+    measured ten times, training stops when it no longer falls, and the best state is kept. It runs in float32 (on a GPU
+    with bfloat16 arithmetic), and what is written has the dtypes of before. With `output_dir` a killed run goes on when
+    the same call is repeated.
+
+    Args:
+        model: The compressed model: a folder, a Hub id, or a model in memory, which is then trained in place.
+        teacher: The original: a folder, a Hub id, a model in memory, or a folder of `store_teacher_logits`.
+        data: Text to train on: whatever `calibration=` of `MoECompressor.from_pretrained` takes. Rows have 512 tokens,
+            or as many as the model has positions, and batches 8 rows, unless a `CalibrationConfig` says otherwise.
+        train: `"router"` (routers and norms), `"experts"` (also everything that is stored of the experts), `"lora"`
+            (adapters of all matrices, merged at the end; needs PEFT), or `"full"`.
+        max_tokens: Tokens to train on, default 300,000; a shorter text is read several times.
+        output_dir: Folder of the result: the files of the student, with other values of what was trained.
+        held_out: Other text to measure on; by default documents of `data`.
+        held_out_share: Share of the documents of `data` that are held out, default 0.1, at least one.
+        learning_rate: Of AdamW, after a warm-up and falling to 0; default by `train`.
+        alpha: Weight of the divergence; 0.2 in MC-SMoE.
+        temperature: At which the distributions are compared; 2 in MC-SMoE.
+        task_weight: Weight of the cross-entropy of the text; 1 in MC-SMoE.
+        hidden_weight: Weight of the mean squared difference of hidden states, for a teacher in memory.
+        final_density: Prune sparse rows during the training down to this density (`RowPruning`); the last state is then
+            kept, whatever was better before.
+        lora_rank: Rank of the adapters.
+        tokenizer: Tokenizer, or its path; by default that of the first folder among `model` and `teacher`.
+        seed: Seed of all random choices.
+        overwrite: Replace the content of `output_dir`, and start again.
+        progress: Show a progress bar.
+
+    Returns:
+        The trained model, and the record of its training.
+
+    Raises:
+        ValueError: If a setting is invalid, nothing can be trained, the vocabularies differ, the data are too little or
+            held-out text is trained on, or training diverges before any improvement.
+    """
+    check_train(train)
+    settings = _Settings(
+        train=train,
+        objective=Objective(alpha, temperature, task_weight, hidden_weight),
+        data=DataSettings(max_tokens, held_out, held_out_share, seed),
+        learning_rate=LEARNING_RATES[train] if learning_rate is None else learning_rate,
+        final_density=final_density,
+        lora_rank=lora_rank,
+        progress=progress,
+        seed=seed,
+    )
+    directory = None if output_dir is None else check_destination(output_dir, overwrite)
+    student = open_student(model)
+    _refuse_own_folder(directory, student, teacher)
+    _check_vocabularies(student, teacher)
+    names = trained_names(student.skeleton, train)
+    tokenizer = find_tokenizer(tokenizer, [model, teacher] if not is_stored(teacher) else [model])
+    read = read_data(student.skeleton, tokenizer, data, settings.data)
+    with owned(directory, overwrite), _states(directory, overwrite) as states:
+        run = _Run(student, teacher, names, read, settings, states)
+        trained, record = run.train()
+        if directory is None:
+            return Recovered(trained, record)
+        with written_beside(directory, overwrite) as beside:
+            write_student(trained, student, record.names, beside)
+            if student.folder is None and hasattr(tokenizer, "save_pretrained"):
+                tokenizer.save_pretrained(beside)
+            describe_recovery(beside, readable_path(directory.name), record)
+    remove(training_folder(directory))
+    return Recovered(trained, record, directory)
+
+
+class _Run:
+    """One training, from the loaded student to its best state."""
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Any,
+        names: Sequence[str],
+        data: RecoveryData,
+        settings: _Settings,
+        states: Path,
+    ) -> None:
+        self.student, self.given_teacher, self.names = student, teacher, list(names)
+        self.data, self.settings, self.states = data, settings, states
+        self.stored = student.stored_dtypes(names)
+        # A model in memory gets its own dtypes back, a loaded one those of its checkpoint.
+        self.dtypes = self.stored if student.folder is not None else dtypes_of(student.skeleton)
+
+    def train(self) -> tuple[PreTrainedModel, TrainingRecord]:
+        """The trained student in its own dtypes, and the record."""
+        model = self.student.load()
+        learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model.requires_grad_(False)
+        try:
+            return model.eval(), self._trained(model)
+        finally:
+            narrowed(model, self.dtypes)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in learned)
+
+    def _trained(self, model: PreTrainedModel) -> TrainingRecord:
+        adapters = None
+        if self.settings.train == "lora":
+            adapters = Adapters(model, self.names, self.settings.lora_rank)
+            self.names = adapters.names
+        else:
+            for name in self.names:
+                model.get_parameter(name).requires_grad_(True)
+        resumed = self._resumed(model)
+        trainer = self._trainer(model, resumed)
+        with quiet_trainer():
+            trainer.train(resume_from_checkpoint=resumed)
+        best_step, stopped = self._restore(trainer)
+        if adapters is not None:
+            adapters.merge()
+        # What is measured at the end is what is written: rounded.
+        for name in self.names:
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(self.stored[name]).to(parameter.dtype)
+        kl, before = trainer.held_out_kl(), curve(trainer.state)[0][1]
+        if kl > before and self.settings.final_density is None and adapters is None:
+            load_trained(model, self.states / _START / WEIGHTS)
+            kl, best_step = before, 0
+        return self._record(trainer, kl, best_step, stopped)
+
+    def _steps(self) -> int:
+        """Steps in which about `max_tokens` are trained on."""
+        batches, tokens = len(self.data.training), self.data.training.num_tokens
+        return max(1, round(self.settings.data.max_tokens / max(tokens, 1) * batches))
+
+    def _trainer(self, model: PreTrainedModel, resumed: str | None) -> RecoveryTrainer:
+        settings, steps = self.settings, self._steps()
+        every = max(1, steps // _MEASUREMENTS)
+        prunes = settings.final_density is not None
+        arguments = TrainingArguments(
+            output_dir=str(self.states),
+            max_steps=steps,
+            per_device_train_batch_size=1,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=math.ceil(_WARMUP * steps),
+            weight_decay=0.0,
+            logging_steps=every,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps",
+            eval_steps=every,
+            eval_on_start=resumed is None,
+            save_strategy="steps",
+            save_steps=every,
+            save_total_limit=2,
+            load_best_model_at_end=not prunes,
+            metric_for_best_model="kl",
+            greater_is_better=False,
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            remove_unused_columns=False,
+            label_names=[],
+            report_to=[],
+            disable_tqdm=True,
+            seed=settings.seed,
+        )
+        callbacks: list[TrainerCallback] = []
+        if settings.final_density is not None:
+            callbacks.append(RowPruning(settings.final_density))
+        else:
+            callbacks.append(EarlyStoppingCallback(_PATIENCE))
+        teacher = _teacher(self.given_teacher, self.data, settings.objective, arguments.device)
+        return RecoveryTrainer(model, arguments, self.data, teacher, settings.objective, settings.progress, callbacks)
+
+    def _resumed(self, model: PreTrainedModel) -> str | None:
+        """The last state of an interrupted run; without one the state at the start is written.
+
+        Raises:
+            ValueError: If the interrupted run was another one.
+        """
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        identity = {
+            "student": digest({}, trained),
+            "teacher": _title(self.given_teacher),
+            "data": {name: batches.hash for name, batches in self.data.splits.items()},
+            "settings": {**self.settings.described(), "train": self.settings.train, "seed": self.settings.seed},
+            "versions": versions(),
+        }
+        file = self.states / _IDENTITY
+        if not file.is_file():
+            (self.states / _START).mkdir()
+            save_trained(model, self.states / _START / WEIGHTS)
+            file.write_text(json.dumps(identity), encoding="utf-8")
+            return None
+        here: dict[str, Any] = json.loads(json.dumps(identity))
+        there = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in here.items():
+            if there.get(name) != value:
+                raise ValueError(
+                    f"{self.states} holds an unfinished training with another {name}: {_short(there.get(name))} there, "
+                    f"{_short(value)} now. Repeat that call, choose another folder, or pass overwrite=True "
+                    "(--overwrite) to start again."
+                )
+        return get_last_checkpoint(str(self.states))
+
+    def _restore(self, trainer: RecoveryTrainer) -> tuple[int, str]:
+        """Give the model its best state; returns the step of it, and why training ended.
+
+        Raises:
+            ValueError: If it diverged before it got better.
+        """
+        state: TrainerState = trainer.state
+        points = curve(state)
+        (first_step, first), (_, last) = points[0], points[-1]
+        stopped = "at its last step" if state.global_step >= state.max_steps else "when the held-out KL fell no more"
+        bad_loss = any(not math.isfinite(loss) for _, loss in losses(state))
+        if self.settings.final_density is not None and not bad_loss:
+            return state.global_step, stopped
+        best_step, _ = min(points, key=lambda point: point[1] if math.isfinite(point[1]) else math.inf)
+        if bad_loss or has_diverged(points):
+            stopped = (
+                f"after it diverged at step {state.global_step} (held-out KL {last:.4f}, {first:.4f} at the start)"
+            )
+            if best_step == first_step:
+                load_trained(trainer.model, self.states / _START / WEIGHTS)
+                remove(self.states)
+                raise ValueError(
+                    f"Training ended {stopped}, without a better state before. Nothing is changed or written. Lower "
+                    f"learning_rate={self.settings.learning_rate:g}."
+                )
+            warnings.warn(f"Training ended {stopped}. The state of step {best_step} is kept.", stacklevel=4)
+        if best_step == first_step:
+            load_trained(trainer.model, self.states / _START / WEIGHTS)
+            warnings.warn(
+                f"Training never lowered the held-out KL of {first:.4f}, so the weights stay as they were. Give more "
+                f"text, or lower learning_rate={self.settings.learning_rate:g}.",
+                stacklevel=4,
+            )
+        elif bad_loss or best_step != state.global_step:
+            load_trained(trainer.model, self.states / f"checkpoint-{best_step}" / WEIGHTS)
+        return best_step, stopped
+
+    def _record(self, trainer: RecoveryTrainer, kl: float, best_step: int, stopped: str) -> TrainingRecord:
+        state, training = trainer.state, self.data.training
+        points = curve(state)
+        return TrainingRecord(
+            train=self.settings.train,
+            names=tuple(self.names),
+            teacher=_title(self.given_teacher),
+            settings=self.settings.described(),
+            data=training.description,
+            held_out=self.data.held_out.description,
+            kl_before=points[0][1],
+            kl_after=kl,
+            best_step=best_step,
+            steps=state.global_step,
+            tokens=round(state.global_step * training.num_tokens / len(training)),
+            curve=tuple(points),
+            losses=tuple(losses(state)),
+            seed=self.settings.seed,
+            stopped=stopped,
+        )
+
+
+@contextmanager
+def _states(directory: Path | None, overwrite: bool) -> Iterator[Path]:
+    """The folder of the states of a training, which is kept until the result is written."""
+    if directory is None:
+        with TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    folder = training_folder(directory)
+    if overwrite:
+        remove(folder)
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if not (folder / _IDENTITY).is_file():
+            remove(folder)
+
+
+def _teacher(teacher: Any, data: RecoveryData, objective: Objective, device: torch.device) -> Teacher:
+    if is_stored(teacher):
+        if objective.hidden_weight:
+            raise ValueError(
+                f"hidden_weight={objective.hidden_weight} compares hidden states, and {teacher} holds logits only. "
+                "Pass the original as teacher=, or hidden_weight=0."
+            )
+        return StoredTeacher(Path(teacher), data, objective.temperature)
+    if not isinstance(teacher, PreTrainedModel):
+        dtype = torch.float32 if device.type == "cpu" else "auto"
+        cls: Any = AutoModelForCausalLM
+        teacher = cls.from_pretrained(teacher, dtype=dtype)
+    return ModelTeacher(teacher.to(device), bool(objective.hidden_weight))
+
+
+def _check_vocabularies(student: Student, teacher: Any) -> None:
+    """Refuse a teacher whose predictions are about other tokens."""
+    own = student.skeleton.config.get_text_config().vocab_size
+    if is_stored(teacher):
+        other = json.loads((Path(teacher) / "teacher_logits.json").read_text(encoding="utf-8"))["vocabulary"]
+    else:
+        config = teacher.config if isinstance(teacher, PreTrainedModel) else AutoConfig.from_pretrained(teacher)
+        other = config.get_text_config().vocab_size
+    if own != other:
+        raise ValueError(
+            f"The teacher {_title(teacher)} has a vocabulary of {other} and the student {own}: their predictions "
+            "cannot be compared. Pass the original of the compressed model as teacher=."
+        )
+
+
+def _refuse_own_folder(directory: Path | None, student: Student, teacher: Any) -> None:
+    folders = {"the student": student.folder}
+    if isinstance(teacher, str | Path) and Path(teacher).is_dir():
+        folders["the teacher"] = Path(teacher).expanduser().resolve()
+    for what, folder in folders.items():
+        if directory is not None and folder is not None and (directory == folder or directory in folder.parents):
+            raise ValueError(f"output_dir={directory} holds {what}, which would be replaced. Choose another folder.")
+
+
+def _title(teacher: Any) -> str:
+    """A name to publish: a Hub id, the name of a folder without its path, or a class."""
+    if isinstance(teacher, PreTrainedModel):
+        return type(teacher).__name__
+    return readable_path(Path(teacher).resolve().name) if Path(teacher).is_dir() else str(teacher)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
