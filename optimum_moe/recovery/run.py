@@ -51,7 +51,11 @@ from optimum_moe.reporting.versions import versions
 from optimum_moe.settings import check_count, check_seed
 
 LEARNING_RATES = {"router": 1e-2, "experts": 2e-3, "lora": 2e-3, "full": 1e-3}
-"""Default learning rates by what trains."""
+"""Default learning rates by what trains, of a student that is `_FAR` or farther from its teacher."""
+_FAR = 0.35
+"""KL in nats below which the default rate is in proportion to it: steps that bring a distant student closer throw a
+near one back."""
+_NEAREST = 0.001
 _MEASUREMENTS = 10
 """Measurements on held-out text in a training."""
 _PATIENCE = 5
@@ -83,16 +87,17 @@ class _Settings:
     train: str
     objective: Objective
     data: DataSettings
-    learning_rate: float
+    learning_rate: float | None
     final_density: float | None = None
     lora_rank: int = 8
     progress: bool = True
     seed: int = field(default=0)
 
     def __post_init__(self) -> None:
-        if not 0 < self.learning_rate < math.inf:
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(
-                f"learning_rate={self.learning_rate} must be positive. Use {LEARNING_RATES[self.train]:g}, the default."
+                f"learning_rate={self.learning_rate} must be positive. Leave it out for a default by train= and by "
+                f"how far the student is, at most {LEARNING_RATES[self.train]:g}."
             )
         check_count("lora_rank", self.lora_rank, 1)
         check_seed(self.seed)
@@ -147,7 +152,9 @@ def recover(
         output_dir: Folder of the result: the files of the student, with other values of what was trained.
         held_out: Other text to measure on; by default documents of `data`.
         held_out_share: Share of the documents of `data` that are held out, default 0.1, at least one.
-        learning_rate: Of AdamW, after a warm-up and falling to 0; default by `train`.
+        learning_rate: Of AdamW, after a warm-up and falling to 0. By default at most 0.01 for `"router"`, 0.002 for
+            `"experts"` and `"lora"` and 0.001 for `"full"`, and less in proportion for a student whose held-out KL is
+            below 0.35 nats.
         alpha: Weight of the divergence; 0.2 in MC-SMoE.
         temperature: At which the distributions are compared; 2 in MC-SMoE.
         task_weight: Weight of the cross-entropy of the text; 1 in MC-SMoE.
@@ -172,7 +179,7 @@ def recover(
         train=train,
         objective=Objective(alpha, temperature, task_weight, hidden_weight),
         data=DataSettings(max_tokens, held_out, held_out_share, seed),
-        learning_rate=LEARNING_RATES[train] if learning_rate is None else learning_rate,
+        learning_rate=learning_rate,
         final_density=final_density,
         lora_rank=lora_rank,
         progress=progress,
@@ -199,6 +206,11 @@ def recover(
     return Recovered(trained, record, directory)
 
 
+def default_rate(train: str, kl: float) -> float:
+    """The learning rate for what trains and a student with this held-out KL to its teacher."""
+    return LEARNING_RATES[train] * min(1.0, max(kl, _NEAREST) / _FAR)
+
+
 class _Run:
     """One training, from the loaded student to its best state."""
 
@@ -213,6 +225,7 @@ class _Run:
     ) -> None:
         self.student, self.given_teacher, self.names = student, teacher, list(names)
         self.data, self.settings, self.states = data, settings, states
+        self.rate = settings.learning_rate or LEARNING_RATES[settings.train]
         self.stored = student.stored_dtypes(names)
         # A model in memory gets its own dtypes back, a loaded one those of its checkpoint.
         self.dtypes = self.stored if student.folder is not None else dtypes_of(student.skeleton)
@@ -239,6 +252,10 @@ class _Run:
                 model.get_parameter(name).requires_grad_(True)
         resumed = self._resumed(model)
         trainer = self._trainer(model, resumed)
+        if self.settings.learning_rate is None:
+            # Of the state at the start, in a resumed training too.
+            trainer.args.learning_rate = default_rate(self.settings.train, trainer.held_out_kl())
+        self.rate = trainer.args.learning_rate
         with quiet_trainer():
             trainer.train(resume_from_checkpoint=resumed)
         best_step, stopped = self._restore(trainer)
@@ -267,7 +284,7 @@ class _Run:
             output_dir=str(self.states),
             max_steps=steps,
             per_device_train_batch_size=1,
-            learning_rate=settings.learning_rate,
+            learning_rate=self.rate,
             lr_scheduler_type="cosine",
             warmup_steps=math.ceil(_WARMUP * steps),
             weight_decay=0.0,
@@ -352,14 +369,14 @@ class _Run:
                 remove(self.states)
                 raise ValueError(
                     f"Training ended {stopped}, without a better state before. Nothing is changed or written. Lower "
-                    f"learning_rate={self.settings.learning_rate:g}."
+                    f"learning_rate={self.rate:g}."
                 )
             warnings.warn(f"Training ended {stopped}. The state of step {best_step} is kept.", stacklevel=4)
         if best_step == first_step:
             load_trained(trainer.model, self.states / _START / WEIGHTS)
             warnings.warn(
                 f"Training never lowered the held-out KL of {first:.4f}, so the weights stay as they were. Give more "
-                f"text, or lower learning_rate={self.settings.learning_rate:g}.",
+                f"text, or lower learning_rate={self.rate:g}.",
                 stacklevel=4,
             )
         elif bad_loss or best_step != state.global_step:
@@ -373,7 +390,7 @@ class _Run:
             train=self.settings.train,
             names=tuple(self.names),
             teacher=_title(self.given_teacher),
-            settings=self.settings.described(),
+            settings={**self.settings.described(), "learning_rate": self.rate},
             data=training.description,
             held_out=self.data.held_out.description,
             kl_before=points[0][1],

@@ -64,6 +64,8 @@ Stages: {stages}. Calibration: {calibration}. Seed: {seed}. Made with {versions}
 | `plan.json`, `plan/tensors.safetensors` | which experts were merged, removed or kept | {plan_digest} |
 | `compression_report.json` | sizes, and use of the experts, as numbers | |
 {page}"""
+NOT_TRAINED = "Nothing was trained after the cut. Fine-tuning on your data can win back some of what was lost."
+"""A limit that a training ends."""
 _PAGE = "| `report.html` | the run as one page: what each expert became, and how it was used | |\n"
 
 
@@ -232,7 +234,7 @@ def _limits(facts: CardFacts, report: Mapping[str, Any]) -> Iterator[str]:
     if unused:
         total = sum(block.num_experts for block in plan.blocks.values())
         yield f"The calibration data reached all but {unused:,} of {total:,} experts; nothing is known of their use."
-    yield "Nothing was trained after the cut. Fine-tuning on your data can win back some of what was lost."
+    yield NOT_TRAINED
     if not facts.cost.plain:
         yield "Runtimes that are not listed above do not know how its experts are stored, and stop with an error."
     yield "What the original gets wrong, and what its license and terms of use demand, holds for this model too."

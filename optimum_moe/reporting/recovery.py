@@ -6,14 +6,21 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from optimum_moe.checkpoint.checksums import CHECKSUMS_FILE, write_checksums
 from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.records import share_as_new
-from optimum_moe.reporting.card import describe_calibration
-from optimum_moe.reporting.loads_in import REPORT_FILE
+from optimum_moe.reporting.card import NOT_TRAINED, describe_calibration
+from optimum_moe.reporting.card_quality import update_card
+from optimum_moe.reporting.loads_in import FIELD as LOADS_IN
+from optimum_moe.reporting.loads_in import REPORT_FILE, known_rows, to_json, with_section
+from optimum_moe.reporting.page import PAGE_FILE, RunRecord, write_page
+from optimum_moe.reporting.page.run_record import read_report
 from optimum_moe.reporting.pictures import write_picture
+from optimum_moe.reporting.scores import EVALUATION, REFERENCE, SWEEP
 
+_OF_THE_STUDENT = (EVALUATION, REFERENCE, SWEEP, LOADS_IN)
 FIELD = "recovery"
 """Key of the training in the report."""
 PICTURE = "recovery"
@@ -21,26 +28,40 @@ _TITLE = "## Trained afterwards"
 
 
 def describe_recovery(directory: Path, name: str, record: TrainingRecord) -> None:
-    """Write record, report, card and picture of a trained checkpoint called `name`, and the digests of its files."""
+    """Write record, report, card and picture of a trained checkpoint called `name`, and the digests of its files.
+
+    Scores, and runs in other runtimes, that were recorded of the student before are left out.
+    """
     record.save(directory)
     if find_spec("matplotlib") is not None and len(record.curve) > 1:
         draw_recovery(record, directory / PICTURE)
     report = directory / REPORT_FILE
     if report.is_file():
-        told = json.loads(report.read_text(encoding="utf-8")) | {FIELD: summary(record)}
+        told = {key: value for key, value in read_report(directory).items() if key not in _OF_THE_STUDENT}
+        report.write_text(json.dumps(told), encoding="utf-8")
+        told |= {LOADS_IN: to_json(known_rows(directory)), FIELD: summary(record)}
         report.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    card = directory / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="surrogateescape")
-        card.write_text(trained_card(text, name, record), encoding="utf-8", errors="surrogateescape")
+        _update_card(directory, name, record, told)
+        if (directory / PAGE_FILE).is_file():
+            write_page(RunRecord.read(directory, name), directory / PAGE_FILE)
     if (directory / CHECKSUMS_FILE).is_file():
         write_checksums(directory)
     share_as_new(directory)
 
 
+def _update_card(directory: Path, name: str, record: TrainingRecord, report: dict[str, Any]) -> None:
+    card = directory / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="surrogateescape")
+        text = with_section(trained_card(text, name, record), known_rows(directory))
+        card.write_text(text, encoding="utf-8", errors="surrogateescape")
+        update_card(card, name, report)
+
+
 def summary(record: TrainingRecord) -> dict[str, object]:
     """What the report says of a training."""
     return {
+        "says": sentence(record),
         "train": record.train,
         "trained_parameters": len(record.names),
         "teacher": record.teacher,
@@ -57,7 +78,10 @@ def trained_card(card: str, name: str, record: TrainingRecord) -> str:
     """The text of a card with the name of the trained checkpoint and a section on its training."""
     title = re.search(r"^# (.+)$", card, re.MULTILINE)
     if title is not None:
-        card = card.replace(f"\n# {title[1]}\n", f"\n# {name}\n").replace(f'("{title[1]}")', f'("{name}")')
+        places = re.compile(rf"^(# |vllm serve |optimum-cli moe export ){re.escape(title[1])}\b", re.MULTILINE)
+        card = places.sub(lambda found: f"{found[1]}{name}", card)
+        card = card.replace(f'("{title[1]}")', f'("{name}")')
+    card = card.replace(f"- {NOT_TRAINED}\n", "")
     section = (
         f"{_TITLE}\n\n{sentence(record)} Data: {describe_calibration(record.data)}. `recovery.json` lists the "
         "parameters that were trained, and every measurement.\n\n"

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, verify
 from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.recovery import Recovered, recover, store_teacher_logits
+from optimum_moe.recovery.run import default_rate
 from tests.test_reload import assert_same_tensors
 from tests.tiny_models import build, inputs_for
 
@@ -241,11 +242,18 @@ def test_a_training_that_diverges_keeps_the_student_as_it_was(folders: Path, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_default_rate_follows_the_distance_and_is_recorded(folders: Path) -> None:
+    assert default_rate("router", 0.35) == default_rate("router", 2.0) == 0.01
+    assert default_rate("router", 0.035) == pytest.approx(0.001)
+    record = trained(folders, "plain").record
+    assert record.settings["learning_rate"] == pytest.approx(default_rate("router", record.kl_before))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"train": "routers"}, r"train='routers' is not one of .* did you mean 'router'\?"),
-        ({"learning_rate": 0.0}, r"learning_rate=0.0 must be positive. Use 0.01"),
+        ({"learning_rate": 0.0}, r"learning_rate=0.0 must be positive"),
         ({"alpha": -1.0}, r"alpha=-1.0: weights of a loss are at least 0"),
         ({"alpha": 0.0}, r"alpha=0.0, task_weight=0.0, hidden_weight=0.0: weights"),
         ({"temperature": 0.0}, r"temperature=0.0 must be positive"),

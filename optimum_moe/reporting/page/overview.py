@@ -53,6 +53,9 @@ def overview(run: RunRecord) -> Section:
     if layers:
         dropped = ", ".join(run.plan.dropped)
         elements.append(Text(f"Layers with MoE blocks: {layers[0]} before, {layers[1]} after. Dropped: {dropped}."))
+    trained = run.report.get("recovery")
+    if trained:
+        elements.append(Text(trained["says"]))
     elements += [Text(said) for said in (*run.report.get("only_values", ()), *run.plan.remarks)]
     return Section("overview", "What was asked, and what came out", elements)
 
