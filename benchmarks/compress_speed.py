@@ -114,8 +114,8 @@ def measure_statistics(layer: Layer, logits_TE: torch.Tensor) -> tuple[torch.Ten
     """What the recorder does for M-SMoE: Gram matrix, counts and reservoir; the forward pass is not timed."""
     recorder = BlockRecorder(layer.num_experts, layer.intermediate, layer.hidden)
     hidden_TH = torch.zeros(BATCH, layer.hidden)
-    for batch_TE in logits_TE.split(BATCH):
-        recorder.expect(None)
+    for number, batch_TE in enumerate(logits_TE.split(BATCH)):
+        recorder.expect(number, None)
         recorder.router(batch_TE, hidden_TH)
         recorder.begin(hidden_TH, batch_TE.argmax(dim=1, keepdim=True), torch.ones(BATCH, 1))
     statistics = recorder.statistics()

@@ -37,7 +37,7 @@ def recorded(
     for batch in range(batches):
         act_ETH, index_TK = given[f"in/act{batch}"], given[f"in/{routing}{batch}"]
         weights_TK, input_TH = weights_of(given, batch, index_TK), torch.zeros(act_ETH.shape[1], hidden)
-        recorder.expect(given[f"in/mask{batch}"] if with_mask else None)
+        recorder.expect(batch, given[f"in/mask{batch}"] if with_mask else None)
         recorder.router(given[f"in/logits{batch}"], input_TH)
         recorder.begin(input_TH, index_TK, weights_TK)
         for expert in range(experts):

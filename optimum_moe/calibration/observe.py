@@ -21,6 +21,7 @@ from optimum_moe.calibration.gradients import differentiable, gives_logits, samp
 from optimum_moe.calibration.layer_watch import watch_layers
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.modalities import placeholders, token_modalities, with_modalities
+from optimum_moe.calibration.random_draws import generator_for
 from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.calibration.residual import residual_before
 from optimum_moe.statistics import STANDARD, BlockStatistics, Statistics
@@ -72,7 +73,6 @@ def observe(
         )
         for found in blocks
     }
-    generator = torch.Generator().manual_seed(config.random_seed)
     was_training = model.training
     model.eval()
     part = running_part(model)
@@ -93,18 +93,19 @@ def observe(
                 stack.enter_context(found.surgeon.watch_gradient(block, recorder.gradient))
         stack.callback(model.train, was_training)
         going_back: bool | None = None
-        for batch in tqdm(batches, desc="calibrate", disable=not progress):
+        for number, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
             inputs = placed(batch, model)
             for found in blocks:
                 its_text = found.info.name in in_text
                 modality_T = token_modalities(inputs, found.info, its_text, known) if "modalities" in needs else None
-                recorders[found.info.name].expect(padding_mask(inputs, found.info, its_text), modality_T)
+                recorders[found.info.name].expect(number, padding_mask(inputs, found.info, its_text), modality_T)
             output = part(**inputs, **extra)
             if going_back is None:
                 # Without gradients a stage measures output errors, and warns.
                 going_back = draws > 0 and gives_logits(output, inputs)
+            labels = generator_for("labels", config.random_seed, number)
             for draw in range(draws if going_back else 0):
-                sampled_loss(part, output, inputs, generator).backward(retain_graph=draw + 1 < draws)
+                sampled_loss(part, output, inputs, labels).backward(retain_graph=draw + 1 < draws)
     statistics = Statistics(
         {name: recorder.statistics() for name, recorder in recorders.items()},
         {
@@ -191,8 +192,7 @@ def backward_calls(
 ) -> Iterator[Callable[[], None]]:
     """The forward pass of each batch and, if it gives logits, the backward pass of `sampled_loss`.
 
-    Batches draw their labels in the order in which their forward passes end. Each call drops its logits and its graph
-    as it goes back.
+    Each call drops its logits and its graph as it goes back.
 
     Args:
         model: The model, whose parameters take no gradients.
@@ -201,22 +201,22 @@ def backward_calls(
     """
     part = running_part(model)
     extra = _cheap_forward_arguments(part, needs_logits=True)
-    generator = torch.Generator().manual_seed(config.random_seed)
-    for batch in inputs:
-        yield partial(_go_there_and_back, part, {**batch, **extra}, generator)
+    for number, batch in enumerate(inputs):
+        labels = generator_for("labels", config.random_seed, number)
+        yield partial(_go_there_and_back, part, {**batch, **extra}, labels)
 
 
-def _go_there_and_back(part: Any, inputs: Mapping[str, Any], generator: torch.Generator) -> None:
+def _go_there_and_back(part: Any, inputs: Mapping[str, Any], labels: torch.Generator) -> None:
     # Without the threads that autograd has for each device, backward passes can wait for each other.
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-        loss = _loss(part, inputs, generator)
+        loss = _loss(part, inputs, labels)
         if loss is not None:
             loss.backward()
 
 
-def _loss(part: Any, inputs: Mapping[str, Any], generator: torch.Generator) -> torch.Tensor | None:
+def _loss(part: Any, inputs: Mapping[str, Any], labels: torch.Generator) -> torch.Tensor | None:
     output = part(**inputs)
-    return sampled_loss(part, output, inputs, generator) if gives_logits(output, inputs) else None
+    return sampled_loss(part, output, inputs, labels) if gives_logits(output, inputs) else None
 
 
 def _cheap_forward_arguments(model: nn.Module, needs_logits: bool = False) -> dict[str, Any]:

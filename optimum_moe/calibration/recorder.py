@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 
 from optimum_moe.calibration.collectors import BlockSizes, Collector, ExpertCall, make_collectors
+from optimum_moe.calibration.random_draws import generator_for
 from optimum_moe.calibration.residual import ResidualOf
 from optimum_moe.statistics import STANDARD, BlockStatistics, Reservoir, no_sample
 
@@ -41,9 +42,11 @@ class BlockRecorder:
         self._modality_T: torch.Tensor | None = None
         self._valid_T = torch.empty(0, dtype=torch.bool)
         self._router_input_TH = torch.empty(0)
-        self._sample = _Sample(reservoir_tokens, seed)
+        self._seed = seed
+        self._keys = self._layer_keys = torch.Generator()
+        self._sample = _Sample(reservoir_tokens)
         self._draws = draws
-        self._waiting: tuple[torch.Tensor | None, ...] | None = None
+        self._waiting: tuple[torch.Tensor, tuple[torch.Tensor | None, ...]] | None = None
         self._gradients: list[torch.Tensor] = []
         self._reached = False
         self.residual_of: ResidualOf | None = None
@@ -52,17 +55,19 @@ class BlockRecorder:
         self.paused = False
         """Whether calls of the block are not part of the observed forward pass."""
         self._layer_sums = {name: torch.zeros((), dtype=torch.float64) for name in ("layer", "experts", "tokens")}
-        # Equal seeds select the same tokens in all layers.
-        self._residual = _Sample(reservoir_tokens, seed)
+        self._residual = _Sample(reservoir_tokens)
 
-    def expect(self, mask_T: torch.Tensor | None, modality_T: torch.Tensor | None = None) -> None:
+    def expect(self, batch: int, mask_T: torch.Tensor | None, modality_T: torch.Tensor | None = None) -> None:
         """Say what the tokens of the next forward pass are.
 
         Args:
+            batch: Number of the batch, which with the seed says what tokens are sampled.
             mask_T: (T,) bool, False for padding; None if no token is padding.
             modality_T: (T,) int64 positions in `MODALITIES`; None if they are unknown.
         """
         self._mask_T, self._modality_T = mask_T, modality_T
+        # Equal seeds select the same tokens in all layers, before and after the layer as in the block.
+        self._keys, self._layer_keys = (generator_for("sample", self._seed, batch) for _ in range(2))
 
     def router(self, logits_TE: torch.Tensor, input_TH: torch.Tensor) -> None:
         """Add the router's logits and inputs of one call."""
@@ -100,11 +105,12 @@ class BlockRecorder:
             weights,
             None if residual_TH is None else residual_TH[valid_T],
         )
+        keys_T = _draw(len(index), self._keys)
         if self._draws:
             self._sample_waiting()
-            self._waiting = columns
+            self._waiting = keys_T, columns
         else:
-            self._sample.add(*columns, None)
+            self._sample.add(keys_T, *columns, None)
 
     def gradient(self, gradient_TH: torch.Tensor) -> None:
         """Add the gradient of a backward pass with respect to the output of the last call."""
@@ -131,16 +137,17 @@ class BlockRecorder:
         if without_TH is not None:
             self._layer_sums["experts"] += _cosine_sum(without_TH[valid_T], after_SH)
         if "residual_stream" in self.needs:
-            self._residual.add(before_SH, after_SH)
+            self._residual.add(_draw(len(before_SH), self._layer_keys), before_SH, after_SH)
 
     def _sample_waiting(self) -> None:
         """Sample the tokens of the last call with their gradients."""
         if self._waiting is not None:
-            first_TH = self._waiting[0]
+            keys_T, columns = self._waiting
+            first_TH = columns[0]
             assert first_TH is not None
             # Autograd gives no gradient if the loss does not depend on the call.
             missing = [torch.zeros_like(first_TH)] * (self._draws - len(self._gradients))
-            self._sample.add(*self._waiting, torch.stack([*self._gradients, *missing], dim=1))
+            self._sample.add(keys_T, *columns, torch.stack([*self._gradients, *missing], dim=1))
         self._waiting, self._gradients = None, []
 
     @torch.no_grad()
@@ -216,18 +223,19 @@ class BlockRecorder:
         return self._mask_T.to(device)
 
 
-class _Sample:
-    """Reservoir sampling: every token draws a random key, and the tokens with the smallest keys are kept."""
+def _draw(tokens: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(tokens, dtype=torch.float64, generator=generator)
 
-    def __init__(self, capacity: int, seed: int) -> None:
+
+class _Sample:
+    """Reservoir sampling: every token has a random key, and the tokens with the smallest keys are kept."""
+
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._generator = torch.Generator().manual_seed(seed)
         self._keys_S = torch.empty(0, dtype=torch.float64)
         self._columns: list[torch.Tensor | None] = []
 
-    def add(self, *columns: torch.Tensor | None) -> None:
-        tokens = next(len(c) for c in columns if c is not None)
-        keys_T = torch.rand(tokens, dtype=torch.float64, generator=self._generator)
+    def add(self, keys_T: torch.Tensor, *columns: torch.Tensor | None) -> None:
         old = self._columns or [None if c is None else c[:0].cpu() for c in columns]
         keys = torch.cat([self._keys_S, keys_T])
         kept = torch.arange(len(keys))

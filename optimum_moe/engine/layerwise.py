@@ -32,6 +32,8 @@ from optimum_moe.statistics import STANDARD, BlockStatistics
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 """Arguments and output of one call of a block."""
 
+NumberedBatch = tuple[int, Any]
+"""Number of a batch and its inputs."""
 
 Keep = Callable[[Any], Any]
 """Stores the output of a layer, and returns an equal one that may be backed by a file."""
@@ -112,8 +114,8 @@ class LayerwiseRun:
             made = backward_calls(store.model, inputs, self.config) if backward else forward_calls(store.model, inputs)
             with Lockstep(store.model, names, list(made), self.keep, backward) as lockstep:
                 for turn, runners in lockstep.turns():
-                    numbers = {id(runner): number for number, runner in enumerate(lockstep.runners)}
-                    rows = [inputs[numbers[id(runner)]] for runner in runners]
+                    batches = {id(runner): (number, inputs[number]) for number, runner in enumerate(lockstep.runners)}
+                    rows = [batches[id(runner)] for runner in runners]
                     # Free the modules between the layers before the next layer is loaded.
                     store.free_between_layers()
                     self._pass(lockstep, turn, runners, rows, progress)
@@ -137,7 +139,12 @@ class LayerwiseRun:
                 self.handler.observed(layer, nothing[layer.name], report)
 
     def _pass(
-        self, lockstep: Lockstep, turn: Turn, runners: Sequence[Runner], rows: Sequence[Any], progress: Progress
+        self,
+        lockstep: Lockstep,
+        turn: Turn,
+        runners: Sequence[Runner],
+        rows: Sequence[NumberedBatch],
+        progress: Progress,
     ) -> None:
         layer = self._layers.get(turn.layer)
         if layer is None:
@@ -189,7 +196,12 @@ class LayerwiseRun:
                 self.handler.passed(layer)
 
     def _pass_twice(
-        self, lockstep: Lockstep, layer: Layer, runners: Sequence[Runner], rows: Sequence[Any], report: LayerReport
+        self,
+        lockstep: Lockstep,
+        layer: Layer,
+        runners: Sequence[Runner],
+        rows: Sequence[NumberedBatch],
+        report: LayerReport,
     ) -> None:
         """Observe the original layer, cut it, and continue with the outputs of the cut one."""
         if layer.name in self.pending:
@@ -206,11 +218,15 @@ class LayerwiseRun:
             runner.advance()
 
     def _advance(
-        self, layer: Layer, recorders: Mapping[str, BlockRecorder], runners: Sequence[Runner], rows: Sequence[Any]
+        self,
+        layer: Layer,
+        recorders: Mapping[str, BlockRecorder],
+        runners: Sequence[Runner],
+        rows: Sequence[NumberedBatch],
     ) -> None:
-        for runner, inputs in zip(runners, rows, strict=True):
+        for runner, (number, inputs) in zip(runners, rows, strict=True):
             for found in layer.blocks:
-                recorders[found.info.name].expect(*self._tokens(inputs, found.info))
+                recorders[found.info.name].expect(number, *self._tokens(inputs, found.info))
             runner.advance()
             # The allocator keeps freed memory per thread, so return it before the next thread runs.
             return_freed()

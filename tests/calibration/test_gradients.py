@@ -8,6 +8,7 @@ import torch
 from optimum_moe import ByteBudget, CalibrationConfig, MoECompressor, MSMoE
 from optimum_moe.calibration import build_batches, observe
 from optimum_moe.calibration.gradients import sampled_loss
+from optimum_moe.calibration.random_draws import generator_for
 from optimum_moe.surgeons import find_blocks
 from tests.tiny_models import TARGETS, Target, build, inputs_for
 
@@ -76,7 +77,7 @@ def test_a_gradient_is_the_derivative_of_the_loss() -> None:
     def loss_at(step: float) -> float:
         handle = experts.register_forward_hook(lambda m, a, out: out + step * direction_SH.view_as(out))
         with torch.no_grad():
-            value = sampled_loss(model, model(**inputs), inputs, torch.Generator().manual_seed(0))
+            value = sampled_loss(model, model(**inputs), inputs, generator_for("labels", 0, 0))
         handle.remove()
         return float(value.double())
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from optimum_moe import CalibrationConfig, MoECompressor, MSMoE, Statistics
+from optimum_moe.calibration.random_draws import generator_for
 from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.nn.merged_experts import expert_tensors, run_expert
 from optimum_moe.surgeons import find_blocks
@@ -150,7 +151,7 @@ def test_the_reservoir_is_a_uniform_sample_of_real_tokens() -> None:
     recorder = BlockRecorder(num_experts=4, intermediate_size=2, hidden_size=1, reservoir_tokens=200, seed=3)
     for start in range(0, 2000, 100):
         hidden_TH = torch.arange(start, start + 100, dtype=torch.float32).unsqueeze(-1)
-        recorder.expect(None)
+        recorder.expect(start // 100, None)
         recorder.router(torch.zeros(100, 4), hidden_TH)
         recorder.begin(hidden_TH, torch.zeros(100, 1, dtype=torch.int64), torch.ones(100, 1))
     kept = recorder.statistics().reservoir.experts_input_SH[:, 0]
@@ -158,6 +159,32 @@ def test_the_reservoir_is_a_uniform_sample_of_real_tokens() -> None:
     assert torch.equal(kept, kept.sort().values)
     # Mean of 200 draws from 0..1999: standard deviation 41.
     assert abs(kept.mean() - 999.5) < 4 * 41
+
+
+def test_sampled_tokens_have_labels_from_the_whole_vocabulary() -> None:
+    """If one random number chose both, an eighth of the tokens would have labels of the first eighth of the mass."""
+    keys_T, labels_T = (torch.rand(8000, generator=generator_for(what, 0, 0)) for what in ("sample", "labels"))
+    sampled = labels_T[keys_T.topk(1000, largest=False).indices]
+    # Standard deviation of the mean of 1000 uniform numbers: 0.0091.
+    assert abs(float(sampled.mean()) - 0.5) < 4 * 0.0091
+    assert abs(float(sampled.std()) - 12**-0.5) < 0.03
+
+
+def test_the_sample_of_a_batch_does_not_depend_on_the_batches_before_it() -> None:
+    def kept(batches: range, reservoir_tokens: int) -> torch.Tensor:
+        recorder = BlockRecorder(4, intermediate_size=2, hidden_size=1, reservoir_tokens=reservoir_tokens, seed=3)
+        for batch in batches:
+            hidden_TH = torch.arange(100.0).unsqueeze(-1) + 100 * batch
+            recorder.expect(batch, None)
+            recorder.router(torch.zeros(100, 4), hidden_TH)
+            recorder.begin(hidden_TH, torch.zeros(100, 1, dtype=torch.int64), torch.ones(100, 1))
+        return recorder.statistics().reservoir.experts_input_SH[:, 0]
+
+    together = kept(range(4), reservoir_tokens=80)
+    for batch in range(4):
+        its_own = together[(together // 100) == batch]
+        assert 5 < len(its_own) < 40
+        assert torch.equal(kept(range(batch, batch + 1), reservoir_tokens=len(its_own)), its_own)
 
 
 def test_equal_seeds_give_equal_statistics() -> None:
