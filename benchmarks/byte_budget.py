@@ -293,12 +293,13 @@ def values_of(results: list[EvaluationResult], column: str, base: float) -> list
 
 
 def cells_of(results: list[EvaluationResult], original: list[EvaluationResult]) -> list[str]:
-    """Mean and spread over seeds of every score."""
+    """Mean of every score, and its spread over seeds if there are several."""
     base, cells = original[0].scores["perplexity"].value, []
     for column in COLUMNS:
         values = values_of(results, column, base)
         digits, factor = (4, "") if column == "kl" else (3, "x" if column == "perplexity" else "")
-        cells.append(f"{factor}{stats.mean(values):.{digits}f} ({max(values) - min(values):.{digits}f})")
+        spread = f" ({max(values) - min(values):.{digits}f})" if len(values) > 1 else ""
+        cells.append(f"{factor}{stats.mean(values):.{digits}f}{spread}")
     return cells
 
 

@@ -31,10 +31,12 @@ from optimum_moe.engine.layerwise import keep_in_memory
 from optimum_moe.engine.sample_size import Room, choose_sample_size, free_on, recorded_sample_size
 from optimum_moe.engine.streaming import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
 from optimum_moe.plan import CompressionPlan, keep_all
+from optimum_moe.ranks import SINGLE, Ranks, current_ranks, local_device
 from optimum_moe.recipe import Recipe, calibration_config, coerce_recipe, run_seed
 from optimum_moe.records import share_as_new
 from optimum_moe.reporting import description
 from optimum_moe.reporting.preview import Cost, Preview
+from optimum_moe.reporting.versions import versions
 from optimum_moe.settings import choose_one
 from optimum_moe.stages import Stage
 from optimum_moe.statistics import STANDARD, Statistics
@@ -68,8 +70,10 @@ class MoECompressor:
         error_propagation: bool = False,
         max_shard_size: str | int = "5GB",
         report: bool = True,
+        ranks: Ranks = SINGLE,
     ) -> None:
         self.source = source
+        self.ranks = ranks
         self.streaming = streaming
         self.error_propagation = error_propagation
         self.mtp = mtp or MTPLayers(source, "error")
@@ -135,7 +139,7 @@ class MoECompressor:
             auto_class: Auto class or model class; by default the architecture that the config names.
             tokenizer: Tokenizer or processor, or the folder or Hub id of one; by default the checkpoint's.
             dtype: Dtype of the weights; `"auto"` (default) keeps the checkpoint's.
-            device_map: As in `from_pretrained`.
+            device_map: As in `from_pretrained`; or `"local"`, its own accelerator for each process.
             dequantize: Compress the bf16 values of an FP8 or MXFP4 checkpoint; the result is not quantized.
             mtp: Handling of multi-token-prediction layers, which transformers does not load: `"copy"`, `"cut"` (their
                 experts like those of the last MoE block) or `"drop"`; `"error"` (default) refuses a checkpoint that
@@ -150,20 +154,27 @@ class MoECompressor:
             report: Write the report of the run beside the weights, as `report.html`.
             kwargs: Further arguments for `from_pretrained` of the model class.
 
+        Processes that `torchrun` or `accelerate launch` started all make the same calls. They share the work and end
+        with the same model, and the first one writes it.
+
         Raises:
-            ValueError: If the model, the settings of a stage, the calibration data or the output folder are invalid.
+            ValueError: If the model, the settings of a stage, the calibration data or the output folder are invalid, or
+                several processes cannot share the work.
         """
+        ranks = current_ranks()
         choose_one("engine", engine, ("auto", "memory", "streaming"))
         recipe = coerce_recipe(recipe)
         config = calibration_config(recipe, calibration, seed)
         seed = run_seed(recipe, seed)
         destination = None if output_dir is None else check_destination(output_dir, overwrite)
+        device_map = local_device() if device_map == "local" else device_map
         if device_map is not None:
             kwargs["device_map"] = device_map
         source = open_source(model, auto_class, dtype, dequantize, **kwargs)
         if any(stage.stores_stock_experts for stage in recipe.stages):
             source = source.with_widths()
         streaming = choose_streaming(engine, source, destination, device_map, max_memory)
+        ranks.check_engine(streams=streaming is not None, propagates=error_propagation)
         shard_size = choose_shard_size(max_shard_size, streaming is not None)
         tokenizer = source.load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         if max_memory is not None and streaming is None:
@@ -198,6 +209,7 @@ class MoECompressor:
             error_propagation=error_propagation,
             max_shard_size=shard_size,
             report=report,
+            ranks=ranks,
         )
         compressor.preview().warn_if_nothing_shrinks(recipe)
         return compressor
@@ -288,7 +300,10 @@ class MoECompressor:
             raise ValueError(
                 f"{self.recipe.name} needs calibration data. Pass calibration='corpus.txt', or another source."
             )
-        return batches_for(self.source.skeleton, self.calibration, self.tokenizer)
+        batches = batches_for(self.source.skeleton, self.calibration, self.tokenizer)
+        self.ranks.check_equal({"calibration data (hash)": batches.hash})
+        self.ranks.check_work(len(batches), "batches of calibration data", "Give more data, or a smaller batch_size")
+        return batches
 
     def _settle_sample(
         self, batches: CalibrationBatches | None, needs: Collection[str], streams_to: Path | None = None
@@ -306,6 +321,8 @@ class MoECompressor:
                 device=free_on(devices if self.streaming is None else {self.streaming.device}),
             )
             size = choose_sample_size(self.recipe, self.source.info.blocks, batches.num_tokens, room, needs)
+            # Processes find different amounts of free memory.
+            size = min(self.ranks.gathered(size))
         self.calibration = replace(self.calibration, reservoir_tokens=size)
 
     def apply(self, statistics: Statistics | None = None, plan: CompressionPlan | None = None) -> Any:
@@ -336,9 +353,10 @@ class MoECompressor:
         batches = self._batches() if observing else None
         if self.streaming is not None:
             return self._stream(batches, plan)
-        with owned(self.output_dir, self.overwrite):
-            if self.output_dir is not None:
-                check_space(self.output_dir, self.preview().after.bytes)
+        writes_to = self.output_dir if self.ranks.writes else None
+        with owned(writes_to, self.overwrite):
+            if writes_to is not None:
+                check_space(writes_to, self.preview().after.bytes)
             model = all_in_memory(self._loaded())
             dropped = self._choose_drop(batches) if plan is None else plan.dropped
             self._drop(dropped)
@@ -355,9 +373,13 @@ class MoECompressor:
             self._seen = observed or (None if dropped else self.statistics)
             self.statistics = self.statistics or self._seen
             self._mark(model.eval())
-            if self.output_dir is None:
-                return model
-            return self._write(self.output_dir, self.overwrite, self.max_shard_size)
+            if writes_to is not None:
+                self._write(writes_to, self.overwrite, self.max_shard_size)
+        self.ranks.wait()
+        if self.output_dir is None:
+            return model
+        self._written = self.output_dir
+        return self.output_dir
 
     def save_pretrained(
         self,
@@ -388,6 +410,9 @@ class MoECompressor:
         """
         if self.model is None or self.plan is None:
             raise ValueError("Nothing to save yet. Call apply() first.")
+        if not self.ranks.writes:
+            self.ranks.wait()
+            return Path(directory)
         if push_to_hub and Path(directory).expanduser().resolve() == self._written:
             directory = self._written
         elif self.streaming is not None:
@@ -399,6 +424,7 @@ class MoECompressor:
                 self._write(directory, overwrite, max_shard_size)
         if push_to_hub:
             push(directory, repo_id, token, lambda name: description.write_card(directory, name, self._card_facts()))
+        self.ranks.wait()
         return directory
 
     def _write(self, directory: Path, overwrite: bool, max_shard_size: str | int) -> Path:
@@ -490,7 +516,8 @@ class MoECompressor:
             batches=batches,
             config=self.calibration,
             propagate=self.error_propagation,
-            progress=self.progress,
+            progress=self.progress and self.ranks.writes,
+            ranks=self.ranks,
             lines=self.streaming is not None,
             keep=keep_in_memory if job is None else job.keep,
             save=None if job is None else job.save,
@@ -540,3 +567,13 @@ class MoECompressor:
         if self.plan is not None:
             raise ValueError("This model was already cut. Make a new MoECompressor from the original checkpoint.")
         self._identity = identity(self.source)
+        self.ranks.check_equal(
+            {
+                "versions": versions(),
+                "recipes": self.recipe.settings(),
+                "seeds": self.seed,
+                "weights (digests)": self._identity["values"],
+            }
+        )
+        blocks = len(self._remaining.blocks)
+        self.ranks.check_work(blocks, "MoE blocks", "Start fewer processes")

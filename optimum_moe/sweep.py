@@ -23,6 +23,7 @@ from optimum_moe.checkpoint.destination import owned, remove, written_beside
 from optimum_moe.checkpoint.identity import identity
 from optimum_moe.compressor import MoECompressor
 from optimum_moe.evaluation import EvaluationResult, evaluate_many
+from optimum_moe.ranks import current_ranks
 from optimum_moe.recipe import Recipe, load_recipe, share_field, size_fields
 from optimum_moe.reporting.pareto import Dot, draw_pareto
 from optimum_moe.reporting.pictures import check_drawing
@@ -232,11 +233,13 @@ def sweep(
         them with its reason.
 
     Raises:
-        ValueError: If a recipe or size is unknown, matplotlib is missing, or the folder holds another sweep.
+        ValueError: If a recipe or size is unknown, matplotlib is missing, the folder holds another sweep, or several
+            processes were started.
     """
     trials = [Trial(recipe, size) for size in map(_spelled, sizes) for recipe in recipes]
     if not trials:
         raise ValueError("A sweep needs at least one recipe and one size. Pass recipes and sizes.")
+    current_ranks().check_single("A sweep")
     if len(set(trials)) < len(trials):
         raise ValueError(f"A recipe or size is given twice in {list(recipes)} and {list(sizes)}. Give each once.")
     check_drawing()

@@ -19,6 +19,7 @@ LAYERS = {
     "kernels": 0,
     "model_info": 2,
     "plan": 2,
+    "ranks": 0,
     "records": 2,
     "runtimes": 1,
     "settings": 0,

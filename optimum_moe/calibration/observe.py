@@ -22,8 +22,9 @@ from optimum_moe.calibration.layer_watch import watch_layers
 from optimum_moe.calibration.masks import padding_mask, text_blocks
 from optimum_moe.calibration.modalities import placeholders, token_modalities, with_modalities
 from optimum_moe.calibration.random_draws import generator_for
-from optimum_moe.calibration.recorder import BlockRecorder
+from optimum_moe.calibration.recorder import BlockRecorder, joined
 from optimum_moe.calibration.residual import residual_before
+from optimum_moe.ranks import SINGLE, Ranks
 from optimum_moe.statistics import STANDARD, BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
 
@@ -37,6 +38,7 @@ def observe(
     progress: bool = True,
     draws: int = 0,
     needs: Collection[str] = STANDARD,
+    ranks: Ranks = SINGLE,
 ) -> Statistics:
     """Run the forward pass of every batch once, with a recorder at every block.
 
@@ -51,6 +53,7 @@ def observe(
             the gradients at the experts' outputs are sampled.
         needs: Names of the observations to collect, see `OBSERVATIONS`; default the standard ones. Those by modality
             are always collected where the data have media.
+        ranks: Processes that share the batches; each of them gets the statistics of all batches.
 
     Returns:
         Statistics of all blocks. Experts that no token reached cause a warning or an error, see `unseen`.
@@ -93,7 +96,8 @@ def observe(
                 stack.enter_context(found.surgeon.watch_gradient(block, recorder.gradient))
         stack.callback(model.train, was_training)
         going_back: bool | None = None
-        for number, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
+        numbered = ranks.share(list(enumerate(batches)))
+        for number, batch in tqdm(numbered, desc="calibrate", disable=not (progress and ranks.writes)):
             inputs = placed(batch, model)
             for found in blocks:
                 its_text = found.info.name in in_text
@@ -106,11 +110,12 @@ def observe(
             labels = generator_for("labels", config.random_seed, number)
             for draw in range(draws if going_back else 0):
                 sampled_loss(part, output, inputs, labels).backward(retain_graph=draw + 1 < draws)
+    blocks_seen = {name: joined(ranks.gathered(recorder.part())) for name, recorder in recorders.items()}
     statistics = Statistics(
-        {name: recorder.statistics() for name, recorder in recorders.items()},
+        blocks_seen,
         {
             **batches.description,
-            "tokens_by_block": reached_tokens(recorders),
+            "tokens_by_block": reached_tokens(blocks_seen),
             "reservoir_tokens": config.sampled_tokens,
         },
         source or {},
@@ -131,7 +136,7 @@ def check_observed(statistics: Statistics, stacklevel: int = 2) -> None:
             warnings.warn(report, stacklevel=stacklevel)
 
 
-def reached_tokens(blocks: Mapping[str, BlockRecorder | BlockStatistics]) -> dict[str, int]:
+def reached_tokens(blocks: Mapping[str, BlockStatistics]) -> dict[str, int]:
     """Number of tokens by block name with layer numbers as "*"; the minimum if layers differ."""
     reached: dict[str, int] = {}
     for name, block in blocks.items():

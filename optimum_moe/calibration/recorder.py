@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from optimum_moe.calibration.collectors import BlockSizes, Collector, ExpertCall, make_collectors
 from optimum_moe.calibration.random_draws import generator_for
 from optimum_moe.calibration.residual import ResidualOf
-from optimum_moe.statistics import STANDARD, BlockStatistics, Reservoir, no_sample
+from optimum_moe.calibration.token_sample import TokenSample
+from optimum_moe.statistics import STANDARD, BlockStatistics
 
 
 class BlockRecorder:
@@ -42,11 +44,11 @@ class BlockRecorder:
         self._modality_T: torch.Tensor | None = None
         self._valid_T = torch.empty(0, dtype=torch.bool)
         self._router_input_TH = torch.empty(0)
-        self._seed = seed
+        self._seed, self._batch = seed, 0
         self._keys = self._layer_keys = torch.Generator()
-        self._sample = _Sample(reservoir_tokens)
+        self._sample = TokenSample(reservoir_tokens)
         self._draws = draws
-        self._waiting: tuple[torch.Tensor, tuple[torch.Tensor | None, ...]] | None = None
+        self._waiting: tuple[int, torch.Tensor, tuple[torch.Tensor | None, ...]] | None = None
         self._gradients: list[torch.Tensor] = []
         self._reached = False
         self.residual_of: ResidualOf | None = None
@@ -55,7 +57,7 @@ class BlockRecorder:
         self.paused = False
         """Whether calls of the block are not part of the observed forward pass."""
         self._layer_sums = {name: torch.zeros((), dtype=torch.float64) for name in ("layer", "experts", "tokens")}
-        self._residual = _Sample(reservoir_tokens)
+        self._residual = TokenSample(reservoir_tokens)
 
     def expect(self, batch: int, mask_T: torch.Tensor | None, modality_T: torch.Tensor | None = None) -> None:
         """Say what the tokens of the next forward pass are.
@@ -65,7 +67,7 @@ class BlockRecorder:
             mask_T: (T,) bool, False for padding; None if no token is padding.
             modality_T: (T,) int64 positions in `MODALITIES`; None if they are unknown.
         """
-        self._mask_T, self._modality_T = mask_T, modality_T
+        self._batch, self._mask_T, self._modality_T = batch, mask_T, modality_T
         # Equal seeds select the same tokens in all layers, before and after the layer as in the block.
         self._keys, self._layer_keys = (generator_for("sample", self._seed, batch) for _ in range(2))
 
@@ -108,9 +110,9 @@ class BlockRecorder:
         keys_T = _draw(len(index), self._keys)
         if self._draws:
             self._sample_waiting()
-            self._waiting = keys_T, columns
+            self._waiting = self._batch, keys_T, columns
         else:
-            self._sample.add(keys_T, *columns, None)
+            self._sample.add(self._batch, keys_T, *columns, None)
 
     def gradient(self, gradient_TH: torch.Tensor) -> None:
         """Add the gradient of a backward pass with respect to the output of the last call."""
@@ -137,17 +139,17 @@ class BlockRecorder:
         if without_TH is not None:
             self._layer_sums["experts"] += _cosine_sum(without_TH[valid_T], after_SH)
         if "residual_stream" in self.needs:
-            self._residual.add(_draw(len(before_SH), self._layer_keys), before_SH, after_SH)
+            self._residual.add(self._batch, _draw(len(before_SH), self._layer_keys), before_SH, after_SH)
 
     def _sample_waiting(self) -> None:
         """Sample the tokens of the last call with their gradients."""
         if self._waiting is not None:
-            keys_T, columns = self._waiting
+            batch, keys_T, columns = self._waiting
             first_TH = columns[0]
             assert first_TH is not None
             # Autograd gives no gradient if the loss does not depend on the call.
             missing = [torch.zeros_like(first_TH)] * (self._draws - len(self._gradients))
-            self._sample.add(keys_T, *columns, torch.stack([*self._gradients, *missing], dim=1))
+            self._sample.add(batch, keys_T, *columns, torch.stack([*self._gradients, *missing], dim=1))
         self._waiting, self._gradients = None, []
 
     @torch.no_grad()
@@ -190,27 +192,24 @@ class BlockRecorder:
         """The collectors that override a method of `Collector`."""
         return [found for found in self._collectors if getattr(type(found), what) is not getattr(Collector, what)]
 
+    def part(self) -> RecordedPart:
+        """What was accumulated so far."""
+        self._sample_waiting()
+        sums: dict[str, torch.Tensor] = {}
+        for collector in self._collectors:
+            sums |= collector.fields()
+        if "layer_similarity" in self.needs:
+            sums["layer_cosine_sum"] = self._layer_sums["layer"]
+        if "experts_similarity" in self.needs:
+            sums["experts_cosine_sum"] = self._layer_sums["experts"]
+        if {"layer_similarity", "experts_similarity"} & set(self.needs):
+            sums["layer_tokens"] = self._layer_sums["tokens"]
+        residual = self._residual if "residual_stream" in self.needs else None
+        return RecordedPart(self.num_tokens, sums, self._sample, residual, self._reached)
+
     def statistics(self) -> BlockStatistics:
         """The statistics accumulated so far."""
-        self._sample_waiting()
-        fields: dict[str, torch.Tensor] = {}
-        for collector in self._collectors:
-            fields |= collector.fields()
-        if "layer_similarity" in self.needs:
-            fields["layer_cosine_sum"] = self._layer_sums["layer"]
-        if "experts_similarity" in self.needs:
-            fields["experts_cosine_sum"] = self._layer_sums["experts"]
-        if {"layer_similarity", "experts_similarity"} & set(self.needs):
-            fields["layer_tokens"] = self._layer_sums["tokens"]
-        if "residual_stream" in self.needs:
-            before_SH, after_SH = self._residual.columns or (torch.empty(0, 0), torch.empty(0, 0))
-            fields |= {"residual_before_SH": before_SH, "residual_after_SH": after_SH}
-        return BlockStatistics(
-            num_tokens=self.num_tokens,
-            **fields,
-            # If no gradient ever arrived, store none: zeros would mean that the experts do not matter.
-            reservoir=self._sample.reservoir(with_gradients=self._reached),
-        )
+        return joined([self.part()])
 
     def _valid(self, tokens: int, device: torch.device) -> torch.Tensor:
         if self._mask_T is None:
@@ -223,49 +222,43 @@ class BlockRecorder:
         return self._mask_T.to(device)
 
 
+@dataclass(frozen=True)
+class RecordedPart:
+    """What one recorder found of a block, on all batches or on some of them.
+
+    Args:
+        num_tokens: Tokens that reached the block.
+        sums: Fields of `BlockStatistics` by name.
+        sample: Sampled tokens.
+        residual: Sampled tokens before and after the layer around the block; None if no stage reads them.
+        has_gradients: Whether a gradient arrived.
+    """
+
+    num_tokens: int
+    sums: Mapping[str, torch.Tensor]
+    sample: TokenSample
+    residual: TokenSample | None
+    has_gradients: bool
+
+
+def joined(parts: Sequence[RecordedPart]) -> BlockStatistics:
+    """The statistics of a block from parts that saw different batches, in the order of the parts.
+
+    The sample is the one that a single recorder would have taken of all batches.
+    """
+    sums = {name: torch.stack([part.sums[name] for part in parts]).sum(0) for name in parts[0].sums}
+    residuals = [part.residual for part in parts if part.residual is not None]
+    if residuals:
+        before_SH, after_SH = TokenSample.joined(residuals).columns or (torch.empty(0, 0), torch.empty(0, 0))
+        sums |= {"residual_before_SH": before_SH, "residual_after_SH": after_SH}
+    # If no gradient ever arrived, store none: zeros would mean that the experts do not matter.
+    has_gradients = any(part.has_gradients for part in parts)
+    sample = TokenSample.joined([part.sample for part in parts])
+    return BlockStatistics(sum(part.num_tokens for part in parts), sample.reservoir(has_gradients), **sums)
+
+
 def _draw(tokens: int, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(tokens, dtype=torch.float64, generator=generator)
-
-
-class _Sample:
-    """Reservoir sampling: every token has a random key, and the tokens with the smallest keys are kept."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._keys_S = torch.empty(0, dtype=torch.float64)
-        self._columns: list[torch.Tensor | None] = []
-
-    def add(self, keys_T: torch.Tensor, *columns: torch.Tensor | None) -> None:
-        old = self._columns or [None if c is None else c[:0].cpu() for c in columns]
-        keys = torch.cat([self._keys_S, keys_T])
-        kept = torch.arange(len(keys))
-        if len(keys) > self.capacity:
-            kept = keys.topk(self.capacity, largest=False).indices.sort().values
-        before = len(self._keys_S)
-        keep_old, keep_new = kept[kept < before], kept[kept >= before] - before
-        self._keys_S = keys[kept]
-        self._columns = [
-            None
-            if new is None or was is None
-            else torch.cat([was[keep_old], new.detach()[keep_new.to(new.device)].cpu()])
-            for was, new in zip(old, columns, strict=True)
-        ]
-
-    @property
-    def columns(self) -> list[torch.Tensor]:
-        """The kept rows of each column; empty if there was no call."""
-        return [column for column in self._columns if column is not None]
-
-    def reservoir(self, with_gradients: bool) -> Reservoir:
-        if not self._columns:
-            return no_sample()
-        router_input_SH, experts_input_SH, index_SK, weights_SK, residual_SH, gradient_SJH = self._columns
-        assert router_input_SH is not None
-        assert index_SK is not None
-        assert weights_SK is not None
-        shared = router_input_SH if experts_input_SH is None else experts_input_SH
-        gradient_SJH = gradient_SJH if with_gradients else None
-        return Reservoir(router_input_SH, shared, index_SK, weights_SK, gradient_SJH, residual_SH)
 
 
 def _cosine_sum(one_TH: torch.Tensor, other_TH: torch.Tensor) -> torch.Tensor:

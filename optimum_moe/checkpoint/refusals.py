@@ -88,11 +88,18 @@ def check_model(model: Any) -> PreTrainedModel:
 
 
 def all_in_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model, if all of its weights are in memory, since offloaded weights cannot be cut.
+    """Return a model, if all of its weights are in memory and whole, since others cannot be cut.
 
     Raises:
-        ValueError: If some weights are offloaded.
+        ValueError: If some weights are offloaded, or split over processes (FSDP, tensor or expert parallelism).
     """
+    split = [name for name, tensor in _tensors(model) if hasattr(tensor, "placements")]
+    if split:
+        raise ValueError(
+            f"{len(split)} tensors of the model are split over processes ({split[0]}, ...), as FSDP and tensor "
+            "parallelism do, and each expert has to be whole where it is cut. Load it without tp_plan= and before FSDP "
+            "wraps it; several processes then share the batches and the blocks."
+        )
     away = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if away:
         raise ValueError(

@@ -63,7 +63,10 @@ class CompressCommand(MoESubcommand):
         parser.add_argument("--statistics", metavar="FOLDER", help="Reuse statistics that --save-statistics wrote.")
         parser.add_argument("--save-statistics", metavar="FOLDER", help="Save the statistics for other runs.")
         parser.add_argument("--seed", type=int, help="Seed of the calibration sample and all choices; default 0.")
-        parser.add_argument("--device-map", help='Device of the weights, such as "auto" or "cuda:0"; default the CPU.')
+        parser.add_argument(
+            "--device-map",
+            help='Device of the weights, such as "auto" or "cuda:0", or "local": one for each process; default the CPU.',
+        )
         parser.add_argument("--max-shard-size", help='Maximum size of a weight file, such as "2GB"; default "5GB".')
         parser.add_argument(
             "--push-to-hub",
@@ -114,6 +117,7 @@ class CompressCommand(MoESubcommand):
             tokenizer=args.tokenizer,
             **checkpoint_arguments(args),
         )
+        speaks = compressor.ranks.writes
         needed = bool(compressor.recipe.needs) or kept is not None
         if needed and statistics is None and compressor.calibration is None:
             raise ValueError(
@@ -121,14 +125,15 @@ class CompressCommand(MoESubcommand):
             )
         if args.calibration and not needed:
             warnings.warn(f"{compressor.recipe.name} needs no data here: --calibration is not read.", stacklevel=2)
-        if not args.quiet:
+        if speaks and not args.quiet:
             print(f"Preview\n{compressor.preview()}\n", flush=True)
         if kept is not None:
             observed = compressor.calibrate()
-            with owned(kept), written_beside(kept) as beside:
-                observed.save_pretrained(beside)
+            if speaks:
+                with owned(kept), written_beside(kept) as beside:
+                    observed.save_pretrained(beside)
         path = compressor.apply(statistics)
-        if not args.quiet:
+        if speaks and not args.quiet:
             assert compressor.plan is not None
             print(f"\nCalibration: {describe_calibration(compressor.plan.calibration)}")
             print(f"\nMeasured\n{compressor.measured()}\n\n{_how_to_load(compressor, path)}")
@@ -138,7 +143,7 @@ class CompressCommand(MoESubcommand):
                 print(f"\n{_how_to_export(path, target)}")
         if args.push_to_hub is not None:
             compressor.save_pretrained(path, push_to_hub=True, repo_id=args.push_to_hub or None)
-        if args.quiet:
+        if speaks and args.quiet:
             print(path)
 
     def _check_apart(self, kept: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from optimum_moe.engine.progress import Progress
 from optimum_moe.engine.store import Observed, Store
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan, CompressionPlan, keep_all
+from optimum_moe.ranks import SINGLE, Ranks
 from optimum_moe.recipe import Recipe
 from optimum_moe.stages import BlockContext, Stage
 from optimum_moe.statistics import Statistics, Unseen
@@ -59,10 +61,20 @@ class Decider:
         info: Sizes of the model.
         seed: Seed of all random choices.
         unseen: Policy for experts and blocks that no token was routed to.
+        ranks: Processes that share the blocks.
     """
 
-    def __init__(self, store: Store, recipe: Recipe, info: ModelInfo, seed: int, unseen: Unseen = "warn") -> None:
+    def __init__(
+        self,
+        store: Store,
+        recipe: Recipe,
+        info: ModelInfo,
+        seed: int,
+        unseen: Unseen = "warn",
+        ranks: Ranks = SINGLE,
+    ) -> None:
         self.store, self.recipe, self.info, self.seed, self.unseen = store, recipe, info, seed, unseen
+        self.ranks, self._own = ranks, frozenset(ranks.share([found.info.name for found in store.blocks]))
         self.reads_experts = recipe.reads_experts
         self._counts: Mapping[str, int] = {}
         self.unreached: set[str] = set()
@@ -187,9 +199,12 @@ class Decider:
                 continue
             with progress.layer(layer), self.store.loaded(layer), self.store.as_stored(layer), torch.no_grad():
                 for found in layer.blocks:
-                    if found.info.name not in self.unreached:
+                    if found.info.name in self._own - self.unreached:
                         profiles[found.info.name] = stage.profile(self._entering(number, found, observed))
-        return profiles
+        everywhere = ChainMap(*self.ranks.gathered(profiles))
+        return {
+            found.info.name: everywhere[found.info.name] for found in self.store.blocks if found.info.name in everywhere
+        }
 
     def _entering(self, number: int, found: FoundBlock, observed: Observed | None) -> BlockContext:
         """The context of a block as it enters a stage; each earlier stage decides it once."""
@@ -232,6 +247,36 @@ class Decider:
             num_blocks=len(self.store.blocks),
             profiled=None if self._profiled is None else self._profiled[found.info.name],
         )
+
+
+class SharedPlans:
+    """Plans of blocks that several processes have decided, each its share of the blocks.
+
+    Args:
+        decider: Decides the blocks of this process.
+        observed: Statistics of all blocks; None if nothing was observed.
+    """
+
+    reads_experts = False
+
+    def __init__(self, decider: Decider, observed: Observed | None) -> None:
+        self._ranks, store = decider.ranks, decider.store
+        names = [found.info.name for found in store.blocks]
+        self._owners = {name: self._ranks.owner(number) for number, name in enumerate(names)}
+        self._plans: dict[str, BlockPlan] = {}
+        for layer in store.layers:
+            with store.loaded(layer), store.as_stored(layer):
+                for found in layer.blocks:
+                    if self._owners[found.info.name] == self._ranks.rank:
+                        self._plans[found.info.name] = decider.decide(found, observed)
+
+    def admit(self, observed: Observed | None) -> None:
+        """Do nothing, since all blocks are decided."""
+
+    def decide(self, found: FoundBlock, observed: Observed | None) -> BlockPlan:
+        """The plan of one block, from the process that decided it."""
+        name = found.info.name
+        return self._ranks.sent(self._plans.pop(name, None), self._owners[name])
 
 
 def _leaving(model: ModelInfo, stage: Stage, allocation: Mapping[str, Any]) -> ModelInfo:

@@ -11,7 +11,7 @@ import torch
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.observe import check_observed, forward_calls, observe, reached_tokens
-from optimum_moe.engine.decision import Decider, PlanReader, unreached_report
+from optimum_moe.engine.decision import Decider, PlanReader, SharedPlans, unreached_report
 from optimum_moe.engine.layer_backward import Save
 from optimum_moe.engine.layers import Layer
 from optimum_moe.engine.layerwise import Keep, LayerwiseRun, keep_in_memory
@@ -20,6 +20,7 @@ from optimum_moe.engine.starving import starving_remarks
 from optimum_moe.engine.store import Observed, Store
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan, CompressionPlan
+from optimum_moe.ranks import SINGLE, Ranks
 from optimum_moe.recipe import Recipe
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock, guarded, stock_block, stock_settings
@@ -104,6 +105,7 @@ class Run:
         lines: Print one line per layer.
         keep: Stores the output of a layer while its forward pass waits.
         save: Stores what enters a layer until its backward pass, if the store does not hold all layers.
+        ranks: Processes that share batches and blocks; several of them need a store that holds all layers.
     """
 
     store: Store
@@ -118,6 +120,7 @@ class Run:
     lines: bool = True
     keep: Keep = keep_in_memory
     save: Save | None = None
+    ranks: Ranks = SINGLE
     has_cut: bool = field(default=False, init=False)
     """Whether any block was cut, so that the model is no longer the original."""
 
@@ -141,6 +144,7 @@ class Run:
                 progress=self.progress,
                 draws=self.recipe.gradient_draws,
                 needs=needs,
+                ranks=self.ranks,
             )
         kept = KeptStatistics(self.store, "statistics")
         pending = {layer.name for layer in self.store.layers if layer.blocks and not kept.has(layer)}
@@ -174,11 +178,13 @@ class Run:
         on_the_way = observing and (self.propagate or statistics is None)
         unseen = self.config.unseen if observing and self.config is not None else "warn"
         unseen = unseen if statistics is None else statistics.unseen
-        decider = Decider(self.store, self.recipe, self.info, self.seed, unseen)
+        decider = Decider(self.store, self.recipe, self.info, self.seed, unseen, self.ranks)
         with Progress(len(self.store.layers), "profile", self._shows_profiles, self.lines) as shown:
             decider.allocate(statistics, self.identity["values"], shown)
         if not on_the_way:
-            self._cut_all(decider, statistics, self.recipe.name)
+            together = self.ranks.size > 1
+            source = SharedPlans(decider, None if statistics is None else statistics.blocks) if together else decider
+            self._cut_all(source, statistics, self.recipe.name)
             return self._plan(statistics, decider.remarks), statistics
         if self.propagate and self.store.holds_all and statistics is None and unseen != "keep":
             # The original on disk does not change during the pass, and a second pass would read all of it again.
