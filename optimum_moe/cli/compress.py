@@ -65,7 +65,7 @@ class CompressCommand(MoESubcommand):
         parser.add_argument("--seed", type=int, help="Seed of the calibration sample and all choices; default 0.")
         parser.add_argument(
             "--device-map",
-            help='Device of the weights, such as "auto" or "cuda:0", or "local": one for each process; default the CPU.',
+            help='Device of the weights: "auto", "cuda:0", or "local", one for each process; default the CPU.',
         )
         parser.add_argument("--max-shard-size", help='Maximum size of a weight file, such as "2GB"; default "5GB".')
         parser.add_argument(
