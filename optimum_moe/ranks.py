@@ -6,7 +6,9 @@ blocks; what they find is exchanged, so that all of them end with the same model
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +23,44 @@ _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What launchers tell every process."""
 _PATIENCE = timedelta(days=7)
 """Processes wait for each other as long as blocks take; one that died closes its connection at once."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A value between processes of one run, whose accelerators have different names: their tensors travel on the CPU.
+
+    Args:
+        content: The pickled value without these tensors.
+        tensors: The tensors.
+    """
+
+    content: bytes
+    tensors: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, value: Any) -> Parcel:
+        """Pack a value."""
+        buffer, tensors = io.BytesIO(), list[torch.Tensor]()
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, part: Any) -> int | None:
+                if not isinstance(part, torch.Tensor) or part.device.type == "cpu":
+                    return None
+                tensors.append(part.cpu())
+                return len(tensors) - 1
+
+        Pickler(buffer).dump(value)
+        return cls(buffer.getvalue(), tensors)
+
+    def opened(self, device: torch.device | None) -> Any:
+        """The value; tensors that come from an accelerator are on the given device, others on the CPU."""
+        tensors = self.tensors
+
+        class Unpickler(pickle.Unpickler):
+            def persistent_load(self, number: int) -> torch.Tensor:
+                return tensors[number].to(device)
+
+        return Unpickler(io.BytesIO(self.content)).load()
 
 
 @dataclass(frozen=True)
@@ -50,22 +90,34 @@ class Ranks:
         """The process whose `share` has the item of this number."""
         return number % self.size
 
-    def gathered(self, value: Item) -> list[Item]:
-        """The values of all processes, in their order; every process calls this."""
+    def gathered(self, value: Item, device: torch.device | None = None) -> list[Item]:
+        """The values of all processes, in their order; every process calls this.
+
+        Args:
+            value: The value of this process.
+            device: Where tensors go that come from an accelerator; needed if there are some.
+        """
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        parcels: list[Any] = [None] * self.size
+        dist.all_gather_object(parcels, Parcel.of(value), group=self.group)
+        return [parcel.opened(device) for parcel in parcels]
 
-    def sent(self, value: Item | None, owner: int) -> Item:
-        """The value that one process has, for all of them; every process calls this."""
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values, src=dist.get_global_rank(self.group, owner), group=self.group)
-        sent = values[0]
-        assert sent is not None
-        return sent
+    def sent(self, value: Item | None, owner: int, device: torch.device | None = None) -> Item:
+        """The value that one process has, for all of them; every process calls this.
+
+        Args:
+            value: The value, in the process that has it.
+            owner: Number of this process.
+            device: Where tensors go that come from an accelerator; needed if there are some.
+        """
+        if self.size == 1:
+            assert value is not None
+            return value
+        parcels = [Parcel.of(value)]
+        dist.broadcast_object_list(parcels, src=dist.get_global_rank(self.group, owner), group=self.group)
+        opened: Item = parcels[0].opened(device)
+        return opened
 
     def wait(self) -> None:
         """Wait until all processes are here."""

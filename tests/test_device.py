@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_moe import ByteBudget, MoECompressor, MSMoE
 from optimum_moe.plan import BlockPlan, keep_all
+from optimum_moe.ranks import Parcel
 from optimum_moe.surgeons import find_blocks
 from tests.expert_forms import joint, mixture
 from tests.factor_methods import METHODS, calibration
@@ -145,3 +146,14 @@ def test_streaming_on_the_device_writes_what_memory_writes(tmp_path: Path):
         compressor.apply()
         logits[engine] = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / engine), inputs_for("qwen3_moe"))
     assert torch.equal(logits["memory"], logits["streaming"])
+
+
+def test_tensors_between_processes_arrive_on_the_device_of_the_receiver() -> None:
+    here, there = torch.arange(3.0), torch.arange(4.0, device=DEVICE)
+    parcel = Parcel.of({"here": here, "there": [there]})
+    assert all(tensor.device.type == "cpu" for tensor in parcel.tensors)
+    for device in (torch.device("cpu"), torch.device(DEVICE)):
+        opened = parcel.opened(device)
+        assert opened["here"].device.type == "cpu"
+        assert opened["there"][0].device == device
+        assert torch.equal(opened["there"][0].cpu(), there.cpu())

@@ -201,7 +201,7 @@ class Decider:
                 for found in layer.blocks:
                     if found.info.name in self._own - self.unreached:
                         profiles[found.info.name] = stage.profile(self._entering(number, found, observed))
-        everywhere = ChainMap(*self.ranks.gathered(profiles))
+        everywhere = ChainMap(*self.ranks.gathered(profiles, self.store.model.device))
         return {
             found.info.name: everywhere[found.info.name] for found in self.store.blocks if found.info.name in everywhere
         }
@@ -260,7 +260,7 @@ class SharedPlans:
     reads_experts = False
 
     def __init__(self, decider: Decider, observed: Observed | None) -> None:
-        self._ranks, store = decider.ranks, decider.store
+        self._ranks, self._device, store = decider.ranks, decider.store.model.device, decider.store
         names = [found.info.name for found in store.blocks]
         self._owners = {name: self._ranks.owner(number) for number, name in enumerate(names)}
         self._plans: dict[str, BlockPlan] = {}
@@ -276,7 +276,7 @@ class SharedPlans:
     def decide(self, found: FoundBlock, observed: Observed | None) -> BlockPlan:
         """The plan of one block, from the process that decided it."""
         name = found.info.name
-        return self._ranks.sent(self._plans.pop(name, None), self._owners[name])
+        return self._ranks.sent(self._plans.pop(name, None), self._owners[name], self._device)
 
 
 def _leaving(model: ModelInfo, stage: Stage, allocation: Mapping[str, Any]) -> ModelInfo:
