@@ -38,6 +38,7 @@ class Composite:
         default: Whether it runs in the default tests.
         modality_ids: Whether it takes `mm_token_type_ids`.
         unreached: First parts of the names of blocks that a forward pass does not reach.
+        broken_in: Version of transformers in which its own forward pass raises.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Composite:
     default: bool = False
     modality_ids: bool = False
     unreached: tuple[str, ...] = ()
+    broken_in: str = ""
 
     def tokens_of(self, block: str, batches: Sequence[Inputs]) -> int:
         """Tokens of some batches that a block sees."""
@@ -488,6 +490,8 @@ COMPOSITES: tuple[Composite, ...] = (
             "image_token_index": IMAGE,
         },
         images(3, 16, 16, tokens=4),
+        # It reads `image_outputs` of its language model, whose output has no such field.
+        broken_in="5.24.0",
     ),
     Composite(
         "step3p7",

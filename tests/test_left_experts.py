@@ -253,3 +253,16 @@ def test_what_a_model_cannot_store_is_refused_before_weights_are_read() -> None:
         MoECompressor.from_pretrained(build("qwen3_moe"), stages, CalibrationConfig(data), progress=False)
     with pytest.raises(ValueError, match=r'meet what all experts share.*leaves="nothing"'):
         compressor_for(build("jetmoe"), [inputs_for("jetmoe")], leaves="constant").apply()
+
+
+@pytest.mark.parametrize("tokens", [3, 5, 12, 64, 200])
+def test_the_rounding_of_inputs_does_not_choose_the_ridge(tokens: int) -> None:
+    """With few tokens the criterion of cross-validation hardly falls with the ridge, down to the rounding of sums."""
+    generator = torch.Generator().manual_seed(tokens)
+    input_PH = torch.randn(tokens, 64, generator=generator)
+    output_PH = torch.tanh(input_PH @ torch.randn(64, 64, generator=generator) / 8)
+    fits = []
+    for turn in range(8):
+        noise_PH = torch.randn(tokens, 64, generator=generator) * 1e-7 * (turn > 0)
+        fits.append(AffineFit(input_PH + noise_PH, output_PH, rank=4))
+    assert len({round(fit.ridge / fits[0].ridge, 4) for fit in fits}) == 1

@@ -35,6 +35,8 @@ def data_for(target: Target | str) -> list[dict[str, torch.Tensor]]:
 
 def compressor_for(model, target: Target | str, **kwargs) -> MoECompressor:
     settings = {name: kwargs.pop(name) for name in ("share", "target_size", "curvature", "quantize") if name in kwargs}
+    if isinstance(target, Target):
+        settings.setdefault("curvature", target.curvature)
     stage = ByteBudget(runs_in="any", **settings)
     return MoECompressor.from_pretrained(model, stage, CalibrationConfig(data_for(target)), progress=False, **kwargs)
 

@@ -45,11 +45,17 @@ class AffineFit:
         # Products in float32 leave errors of 1e-7 of the largest square, far below every ridge.
         square_D, vector = torch.linalg.eigh(gram(rows_PH.T if is_wide else rows_PH).double())
         square_D, vector = square_D.clamp(min=0), vector.to(dtype)
+        if is_wide:
+            # The mean took one direction; next to small ridges its rounding would look like a part of a freedom.
+            square_D[0] = 0.0
         # s w^T and q^T y, up to the same orthogonal factor.
         rows_DH = vector.T @ rows_PH if is_wide else (square_D.sqrt()[:, None] * vector.T).to(dtype)
         inverse_D = square_D.clamp(min=1e-300).rsqrt().where(square_D > torch.finfo(dtype).eps * square_D.max(), 0.0)
         along_DH = vector.T @ target_PH if is_wide else inverse_D.to(dtype)[:, None] * (rows_PH @ vector).T @ target_PH
-        self.ridge = _cross_validated(square_D, along_DH, float(target_PH.double().square().sum()), len(rows_PH))
+        along_D = along_DH.double().square().sum(1)
+        # As many directions as tokens leave nothing beside them, of which a difference would keep the rounding.
+        beside = 0.0 if is_wide else max(float(target_PH.double().square().sum() - along_D.sum()), 0.0)
+        self.ridge = _cross_validated(square_D, along_D, beside, len(rows_PH))
         damped_D = square_D + self.ridge
         fitted_DH = (square_D / damped_D.clamp(min=1e-300)).sqrt().to(dtype)[:, None] * along_DH
         self.left_RH = torch.nn.functional.pad(found := leading_rows(fitted_DH, rank), (0, 0, 0, rank - len(found)))
@@ -70,17 +76,23 @@ class AffineFit:
         return bias_H.to(dtype), left_RH, right_RH
 
 
-def _cross_validated(square_D: torch.Tensor, along_DH: torch.Tensor, energy: float, tokens: int) -> float:
-    """The ridge with the least error by generalized cross-validation; the mean takes one degree of freedom."""
+def _cross_validated(square_D: torch.Tensor, along_D: torch.Tensor, beside: float, tokens: int) -> float:
+    """The ridge with the least error by generalized cross-validation; the mean takes one degree of freedom.
+
+    Args:
+        square_D: Squares of the inputs along their directions.
+        along_D: Squares of the targets along them.
+        beside: Squares of the targets beside all of them.
+        tokens: Number of tokens.
+    """
     scale = float(square_D.mean())
     if scale == 0.0:
         return 1.0
     error, ridge = float("inf"), scale
-    along_D = along_DH.double().square().sum(1)
     for share in _RIDGES:
         kept_D = square_D / (square_D + share * scale)
-        left = energy - float(((2 * kept_D - kept_D.square()) * along_D).sum())
+        left = beside + float(((1 - kept_D).square() * along_D).sum())
         freedom = max(tokens - 1 - float(kept_D.sum()), 1e-9)
-        if max(left, 0.0) / freedom**2 < error:
-            error, ridge = max(left, 0.0) / freedom**2, share * scale
+        if left / freedom**2 < error:
+            error, ridge = left / freedom**2, share * scale
     return ridge
