@@ -36,10 +36,10 @@ from optimum_moe.stages import Stage
 
 ORIGINAL = "original"
 BEFORE = "one-shot"
-LENGTH, ROWS = 256, 8
+LENGTH, ROWS = 256, 4
 # Of one document, so that a novel does not fill the sample.
 _CHARACTERS = 20_000
-_EVALUATION: dict[str, Any] = {"max_tokens": 16384, "num_questions": 100, "num_prompts": 32}
+_EVALUATION: dict[str, Any] = {"max_tokens": 8192, "num_questions": 100, "num_prompts": 16}
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,9 @@ class TrainingRecord:
         """Share of the KL that was lost before and is not after."""
         return 1 - self.kl_after / self.kl_before if self.kl_before > 0 else 0.0
 
-    def save(self, directory: Path) -> None:
-        """Write `recovery.json` into a folder."""
-        (directory / RECOVERY_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+    def save(self, directory: str | Path) -> None:
+        """Write `recovery.json` into the folder of a checkpoint, by which `verify` knows what was trained."""
+        (Path(directory) / RECOVERY_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | Path) -> TrainingRecord | None:

@@ -68,7 +68,7 @@ class RecoverCommand(MoESubcommand):
         )
         parser.add_argument("--text-column", help='Column of the text; default "text", else "messages".')
         parser.add_argument("--sequence-length", type=int, help="Tokens per row; default 512, or all positions.")
-        parser.add_argument("--batch-size", type=int, help="Rows per step; default 8.")
+        parser.add_argument("--batch-size", type=int, help="Rows per step; default 4.")
         parser.add_argument("--tokenizer", help="Hub id, or folder; default the checkpoint's.")
         parser.add_argument("--learning-rate", type=float, metavar="RATE", help="Of AdamW; default by --train.")
         parser.add_argument("--alpha", type=float, help="Weight of the divergence from the original; default 1.")

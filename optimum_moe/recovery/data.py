@@ -22,7 +22,9 @@ HELD_OUT_TOKENS = 8192
 """Maximum tokens that the divergence is measured on during training."""
 _STREAMED = 16
 """Documents at the beginning of a stream that are held out."""
-_LONGEST = 512
+_ROWS = {"sequence_length": 512, "batch_size": 4}
+"""Rows of a step: the most tokens of one, and their number. Smaller steps than those of a calibration, since there are
+few tokens for all of them."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def read_data(model: PreTrainedModel, tokenizer: Any, data: Any, settings: DataS
     if settings.held_out is None:
         training, held_out = _split(config, settings)
     else:
-        training, held_out = config, replace(_config(model, settings.held_out, settings), seed=0)
+        given = CalibrationConfig.coerce(settings.held_out)
+        training, held_out = config, replace(config, source=given.source, text_column=given.text_column)
     held_out = replace(held_out, max_tokens=max(HELD_OUT_TOKENS, held_out.sequence_length), num_samples=None)
     found = RecoveryData(batches_for(model, training, tokenizer), batches_for(model, held_out, tokenizer))
     _check_apart(found)
@@ -88,13 +91,14 @@ def read_data(model: PreTrainedModel, tokenizer: Any, data: Any, settings: DataS
 
 
 def _config(model: PreTrainedModel, data: Any, settings: DataSettings) -> CalibrationConfig:
-    """The data with this run's amount and seed."""
+    """The data with this run's amount and seed, in rows that suit a training unless the user chose their size."""
     config = CalibrationConfig.coerce(data)
-    if config is not data and not (CalibrationConfig.is_fields(data) and "sequence_length" in data):
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
-        config = replace(config, sequence_length=min(longest, _LONGEST, settings.max_tokens))
+    chosen = set(data) if CalibrationConfig.is_fields(data) else set(_ROWS) if config is data else set()
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _ROWS["sequence_length"]
+    usual = {**_ROWS, "sequence_length": min(longest, _ROWS["sequence_length"], settings.max_tokens)}
+    rows: dict[str, Any] = {name: value for name, value in usual.items() if name not in chosen}
     seed = settings.seed if config.seed is None else config.seed
-    return replace(config, max_tokens=settings.max_tokens, seed=seed)
+    return replace(config, **rows, max_tokens=settings.max_tokens, seed=seed)
 
 
 def _split(config: CalibrationConfig, settings: DataSettings) -> tuple[CalibrationConfig, CalibrationConfig]:

@@ -25,9 +25,11 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from optimum_moe.checkpoint.destination import check_destination, owned, remove, training_folder, written_beside
+from optimum_moe.checkpoint.source import load_tokenizer
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.evaluation.models import find_tokenizer
+from optimum_moe.nn import SwappedModule
 from optimum_moe.records import digest
 from optimum_moe.recovery.adapters import Adapters, check_adapters
 from optimum_moe.recovery.data import DataSettings, RecoveryData, read_data
@@ -145,7 +147,7 @@ def recover(
         model: The compressed model: a folder, a Hub id, or a model in memory, which is then trained in place.
         teacher: The original: a folder, a Hub id, a model in memory, or a folder of `store_teacher_logits`.
         data: Text to train on: whatever `calibration=` of `MoECompressor.from_pretrained` takes. Rows have 512 tokens,
-            or as many as the model has positions, and batches 8 rows, unless a `CalibrationConfig` says otherwise.
+            or as many as the model has positions, and steps 4 rows, unless a `CalibrationConfig` says otherwise.
         train: `"router"` (routers and norms), `"experts"` (also everything that is stored of the experts), `"lora"`
             (adapters of all matrices, merged at the end; needs PEFT), or `"full"`.
         max_tokens: Tokens to train on, default 300,000; a shorter text is read several times.
@@ -190,7 +192,7 @@ def recover(
     _refuse_own_folder(directory, student, teacher)
     _check_vocabularies(student, teacher)
     names = trained_names(student.skeleton, train)
-    tokenizer = find_tokenizer(tokenizer, [model, teacher] if not is_stored(teacher) else [model])
+    tokenizer = _tokenizer(tokenizer, student, teacher)
     read = read_data(student.skeleton, tokenizer, data, settings.data)
     with owned(directory, overwrite), _states(directory, overwrite) as states:
         run = _Run(student, teacher, names, read, settings, states)
@@ -312,7 +314,7 @@ class _Run:
             callbacks.append(RowPruning(settings.final_density))
         else:
             callbacks.append(EarlyStoppingCallback(_PATIENCE))
-        teacher = _teacher(self.given_teacher, self.data, settings.objective, arguments.device)
+        teacher = _teacher(self.given_teacher, model, self.data, settings.objective, arguments.device)
         return RecoveryTrainer(model, arguments, self.data, teacher, settings.objective, settings.progress, callbacks)
 
     def _resumed(self, model: PreTrainedModel) -> str | None:
@@ -423,7 +425,9 @@ def _states(directory: Path | None, overwrite: bool) -> Iterator[Path]:
             remove(folder)
 
 
-def _teacher(teacher: Any, data: RecoveryData, objective: Objective, device: torch.device) -> Teacher:
+def _teacher(
+    teacher: Any, student: PreTrainedModel, data: RecoveryData, objective: Objective, device: torch.device
+) -> Teacher:
     if is_stored(teacher):
         if objective.hidden_weight:
             raise ValueError(
@@ -432,10 +436,25 @@ def _teacher(teacher: Any, data: RecoveryData, objective: Objective, device: tor
             )
         return StoredTeacher(Path(teacher), data, objective.temperature)
     if not isinstance(teacher, PreTrainedModel):
-        dtype = torch.float32 if device.type == "cpu" else "auto"
-        cls: Any = AutoModelForCausalLM
-        teacher = cls.from_pretrained(teacher, dtype=dtype)
+        cls: Any = _teacher_class(student, teacher)
+        teacher = cls.from_pretrained(teacher, dtype=torch.float32 if device.type == "cpu" else "auto")
     return ModelTeacher(teacher.to(device), bool(objective.hidden_weight))
+
+
+def _teacher_class(student: PreTrainedModel, teacher: str | Path) -> type:
+    """The class of the student, where the teacher has a config of the same class."""
+    if type(AutoConfig.from_pretrained(teacher)) is not type(student.config):
+        return AutoModelForCausalLM
+    return student.original_class if isinstance(student, SwappedModule) else type(student)
+
+
+def _tokenizer(given: Any, student: Student, teacher: Any) -> Any:
+    """The given tokenizer, else that of the student, else that of the teacher, else None."""
+    if given is not None:
+        return find_tokenizer(given, [])
+    folders = [student.folder, Path(teacher) if isinstance(teacher, str | Path) else None]
+    found = (load_tokenizer(folder) for folder in folders if folder is not None and folder.is_dir())
+    return next((tokenizer for tokenizer in found if tokenizer is not None), None)
 
 
 def _check_vocabularies(student: Student, teacher: Any) -> None:

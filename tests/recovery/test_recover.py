@@ -202,10 +202,36 @@ def test_a_model_in_memory_trains_in_place_in_its_own_dtypes(folders: Path) -> N
     assert moved <= set(result.record.names)
 
 
+def test_a_compressor_saves_what_was_trained_in_between(folders: Path, tmp_path: Path) -> None:
+    data = CalibrationConfig([inputs_for("qwen3_moe", rows=4, length=32, seed=seed) for seed in range(3)])
+    compressor = MoECompressor.from_pretrained(folders / "teacher", PRUNED, data, progress=False)
+    result = recover(compressor.apply(), teacher=folders / "teacher", data=rows(), learning_rate=3e-4, **SHORT)
+    compressor.save_pretrained(tmp_path / "out")
+    assert_same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), result.model)
+    assert not verify(tmp_path / "out", folders / "teacher").passed
+    result.record.save(tmp_path / "out")
+    report = verify(tmp_path / "out", folders / "teacher")
+    assert report.passed, str(report)
+    assert {text.partition(":")[0] for text in report.trained} <= set(result.record.names)
+
+
 def test_a_student_like_its_teacher_has_nothing_to_learn(folders: Path) -> None:
     result = trained(folders, "teacher", learning_rate=1e-8)
     assert all(abs(kl) < 1e-6 for _, kl in result.record.curve)
     assert all(abs(loss) < 1e-6 for _, loss in result.record.losses)
+
+
+def test_an_encoder_decoder_learns_from_a_teacher_of_its_class(tmp_path: Path) -> None:
+    build("switch_transformers").save_pretrained(tmp_path / "teacher")
+    student = build("switch_transformers")
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if name.endswith("classifier.weight"):
+                parameter += 0.05 * torch.randn_like(parameter)
+    result = recover(student, teacher=tmp_path / "teacher", data=rows(), learning_rate=1e-3, **SHORT)
+    assert any(name.endswith("decoder.block.1.layer.2.mlp.router.classifier.weight") for name in result.record.names)
+    assert result.record.kl_after <= result.record.kl_before
+    assert result.record.kl_before > 0
 
 
 def test_the_losses_of_the_paper_can_be_chosen(folders: Path) -> None:
