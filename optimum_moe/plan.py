@@ -325,6 +325,7 @@ class CompressionPlan:
         dropped: Paths in the original of the layers that were dropped before the first block was decided; `blocks` are
             those of the remaining layers, under their new numbers.
         remarks: Sentences for the user about what was decided.
+        evidence: Numbers behind the decisions that reports draw, as JSON values by name.
     """
 
     blocks: Mapping[str, BlockPlan]
@@ -335,6 +336,7 @@ class CompressionPlan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:
@@ -409,6 +411,8 @@ class CompressionPlan:
             record["dropped"] = list(self.dropped)
         if self.remarks:
             record |= {"remarks": list(self.remarks)}
+        if self.evidence:
+            record |= {"evidence": dict(self.evidence)}
         write_record(Path(directory), PLAN_NAME, record, tensors)
 
     @classmethod
@@ -431,6 +435,7 @@ class CompressionPlan:
                 settings=settings,
                 dropped=tuple(str(layer) for layer in record.get("dropped", ())),
                 remarks=tuple(str(remark) for remark in record.get("remarks", ())),
+                evidence=dict(record.get("evidence", {})),
             )
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"The plan in {directory} is broken ({error}). Copy or create it again.") from error

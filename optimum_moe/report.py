@@ -65,7 +65,8 @@ def write_report(
         if scores is not None:
             report[key] = _scores(scores)
     if sweep is not None:
-        report[SWEEP] = _trials(sweep if isinstance(sweep, Sweep) else Sweep.load(sweep))
+        found = sweep if isinstance(sweep, Sweep) else Sweep.load(sweep)
+        report[SWEEP] = [outcome.to_dict() for outcome in found.outcomes]
     run = RunRecord.read(folder, folder.resolve().name, report)
     file = folder / PAGE_FILE if output is None else Path(output).expanduser()
     _check_file(file)
@@ -141,17 +142,3 @@ def _scores(given: EvaluationResult | str | Path) -> dict[str, Any]:
     record = given.to_dict()
     # The scores of single units are only for comparisons of two results.
     return {"scores": record["scores"], "data": record["data"]}
-
-
-def _trials(found: Sweep) -> list[dict[str, Any]]:
-    trials = []
-    for outcome in found.outcomes:
-        scores = {} if outcome.result is None else outcome.result.scores
-        record: dict[str, Any] = {"recipe": outcome.trial.recipe, "size": outcome.trial.size, "bytes": outcome.bytes}
-        record |= {"plain": outcome.plain, "refused": outcome.refused}
-        if "kl" in scores:
-            record |= {"kl": scores["kl"].value, "low": scores["kl"].low, "high": scores["kl"].high}
-        if "perplexity" in scores:
-            record["perplexity"] = scores["perplexity"].value
-        trials.append(record)
-    return trials

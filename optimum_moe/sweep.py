@@ -97,6 +97,17 @@ class Outcome:
         assert self.result is not None
         return self.result.scores[name].value
 
+    def to_dict(self) -> dict[str, Any]:
+        """What a report shows of it, as JSON values: recipe, size, bytes, KL with its interval, perplexity."""
+        scores = {} if self.result is None else self.result.scores
+        record: dict[str, Any] = {"recipe": self.trial.recipe, "size": self.trial.size, "bytes": self.bytes}
+        record |= {"plain": self.plain, "refused": self.refused}
+        if "kl" in scores:
+            record |= {"kl": scores["kl"].value, "low": scores["kl"].low, "high": scores["kl"].high}
+        if "perplexity" in scores:
+            record["perplexity"] = scores["perplexity"].value
+        return record
+
 
 @dataclass(frozen=True)
 class Sweep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from optimum_moe import (
+    ByteBudget,
     CalibrationConfig,
     CompressionPlan,
     ExpertPruning,
@@ -34,6 +36,7 @@ from optimum_moe.reporting.loads_in import LoadsIn, record_run
 from optimum_moe.reporting.page import RunRecord, refresh_page
 from optimum_moe.reporting.page.drawing import Axis, Cell, index_ticks, line_path, row_paths, thinned, tree_path
 from optimum_moe.reporting.page.fates import REMOVED, UNCHANGED, fates
+from optimum_moe.reporting.page.words import quantity
 from optimum_moe.reporting.page.write import page
 from optimum_moe.reporting.papers import papers
 from optimum_moe.sweep import ORIGINAL, Outcome, Sweep, Trial
@@ -335,6 +338,58 @@ def of_the_hub(original: Path, place: Path) -> Path:
     folder.parent.mkdir(parents=True)
     folder.symlink_to(original)
     return folder
+
+
+@pytest.mark.filterwarnings("ignore:No gradient of the loss")
+@pytest.mark.parametrize("runs_in", ["any", "transformers"])
+def test_damage_against_bytes(runs_in: str, original: Path, tmp_path: Path) -> None:
+    """The curve ends at unchanged experts, and what was chosen is on or above it, with all bytes of the budget."""
+    method = ByteBudget(share=0.5, runs_in=runs_in, curvature=False)
+    compressor = MoECompressor.from_pretrained(original, method, SAMPLE, progress=False)
+    compressor.apply()
+    folder = compressor.save_pretrained(tmp_path / "out")
+    run = RunRecord.read(folder, "out")
+    found = run.plan.evidence["damage"]
+    sizes, losses = zip(*found["curve"], strict=True)
+    whole = sum(plan.num_experts * run.blocks[name].expert_bytes for name, plan in run.plan.blocks.items())
+    assert sizes[-1] == whole
+    assert losses[-1] == pytest.approx(0, abs=1e-6)
+    assert list(sizes) == sorted(sizes)
+    assert list(losses) == sorted(losses, reverse=True)
+    size, lost = found["chosen"]
+    stored = sum(fate.bytes for name, plan in run.plan.blocks.items() for fate in fates(plan, run.blocks[name]))
+    assert size <= whole / 2
+    if runs_in == "any":
+        assert size == pytest.approx(stored)
+    assert sum(found["blocks"].values()) == pytest.approx(lost, rel=1e-4)
+    at = next(number for number, there in enumerate(sizes) if there >= size)
+    below = losses[at - 1] + (losses[at] - losses[at - 1]) * (size - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
+    assert lost >= below - 1e-5
+    text = read(folder)
+    assert "Expected damage by layer" in text
+    assert f"cut at {quantity(size, 'B')}" in text
+
+
+def test_training_after_the_cut(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "trained"
+    shutil.copytree(runs["merged"], folder)
+    record = {
+        "train": "router",
+        "names": ["a", "b"],
+        "teacher": "org/name",
+        "tokens": 4096,
+        "steps": 20,
+        "best_step": 10,
+        "stopped": "at its last step",
+        "kl_before": 0.5,
+        "kl_after": 0.125,
+        "curve": [[0, 0.5], [10, 0.125], [20, 0.25]],
+        "losses": [[10, 0.75], [20, 0.5]],
+    }
+    (folder / "recovery.json").write_text(json.dumps(record), encoding="utf-8")
+    text = Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert "router, 2 parameters. KL to it on held-out text: 0.5000 before, 0.1250 after, at step 10 of 20." in text
+    assert "Held-out KL and training loss by step" in text
 
 
 def test_the_card_has_what_the_hub_reads(original: Path, statistics: Statistics, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,26 @@ def hull(points: Sequence[Point]) -> list[Point]:
 def _slope(left: Point, right: Point) -> float:
     """Damage that a byte saves."""
     return (left.damage - right.damage) / (right.bytes - left.bytes)
+
+
+def frontier(curves: Sequence[Sequence[Point]]) -> list[tuple[float, float]]:
+    """Bytes and damage of all curves together at every budget, from the least bytes on, the steepest steps first.
+
+    Args:
+        curves: A convex curve for each expert, as `hull` gives them; damages in one unit.
+    """
+    steps = sorted(
+        (-_slope(left, right), index, at)
+        for index, points in enumerate(curves)
+        for at, (left, right) in enumerate(pairwise(points))
+    )
+    size, damage = sum(points[0].bytes for points in curves), sum(points[0].damage for points in curves)
+    found = [(size, damage)]
+    for _, index, at in steps:
+        left, right = curves[index][at], curves[index][at + 1]
+        size, damage = size + right.bytes - left.bytes, damage + right.damage - left.damage
+        found.append((size, damage))
+    return found
 
 
 def allocate(curves: Sequence[Sequence[Point]], budget: float) -> list[Point]:

@@ -98,6 +98,11 @@ def prepare(parser: ArgumentParser) -> None:
     )
 
 
+def add_json_argument(parser: ArgumentParser) -> None:
+    """Add the flag that prints results for machines."""
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+
 def add_model_argument(parser: ArgumentParser, what: str = "Hub id, or folder of a checkpoint.") -> None:
     """Add the model, as a positional argument or as a flag."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help=what)

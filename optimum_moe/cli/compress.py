@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import warnings
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optimum_moe.cli.common import (
     CALIBRATION,
     MoESubcommand,
     add_calibration_arguments,
     add_checkpoint_arguments,
+    add_json_argument,
     add_recipe_arguments,
     check_text,
     checkpoint_arguments,
@@ -21,6 +23,7 @@ from optimum_moe.cli.common import (
     model_of,
     prepare,
     recipe_of,
+    table,
     text_source,
 )
 from optimum_moe.cli.errors import name_flags
@@ -76,6 +79,7 @@ class CompressCommand(MoESubcommand):
             help="Upload the result to this repository; by default to one with the name of the folder.",
         )
         parser.add_argument("--no-report", dest="report", action="store_false", help="Write no report.html.")
+        add_json_argument(parser)
         parser.add_argument("--quiet", action="store_true", help="Print only the path of the output folder.")
 
     def execute(self) -> None:
@@ -125,7 +129,8 @@ class CompressCommand(MoESubcommand):
             )
         if args.calibration and not needed:
             warnings.warn(f"{compressor.recipe.name} needs no data here: --calibration is not read.", stacklevel=2)
-        if speaks and not args.quiet:
+        talks = speaks and not args.quiet and not args.json
+        if talks:
             print(f"Preview\n{compressor.preview()}\n", flush=True)
         if kept is not None:
             observed = compressor.calibrate()
@@ -133,17 +138,20 @@ class CompressCommand(MoESubcommand):
                 with owned(kept), written_beside(kept) as beside:
                     observed.save_pretrained(beside)
         path = compressor.apply(statistics)
-        if speaks and not args.quiet:
-            assert compressor.plan is not None
+        assert compressor.plan is not None
+        if speaks and args.json:
+            print(json.dumps(_record(compressor, path), indent=1))
+        elif talks:
             print(f"\nCalibration: {describe_calibration(compressor.plan.calibration)}")
-            print(f"\nMeasured\n{compressor.measured()}\n\n{_how_to_load(compressor, path)}")
+            print(f"\nMeasured\n{compressor.measured()}\n\n{_where_it_loads(path)}\n\n{_how_to_load(compressor, path)}")
             for remark in compressor.plan.remarks:
                 print(f"\n{name_flags(remark, self.parse_args)}")
             for target in (stage.export_to for stage in compressor.recipe.stages if stage.export_to):
                 print(f"\n{_how_to_export(path, target)}")
+            print(f"\n{_what_next(compressor, path)}")
         if args.push_to_hub is not None:
             compressor.save_pretrained(path, push_to_hub=True, repo_id=args.push_to_hub or None)
-        if speaks and args.quiet:
+        if speaks and args.quiet and not args.json:
             print(path)
 
     def _check_apart(self, kept: Path | None) -> None:
@@ -170,6 +178,35 @@ class CompressCommand(MoESubcommand):
         given = {name: getattr(self.args, name) for name in _CALIBRATION}
         settings = {name: value for name, value in given.items() if value is not None}
         return replace(recipe, calibration={**recipe.calibration, **settings})
+
+
+def _record(compressor: MoECompressor, path: Path) -> dict[str, Any]:
+    """What a run did, as JSON values."""
+    from optimum_moe.reporting.loads_in import known_rows, to_json
+
+    assert compressor.plan is not None
+    return {
+        "output": str(path),
+        **compressor.measured().to_dict(),
+        "calibration": compressor.plan.calibration,
+        "seed": compressor.plan.seed,
+        "remarks": list(compressor.plan.remarks),
+        "loads_in": to_json(known_rows(path)),
+    }
+
+
+def _where_it_loads(path: Path) -> str:
+    from optimum_moe.reporting.loads_in import known_rows
+
+    return table([("runtime", "what it does"), *((row.runtime, row.says) for row in known_rows(path))])
+
+
+def _what_next(compressor: MoECompressor, path: Path) -> str:
+    """Where the report is, and the command that measures the checkpoint."""
+    folder, original = shlex.quote(str(path)), shlex.quote(compressor.source.name)
+    lines = [f"Report: {path / 'report.html'}"] if compressor.report else []
+    lines.append(f"Next: optimum-cli moe evaluate {folder} --reference {original} --text HELD_OUT.txt")
+    return "\n".join(lines)
 
 
 def _how_to_load(compressor: MoECompressor, path: Path) -> str:

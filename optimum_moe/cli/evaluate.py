@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optimum_moe.checkpoint.names import check_checkpoint_name
-from optimum_moe.cli.common import MoESubcommand, check_text, prepare, text_source
+from optimum_moe.cli.common import MoESubcommand, add_json_argument, check_text, prepare, text_source
 
 if TYPE_CHECKING:
     from optimum_moe.evaluation import EvaluationResult
@@ -68,6 +69,7 @@ class EvaluateCommand(MoESubcommand):
             metavar="FILE",
             help="Also write the scores as JSON, for EvaluationResult.load; several models give FILE.NAME.json each.",
         )
+        add_json_argument(parser)
         parser.add_argument("--quiet", action="store_true", help="Show no progress.")
 
     def execute(self) -> None:
@@ -100,9 +102,18 @@ class EvaluateCommand(MoESubcommand):
             progress=not args.quiet,
             **{name: value for name, value in given.items() if value is not None},
         )
-        print(format_results(results))
+        if args.json:
+            print(json.dumps({name: _scores(result) for name, result in results.items()}, indent=1))
+        else:
+            print(format_results(results))
         for name, file in files.items():
             _save(results[name], file)
+
+
+def _scores(result: EvaluationResult) -> dict[str, Any]:
+    """Scores with their intervals, without those of single units, as JSON values."""
+    record = result.to_dict()
+    return {"scores": record["scores"], "data": record["data"]}
 
 
 def named_models(values: list[str]) -> dict[str, str]:

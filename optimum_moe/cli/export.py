@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser
 from pathlib import Path
 
 from optimum_moe.cli.common import (
     MoESubcommand,
+    add_json_argument,
     add_model_argument,
     add_runtime_arguments,
     check_text,
@@ -39,6 +41,7 @@ class ExportCommand(MoESubcommand):
         parser.add_argument(
             "--pre-tokenizer", help="llama.cpp's name of the pre-tokenizer, if it does not recognize the tokenizer."
         )
+        add_json_argument(parser)
         parser.add_argument("--overwrite", action="store_true", help="Replace what is there.")
 
     def execute(self) -> None:
@@ -59,4 +62,4 @@ class ExportCommand(MoESubcommand):
             overwrite=self.args.overwrite,
         )
         size = sum(file.stat().st_size for file in ([place] if place.is_file() else Path(place).rglob("*.*")))
-        print(f"{place}: {size:,} bytes")
+        print(json.dumps({"output": str(place), "bytes": size}) if self.args.json else f"{place}: {size:,} bytes")

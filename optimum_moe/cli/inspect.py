@@ -11,6 +11,7 @@ from optimum_moe.cli.common import (
     MoESubcommand,
     add_calibration_arguments,
     add_checkpoint_arguments,
+    add_json_argument,
     add_model_argument,
     check_text,
     checkpoint_arguments,
@@ -37,7 +38,7 @@ class InspectCommand(MoESubcommand):
         prepare(parser)
         add_model_argument(parser, "Hub id, or folder of a checkpoint, compressed or not. Without it: as --list.")
         parser.add_argument("--list", action="store_true", help="List architectures, presets, stages and functions.")
-        parser.add_argument("--json", action="store_true", help="Print JSON.")
+        add_json_argument(parser)
         add_checkpoint_arguments(parser)
         parser.add_argument(
             "--statistics",

@@ -8,6 +8,7 @@ from argparse import ArgumentParser
 from optimum_moe.cli.common import (
     MoESubcommand,
     add_checkpoint_arguments,
+    add_json_argument,
     add_recipe_arguments,
     check_recipe_file,
     checkpoint_arguments,
@@ -26,7 +27,7 @@ class PreviewCommand(MoESubcommand):
         prepare(parser)
         add_recipe_arguments(parser)
         add_checkpoint_arguments(parser)
-        parser.add_argument("--json", action="store_true", help="Print JSON.")
+        add_json_argument(parser)
 
     def execute(self) -> None:
         """See `MoESubcommand`."""

@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser
 from pathlib import Path
 
-from optimum_moe.cli.common import MoESubcommand, add_model_argument, model_of, prepare
+from optimum_moe.cli.common import MoESubcommand, add_json_argument, add_model_argument, model_of, prepare
 
 _GIVEN = ("statistics", "evaluation", "reference", "sweep")
 
@@ -30,7 +30,7 @@ class ReportCommand(MoESubcommand):
             "--reference", metavar="FILE", help="The original's scores from the same evaluation, shown beside them."
         )
         parser.add_argument("--sweep", metavar="FOLDER", help="Results of a sweep on this model.")
-        parser.add_argument("--json", action="store_true", help="Print JSON.")
+        add_json_argument(parser)
 
     def execute(self) -> None:
         """See `MoESubcommand`."""

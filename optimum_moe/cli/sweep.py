@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser
 
 from optimum_moe.cli.common import (
     MoESubcommand,
     add_checkpoint_arguments,
+    add_json_argument,
     add_model_argument,
     check_text,
     checkpoint_arguments,
@@ -61,6 +63,7 @@ class SweepCommand(MoESubcommand):
         parser.add_argument(
             "--write", metavar="FOLDER", help="Also write the best checkpoint of each size, to FOLDER/SIZE."
         )
+        add_json_argument(parser)
         parser.add_argument("--quiet", action="store_true", help="Show no progress.")
 
     def execute(self) -> None:
@@ -101,8 +104,11 @@ class SweepCommand(MoESubcommand):
             progress=not args.quiet,
             **given,
         )
-        print(found)
-        print(f"\nPictures: {args.output}/pareto.png and pareto.svg")
+        if args.json:
+            shown = [outcome.to_dict() for outcome in (found.original, *found.outcomes)]
+            print(json.dumps({"output": args.output, "trials": shown}, indent=1))
+        else:
+            print(f"{found}\n\nPictures: {args.output}/pareto.png and pareto.svg")
         for size, folder in written.items():
             path = write_best(
                 found,
@@ -115,4 +121,5 @@ class SweepCommand(MoESubcommand):
                 progress=False,
                 **given,
             )
-            print(f"Best at {size}: {path}")
+            if not args.json:
+                print(f"Best at {size}: {path}")

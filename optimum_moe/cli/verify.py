@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from optimum_moe.checkpoint.names import check_checkpoint_name
-from optimum_moe.cli.common import MoESubcommand, add_model_argument, add_runtime_arguments, model_of, prepare
+from optimum_moe.cli.common import (
+    MoESubcommand,
+    add_json_argument,
+    add_model_argument,
+    add_runtime_arguments,
+    model_of,
+    prepare,
+)
+
+if TYPE_CHECKING:
+    from optimum_moe.exporting.runs_in import Run
 
 FAILED = 1
 
@@ -40,6 +53,7 @@ class VerifyCommand(MoESubcommand):
             "--exported", metavar="PATH", help="What --runs-in runs: a result of `optimum-cli moe export`."
         )
         parser.add_argument("--quantize", help="Type of values that --runs-in exports to, where it exports.")
+        add_json_argument(parser)
         parser.add_argument("--quiet", action="store_true", help="Show no progress.")
 
     def execute(self) -> None:
@@ -55,9 +69,15 @@ class VerifyCommand(MoESubcommand):
             logging.disable_progress_bar()
         self._check_runtime_arguments()
         report = verify(model, self.args.against, trained=self.args.trained or None)
-        print(report)
-        passed = [self._run_in(model, runtime) for runtime in self.args.runs_in or ()]
-        if not report.passed or not all(passed):
+        if not self.args.json:
+            print(report)
+        runs = [self._run_in(model, runtime) for runtime in self.args.runs_in or ()]
+        passed = report.passed and all(run.passed for run in runs)
+        if self.args.json:
+            record = {"passed": passed, "checks": [asdict(check) for check in report.checks]}
+            record |= {"runs": [{"runtime": run.title, "passed": run.passed, "says": run.says} for run in runs]}
+            print(json.dumps(record, indent=1))
+        if not passed:
             raise SystemExit(FAILED)
 
     def _check_runtime_arguments(self) -> None:
@@ -68,8 +88,8 @@ class VerifyCommand(MoESubcommand):
         if self.args.exported and len(self.args.runs_in) > 1:
             raise ValueError("--exported is for one --runs-in. Run the command once for each runtime.")
 
-    def _run_in(self, model: str, runtime: str) -> bool:
-        """Run the checkpoint in a runtime, print and record what it did; whether it passed."""
+    def _run_in(self, model: str, runtime: str) -> Run:
+        """Run the checkpoint in a runtime, print and record what it did."""
         from optimum_moe.exporting.runs_in import run_in
 
         run = run_in(
@@ -80,6 +100,7 @@ class VerifyCommand(MoESubcommand):
             llama_cpp=self.args.llama_cpp,
             quantize=self.args.quantize,
         )
-        print(f"{run.title}: {run.says}")
+        if not self.args.json:
+            print(f"{run.title}: {run.says}")
         run.record(model)
-        return run.passed
+        return run

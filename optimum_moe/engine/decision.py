@@ -85,6 +85,8 @@ class Decider:
         self._profiled: Observed | None = None
         self.remarks: tuple[str, ...] = ()
         """Sentences for the user about what was decided."""
+        self.evidence: dict[str, Any] = {}
+        """Numbers behind the decision, see `Stage.evidence`."""
 
     def allocate(self, statistics: Statistics | None, values: Sequence[str], progress: Progress) -> None:
         """Allocate the budgets of all stages in order, and take the profiles that they need.
@@ -114,6 +116,7 @@ class Decider:
                 self._keep_unreached(stage.changed_by_data(model, allocation), statistics.blocks)
             self._allocations.append(allocation)
             self.remarks += stage.remarks(model, statistics, profiles)
+            self.evidence |= stage.evidence(model, statistics, profiles, allocation)
             model = _leaving(model, stage, allocation)
             counts = {block.name: block.num_experts for block in model.blocks}
         self._counts = counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -185,7 +185,7 @@ class Run:
             together = self.ranks.size > 1
             source = SharedPlans(decider, None if statistics is None else statistics.blocks) if together else decider
             self._cut_all(source, statistics, self.recipe.name)
-            return self._plan(statistics, decider.remarks), statistics
+            return self._plan(statistics, decider), statistics
         if self.propagate and self.store.holds_all and statistics is None and unseen != "keep":
             # The original on disk does not change during the pass, and a second pass would read all of it again.
             self._check_reach(decider.changed_by_data())
@@ -195,7 +195,7 @@ class Run:
             self._pass(_Cut(self, decider, kept), pending, self.recipe.name, self.recipe.needs)
         self._cut_all(decider, None, "write", show=False)
         statistics = self._finished(kept)
-        return self._plan(statistics, decider.remarks), statistics
+        return self._plan(statistics, decider), statistics
 
     @property
     def goes_back(self) -> bool:
@@ -206,7 +206,7 @@ class Run:
     def _shows_profiles(self) -> bool:
         return self.progress and any(stage.needs_profile for stage in self.recipe.stages)
 
-    def _plan(self, statistics: Statistics | None, remarks: Sequence[str]) -> CompressionPlan:
+    def _plan(self, statistics: Statistics | None, decider: Decider) -> CompressionPlan:
         plans = self.store.plans()
         starving = () if statistics is None else starving_remarks(plans, statistics.blocks)
         for remark in starving:
@@ -218,7 +218,8 @@ class Run:
             source=self.identity,
             calibration=None if statistics is None else statistics.calibration,
             seed=self.seed,
-            remarks=(*remarks, *starving),
+            remarks=(*decider.remarks, *starving),
+            evidence=decider.evidence,
         )
 
     def _cut_all(self, source: PlanSource, statistics: Statistics | None, what: str, show: bool = True) -> None:

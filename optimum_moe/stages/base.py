@@ -218,6 +218,23 @@ class Stage(ABC):
         """Sentences for the user about what was decided; arguments as for `allocate`."""
         return ()
 
+    def evidence(
+        self,
+        model: ModelInfo,
+        statistics: Statistics | None,
+        profiles: Mapping[str, Any],
+        allocation: Mapping[str, Any],
+    ) -> Mapping[str, Any]:
+        """Numbers behind the decision that reports draw, as JSON values by name.
+
+        Args:
+            model: As for `allocate`.
+            statistics: As for `allocate`.
+            profiles: As for `allocate`.
+            allocation: What `allocate` returned.
+        """
+        return {}
+
     @abstractmethod
     def decide(self, context: BlockContext, allocated: Any) -> BlockPlan:
         """The plan for one block.

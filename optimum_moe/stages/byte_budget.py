@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from optimum_moe.algorithms.byte_budget import Candidate, Point
+from optimum_moe.algorithms.byte_budget import Candidate, Point, frontier, hull
 from optimum_moe.algorithms.expert_tokens import SampledTokens, single_expert
 from optimum_moe.algorithms.ranks import STEP
 from optimum_moe.formats import StoredExperts, budget_formats, build_expert, candidates, choose, refit_block
@@ -26,6 +26,7 @@ from optimum_moe.stages.counts import bytes_for_tensors, check_share, check_size
 from optimum_moe.stages.formatting import FormattingStage
 from optimum_moe.stages.plain_budget import (
     Pair,
+    PlainShape,
     block_output,
     check_uniform,
     choose_shapes,
@@ -33,6 +34,7 @@ from optimum_moe.stages.plain_budget import (
     pairs,
     plain_plan,
     possible_widths,
+    stored_bytes,
 )
 from optimum_moe.statistics import Statistics
 
@@ -40,6 +42,9 @@ _REMOVED = Candidate("empty", 0)
 
 # Experts of a block that tell which candidates of costly formats the others try.
 _SCREENED = 8
+
+# Points of a curve that reports draw.
+_SHOWN = 100
 
 # Smaller gains of another runtime are not worth a sentence.
 _LEAST_REMARK = 0.05
@@ -357,6 +362,37 @@ class ByteBudget(FormattingStage):
         found = {name: profile for name, profile in profiles.items() if profile is not None}
         return (*_unused_tokens(statistics, found), *(self._gain_elsewhere(model, found) if found else ()))
 
+    def evidence(
+        self,
+        model: ModelInfo,
+        statistics: Statistics | None,
+        profiles: Mapping[str, BlockProfile | None],
+        allocation: Mapping[str, Any],
+    ) -> Mapping[str, Any]:
+        """Damage against bytes, from empty to unchanged experts, and what was chosen of each block."""
+        found = {name: profile for name, profile in profiles.items() if profile is not None}
+        if not found or statistics is None:
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            points = comparable(found)
+        own = {name: _chosen(name, points[name], allocation[name], model) for name in points}
+        in_loss = all(profile.in_loss for profile in found.values())
+        # The loss is a sum over the tokens that a block saw.
+        tokens = max((statistics.blocks[name].num_tokens for name in points), default=0) or 1
+        unit = 1 / tokens if in_loss else 1 / len(points)
+        return {
+            "damage": {
+                "in_loss": in_loss,
+                "curve": [[round(size), _short(unit * lost)] for size, lost in _thinned_frontier(points)],
+                "chosen": [
+                    round(sum(size for size, _ in own.values())),
+                    _short(unit * sum(d for _, d in own.values())),
+                ],
+                "blocks": {name: _short(unit * lost) for name, (_, lost) in own.items()},
+            }
+        }
+
     def _gain_elsewhere(self, model: ModelInfo, found: Mapping[str, BlockProfile]) -> tuple[str, ...]:
         """For stock classes, what experts of unlike widths and numbers would lose less at the same bytes."""
         if not self.runtime.is_uniform:
@@ -528,6 +564,29 @@ def comparable(profiles: Mapping[str, BlockProfile]) -> dict[str, list[list[Poin
         unit = total if without else 1.0
         found[name] = [[replace(point, damage=point.damage / unit) for point in points] for points in profile.points]
     return found
+
+
+def _chosen(name: str, points: Sequence[Sequence[Point]], allocated: Any, model: ModelInfo) -> tuple[float, float]:
+    """Bytes and expected damage of what was allocated to a block."""
+    if isinstance(allocated, PlainShape):
+        blocks = [block for block in model.blocks if block.name == name]
+        return stored_bytes(blocks, {name: allocated}), expected_damage(blocks, {name: points}, {name: allocated})
+    taken = [
+        next(point for point in own if point.candidate == candidate)
+        for own, candidate in zip(points, allocated, strict=True)
+    ]
+    return sum(point.bytes for point in taken), sum(point.damage for point in taken)
+
+
+def _thinned_frontier(points: Mapping[str, Sequence[Sequence[Point]]]) -> list[tuple[float, float]]:
+    """At most so many points of damage against bytes, if every expert had the form of its own that loses the least."""
+    whole = frontier([hull(own) for found in points.values() for own in found])
+    step = -(-len(whole) // _SHOWN)
+    return [*whole[:-1:step], whole[-1]]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _stored(blocks: Sequence[BlockInfo]) -> int:

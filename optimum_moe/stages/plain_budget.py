@@ -178,6 +178,15 @@ def expected_damage(
     return total
 
 
+def stored_bytes(blocks: Sequence[BlockInfo], shapes: Mapping[str, PlainShape]) -> float:
+    """Bytes of the experts that remain, router rows excluded."""
+    total = 0.0
+    for block in blocks:
+        number, narrow = len(shapes[block.name].kept), block.with_width(shapes[block.name].width)
+        total += narrow.bytes_of_experts(number, number * narrow.expert_parameters)
+    return total
+
+
 def _keep(block: BlockInfo, points: Points, pair: Pair) -> tuple[float, tuple[int, ...]]:
     """Expected damage of a block at a pair, and the experts that it keeps, as many in each router group."""
     # By the policy for unseen experts some have to be kept, and have no empty candidate, or removed, and have no other.

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from optimum_moe.algorithms.byte_budget import Candidate, Point, allocate, hull
+from optimum_moe.algorithms.byte_budget import Candidate, Point, allocate, frontier, hull
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.algorithms.expert_fitter import ExpertFitter, HeldOutEstimate
 from optimum_moe.formats import budget_formats, build_expert, candidates, choose
@@ -361,3 +361,30 @@ def test_other_experts_try_what_lies_on_the_curves_of_the_first():
     for point_lists in ([own[:1] + own[-1:] for own in points], [[own[0]] for own in points]):
         assert worth_trying(point_lists) == frozenset()
     assert candidates(narrow[0], tokens[0], formats=["low_rank"], among=[])[1:-1] == []
+
+
+def test_the_frontier_passes_through_every_allocation():
+    """At the bytes of each of its points the allocation does that damage, and no choice of points does less."""
+    generator = torch.Generator().manual_seed(0)
+    curves = []
+    for _ in range(3):
+        sizes, losses = (torch.rand(5, generator=generator).sort(descending=down).values for down in (False, True))
+        points = [
+            Point(100 * size, loss, Candidate("narrow", 8))
+            for size, loss in zip(sizes.tolist(), losses.tolist(), strict=True)
+        ]
+        curves.append(hull(points))
+    found = frontier(curves)
+    assert len(found) == 1 + sum(len(curve) - 1 for curve in curves)
+    for size, damage in found:
+        chosen = allocate(curves, size + 1e-9)
+        assert sum(point.bytes for point in chosen) == pytest.approx(size)
+        assert sum(point.damage for point in chosen) == pytest.approx(damage)
+    for choice in itertools.product(*curves):
+        size, damage = sum(point.bytes for point in choice), sum(point.damage for point in choice)
+        best = min(lost for other, lost in found if other <= size + 1e-9)
+        within = [pair for pair in found if pair[0] <= size + 1e-9]
+        assert best == within[-1][1]
+        if len(within) < len(found):
+            (low, above), (high, below) = within[-1], found[len(within)]
+            assert damage >= above + (below - above) * (size - low) / (high - low) - 1e-9

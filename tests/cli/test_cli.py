@@ -71,6 +71,7 @@ OPTIONS = {
         "--max-shard-size",
         "--push-to-hub",
         "--no-report",
+        "--json",
         "--quiet",
         *RECIPE,
         *CHECKPOINT,
@@ -88,6 +89,7 @@ OPTIONS = {
         "--batch-size",
         "--num-questions",
         "--num-prompts",
+        "--json",
         "--new-tokens",
         "--seed",
         "--output",
@@ -102,16 +104,16 @@ OPTIONS = {
     "sweep": {
         *{"--model", "--recipes", "--keep", "--target-size", "--calibration", "--text", "--text-column", "--tokenizer"},
         *{"--max-tokens", "--sequence-length", "--evaluation-tokens", "--tasks", "--at-once", "--device-map", "--seed"},
-        *{"--output", "--write", "--quiet", *CHECKPOINT},
+        *{"--output", "--write", "--json", "--quiet", *CHECKPOINT},
     },
     "verify": {
-        *{"--model", "--against", "--quiet", "--trained"},
+        *{"--model", "--against", "--json", "--quiet", "--trained"},
         *{"--runs-in", "--exported", "--quantize", "--llama-cpp", "--python"},
     },
     "report": {"--model", "--output", "--statistics", "--evaluation", "--reference", "--sweep", "--json"},
     "export": {
         *{"--model", "--to", "--output", "--overwrite", "--quantize", "--calibration"},
-        *{"--llama-cpp", "--pre-tokenizer", "--python"},
+        *{"--llama-cpp", "--pre-tokenizer", "--python", "--json"},
     },
 }
 

@@ -24,6 +24,28 @@ def test_a_report_of_a_run(run: Run, checkpoint: Path, corpus: Path, tmp_path: P
     assert (status, json.loads(out)) == (0, {"report": str(file), "bytes": file.stat().st_size})
 
 
+def test_results_for_machines(run: Run, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    def printed(*arguments: object) -> dict:
+        status, out, err = run(*arguments, "--json")
+        assert status == 0, err
+        return json.loads(out)
+
+    folder, sample = tmp_path / "out", ("--calibration", corpus, "--max-tokens", 1024, "--sequence-length", 64)
+    made = printed("compress", checkpoint, "--recipe", "reap", "--num-experts", 4, *sample, "--output", folder)
+    report = json.loads((folder / "compression_report.json").read_text(encoding="utf-8"))
+    assert made["output"] == str(folder)
+    assert (made["before"], made["after"], made["loads_in"]) == (report["before"], report["after"], report["loads_in"])
+    verified = printed("verify", folder)
+    assert verified["passed"]
+    assert all(check["failures"] == [] for check in verified["checks"])
+    text = ("--text", corpus, "--max-tokens", 512, "--sequence-length", 64, "--tasks", "perplexity", "--quiet")
+    scored = printed("evaluate", f"small={folder}", *text)
+    assert scored["small"]["scores"]["perplexity"]["value"] > 1
+    exported = printed("export", folder, "--to", "vllm", "--output", tmp_path / "vllm")
+    assert exported["output"] == str(tmp_path / "vllm")
+    assert exported["bytes"] > report["after"]["bytes"]
+
+
 def test_no_report(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     recipe = ("--recipe", "reap", "--num-experts", 4, "--set", "saliency=aimer", "--quiet")
     assert run("compress", checkpoint, *recipe, "--output", tmp_path / "out", "--no-report")[0] == 0

@@ -10,7 +10,7 @@ from typing import Any
 from optimum_moe.reporting.page.drawing import Axis, line_path, point_path, whisker_path, x_ticks, y_ticks
 from optimum_moe.reporting.page.elements import Chart, Element, Line, Missing, Section, Table, Text
 from optimum_moe.reporting.page.run_record import RunRecord
-from optimum_moe.reporting.page.words import quantity
+from optimum_moe.reporting.page.words import byte_unit, quantity
 from optimum_moe.reporting.scores import EVALUATION, REFERENCE, SWEEP, measured_on, score_rows
 
 
@@ -57,8 +57,7 @@ def _trials(found: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _pareto(trials: Sequence[Mapping[str, Any]], table: Table) -> Chart:
-    unit = max(trial["bytes"] for trial in trials) / 10
-    step, prefix = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if unit >= pair[0] / 100)
+    step, prefix = byte_unit(max(trial["bytes"] for trial in trials))
     x, y = Axis.of(trial["bytes"] / step for trial in trials), Axis.of((t["kl"] for t in trials), is_log=True)
     lines = []
     for style, recipe in enumerate(dict.fromkeys(trial["recipe"] for trial in trials)):

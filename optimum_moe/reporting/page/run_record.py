@@ -15,7 +15,7 @@ from optimum_moe.records import read_digest
 from optimum_moe.reporting.loads_in import FIELD, REPORT_FILE, LoadsIn
 from optimum_moe.statistics import BlockStatistics
 
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, TRAINING_FILE = "recipe.yaml", "recovery.json"
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class RunRecord:
         recipe: The recipe as YAML.
         loads_in: Where it loads.
         plan_digest: SHA-256 of the plan.
+        training: Record of the training after the cut; None if there was none.
     """
 
     name: str
@@ -86,6 +87,7 @@ class RunRecord:
     recipe: str
     loads_in: Sequence[LoadsIn]
     plan_digest: str
+    training: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, directory: Path, name: str, report: Mapping[str, Any] | None = None) -> RunRecord:
@@ -102,7 +104,7 @@ class RunRecord:
         check_is_run(directory)
         plan = CompressionPlan.from_pretrained(directory)
         report = read_report(directory) if report is None else report
-        recipe = directory / RECIPE_FILE
+        recipe, training = directory / RECIPE_FILE, directory / TRAINING_FILE
         try:
             blocks = {block: BlockFacts.from_dict(report["blocks"][block]) for block in plan.blocks}
             return cls(
@@ -113,6 +115,7 @@ class RunRecord:
                 recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
                 loads_in=[LoadsIn(**row) for row in report[FIELD]],
                 plan_digest=read_digest(directory, PLAN_NAME),
+                training=json.loads(training.read_text(encoding="utf-8")) if training.is_file() else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(

@@ -13,6 +13,11 @@ def quantity(number: float, unit: str = "") -> str:
     return f"{_digits(number)} {unit}".strip()
 
 
+def byte_unit(most: float) -> tuple[float, str]:
+    """Factor and name of the unit for an axis of bytes that ends at `most`."""
+    return next(((step, f"{prefix}B") for step, prefix in _STEPS if most >= step), (1.0, "B"))
+
+
 def _digits(number: float) -> str:
     if number == int(number) and abs(number) < 1000:
         return str(int(number))
