@@ -65,9 +65,9 @@ def _asked(run: RunRecord) -> Table:
     for number, stage in enumerate(run.plan.stages, 1):
         settings = [f"{name} = {value}" for name, value in stage.items() if name != "stage" and value is not None]
         title = "stage" if len(run.plan.stages) == 1 else f"stage {number}"
-        rows.append((title, str(stage.get("stage")), ", ".join(settings) or "–"))
+        rows.append((title, f"{stage.get('stage')}: {', '.join(settings) or 'as it is by default'}"))
     if not rows:
-        rows.append(("plan", "given", "–"))
-    rows.append(("calibration", describe_calibration(run.plan.calibration), "–"))
-    rows.append(("seed", str(run.plan.seed), "–"))
-    return Table("What was asked", ("", "what", "settings"), tuple(rows))
+        rows.append(("plan", "given"))
+    rows.append(("calibration", describe_calibration(run.plan.calibration)))
+    rows.append(("random choices", f"seed {run.plan.seed}"))
+    return Table("What was asked", ("", "with its settings"), tuple(rows))
