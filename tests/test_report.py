@@ -29,6 +29,7 @@ from optimum_moe import (
     verify,
     write_report,
 )
+from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.evaluation import EvaluationResult
 from optimum_moe.evaluation.scores import UnitScores
 from optimum_moe.recipe import Recipe
@@ -373,22 +374,24 @@ def test_damage_against_bytes(runs_in: str, original: Path, tmp_path: Path) -> N
 def test_training_after_the_cut(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "trained"
     shutil.copytree(runs["merged"], folder)
-    record = {
-        "train": "router",
-        "names": ["a", "b"],
-        "teacher": "org/name",
-        "tokens": 4096,
-        "steps": 20,
-        "best_step": 10,
-        "stopped": "at its last step",
-        "kl_before": 0.5,
-        "kl_after": 0.125,
-        "curve": [[0, 0.5], [10, 0.125], [20, 0.25]],
-        "losses": [[10, 0.75], [20, 0.5]],
-    }
-    (folder / "recovery.json").write_text(json.dumps(record), encoding="utf-8")
+    record = TrainingRecord(
+        train="router",
+        names=("a", "b"),
+        teacher="org/name",
+        settings={},
+        data={},
+        held_out={},
+        kl_before=0.5,
+        kl_after=0.125,
+        best_step=10,
+        steps=20,
+        tokens=4096,
+        curve=((0, 0.5), (10, 0.125), (20, 0.25)),
+        losses=((10, 0.75), (20, 0.5)),
+    )
+    record.save(folder)
     text = Page(write_report(folder).read_text(encoding="utf-8")).text
-    assert "router, 2 parameters. KL to it on held-out text: 0.5000 before, 0.1250 after, at step 10 of 20." in text
+    assert "in nats a token: 0.5000 before, 0.1250 after, from step 10 of 20. Training ended at its last step." in text
     assert "Held-out KL and training loss by step" in text
 
 

@@ -138,10 +138,10 @@ class CompressCommand(MoESubcommand):
                 with owned(kept), written_beside(kept) as beside:
                     observed.save_pretrained(beside)
         path = compressor.apply(statistics)
-        assert compressor.plan is not None
         if speaks and args.json:
             print(json.dumps(_record(compressor, path), indent=1))
         elif talks:
+            assert compressor.plan is not None
             print(f"\nCalibration: {describe_calibration(compressor.plan.calibration)}")
             print(f"\nMeasured\n{compressor.measured()}\n\n{_where_it_loads(path)}\n\n{_how_to_load(compressor, path)}")
             for remark in compressor.plan.remarks:

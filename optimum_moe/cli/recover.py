@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from optimum_moe.checkpoint.names import check_checkpoint_name
-from optimum_moe.cli.common import MoESubcommand, add_model_argument, check_text, model_of, prepare, text_source
+from optimum_moe.cli.common import (
+    MoESubcommand,
+    add_json_argument,
+    add_model_argument,
+    check_text,
+    model_of,
+    prepare,
+    text_source,
+)
 
 _EXAMPLE = """example:
   optimum-cli moe recover small --teacher org/model --data corpus.txt --train router --max-tokens 300k --output better
@@ -80,6 +89,7 @@ class RecoverCommand(MoESubcommand):
         )
         parser.add_argument("--lora-rank", type=int, metavar="R", help="Rank of the adapters of lora; default 8.")
         parser.add_argument("--seed", type=int, help="Seed of the data and all choices; default 0.")
+        add_json_argument(parser)
         parser.add_argument("--quiet", action="store_true", help="Print only the path of the output folder.")
 
     def execute(self) -> None:
@@ -93,7 +103,7 @@ class RecoverCommand(MoESubcommand):
 
         from optimum_moe.calibration import CalibrationConfig
         from optimum_moe.recovery import recover
-        from optimum_moe.reporting.recovery import sentence
+        from optimum_moe.reporting.recovery import sentence, summary
 
         if args.quiet:
             logging.disable_progress_bar()
@@ -113,6 +123,9 @@ class RecoverCommand(MoESubcommand):
             progress=not args.quiet,
             **{name: value for name, value in given.items() if value is not None},
         )
+        if args.json:
+            print(json.dumps({"output": str(done.folder), **summary(done.record)}, indent=1))
+            return
         if args.quiet:
             print(done.folder)
             return

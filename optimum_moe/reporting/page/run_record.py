@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.plan import PLAN_NAME, CompressionPlan
 from optimum_moe.records import read_digest
 from optimum_moe.reporting.loads_in import FIELD, REPORT_FILE, LoadsIn
 from optimum_moe.statistics import BlockStatistics
 
-RECIPE_FILE, TRAINING_FILE = "recipe.yaml", "recovery.json"
+RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class RunRecord:
     recipe: str
     loads_in: Sequence[LoadsIn]
     plan_digest: str
-    training: Mapping[str, Any] | None = None
+    training: TrainingRecord | None = None
 
     @classmethod
     def read(cls, directory: Path, name: str, report: Mapping[str, Any] | None = None) -> RunRecord:
@@ -104,7 +105,7 @@ class RunRecord:
         check_is_run(directory)
         plan = CompressionPlan.from_pretrained(directory)
         report = read_report(directory) if report is None else report
-        recipe, training = directory / RECIPE_FILE, directory / TRAINING_FILE
+        recipe, training = directory / RECIPE_FILE, TrainingRecord.load(directory)
         try:
             blocks = {block: BlockFacts.from_dict(report["blocks"][block]) for block in plan.blocks}
             return cls(
@@ -115,7 +116,7 @@ class RunRecord:
                 recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
                 loads_in=[LoadsIn(**row) for row in report[FIELD]],
                 plan_digest=read_digest(directory, PLAN_NAME),
-                training=json.loads(training.read_text(encoding="utf-8")) if training.is_file() else None,
+                training=training,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(

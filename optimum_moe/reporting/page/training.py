@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from optimum_moe.reporting.page.drawing import Axis, line_path, point_path, x_ticks, y_ticks
 from optimum_moe.reporting.page.elements import Chart, Element, Line, Section, Table, Text
 from optimum_moe.reporting.page.run_record import RunRecord
 
-_SERIES = (("curve", "KL to the original on held-out text"), ("losses", "loss on the training text"))
-
 
 def training(run: RunRecord) -> Section | None:
-    """Curves of the training that the folder records; None if nothing was trained."""
+    """Curves of the training after the cut; None if nothing was trained."""
     record = run.training
     if record is None:
         return None
-    before, after = record["kl_before"], record["kl_after"]
-    elements: list[Element] = [
-        Text(
-            f"Trained against {record['teacher']} on {record['tokens']:,} tokens: {record['train']}, "
-            f"{len(record['names']):,} parameters. KL to it on held-out text: {before:.4f} before, {after:.4f} after, "
-            f"at step {record['best_step']} of {record['steps']}. Training ended {record['stopped']}."
-        )
-    ]
-    series = {label: record.get(key) or () for key, label in _SERIES}
-    if any(len(points) > 1 for points in series.values()):
+    said = (
+        f"KL to {record.teacher} on held-out text, in nats a token: {record.kl_before:.4f} before, "
+        f"{record.kl_after:.4f} after, from step {record.best_step} of {record.steps}. Training ended {record.stopped}."
+    )
+    series = {"KL to the original on held-out text": record.curve, "loss on the training text": record.losses}
+    elements: list[Element] = [Text(said)]
+    if len(record.curve) > 1:
         elements.append(_curves(series))
     return Section("training", "What training won back", elements)
 
 
-def _curves(series: Mapping[str, Sequence[Sequence[Any]]]) -> Chart:
+def _curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
     points = {label: [(float(step), float(value)) for step, value in own] for label, own in series.items()}
     every = [point for own in points.values() for point in own]
     x, y = Axis.of(step for step, _ in every), Axis.of((value for _, value in every), from_zero=True)
