@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -440,3 +441,19 @@ def test_the_card_of_rounded_experts(original: Path, tmp_path: Path) -> None:
 )
 def test_papers_of_a_recipe(stages: list[Stage], numbers: tuple[str, ...]) -> None:
     assert papers(Recipe(tuple(stages)).settings()) == numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "runtimes"), [("merged", ["vllm"]), ("pruned", ["vllm", "llama.cpp"]), ("factorized", ["vllm"])]
+)
+def test_the_code_of_a_card_runs(
+    name: str, runtimes: list[str], runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = (runs[name] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(runs[name].parent)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["model"].config.num_hidden_layers == 3
+    commands = {"vllm": f"vllm serve {name}\n", "llama.cpp": f"optimum-cli moe export {name} --to gguf "}
+    assert [runtime for runtime, command in commands.items() if command in card] == runtimes
