@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import random
 import sys
 import time
 import warnings
@@ -37,8 +36,6 @@ from optimum_moe.stages import Stage
 ORIGINAL = "original"
 BEFORE = "one-shot"
 LENGTH, ROWS = 256, 4
-# Of one document, so that a novel does not fill the sample.
-_CHARACTERS = 20_000
 _EVALUATION: dict[str, Any] = {"max_tokens": 8192, "num_questions": 100, "num_prompts": 16}
 
 
@@ -68,16 +65,14 @@ def jobs(reference: Reference, trains: list[str]) -> list[Job]:
     return [Job(name, stage, train) for name, stage in stages.items() for train in (BEFORE, *trains)]
 
 
-def training_text(tokens: int, cache: Path) -> list[str]:
-    """Beginnings of documents of the original's training, in a seeded order, of more than so many tokens."""
+def training_text(cache: Path) -> list[tuple[list[str], float]]:
+    """The sources of the original's training, each with as many tokens."""
     left_out = {*HELD_OUT_TITLES, *CALIBRATION_TITLES}
-    documents = [document for document in load_documents(cache) if document.title not in left_out]
-    random.Random(0).shuffle(documents)
-    texts: list[str] = []
-    # Four characters a token or fewer, and a tenth of the documents is held out.
-    while sum(map(len, texts)) < 5 * tokens and len(texts) < len(documents):
-        texts.append(documents[len(texts)].text[:_CHARACTERS])
-    return texts
+    by_source: dict[str, list[str]] = {}
+    for document in load_documents(cache):
+        if document.title not in left_out:
+            by_source.setdefault(document.title.partition("/")[0], []).append(document.text)
+    return [(texts, 1.0) for texts in by_source.values()]
 
 
 def key_of(reference: Reference, tokens: int) -> str:
@@ -85,7 +80,7 @@ def key_of(reference: Reference, tokens: int) -> str:
     digest = hashlib.sha256()
     for path in (*sorted(reference.model.glob("*.safetensors")), CALIBRATION, HELD_OUT):
         digest.update(path.read_bytes())
-    digest.update(f"{_EVALUATION} {tokens} {LENGTH} {ROWS}".encode())
+    digest.update(f"{_EVALUATION} {tokens} {LENGTH} {ROWS} by source".encode())
     return digest.hexdigest()[:12]
 
 
@@ -117,9 +112,7 @@ def run(reference: Reference, job: Job, folder: Path, arguments: argparse.Namesp
         done = recover(
             path,
             teacher=reference.model,
-            data=CalibrationConfig(
-                training_text(arguments.tokens, arguments.text), sequence_length=LENGTH, batch_size=ROWS
-            ),
+            data=CalibrationConfig(training_text(arguments.text), sequence_length=LENGTH, batch_size=ROWS),
             train=job.train,
             max_tokens=arguments.tokens,
             output_dir=folder / file.stem,

@@ -34,6 +34,8 @@ KL = "eval_kl"
 """The measure of held-out text in the Trainer's log."""
 WEIGHTS = "model.safetensors"
 _DIVERGED, _NOISE = 2.0, 0.01
+_USUAL = 0.02
+"""Root mean square of the weights of usual models, whose steps are those of the learning rate."""
 
 
 class NumberedBatches(Dataset[dict[str, Any]]):
@@ -84,6 +86,17 @@ class RecoveryTrainer(Trainer):
             self.remove_callback(printer)
         self.data, self.teacher = data, teacher
         self.objective: Objective = objective
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW, with shorter steps for tensors of small numbers such as scales, which one step would replace."""
+        trained: Any = self.model if model is None else model
+        groups = [
+            {"params": [parameter], "lr": self.args.learning_rate * step_share(parameter)}
+            for parameter in trained.parameters()
+            if parameter.requires_grad
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, weight_decay=0.0)
+        return self.optimizer
 
     def compute_loss(
         self,
@@ -167,6 +180,12 @@ class Shown(TrainerCallback):
     ) -> None:
         """Close the bar."""
         self._bar.close()
+
+
+def step_share(parameter: Tensor) -> float:
+    """The share of the learning rate for a parameter: its root mean square over 0.02, at most 1, and 1 for zeros."""
+    size = float(parameter.detach().float().square().mean().sqrt()) if parameter.numel() else 0.0
+    return min(1.0, size / _USUAL) if size > 0 else 1.0
 
 
 def curve(state: TrainerState) -> list[tuple[int, float]]:

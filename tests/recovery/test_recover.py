@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, verify
+from optimum_moe import CalibrationConfig, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, Rounding, verify
 from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.recovery import Recovered, recover, store_teacher_logits
 from optimum_moe.recovery.run import default_rate
+from optimum_moe.recovery.trainer import step_share
 from tests.test_reload import assert_same_tensors
 from tests.tiny_models import build, inputs_for
 
@@ -266,6 +267,26 @@ def test_a_training_that_diverges_keeps_the_student_as_it_was(folders: Path, tmp
         )
     assert_same_tensors(student, before)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_of_rounded_experts_train_and_their_numbers_stay(folders: Path, tmp_path: Path) -> None:
+    small = compress(folders / "teacher", tmp_path / "small", Rounding(bits=4, fitted=False))
+    student = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    with torch.no_grad():
+        scales = {name: p for name, p in student.named_parameters() if name.endswith(".scale4")}
+        for scale in scales.values():
+            scale *= 1.5
+    packed = {name: buffer.clone() for name, buffer in student.named_buffers() if "packed" in name}
+    result = recover(student, teacher=folders / "teacher", data=rows(), train="experts", learning_rate=3e-3, **SHORT)
+    assert set(scales) <= set(result.record.names)
+    assert result.record.won_back > 0.3
+    assert len(packed) == len(scales) == 9
+    assert all(torch.equal(buffer, student.get_buffer(name)) for name, buffer in packed.items())
+
+
+def test_steps_are_short_for_small_numbers() -> None:
+    assert step_share(torch.full((4,), 0.002)) == pytest.approx(0.1)
+    assert step_share(torch.ones(4)) == step_share(torch.zeros(4)) == step_share(torch.zeros(0)) == 1.0
 
 
 def test_the_default_rate_follows_the_distance_and_is_recorded(folders: Path) -> None:
