@@ -191,3 +191,9 @@ def test_a_process_that_dies_ends_the_run(model: Path, tmp_path: Path) -> None:
     assert "rank      : 1" in done.stderr
     assert "SIGKILL" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["worker.py"]
+
+
+def test_what_one_process_does_alone_is_refused_in_several() -> None:
+    SINGLE.check_single("A sweep")
+    with pytest.raises(ValueError, match="A sweep runs in one process, and 3 were started"):
+        Ranks(1, 3).check_single("A sweep")

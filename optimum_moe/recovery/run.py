@@ -30,6 +30,7 @@ from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.evaluation.models import find_tokenizer
 from optimum_moe.nn import SwappedModule
+from optimum_moe.ranks import current_ranks
 from optimum_moe.records import digest
 from optimum_moe.recovery.adapters import Adapters, check_adapters
 from optimum_moe.recovery.data import DataSettings, RecoveryData, read_data
@@ -174,9 +175,10 @@ def recover(
 
     Raises:
         ValueError: If a setting is invalid, nothing can be trained, the vocabularies differ, the data are too little or
-            held-out text is trained on, or training diverges before any improvement.
+            held-out text is trained on, training diverges before any improvement, or several processes were started.
     """
     check_train(train)
+    current_ranks().check_single("Training")
     settings = _Settings(
         train=train,
         objective=Objective(alpha, temperature, task_weight, hidden_weight),
