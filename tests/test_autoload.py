@@ -181,7 +181,14 @@ def test_carried_code_loads_without_the_package_where_it_is_trusted(target: Targ
     assert_seen(folder, tensors)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "switch_transformers", "jetmoe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3_moe",
+        "jetmoe",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("gpt_oss", "switch_transformers")),
+    ],
+)
 def test_compressed_experts_load_with_the_package_and_with_carried_code(name: str, tmp_path: Path) -> None:
     folder, auto_class = tmp_path / "out", auto_class_of(by_name(name))
     tensors = save_structured(by_name(name), folder, [MSMoE(num_experts=4), LowRankSparse(rank=8)])

@@ -119,7 +119,8 @@ def marks_of(family: str, routing: str, way: str, implementation: str) -> list[A
     if (family, routing, implementation) == ("gpt_oss", "reduce", "eager") and way == "expert":
         reason = "the eager loop of gpt_oss takes no ids of other processes, in the original too"
         return [pytest.mark.full, pytest.mark.xfail(strict=True, reason=reason)]
-    usual = (family, implementation) == ("qwen3_moe", "grouped_mm") and way != "data"
+    usual = (family, implementation) == ("qwen3_moe", "grouped_mm")
+    usual = usual and (routing, way) in (("map", "tensor"), ("reduce", "expert"))
     return [] if usual else [pytest.mark.full]
 
 

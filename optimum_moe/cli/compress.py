@@ -146,9 +146,9 @@ class CompressCommand(MoESubcommand):
             print(f"\nMeasured\n{compressor.measured()}\n\n{_where_it_loads(path)}\n\n{_how_to_load(compressor, path)}")
             for remark in compressor.plan.remarks:
                 print(f"\n{name_flags(remark, self.parse_args)}")
+            print(f"\n{_what_next(compressor, path)}")
             for target in (stage.export_to for stage in compressor.recipe.stages if stage.export_to):
                 print(f"\n{_how_to_export(path, target)}")
-            print(f"\n{_what_next(compressor, path)}")
         if args.push_to_hub is not None:
             compressor.save_pretrained(path, push_to_hub=True, repo_id=args.push_to_hub or None)
         if speaks and args.quiet and not args.json:

@@ -254,7 +254,8 @@ def test_the_last_line_is_the_command_that_vllm_needs(compress: Run, run: Run, t
     assert run(*command[2:])[0] == 0
     config = json.loads((tmp_path / "with space-vllm" / "config.json").read_text(encoding="utf-8"))
     assert "compression_config" in config
-    assert "moe export" not in compress("--share", 0.5, "--output", tmp_path / "any")[1]
+    last = compress("--share", 0.5, "--output", tmp_path / "any")[1].strip().splitlines()[-1]
+    assert last.startswith("Next: optimum-cli moe evaluate")
 
 
 def test_compress_again_from_saved_statistics(compress: Run, run: Run, checkpoint: Path, tmp_path: Path):
