@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from optimum_moe.reporting.page.drawing import Axis, index_ticks, line_path, point_path, x_ticks, y_ticks
+from optimum_moe.reporting.page.drawing import Axis, block_ticks, line_path, point_path, x_ticks, y_ticks
 from optimum_moe.reporting.page.elements import Chart, Line, Section, Table, Tick
 from optimum_moe.reporting.page.run_record import RunRecord
-from optimum_moe.reporting.page.words import byte_unit, quantity, short_name
+from optimum_moe.reporting.page.words import byte_unit, quantity
 
 _LOSS, _SHARE = "expected rise of the loss (nats a token)", "share of the error of emptying all experts"
 
@@ -60,7 +60,7 @@ def _by_block(blocks: Mapping[str, float], unit: str) -> Chart:
         description="What the chosen forms are expected to lose in each MoE block.",
         lines=(Line("0", "", line_path(points, x, y), point_path(points, x, y)),),
         x_label="layer",
-        x_ticks=tuple(Tick(tick.at, short_name(names[int(tick.text)])) for tick in index_ticks(len(names), 16)),
+        x_ticks=block_ticks(names),
         y_label=unit,
         y_ticks=y_ticks(y),
         table=Table("Damage of each block", ("MoE block", "damage"), rows, folded=True),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from optimum_moe.reporting.page.elements import Tick
+from optimum_moe.reporting.page.words import short_name
 
 _GAP = 0.12
 """Share of a row's height that separates it from the next."""
@@ -53,6 +54,11 @@ def index_ticks(number: int, most: int = 8) -> tuple[Tick, ...]:
     """Labels of some of the indices 0, 1, ... at the middle of their cells."""
     step = _round_step(number / most)
     return tuple(Tick(round(100 * (index + 0.5) / number, 3), str(index)) for index in range(0, number, step))
+
+
+def block_ticks(names: Sequence[str]) -> tuple[Tick, ...]:
+    """Ticks of MoE blocks, by the short form of their names."""
+    return tuple(Tick(tick.at, short_name(names[int(tick.text)])) for tick in index_ticks(len(names), 16))
 
 
 def _round_step(least: float) -> int:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 
-from optimum_moe.reporting.page.drawing import MOST_COLUMNS, MOST_ROWS, Cell, index_ticks, row_paths, thinned
-from optimum_moe.reporting.page.elements import Element, Map, Row, Section, Swatch, Table, Text, Tick
+from optimum_moe.reporting.page.drawing import (
+    MOST_COLUMNS,
+    MOST_ROWS,
+    Cell,
+    block_ticks,
+    index_ticks,
+    row_paths,
+    thinned,
+)
+from optimum_moe.reporting.page.elements import Element, Map, Row, Section, Swatch, Table, Text
 from optimum_moe.reporting.page.fates import REMOVED, UNCHANGED, Fate, by_form, fates
 from optimum_moe.reporting.page.run_record import RunRecord
-from optimum_moe.reporting.page.words import quantity, share, short_name
+from optimum_moe.reporting.page.words import quantity, share
 
 _OTHER = "other forms"
 _STYLES = 7
@@ -78,15 +86,11 @@ def _map(run: RunRecord, found: dict[str, list[Fate]], styles: dict[str, str]) -
         x_label="expert",
         x_ticks=index_ticks(max(len(experts) for experts in found.values())),
         y_label="layer",
-        y_ticks=_block_ticks(names),
+        y_ticks=block_ticks(names),
         legend=tuple(legend),
         textured=True,
         table=_table(run, found, counts),
     )
-
-
-def _block_ticks(names: list[str]) -> tuple[Tick, ...]:
-    return tuple(Tick(tick.at, short_name(names[int(tick.text)])) for tick in index_ticks(len(names), 16))
 
 
 def _counted(experts: list[Fate]) -> str:

@@ -9,6 +9,7 @@ from optimum_moe.reporting.page.drawing import (
     MOST_ROWS,
     Axis,
     Cell,
+    block_ticks,
     index_ticks,
     line_path,
     point_path,
@@ -33,7 +34,6 @@ from optimum_moe.reporting.page.elements import (
     Tree,
 )
 from optimum_moe.reporting.page.run_record import RunRecord
-from optimum_moe.reporting.page.words import short_name
 
 TREES = "trees"
 """Key of the trees in the report's file."""
@@ -104,7 +104,7 @@ def _groups(merged: Mapping[str, BlockPlan]) -> Map:
         x_label="experts, ordered by the size of their group",
         x_ticks=index_ticks(most),
         y_label="layer",
-        y_ticks=tuple(Tick(tick.at, short_name(names[int(tick.text)])) for tick in index_ticks(len(names), 16)),
+        y_ticks=block_ticks(names),
         legend=(
             Swatch(_FIRST, "a group"),
             Swatch(_NEXT, "the group beside it"),

@@ -7,10 +7,18 @@ from bisect import bisect_right
 import torch
 
 from optimum_moe.algorithms.expert_usage import busiest_share, effective_experts
-from optimum_moe.reporting.page.drawing import MOST_COLUMNS, MOST_ROWS, Cell, index_ticks, row_paths, thinned
-from optimum_moe.reporting.page.elements import Element, Map, Missing, Row, Section, Swatch, Table, Text, Tick
+from optimum_moe.reporting.page.drawing import (
+    MOST_COLUMNS,
+    MOST_ROWS,
+    Cell,
+    block_ticks,
+    index_ticks,
+    row_paths,
+    thinned,
+)
+from optimum_moe.reporting.page.elements import Element, Map, Missing, Row, Section, Swatch, Table, Text
 from optimum_moe.reporting.page.run_record import RunRecord
-from optimum_moe.reporting.page.words import share, short_name
+from optimum_moe.reporting.page.words import share
 
 _BOUNDS = (0.25, 0.5, 0.8, 1.25, 2.0, 4.0)
 """Tokens of an expert over those of even use, at which the next darker color begins."""
@@ -82,7 +90,7 @@ def _map(routed: dict[str, tuple[int, ...]]) -> Map:
         x_label="expert",
         x_ticks=index_ticks(most),
         y_label="layer",
-        y_ticks=tuple(Tick(tick.at, short_name(names[int(tick.text)])) for tick in index_ticks(len(names), 16)),
+        y_ticks=block_ticks(names),
         legend=(*legend, *([Swatch("none", "no token")] if "none" in used else [])),
         textured=False,
         table=_table(routed),
