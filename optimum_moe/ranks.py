@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -189,7 +190,13 @@ def current_ranks() -> Ranks:
         dist.init_process_group("gloo", timeout=_PATIENCE)
     if dist.get_world_size() == 1:
         return SINGLE
-    return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=_PATIENCE))
+    return Ranks(dist.get_rank(), dist.get_world_size(), _group_beside(dist.group.WORLD))
+
+
+@cache
+def _group_beside(world: Any) -> Any:
+    """The group in which the CPU communicates, one for all runs of these processes."""
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def local_device() -> dict[str, str]:
