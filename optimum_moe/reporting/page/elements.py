@@ -147,38 +147,47 @@ class Row:
     paths: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class Map:
-    """Rows of cells, one row for each block.
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A picture with two axes.
 
     Args:
         identifier: Unique in the page.
         title: What it shows.
         description: How to read it, for those who do not see it as well.
-        columns: Width of the map in cells.
-        rows: From the top.
-        x_label: What the columns are.
+        x_label: What the horizontal axis is.
         x_ticks: Labels under it.
-        y_label: What the rows are.
+        y_label: What the vertical axis is.
         y_ticks: Labels beside it.
-        legend: Styles that occur.
-        textured: Whether styles are categories, which have textures, else levels of one color.
         table: The same in numbers.
     """
 
-    kind: ClassVar[str] = "map"
     identifier: str
     title: str
     description: str
-    columns: int
-    rows: tuple[Row, ...]
     x_label: str
     x_ticks: tuple[Tick, ...]
     y_label: str
     y_ticks: tuple[Tick, ...]
+    table: Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map(Plot):
+    """Rows of cells, one row for each block.
+
+    Args:
+        columns: Width of the map in cells.
+        rows: From the top.
+        legend: Styles that occur.
+        textured: Whether styles are categories, which have textures, else levels of one color.
+    """
+
+    kind: ClassVar[str] = "map"
+    columns: int
+    rows: tuple[Row, ...]
     legend: tuple[Swatch, ...]
     textured: bool
-    table: Table
 
     @property
     def row_height(self) -> int:
@@ -205,33 +214,17 @@ class Line:
     whiskers: str = ""
 
 
-@dataclass(frozen=True)
-class Chart:
+@dataclass(frozen=True, kw_only=True)
+class Chart(Plot):
     """Lines and points in a box.
 
     Args:
-        identifier: Unique in the page.
-        title: What it shows.
-        description: How to read it, for those who do not see it as well.
         lines: The series.
-        x_label: What the horizontal axis is.
-        x_ticks: Labels under it.
-        y_label: What the vertical axis is.
-        y_ticks: Labels beside it.
-        table: The same in numbers.
         marks: Vertical lines with a label each.
     """
 
     kind: ClassVar[str] = "chart"
-    identifier: str
-    title: str
-    description: str
     lines: tuple[Line, ...]
-    x_label: str
-    x_ticks: tuple[Tick, ...]
-    y_label: str
-    y_ticks: tuple[Tick, ...]
-    table: Table
     marks: tuple[Tick, ...] = ()
 
 
