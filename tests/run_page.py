@@ -1,10 +1,10 @@
-"""Executes the code blocks of a page of the documentation, in order, in the current folder; run by test_docs.py.
+"""Executes the code blocks of pages of the documentation, in order, in the current folder; run by test_docs.py.
 
     python -m tests.run_page README.md
 
-Python blocks share their names, as in one session; shell blocks run through optimum's own entry point; YAML blocks are
-read as recipes. A block under `<!-- file: name -->` is written to that file too. A block under `<!-- not run: why -->`
-is left out.
+Python blocks of a page share their names, as in one session; shell blocks run through optimum's own entry point; YAML
+blocks are read as recipes. A block under `<!-- file: name -->` is written to that file too. A block under
+`<!-- not run: why -->` is left out.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(page: Path) -> None:
     warnings.filterwarnings("ignore", message="Calibration gave no token")
     names: dict[str, Any] = {"__name__": "page"}
     for language, code, file in blocks(page):
-        print(f"--- {language}\n{code}", flush=True)
+        print(f"--- {page.name}: {language}\n{code}", flush=True)
         if file:
             Path(file).write_text(code, encoding="utf-8")
         if language == "python":
@@ -68,4 +68,5 @@ def main(page: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for name in sys.argv[1:]:
+        main(Path(name))
