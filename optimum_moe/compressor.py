@@ -389,6 +389,7 @@ class MoECompressor:
         push_to_hub: bool = False,
         repo_id: str | None = None,
         token: str | None = None,
+        private: bool = False,
     ) -> Path:
         """Write weights, config, tokenizer or processor, plan, recipe, report and model card.
 
@@ -399,14 +400,16 @@ class MoECompressor:
             overwrite: Replace the content of the folder.
             max_shard_size: As in transformers.
             push_to_hub: Also upload the folder; a checkpoint that `apply()` wrote to `directory` is only uploaded.
+                Repeated after an interruption, it sends what is missing.
             repo_id: Hub repository, by default the name of the folder.
             token: Hub token.
+            private: Whether the repository is private, if it is created; one that exists has to be.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: If `apply()` was not called before, or the folder cannot be written.
+            ValueError: If `apply()` was not called before, the folder cannot be written, or the Hub refuses.
         """
         if self.model is None or self.plan is None:
             raise ValueError("Nothing to save yet. Call apply() first.")
@@ -423,7 +426,8 @@ class MoECompressor:
             with owned(directory, overwrite):
                 self._write(directory, overwrite, max_shard_size)
         if push_to_hub:
-            push(directory, repo_id, token, lambda name: description.write_card(directory, name, self._card_facts()))
+            facts = self._card_facts()
+            push(directory, repo_id, token, lambda name: description.write_card(directory, name, facts), private)
         self.ranks.wait()
         return directory
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from optimum_moe.checkpoint.checkpoint_tensors import CheckpointTensors, built, raw_config
+from optimum_moe.checkpoint.checkpoint_tensors import CheckpointTensors, built
 from optimum_moe.checkpoint.checksums import side_file_failures
 from optimum_moe.checkpoint.comparison import Comparison
 from optimum_moe.checkpoint.config_checks import config_failures
 from optimum_moe.checkpoint.factor_comparison import compare_factors
 from optimum_moe.checkpoint.headers import Headers, read_headers
 from optimum_moe.checkpoint.identity import first_difference, identity
+from optimum_moe.checkpoint.location import raw_config
 from optimum_moe.checkpoint.mtp import COUNT_FIELDS, MTPLayers, MTPOption, block_with, is_benign, is_mtp
 from optimum_moe.checkpoint.reader import CheckpointReader, ShardReader, take_dtypes
 from optimum_moe.checkpoint.source import ModelSource, open_source

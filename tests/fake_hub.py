@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,10 +15,16 @@ import pytest
 
 
 class FakeHub:
-    """What was uploaded, by repository and path; `failures` commits are refused first."""
+    """What was uploaded, by repository and path; `failures` commits are refused first.
+
+    `role` is what its token may do, `None` for a token that is not valid; `sent` has the paths of every commit.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
+        self.private: set[str] = set()
+        self.sent: list[set[str]] = []
+        self.role: str | None = "write"
         self.failures = 0
         self.url = ""
         self.calls: list[str] = []
@@ -27,27 +34,44 @@ class FakeHub:
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            self.files.setdefault(name, {})
+            if self.role != "write" or name.partition("/")[0] not in ("me", "ours"):
+                return 403, {"error": f"You don't have the rights to create a model under the namespace {name}"}
+            if name in self.files:
+                return 409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
+            self.files[name] = {}
+            if asked.get("visibility") == "private":
+                self.private.add(name)
             return 200, {"url": f"{self.url}/{name}", "id": name, "name": name}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
-        repo = "/".join(path.split("/")[3:5])
+        if path == "/api/whoami-v2":
+            if self.role is None:
+                return 401, {"error": "Invalid credentials in Authorization header"}
+            return 200, {"name": "me", "auth": {"type": "access_token", "accessToken": {"role": self.role}}}
+        repo = "/".join(path.partition("?")[0].split("/")[3:5])
+        if path.partition("?")[0] == f"/api/models/{repo}":
+            if repo not in self.files:
+                return 404, {"error": "Repository not found"}
+            files = [{"rfilename": name, "size": len(data)} for name, data in self.files[repo].items()]
+            return 200, {"id": repo, "private": repo in self.private, "siblings": files}
         if "/preupload/" in path:
             # "regular" files come inside of the commit.
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            return 200, {"files": files}
+            return 200, {"files": [self._mode(repo, entry["path"]) for entry in json.loads(body)["files"]]}
         if "/commit/" in path:
             if self.failures:
                 self.failures -= 1
                 return 403, {"error": "Storage is full"}
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    self.files[repo][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            files = [entry["value"] for entry in map(json.loads, body.splitlines()) if entry["key"] == "file"]
+            self.files[repo] |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+            self.sent.append({file["path"] for file in files})
             return 200, {"commitUrl": f"{self.url}/{repo}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
         return 404, {"error": f"nothing at {path}"}
+
+    def _mode(self, repo: str, path: str) -> dict[str, Any]:
+        """How to send a file, and what the repository has in its place (as git names it)."""
+        there = self.files[repo].get(path)
+        oid = {} if there is None else {"oid": hashlib.sha1(b"blob %d\0" % len(there) + there).hexdigest()}
+        return {"path": path, "uploadMode": "regular", "shouldIgnore": False, **oid}
 
 
 @pytest.fixture
@@ -77,6 +101,8 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
             data = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
+            if status == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

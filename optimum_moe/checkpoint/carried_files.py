@@ -16,13 +16,9 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from optimum_moe.checkpoint.names import WEIGHTS
 from optimum_moe.checkpoint.system import utf8_path
 
-WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack"),
-    *(".npz", ".npy", ".pkl", ".pickle", ".joblib", ".distcp", ".tflite", ".ot", ".mlmodel", ".nemo", ".engine"),
-)
-"""Suffixes of weights, of indices of weights, and of pickled objects."""
 _PICTURES = {
     *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".bmp", ".ico", ".avif"),
     *(".mp4", ".mov", ".webm", ".mp3", ".wav", ".flac", ".pdf"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from optimum_moe.checkpoint.headers import DTYPES, Headers
+from optimum_moe.checkpoint.dtypes import DTYPES
+from optimum_moe.checkpoint.headers import Headers
 from optimum_moe.checkpoint.missing import as_saved, lacking, refuse_lacking
 from optimum_moe.checkpoint.reader import CheckpointReader, Entries, Get
 from optimum_moe.hf.compat import model_from_config
@@ -242,19 +242,3 @@ def compressed_config(directory: Path) -> tuple[PreTrainedConfig, MoEStructureCo
             "Verify the checkpoint from before the quantization."
         )
     return config, MoEStructureConfig(**record)
-
-
-def raw_config(directory: Path) -> dict[str, Any]:
-    """The unmodified content of `config.json`.
-
-    Raises:
-        ValueError: If the file is missing or not a JSON object.
-    """
-    path = directory / "config.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}). Give the folder of a checkpoint.") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is not a JSON object. Copy it again.")
-    return record

@@ -9,9 +9,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from optimum_moe.checkpoint.carried_files import WEIGHTS
-from optimum_moe.checkpoint.checkpoint_tensors import raw_config
 from optimum_moe.checkpoint.headers import INDEX_FILE
+from optimum_moe.checkpoint.location import raw_config
+from optimum_moe.checkpoint.names import WEIGHTS
 from optimum_moe.hf.modeling_optimum_moe import ARCHIVE
 from optimum_moe.hf.structure import CARRIED_MODULE
 from optimum_moe.plan import PLAN_NAME

@@ -1,4 +1,4 @@
-"""The safetensors headers of a checkpoint: names, dtypes, shapes and sizes, read without any tensor."""
+"""The safetensors headers of a checkpoint: names, dtypes, shapes and sizes, read without any tensor, or torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub.utils import SafetensorsRepoMetadata
+if TYPE_CHECKING:
+    import torch
+    from huggingface_hub.utils import SafetensorsRepoMetadata
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -25,23 +26,23 @@ _VARIANT = re.compile(r"model\.(?:safetensors\.index\.(\w+)\.json|(\w+)\.safeten
 _ENTRY, _FILE = 90, 48
 LONGEST_HEADER = 100_000_000
 """Maximum bytes of a header that safetensors reads."""
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+ITEMSIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
-"""Torch dtypes by their names in headers."""
-_RUNNING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Bytes per element of the dtypes in headers."""
+_RUNNING = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,21 @@ class Headers:
     @property
     def itemsize(self) -> float:
         """Bytes per element of the most frequent dtype, which is that of the experts."""
-        dtype = DTYPES.get(self._counts().most_common(1)[0][0])
-        return 1.0 if dtype is None else float(dtype.itemsize)
+        return float(ITEMSIZES.get(self._counts().most_common(1)[0][0], 1))
 
     @property
     def dtype(self) -> torch.dtype | None:
         """The most frequent floating dtype in which a model can run; None if there is none."""
-        counts = self._counts()
-        running = [name for name, _ in counts.most_common() if DTYPES.get(name) in _RUNNING]
+        from optimum_moe.checkpoint.dtypes import DTYPES
+
+        running = [name for name, _ in self._counts().most_common() if name in _RUNNING]
         return DTYPES[running[0]] if running else None
 
     @property
     def dtypes(self) -> set[torch.dtype]:
         """All floating-point dtypes of the tensors."""
+        from optimum_moe.checkpoint.dtypes import DTYPES
+
         found = {DTYPES.get(dtype) for dtype, _, _ in self.tensors.values()}
         return {dtype for dtype in found if dtype is not None and dtype.is_floating_point}
 
@@ -298,10 +301,10 @@ def _end_of_tensors(header: Mapping[str, Any]) -> int:
     end = 0
     for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
         first, last = entry["data_offsets"]
-        numbers, dtype = [*entry["shape"], first, last], DTYPES.get(entry["dtype"])
+        numbers, itemsize = [*entry["shape"], first, last], ITEMSIZES.get(entry["dtype"])
         if any(type(number) is not int or number < 0 for number in numbers) or first != end or last < first:
             raise ValueError("shapes or offsets")
-        if dtype is not None and prod(entry["shape"]) * dtype.itemsize != last - first:
+        if itemsize is not None and prod(entry["shape"]) * itemsize != last - first:
             raise ValueError("shapes")
         end = last
     return end

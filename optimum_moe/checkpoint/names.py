@@ -11,6 +11,11 @@ from pathlib import Path
 from optimum_moe.settings import nearest
 
 DEFAULT_SPLIT = "train"
+WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack"),
+    *(".npz", ".npy", ".pkl", ".pickle", ".joblib", ".distcp", ".tflite", ".ot", ".mlmodel", ".nemo", ".engine"),
+)
+"""Suffixes of weights, of indices of weights, and of pickled objects."""
 _FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip")
 _HUB_ID = re.compile(r"(\b[\w\-.]+\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
 

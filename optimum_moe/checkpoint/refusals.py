@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,7 +11,6 @@ from transformers.utils import is_peft_available
 
 from optimum_moe.hf.compat import is_compiled, is_compiled_wrapper
 
-ADAPTER_CONFIG = "adapter_config.json"
 _MERGE = "merge_and_unload()"
 _OTHER_WEIGHTS = {
     "gguf_file": "it names a GGUF file. Give the safetensors checkpoint that it was converted from.",
@@ -36,25 +33,6 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
             "use_safetensors=False loads pickled weights, and only safetensors files are read. Leave it out, or save "
             "the checkpoint again with transformers."
         )
-
-
-def refuse_adapter(directory: Path) -> None:
-    """Raise a `ValueError` for a folder with a PEFT adapter, with or without base weights."""
-    path = directory / ADAPTER_CONFIG
-    if not path.is_file():
-        return
-    try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        base = None
-    if (directory / "config.json").is_file():
-        what = f"{directory} holds an adapter ({ADAPTER_CONFIG}) beside the weights, which transformers adds to them"
-    else:
-        what = f"{directory} holds an adapter ({ADAPTER_CONFIG}) of {base or 'another model'} and no model"
-    raise ValueError(
-        f"{what}. Merge it first: PeftModel.from_pretrained(model, {str(directory)!r}).{_MERGE}.save_pretrained(folder)"
-        ", and compress that folder; or move the adapter's files elsewhere to compress the weights without it."
-    )
 
 
 def check_model(model: Any) -> PreTrainedModel:

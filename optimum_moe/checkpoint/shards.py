@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from optimum_moe.checkpoint.byte_ranges import ByteRange
-from optimum_moe.checkpoint.headers import DTYPES
+from optimum_moe.checkpoint.dtypes import DTYPES
 from optimum_moe.checkpoint.system import begin_writing, sync_to_disk
 
 _BEHIND = 32 << 20

@@ -11,13 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import (
-    get_safetensors_metadata,
-    hf_hub_download,
-    is_offline_mode,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -26,7 +20,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from optimum_moe.checkpoint.carried_files import WEIGHTS
 from optimum_moe.checkpoint.checkpoint_tensors import (
     CheckpointTensors,
     no_numbers,
@@ -34,13 +27,8 @@ from optimum_moe.checkpoint.checkpoint_tensors import (
     refuse_larger_than_file,
     with_itemsizes,
 )
-from optimum_moe.checkpoint.headers import (
-    Headers,
-    header_bytes,
-    headers_from_metadata,
-    read_headers,
-    weight_files,
-)
+from optimum_moe.checkpoint.headers import Headers, header_bytes
+from optimum_moe.checkpoint.location import HUB_ARGUMENTS, config_and_headers
 from optimum_moe.checkpoint.missing import lacking, refuse_lacking
 from optimum_moe.checkpoint.names import check_checkpoint_name, is_hub_id
 from optimum_moe.checkpoint.quantized import (
@@ -51,7 +39,7 @@ from optimum_moe.checkpoint.quantized import (
     unpacked,
 )
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, ShardReader
-from optimum_moe.checkpoint.refusals import check_model, refuse_adapter, refuse_arguments
+from optimum_moe.checkpoint.refusals import check_model, refuse_arguments
 from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
 from optimum_moe.hf.compat import auto_class_knows, model_from_config
 from optimum_moe.model_info import ModelInfo
@@ -67,8 +55,7 @@ from optimum_moe.surgeons import (
     with_widths,
 )
 
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
-_CONFIG_ARGUMENTS = (*_HUB_ARGUMENTS, "trust_remote_code")
+_CONFIG_ARGUMENTS = (*HUB_ARGUMENTS, "trust_remote_code")
 _AUTO_CLASSES = (
     "AutoModelForImageTextToText",
     "AutoModelForMultimodalLM",
@@ -222,7 +209,7 @@ class ModelSource:
     def _local(self, file: Path) -> Path:
         if isinstance(self.location, Path):
             return file
-        arguments = {k: v for k, v in self.load_arguments.items() if k in _HUB_ARGUMENTS}
+        arguments = {k: v for k, v in self.load_arguments.items() if k in HUB_ARGUMENTS}
         return Path(hf_hub_download(str(self.location), file.name, **arguments))
 
     def load_tokenizer(self, name: str | Path) -> Any:
@@ -310,7 +297,7 @@ def open_source(
     location: str | Path = model
     if is_local:
         # Load the files that were checked, even if they are in the Hub's cache.
-        arguments = {k: v for k, v in arguments.items() if k not in (*_HUB_ARGUMENTS, "subfolder")}
+        arguments = {k: v for k, v in arguments.items() if k not in (*HUB_ARGUMENTS, "subfolder")}
         location = directory
     elif directory.parent.name == "snapshots":
         # Use the commit, since a branch may change before the weights are loaded.
@@ -398,53 +385,6 @@ def _names_when_saved(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> l
     """Upper bound of the tensor names that saving writes, since stacked experts may be saved one by one."""
     singles = [f"{found.info.name}.experts.{e}" for found in blocks for e in range(found.info.num_experts)] * 3
     return [*dict(model.named_parameters()), *singles]
-
-
-def config_and_headers(name: str, kwargs: Mapping[str, Any]) -> tuple[Path, Headers, bool]:
-    """Local folder with all files but the weights, headers of the weights, and whether it has the weights too."""
-    subfolder, variant = str(kwargs.get("subfolder") or ""), kwargs.get("variant")
-    if Path(name).is_dir():
-        directory = Path(name) / subfolder
-        refuse_adapter(directory)
-        if not (directory / "config.json").is_file():
-            inside = sorted(path.parent.name for path in directory.glob("*/config.json"))
-            hint = f" It has the folders {', '.join(inside[:3])}: pass subfolder={inside[0]!r}." if inside else ""
-            raise ValueError(
-                f"{directory} has no config.json. Give the folder of a checkpoint in transformers format.{hint}"
-            )
-        return directory, read_headers(directory, variant), True
-    check_checkpoint_name(name, kwargs.get("cache_dir"))
-    arguments = {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS}
-    ignored = [f"*{suffix}" for suffix in WEIGHTS]
-    try:
-        directory = Path(snapshot_download(name, ignore_patterns=ignored, **arguments)) / subfolder
-        refuse_adapter(directory)
-        if kwargs.get("local_files_only") or is_offline_mode() or _has_weights(directory, variant):
-            return directory, read_headers(directory, variant), True
-        # Fetch only the headers, since a preview must not download the weights.
-        if subfolder or variant is not None:
-            raise ValueError(
-                f"Weights with subfolder={subfolder!r} and variant={variant!r} are only read once they are downloaded. "
-                f"Run `hf download {name}` first, or pass the folder of a copy."
-            )
-        remote = {k: v for k, v in arguments.items() if k in ("revision", "token")}
-        return directory, headers_from_metadata(get_safetensors_metadata(name, **remote)), False
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{name!r} is neither a local folder nor a Hub model that could be fetched ({type(error).__name__}). "
-            "Check the name, the network and your token."
-        ) from error
-
-
-def _has_weights(directory: Path, variant: str | None) -> bool:
-    """Whether a folder has all files of the weights."""
-    try:
-        weight_files(directory, variant)
-    except ValueError:
-        return False
-    return True
 
 
 def model_class(config: PreTrainedConfig) -> Any:

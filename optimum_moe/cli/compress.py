@@ -78,6 +78,7 @@ class CompressCommand(MoESubcommand):
             metavar="REPO",
             help="Upload the result to this repository; by default to one with the name of the folder.",
         )
+        parser.add_argument("--private", action="store_true", help="With --push-to-hub: to a private repository.")
         parser.add_argument("--no-report", dest="report", action="store_false", help="Write no report.html.")
         add_json_argument(parser)
         parser.add_argument("--quiet", action="store_true", help="Print only the path of the output folder.")
@@ -91,15 +92,15 @@ class CompressCommand(MoESubcommand):
         from transformers.utils import logging
 
         from optimum_moe.checkpoint.destination import check_destination, owned, written_beside
-        from optimum_moe.checkpoint.push import check_repo_id
+        from optimum_moe.checkpoint.push import check_target
         from optimum_moe.compressor import MoECompressor
         from optimum_moe.reporting.card import describe_calibration
         from optimum_moe.statistics import Statistics
 
         if args.quiet:
             logging.disable_progress_bar()
-        if args.push_to_hub:
-            check_repo_id(args.push_to_hub)
+        if args.push_to_hub is not None:
+            check_target(args.push_to_hub or Path(args.output).name, args.private)
         kept = None if args.save_statistics is None else check_destination(args.save_statistics)
         self._check_apart(kept)
         statistics = None if args.statistics is None else Statistics.from_pretrained(args.statistics)
@@ -150,7 +151,7 @@ class CompressCommand(MoESubcommand):
             for target in (stage.export_to for stage in compressor.recipe.stages if stage.export_to):
                 print(f"\n{_how_to_export(path, target)}")
         if args.push_to_hub is not None:
-            compressor.save_pretrained(path, push_to_hub=True, repo_id=args.push_to_hub or None)
+            compressor.save_pretrained(path, push_to_hub=True, repo_id=args.push_to_hub or None, private=args.private)
         if speaks and args.quiet and not args.json:
             print(path)
 
@@ -166,6 +167,8 @@ class CompressCommand(MoESubcommand):
     def _check_arguments(self) -> None:
         """Check the arguments before heavy imports."""
         args = self.args
+        if args.private and args.push_to_hub is None:
+            raise ValueError("--private is only for --push-to-hub. Add it, or leave --private out.")
         check_text(args.calibration, "--calibration")
         if args.statistics is not None and not Path(args.statistics).is_dir():
             raise ValueError(f"--statistics {args.statistics} is not a folder. Give one that --save-statistics wrote.")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from optimum_moe.cli.common import (
     CALIBRATION,
@@ -21,6 +23,10 @@ from optimum_moe.cli.common import (
     table,
     text_source,
 )
+
+if TYPE_CHECKING:
+    from optimum_moe.checkpoint.headers import Headers
+    from optimum_moe.model_info import BlockInfo
 
 _LOOKING = ("calibration", *CALIBRATION, "tokenizer", "seed", "output", "device_map", "max_memory")
 """Flags of `--statistics`."""
@@ -116,41 +122,66 @@ class InspectCommand(MoESubcommand):
 def inspected(model: str, **arguments: Any) -> dict[str, Any]:
     """Facts of a checkpoint as JSON values, with recipe and calibration of a compressed one.
 
+    Where config and headers tell all of them, the model's class is neither imported nor compared with every tensor, as
+    preview and compress do.
+
     Raises:
         ValueError: See `optimum_moe.checkpoint.source.open_source`.
     """
-    from optimum_moe.checkpoint.source import config_and_headers, open_source
+    from optimum_moe.checkpoint.location import config_and_headers, raw_config
+    from optimum_moe.checkpoint.regular_layout import regular_model
+
+    directory, headers, _ = config_and_headers(model, arguments)
+    if arguments == {"dtype": "auto"} and not (directory / "plan.json").is_file():
+        regular = regular_model(raw_config(directory), headers)
+        if regular is not None:
+            sizes = headers.parameters, headers.bytes, regular.flops_per_token
+            return _inspected(model, regular.architecture, regular.surgeon, sizes, regular.blocks)
+    return _inspected_as_built(model, directory, headers, arguments)
+
+
+def _inspected_as_built(model: str, directory: Path, headers: Headers, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The facts from the model on the meta device, which takes seconds for the imports of its class."""
+    from optimum_moe.checkpoint.source import open_source
     from optimum_moe.reporting.inspection import how_it_was_made, inspect_structured, is_structured
     from optimum_moe.reporting.preview import flops_per_token
 
-    directory, headers, _ = config_and_headers(model, arguments)
     made = how_it_was_made(directory)
     compressed = {"compressed": made} if made else {}
     if is_structured(directory):
         return {"model": model, **inspect_structured(directory, headers), **compressed}
     source = open_source(model, **arguments)
     active = {info.name: float(info.top_k * info.expert_multiply_adds) for info in source.info.blocks}
-    blocks = [
-        {
-            "name": info.name,
-            "num_experts": info.num_experts,
-            "top_k": info.top_k,
-            "router_groups": info.router_groups,
-            "hidden_size": info.hidden_size,
-            "intermediate_size": info.intermediate_size,
-            "expert_parameters": info.num_experts * info.expert_parameters,
-        }
-        for info in source.info.blocks
-    ]
+    flops = flops_per_token(source.skeleton, list(source.blocks), active)
+    sizes = source.info.parameters, source.info.bytes, flops
+    architecture, surgeon = type(source.skeleton).__name__, source.blocks[0].surgeon.name
+    return {**_inspected(model, architecture, surgeon, sizes, source.info.blocks), **compressed}
+
+
+def _inspected(
+    model: str, architecture: str, surgeon: str, sizes: tuple[int, int, float], blocks: Sequence[BlockInfo]
+) -> dict[str, Any]:
+    """The facts as JSON values; `sizes` are parameters, bytes and FLOPs per token."""
+    parameters, stored, flops = sizes
     return {
         "model": model,
-        "architecture": type(source.skeleton).__name__,
-        "surgeon": source.blocks[0].surgeon.name,
-        "parameters": source.info.parameters,
-        "bytes": source.info.bytes,
-        "flops_per_token": flops_per_token(source.skeleton, list(source.blocks), active),
-        "blocks": blocks,
-        **compressed,
+        "architecture": architecture,
+        "surgeon": surgeon,
+        "parameters": parameters,
+        "bytes": stored,
+        "flops_per_token": flops,
+        "blocks": [
+            {
+                "name": info.name,
+                "num_experts": info.num_experts,
+                "top_k": info.top_k,
+                "router_groups": info.router_groups,
+                "hidden_size": info.hidden_size,
+                "intermediate_size": info.intermediate_size,
+                "expert_parameters": info.num_experts * info.expert_parameters,
+            }
+            for info in blocks
+        ],
     }
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimum_moe.checkpoint.checkpoint_tensors import built, raw_config
+from optimum_moe.checkpoint.checkpoint_tensors import built
 from optimum_moe.checkpoint.headers import Headers, read_headers
+from optimum_moe.checkpoint.location import raw_config
 from optimum_moe.checkpoint.writer import spell_out
 from optimum_moe.hf.structure import METHOD, REPLACEMENTS
 

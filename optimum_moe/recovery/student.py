@@ -14,8 +14,10 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_moe.checkpoint.checkpoint_tensors import built, raw_config
-from optimum_moe.checkpoint.headers import DTYPES, INDEX_FILE, Headers, read_headers
+from optimum_moe.checkpoint.checkpoint_tensors import built
+from optimum_moe.checkpoint.dtypes import DTYPES
+from optimum_moe.checkpoint.headers import INDEX_FILE, Headers, read_headers
+from optimum_moe.checkpoint.location import raw_config
 from optimum_moe.checkpoint.names import check_checkpoint_name
 from optimum_moe.checkpoint.refusals import all_in_memory, check_model
 from optimum_moe.checkpoint.shards import write_shard

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from optimum_moe.checkpoint.checkpoint_tensors import built, raw_config
+from optimum_moe.checkpoint.checkpoint_tensors import built
 from optimum_moe.checkpoint.headers import Headers
+from optimum_moe.checkpoint.location import raw_config
 from optimum_moe.hf.structure import METHOD
 from optimum_moe.model_info import BlockInfo
 from optimum_moe.plan import PLAN_NAME, CompressionPlan

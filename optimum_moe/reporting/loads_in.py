@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from optimum_moe.checkpoint.checkpoint_tensors import raw_config
 from optimum_moe.checkpoint.checksums import CHECKSUMS_FILE
+from optimum_moe.checkpoint.location import raw_config
 from optimum_moe.formats import ExpertsSpec
 from optimum_moe.formats.rounded import ROUNDED
 from optimum_moe.hf.structure import METHOD

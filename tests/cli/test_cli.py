@@ -69,6 +69,7 @@ OPTIONS = {
         "--max-memory",
         "--error-propagation",
         "--max-shard-size",
+        "--private",
         "--push-to-hub",
         "--no-report",
         "--json",

@@ -308,13 +308,35 @@ def test_push(streaming: tuple, run: Run, checkpoint: Path, tmp_path: Path, fake
     assert fake_hub.files == {"me/small": local}
     assert b'Qwen3MoeForCausalLM.from_pretrained("me/small")' in local["README.md"]
     fake_hub.failures = 1
-    status, _, err = run("compress", checkpoint, *arguments, "--overwrite", "--push-to-hub")
+    status, _, err = run("compress", checkpoint, *arguments, "--overwrite", "--push-to-hub", "--private")
     assert status == 2
-    assert f"error: The checkpoint is complete in {out}, but was not uploaded to me/out (" in err
-    assert err.endswith(
-        f"Check the network and your token (hf auth login), then upload it with: hf upload me/out {out}\n"
-    )
+    assert f"error: The checkpoint is complete in {out}, but was not uploaded to me/out: Storage is full (" in err
+    assert err.endswith(f"Then upload it with: hf upload --private me/out {out}\n")
+    assert fake_hub.private == {"me/out"}
     assert (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("role", "flags", "said"),
+    [
+        ("read", ("--push-to-hub",), "The result cannot be uploaded to out: the token can only read. Create a token "),
+        ("write", ("--private",), "--private is only for --push-to-hub. Add it, or leave --private out."),
+    ],
+)
+def test_an_upload_that_cannot_be_is_refused_before_the_work(
+    role: str,
+    flags: tuple,
+    said: str,
+    run: Run,
+    checkpoint: Path,
+    tmp_path: Path,
+    fake_hub: FakeHub,  # noqa: F811
+) -> None:
+    fake_hub.role = role
+    out = tmp_path / "out"
+    status, _, err = run("compress", checkpoint, "--recipe", "reap", "--output", out, *flags)
+    assert (status, err.startswith(f"error: {said}"), err.count("\n")) == (2, True, 1)
+    assert not out.exists()
 
 
 def test_a_streaming_run_that_was_interrupted_goes_on_and_is_pushed(
