@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binomtest
+
 from optimum_moe.calibration.documents import did_you_mean
 from optimum_moe.evaluation.scores import Score, UnitScores, paired_interval
 
@@ -81,6 +83,40 @@ def paired_difference(
     Raises:
         ValueError: a result lacks the score, or the results are from different text.
     """
+    _check_paired(result_a, result_b, score)
+    return paired_interval(result_a.units[score], result_b.units[score], seed)
+
+
+def mcnemar(result_a: EvaluationResult, result_b: EvaluationResult, score: str) -> tuple[int, int, float]:
+    """Exact McNemar test of two models on the same questions: whether they are right equally often.
+
+    Only questions that one of them answers and the other does not say anything about that (McNemar 1947); their number
+    is compared with a fair coin.
+
+    Args:
+        result_a: result of one model.
+        result_b: result of another model, on the same questions.
+        score: name of a score whose units are right (1) or wrong (0).
+
+    Returns:
+        (questions that only a answers, questions that only b answers, two-sided p).
+
+    Raises:
+        ValueError: a result lacks the score, its units are not 0 or 1, or the results are from different text.
+    """
+    _check_paired(result_a, result_b, score)
+    right_a, right_b = (result.units[score] for result in (result_a, result_b))
+    other = {value for units in (right_a, right_b) for value in units.total if value not in (0, 1)}
+    if other or right_a.exponential or {*right_a.weight, *right_b.weight} != {1.0}:
+        raise ValueError(
+            f"McNemar's test compares right and wrong answers, and {score!r} has other units. Use paired_difference."
+        )
+    pairs = list(zip(right_a.total, right_b.total, strict=True))
+    only_a, only_b = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
+    return only_a, only_b, float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def _check_paired(result_a: EvaluationResult, result_b: EvaluationResult, score: str) -> None:
     for result in (result_a, result_b):
         if score not in result.units:
             names = list(result.units)
@@ -91,7 +127,6 @@ def paired_difference(
                 f"The results differ in {key} ({result_a.data.get(key)} and {result_b.data.get(key)}), so their units "
                 "cannot be paired. Evaluate both on the same text with the same settings."
             )
-    return paired_interval(result_a.units[score], result_b.units[score], seed)
 
 
 def format_results(results: Mapping[str, EvaluationResult]) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_moe.calibration import CalibrationBatches, CalibrationConfig, batches_for
 from optimum_moe.calibration.documents import Document, DocumentColumn, TextSource
+from optimum_moe.calibration.inputs import ReadyInputs
 from optimum_moe.calibration.sources import read_sources
 from optimum_moe.evaluation.disjoint import THRESHOLD, shared_ngrams
+from optimum_moe.recovery.objective import IGNORED, LABELS
 from optimum_moe.settings import check_count
 
 HELD_OUT_TOKENS = 8192
@@ -72,11 +77,12 @@ def read_data(model: PreTrainedModel, tokenizer: Any, data: Any, settings: DataS
         model: the model; may be on the meta device.
         tokenizer: its tokenizer or processor, None if it has none.
         data: whatever `calibration=` of `MoECompressor` takes; of a `CalibrationConfig` `max_tokens` is not used.
+            Labels of model inputs are kept.
         settings: amount and split.
 
     Raises:
-        ValueError: If there is too little text, if it cannot be split by documents, or if held-out text was found in
-            the training text.
+        ValueError: If there is too little text, if it cannot be split by documents, if held-out text was found in the
+            training text, or labels fit no position.
     """
     config = _config(model, data, settings)
     if settings.held_out is None:
@@ -85,9 +91,62 @@ def read_data(model: PreTrainedModel, tokenizer: Any, data: Any, settings: DataS
         given = CalibrationConfig.coerce(settings.held_out)
         training, held_out = config, replace(config, source=given.source, text_column=given.text_column)
     held_out = replace(held_out, max_tokens=max(HELD_OUT_TOKENS, held_out.sequence_length), num_samples=None)
-    found = RecoveryData(batches_for(model, training, tokenizer), batches_for(model, held_out, tokenizer))
+    found = RecoveryData(_batches(model, training, tokenizer), _batches(model, held_out, tokenizer))
+    if len({LABELS in batches[0] for batches in found.splits.values()}) > 1:
+        raise ValueError("Training and held-out data have labels, or neither has: only one has here. Add or drop them.")
     _check_apart(found)
     return found
+
+
+def _batches(model: PreTrainedModel, config: CalibrationConfig, tokenizer: Any) -> CalibrationBatches:
+    """The batches for a model, with the labels that model inputs have."""
+    config = replace(config, source=_readable_again(config.source))
+    inputs = _with_labels(config)
+    if inputs is None:
+        return batches_for(model, config, tokenizer)
+    batches = batches_for(model, replace(config, source=inputs), tokenizer)
+    labeled, hashed = [], hashlib.sha256(batches.hash.encode())
+    for number, (batch, given) in enumerate(zip(batches, inputs, strict=True)):
+        labels_BS = _labels(number, batch, given.get(LABELS))
+        hashed.update(labels_BS.to("cpu", torch.int64).contiguous().numpy().tobytes())
+        labeled.append({**batch, LABELS: labels_BS})
+    description = {**batches.description, "hash": hashed.hexdigest()}
+    return replace(batches, batches=tuple(labeled), hash=hashed.hexdigest(), description=description)
+
+
+def _readable_again(source: Any) -> Any:
+    """A stream of model inputs with labels as a list, all else as it is."""
+    if not isinstance(source, Iterator):
+        return source
+    first = list(islice(source, 1))
+    labeled = any(isinstance(item, Mapping) and isinstance(item.get(LABELS), Tensor) for item in first)
+    return [*first, *source] if labeled else chain(first, source)
+
+
+def _with_labels(config: CalibrationConfig) -> list[Any] | None:
+    """The model inputs, None if the source is something else or they have no labels."""
+    if isinstance(config.source, str | Path | Mapping | Iterator):
+        return None
+    ready = read_sources(config.source, config.text_column)
+    if not isinstance(ready, ReadyInputs):
+        return None
+    inputs = list(islice(ready.inputs, config.num_samples))
+    return inputs if any(LABELS in given for given in inputs) else None
+
+
+def _labels(number: int, batch: dict[str, Tensor], labels: Any) -> Tensor:
+    name = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
+    expected = tuple(batch[name].shape)
+    if not isinstance(labels, Tensor) or tuple(labels.shape) != expected:
+        said = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            f"The labels of item {number} are {said}, and its {name} have the shape {expected}: every position has a "
+            f"label, {IGNORED} where none counts. Give all items labels of that shape, or none."
+        )
+    counted = labels if name == "decoder_input_ids" else labels[:, 1:]
+    if not bool((counted != IGNORED).any()):
+        raise ValueError(f"No label of item {number} counts, all are {IGNORED}. Leave the item out, or give it labels.")
+    return labels
 
 
 def _config(model: PreTrainedModel, data: Any, settings: DataSettings) -> CalibrationConfig:
@@ -146,6 +205,16 @@ def _check_apart(data: RecoveryData) -> None:
     """Refuse held-out text that is trained on."""
     texts = {name: list(_as_words(batches)) for name, batches in data.splits.items()}
     if not all(texts.values()):
+        return
+    if LABELS in data.training[0]:
+        # Questions share their wording, so that only whole ones are compared.
+        known = set(texts["training"])
+        copies = sum(text in known for text in texts["held_out"])
+        if copies > THRESHOLD * len(texts["held_out"]):
+            raise ValueError(
+                f"{copies} of the {len(texts['held_out'])} held-out inputs are trained on (at most {THRESHOLD:.0%} may "
+                "be), so training would not be stopped in time. Give every input to one side."
+            )
         return
     share, _ = shared_ngrams(texts["training"], texts["held_out"])
     if share > THRESHOLD:

@@ -39,7 +39,9 @@ class Prediction:
 
 
 Inputs: TypeAlias = Mapping[str, Any]
-"""One batch of model inputs."""
+"""One batch of model inputs, with or without labels."""
+LABELS = "labels"
+"""Key of the labels of a batch."""
 
 
 @dataclass(frozen=True)
@@ -72,43 +74,56 @@ class Objective:
 
     def loss(self, output: Any, teacher: Prediction, inputs: Inputs) -> Tensor:
         """The loss of a batch, a scalar."""
-        counts_BS = counted(inputs)
+        targets_BS = targets(inputs)
+        counts_BS = targets_BS != IGNORED
         task = None
         if self.task_weight:
-            task = self.task_weight * cross_entropy(output.logits[:, :-1], labels(inputs, counts_BS))
+            task = self.task_weight * cross_entropy(output.logits, targets_BS)
         divergence_BS = divergence(teacher, output.logits, self.temperature)
         total = distillation_loss(divergence_BS, counts_BS, task, self.alpha, self.temperature)
         if self.hidden_weight:
-            cut = [tuple(state[:, :-1] for state in states) for states in (teacher.hidden, hidden_states(output))]
-            total = total + self.hidden_weight * hidden_state_loss(cut[0], cut[1], counts_BS)
+            total = total + self.hidden_weight * hidden_state_loss(teacher.hidden, hidden_states(output), counts_BS)
         return total
 
 
 def divergence(teacher: Prediction, logits_BSV: Tensor, temperature: float = 1.0) -> Tensor:
-    """(B, S - 1) KL(teacher || student) at each position that has a next one."""
-    student = logits_BSV[:, :-1]
+    """(B, S) KL(teacher || student) at each position."""
     if isinstance(teacher.logits, TopLogits):
-        return top_kl_divergence(teacher.logits, student)
-    return kl_divergence(teacher.logits[:, :-1], student, temperature)
+        return top_kl_divergence(teacher.logits, logits_BSV)
+    return kl_divergence(teacher.logits, logits_BSV, temperature)
 
 
 def mean_divergence(teacher: Prediction, logits_BSV: Tensor, inputs: Inputs) -> tuple[float, int]:
     """Sum of KL(teacher || student) in nats over the positions of a batch that count, and their number."""
-    counts_BS = counted(inputs)
+    counts_BS = targets(inputs) != IGNORED
     number = int(counts_BS.sum())
     return float(mean_over(divergence(teacher, logits_BSV), counts_BS)) * number, number
 
 
-def counted(inputs: Inputs) -> Tensor:
-    """(B, S - 1) bool, the positions that predict a next token of the text and no padding."""
+def model_inputs(inputs: Inputs) -> dict[str, Any]:
+    """What a model is given of a batch: all but the labels, with which it would compute a loss of its own."""
+    return {name: value for name, value in inputs.items() if name != LABELS}
+
+
+def targets(inputs: Inputs) -> Tensor:
+    """(B, S) the token that each position has to predict, `IGNORED` where none counts.
+
+    With labels these count alone: a decoder's stand where they are predicted, other models' one position later, as in
+    the models of transformers. Without labels every next token of the text does.
+    """
+    labels_BS = inputs.get(LABELS)
     prefix = "decoder_" if "decoder_input_ids" in inputs else ""
-    return predicted_positions(inputs[f"{prefix}input_ids"], inputs.get(f"{prefix}attention_mask"))
+    if labels_BS is not None:
+        return labels_BS if prefix else _shifted_left(labels_BS)
+    ids_BS = inputs[f"{prefix}input_ids"]
+    counts_BS = predicted_positions(ids_BS, inputs.get(f"{prefix}attention_mask"))
+    next_BS = _shifted_left(ids_BS)
+    next_BS[:, :-1].masked_fill_(~counts_BS, IGNORED)
+    return next_BS
 
 
-def labels(inputs: Inputs, counts_BS: Tensor) -> Tensor:
-    """(B, S - 1) next tokens, `IGNORED` where none counts."""
-    ids_BS = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
-    return torch.where(counts_BS, ids_BS[:, 1:], IGNORED)
+def _shifted_left(ids_BS: Tensor) -> Tensor:
+    return torch.cat([ids_BS[:, 1:], torch.full_like(ids_BS[:, :1], IGNORED)], 1)
 
 
 def hidden_states(output: Any) -> tuple[Tensor, ...]:

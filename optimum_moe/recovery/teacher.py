@@ -17,7 +17,7 @@ from optimum_moe.algorithms.distillation import TopLogits, top_logits
 from optimum_moe.checkpoint.destination import check_destination, owned, written_beside
 from optimum_moe.evaluation.models import ModelOrPath, find_tokenizer, load_models
 from optimum_moe.recovery.data import DataSettings, RecoveryData, read_data
-from optimum_moe.recovery.objective import Inputs, Prediction, hidden_states
+from optimum_moe.recovery.objective import Inputs, Prediction, hidden_states, model_inputs
 from optimum_moe.settings import check_count
 
 RECORD_FILE = "teacher_logits.json"
@@ -52,7 +52,7 @@ class ModelTeacher:
     @torch.no_grad()
     def predict(self, split: str, index: int, inputs: Inputs) -> Prediction:
         """See `Teacher.predict`."""
-        output = self._model(**inputs, use_cache=False, output_hidden_states=self._with_hidden)
+        output = self._model(**model_inputs(inputs), use_cache=False, output_hidden_states=self._with_hidden)
         return Prediction(output.logits, hidden_states(output) if self._with_hidden else ())
 
 
@@ -161,7 +161,7 @@ def store_teacher_logits(
                 logits = running.predict(name, index, inputs).logits
                 assert isinstance(logits, torch.Tensor)
                 vocabulary = logits.shape[-1]
-                top = top_logits(logits[:, :-1], k, 1.0 if name == "held_out" else temperature)
+                top = top_logits(logits, k, 1.0 if name == "held_out" else temperature)
                 stored = {"logits": top.logits_TK, "tokens": top.tokens_TK.to(torch.int32), "rest": top.rest_T}
                 save_file(
                     {key: value.contiguous().cpu() for key, value in stored.items()},

@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from optimum_moe.calibration import CalibrationBatches
 from optimum_moe.recovery.data import RecoveryData
-from optimum_moe.recovery.objective import Objective, mean_divergence
+from optimum_moe.recovery.objective import Objective, mean_divergence, model_inputs
 from optimum_moe.recovery.teacher import Teacher
 
 KL = "eval_kl"
@@ -108,7 +108,7 @@ class RecoveryTrainer(Trainer):
         """See `Trainer.compute_loss`."""
         number = inputs.pop("number")
         said = self.teacher.predict("training", number, inputs)
-        output = model(**inputs, use_cache=False, output_hidden_states=bool(self.objective.hidden_weight))
+        output = model(**model_inputs(inputs), use_cache=False, output_hidden_states=bool(self.objective.hidden_weight))
         loss = self.objective.loss(output, said, inputs)
         return (loss, output) if return_outputs else loss
 
@@ -130,7 +130,7 @@ class RecoveryTrainer(Trainer):
         for number, batch in enumerate(self.data.held_out):
             inputs = {key: value.to(self.args.device) for key, value in batch.items()}
             said = self.teacher.predict("held_out", number, inputs)
-            part, count = mean_divergence(said, model(**inputs, use_cache=False).logits, inputs)
+            part, count = mean_divergence(said, model(**model_inputs(inputs), use_cache=False).logits, inputs)
             total, tokens = total + part, tokens + count
         model.train(was_training)
         return total / max(tokens, 1)
