@@ -54,10 +54,11 @@ setup(
         "images": ["pillow", "torchvision"],
         "recover": ["peft>=0.21"],
         "plots": ["matplotlib"],
+        "completion": ["shtab"],
         "bench": ["gguf", "matplotlib"],
         "dev": [
             *("pytest>=9", "pytest-xdist", "hypothesis", "packaging", "ruff", "mypy", "types-PyYAML"),
-            *("pyarrow", "datasets", "matplotlib", "peft>=0.21"),
+            *("pyarrow", "datasets", "matplotlib", "peft>=0.21", "shtab"),
         ],
     },
 )

@@ -84,9 +84,11 @@ def _plain_warnings(parse_args: ParseArgs) -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def prepare(parser: ArgumentParser) -> None:
-    """Add the arguments that all commands have."""
+def prepare(parser: ArgumentParser, example: str) -> None:
+    """Add the arguments that all commands have, and an example, which follows `optimum-cli moe`."""
     parser.allow_abbrev = False
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"example:\n  optimum-cli moe {example}"
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     parser.add_argument(
         "--import",

@@ -43,7 +43,7 @@ class CompressCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        prepare(parser)
+        prepare(parser, "compress org/model --share 0.5 --calibration corpus.txt --output small")
         add_recipe_arguments(parser)
         add_checkpoint_arguments(parser)
         parser.add_argument("--output", required=True, help="Folder that the checkpoint is written to.")

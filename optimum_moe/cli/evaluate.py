@@ -33,7 +33,7 @@ class EvaluateCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        prepare(parser)
+        prepare(parser, "evaluate small pruned --reference org/model --text held_out.jsonl")
         parser.add_argument(
             "models",
             nargs="*",

@@ -26,7 +26,7 @@ class ExportCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        prepare(parser)
+        prepare(parser, "export org/model --to vllm")
         add_model_argument(parser, "Folder of a checkpoint.")
         parser.add_argument("--to", required=True, choices=TARGETS, help="Runtime, or its format.")
         parser.add_argument("--output", help="New file or folder; by default beside the checkpoint.")

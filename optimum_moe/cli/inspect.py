@@ -41,7 +41,7 @@ class InspectCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        prepare(parser)
+        prepare(parser, "inspect org/model")
         add_model_argument(parser, "Hub id, or folder of a checkpoint, compressed or not. Without it: as --list.")
         parser.add_argument("--list", action="store_true", help="List architectures, presets, stages and functions.")
         add_json_argument(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from optimum_moe.cli.completion import CompletionCommand
 from optimum_moe.cli.compress import CompressCommand
 from optimum_moe.cli.evaluate import EvaluateCommand
 from optimum_moe.cli.export import ExportCommand
@@ -23,6 +24,7 @@ class MoECommand(BaseOptimumCLICommand):
         CommandInfo("inspect", "Show the MoE blocks of a checkpoint, or what is supported.", InspectCommand),
         CommandInfo("preview", "Show the expected sizes of a recipe, without reading a weight.", PreviewCommand),
         CommandInfo("compress", "Compress a checkpoint.", CompressCommand),
+        CommandInfo("completion", "Print a script with which a shell completes commands.", CompletionCommand),
         CommandInfo("evaluate", "Evaluate models on held-out text.", EvaluateCommand),
         CommandInfo(
             "export", "Write a checkpoint for another runtime: GGUF, MLX, vLLM, transformers 4.", ExportCommand

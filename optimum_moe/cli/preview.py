@@ -24,7 +24,7 @@ class PreviewCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        prepare(parser)
+        prepare(parser, "preview org/model --recipe m-smoe --keep-ratio 0.5")
         add_recipe_arguments(parser)
         add_checkpoint_arguments(parser)
         add_json_argument(parser)

@@ -38,7 +38,7 @@ class RecoverCommand(MoESubcommand):
         """See `MoESubcommand`."""
         parser.formatter_class = RawDescriptionHelpFormatter
         parser.epilog = _EXAMPLE
-        prepare(parser)
+        prepare(parser, "recover pruned --teacher org/model --data corpus.txt --max-tokens 2k --output recovered")
         add_model_argument(parser, "Folder of a compressed checkpoint, or a Hub id.")
         parser.add_argument(
             "--teacher",

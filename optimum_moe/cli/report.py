@@ -17,7 +17,7 @@ class ReportCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        prepare(parser)
+        prepare(parser, "report small --evaluation scores.small.json --reference scores.original.json")
         add_model_argument(parser, "Folder that `optimum-cli moe compress` wrote.")
         parser.add_argument(
             "--output", metavar="FILE", help="File to write, which leaves MODEL as it is; default MODEL/report.html."

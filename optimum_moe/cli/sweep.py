@@ -26,7 +26,11 @@ class SweepCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        prepare(parser)
+        prepare(
+            parser,
+            "sweep org/model --recipes reap m-smoe budget --keep 75%,50% --calibration corpus.txt"
+            " --text held_out.jsonl --output compared",
+        )
         add_model_argument(parser, "Hub id, or folder of a checkpoint in safetensors format.")
         add_checkpoint_arguments(parser)
         parser.add_argument(

@@ -29,7 +29,7 @@ class VerifyCommand(MoESubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """See `MoESubcommand`."""
-        prepare(parser)
+        prepare(parser, "verify small --against org/model")
         add_model_argument(parser, "Folder of a compressed checkpoint.")
         parser.add_argument(
             "--against",

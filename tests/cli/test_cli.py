@@ -25,6 +25,7 @@ from optimum_moe.cli.moe import MoECommand
 from optimum_moe.evaluation import EvaluationResult
 from tests.mtp_checkpoints import save_with_mtp
 from tests.quantized_checkpoints import to_fp8
+from tests.run_page import blocks
 from tests.tiny_checkpoints import write_text
 
 Run = Callable[..., tuple[int, str, str]]
@@ -33,7 +34,9 @@ RECIPE = {"--model", "--recipe", "--set", "--mtp", "--runs-in", "--quantize", "-
 RECIPE |= {"--num-experts", "--keep-ratio", "--target-size", "--share"}
 CHECKPOINT = {"--revision", "--subfolder", "--variant", "--trust-remote-code", "--dequantize", "--dtype"}
 # A change here is a change of what users have in their scripts.
+COMMANDS_PAGE = Path(__file__).parents[2] / "docs" / "source" / "commands.md"
 OPTIONS = {
+    "completion": set(),
     "inspect": {
         *{
             "--model",
@@ -164,6 +167,14 @@ def test_help_of_the_installed_command(run: Run):
         status, out, _ = run(name, "--help")
         assert status == 0
         assert "--" in out
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"completion"}))
+def test_the_example_of_every_help_is_run_by_the_page_of_commands(name: str, run: Run):
+    example = run(name, "--help")[1].partition("\nexample:\n")[2].strip()
+    assert example.startswith(f"optimum-cli moe {name} ")
+    ran = [line for language, code, _ in blocks(COMMANDS_PAGE) if language == "bash" for line in code.splitlines()]
+    assert any(line.startswith(example) for line in ran), example
 
 
 def test_inspect_a_checkpoint(run: Run, checkpoint: Path):
