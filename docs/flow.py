@@ -20,7 +20,7 @@ LOOP = "engine/: one pass over the decoder layers, of a model in memory or of sh
 READERS = "the plan also serves loading (hf/), verification, report and tests"
 STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #1f2328; text-anchor: middle }
-  .step { font-size: 18px; font-weight: 600 } .code { font: 12px ui-monospace, monospace; fill: #57606a }
+  .step { font-size: 18px; font-weight: 600 } .code { font: 11px ui-monospace, monospace; fill: #57606a }
   .small { font-size: 12px; fill: #57606a } .data { font-weight: 600; fill: #0550ae }
   rect { fill: #f6f8fa; stroke: #57606a } .loop { fill: none; stroke-dasharray: 5 4 }
   path { stroke: #0550ae; fill: none }

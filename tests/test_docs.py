@@ -92,15 +92,56 @@ EXAMPLES = {
 }
 
 
+GALLERY = {
+    "qwen3_moe_16gb": ["--tokens", "4096"],
+    "deepseek_groups": ["--tokens", "4096"],
+    "switch_mc_smoe": ["--tokens", "8192"],
+    "qwen3_vl_moe": [],
+}
+"""Examples that have a stand-in for their model, with settings that make them fast."""
+
+
 def test_every_example_is_tried():
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES, *GALLERY}
+
+
+def run_example(name: str, arguments: list[str], folder: Path) -> str:
+    """What an example prints."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_runs(name: str, place: Path, tmp_path: Path):
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "org/model", *EXAMPLES[name]]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    run_example(name, ["org/model", *EXAMPLES[name]], tmp_path)
+
+
+SHOWN = {
+    "qwen3_moe_16gb": r"^after +perplexity (4[3-9]|5[0-5])\.\d+ +kl 0\.0",
+    "deepseek_groups": r"layers\.3\.mlp: 12 experts in each router group -> 9, 9$",
+    "switch_mc_smoe": r"^trained: \d,\d{3},\d{3} bytes of weights$",
+    "qwen3_vl_moe": r"layers\.2\.mlp:( \d+\*?){8}$",
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", GALLERY)
+def test_the_gallery_runs_on_its_stand_ins(name: str, tmp_path: Path):
+    printed = run_example(name, ["--stand-in", "--output", "out", *GALLERY[name]], tmp_path)
+    ratio = float(re.findall(r"^bytes .+ ([\d.]+)$", printed, re.M)[0])
+    assert 0.2 < ratio < 0.85
+    assert re.search(SHOWN[name], printed, re.M), printed
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", GALLERY)
+def test_the_gallery_without_data_says_what_is_missing(name: str, tmp_path: Path):
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(r"error: Give --(calibration|text).* or --stand-in\.$", done.stderr.strip())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
-
-from docs.flow import PICTURE, picture
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "docs" / "source"
@@ -102,13 +101,21 @@ def test_the_table_of_contents_names_every_page():
 
 
 def test_the_picture_is_what_its_script_draws():
-    assert PICTURE.read_text(encoding="utf-8") == picture()
+    script = runpy.run_path(str(ROOT / "docs" / "flow.py"))
+    assert script["PICTURE"].read_text(encoding="utf-8") == script["picture"]()
 
 
-def test_figures_that_answer_questions_are_in_the_results():
+def test_figures_of_questions_and_gallery_are_in_the_results():
     files = [path for path in (ROOT / "benchmarks" / "results").iterdir() if path.suffix in (".md", ".txt")]
     results = "\n".join(path.read_text(encoding="utf-8") for path in files)
     measured = {number.removeprefix("0") for number in re.findall(r"\d*\.\d{2,}", results)}
-    for page in sorted((SOURCE / "questions").glob("*.md")):
+    for page in (SOURCE / "gallery.md", *sorted((SOURCE / "questions").glob("*.md"))):
         shown = re.findall(r"(?<![\w.])x?(\d*\.\d{3,4})(?!\d)", prose(page))
         assert {number for number in shown if number.removeprefix("0") not in measured} == set(), page.name
+
+
+def test_the_gallery_shows_what_its_scripts_printed():
+    shown = FENCED.findall((SOURCE / "gallery.md").read_text(encoding="utf-8"))
+    results = (ROOT / "benchmarks" / "results" / "gallery.md").read_text(encoding="utf-8")
+    assert len(shown) == 4
+    assert [block for block in shown if block not in results] == []
