@@ -40,7 +40,7 @@ def main() -> None:
     if arguments.only:
         print(run(arguments.only)[0])
         return
-    parts = ["# What the scripts of examples/ print on stand-ins\n\nWritten by benchmarks/gallery.py, one thread each.\n"]
+    parts = ["# What the gallery prints on stand-ins\n\nWritten by benchmarks/gallery.py, one thread each.\n"]
     for name, settings in RUNS.items():
         printed, seconds = run(name)
         command = " ".join(("python", f"examples/{name}.py", "--stand-in", *settings))
