@@ -55,6 +55,7 @@ setup(
         "recover": ["peft>=0.21"],
         "plots": ["matplotlib"],
         "completion": ["shtab"],
+        "eval": ["lm-eval>=0.4.13", "datasets"],
         "bench": ["gguf", "matplotlib"],
         "dev": [
             *("pytest>=9", "pytest-xdist", "hypothesis", "packaging", "ruff", "mypy", "types-PyYAML"),

@@ -121,7 +121,7 @@ def test_every_file_is_listed_in_the_layers() -> None:
     assert {module_of(path) for path in FILES} == set(LAYERS)
 
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "lm_eval": "lm-eval"}
 
 
 RUNTIMES = {"conversion", "llama_cpp", "mlx", "mlx_lm", "triton", "vllm"}

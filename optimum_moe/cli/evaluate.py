@@ -25,6 +25,8 @@ _SETTINGS = (
     "seed",
     "tasks",
 )
+_REFERENCE = " reference"
+"""Name of the original among the models of tasks, which no user can give."""
 
 
 class EvaluateCommand(MoESubcommand):
@@ -41,9 +43,17 @@ class EvaluateCommand(MoESubcommand):
             help="Models to evaluate side by side: Hub ids or folders, as NAME=MODEL with a name for the table.",
         )
         parser.add_argument("--model", dest="named_models", action="append", default=[], help=argparse.SUPPRESS)
+        parser.add_argument("--text", action="append", metavar="TEXT[:WEIGHT]", help="Held-out text, as --calibration.")
         parser.add_argument(
-            "--text", required=True, action="append", metavar="TEXT[:WEIGHT]", help="Held-out text, as --calibration."
+            "--lm-eval",
+            nargs="+",
+            metavar="TASK",
+            help="Tasks of lm-eval, beside or instead of --text; needs pip install 'optimum-moe[eval]'.",
         )
+        parser.add_argument(
+            "--tasks-dir", metavar="FOLDER", help="Folder with the task files (.yaml) of --lm-eval, read offline."
+        )
+        parser.add_argument("--limit", type=int, metavar="N", help="Documents of each task of --lm-eval at most.")
         parser.add_argument(
             "--reference",
             help="The original model, for agreement scores; give it as a MODEL too for its own row.",
@@ -80,20 +90,41 @@ class EvaluateCommand(MoESubcommand):
             check_checkpoint_name(model)
         if args.tokenizer is not None:
             check_checkpoint_name(args.tokenizer)
-        check_text(args.text, "--text")
+        if args.text is None and args.lm_eval is None:
+            raise ValueError("Nothing to measure on was given. Pass --text with held-out text, --lm-eval, or both.")
+        check_text(args.text or (), "--text")
         check_text(args.calibration, "--calibration")
         files = {} if args.output is None else _output_files(Path(args.output), list(models))
-        given = {name: getattr(args, name) for name in _SETTINGS}
         from transformers.utils import logging
 
-        from optimum_moe.calibration import CalibrationConfig
-        from optimum_moe.evaluation import evaluate_many, format_results
+        from optimum_moe.evaluation import compare_results, format_results
 
-        column = {} if args.text_column is None else {"text_column": args.text_column}
-        calibration = text_source(args.calibration)
         if args.quiet:
             logging.disable_progress_bar()
-        results = evaluate_many(
+        results = {} if args.text is None else self._on_text(models)
+        reference = None
+        if args.lm_eval is not None:
+            answered = self._on_tasks(models)
+            reference = answered.pop(_REFERENCE, None)
+            results = {n: results[n].joined(found) if n in results else found for n, found in answered.items()}
+        if args.json:
+            print(json.dumps({name: _scores(result) for name, result in results.items()}, indent=1))
+        else:
+            print(format_results(results))
+            if reference is not None:
+                print(compare_results(results, reference))
+        for name, file in files.items():
+            _save(results[name], file)
+
+    def _on_text(self, models: dict[str, str]) -> dict[str, EvaluationResult]:
+        from optimum_moe.calibration import CalibrationConfig
+        from optimum_moe.evaluation import evaluate_many
+
+        args = self.args
+        given = {name: getattr(args, name) for name in _SETTINGS}
+        column = {} if args.text_column is None else {"text_column": args.text_column}
+        calibration = text_source(args.calibration)
+        return evaluate_many(
             models,
             CalibrationConfig(text_source(args.text), **column),
             args.reference,
@@ -102,12 +133,20 @@ class EvaluateCommand(MoESubcommand):
             progress=not args.quiet,
             **{name: value for name, value in given.items() if value is not None},
         )
-        if args.json:
-            print(json.dumps({name: _scores(result) for name, result in results.items()}, indent=1))
-        else:
-            print(format_results(results))
-        for name, file in files.items():
-            _save(results[name], file)
+
+    def _on_tasks(self, models: dict[str, str]) -> dict[str, EvaluationResult]:
+        """Results of the models, and of the reference if there is one."""
+        from optimum_moe.evaluation import evaluate_tasks
+
+        args = self.args
+        settings = {name: getattr(args, name) for name in ("limit", "batch_size", "seed")}
+        return evaluate_tasks(
+            models if args.reference is None else {**models, _REFERENCE: args.reference},
+            args.lm_eval,
+            args.tasks_dir,
+            args.tokenizer,
+            **{name: value for name, value in settings.items() if value is not None},
+        )
 
 
 def _scores(result: EvaluationResult) -> dict[str, Any]:

@@ -39,6 +39,11 @@ class EvaluationResult:
         """Compute scores from units, with bootstrap intervals of the given seed."""
         return cls({name: unit.summary(seed) for name, unit in units.items()}, dict(units), dict(data))
 
+    def joined(self, other: EvaluationResult) -> EvaluationResult:
+        """Both results of one model, with the record of the other under `tasks_data`."""
+        data = {**self.data, "tasks_data": other.data}
+        return EvaluationResult({**self.scores, **other.scores}, {**self.units, **other.units}, data)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
         return dataclasses.asdict(self)
@@ -127,6 +132,30 @@ def _check_paired(result_a: EvaluationResult, result_b: EvaluationResult, score:
                 f"The results differ in {key} ({result_a.data.get(key)} and {result_b.data.get(key)}), so their units "
                 "cannot be paired. Evaluate both on the same text with the same settings."
             )
+
+
+def compare_results(results: Mapping[str, EvaluationResult], reference: EvaluationResult) -> str:
+    """Lines that compare models with the original on the same documents, in pairs.
+
+    For each score of right and wrong answers the difference with its 95% bootstrap interval, and McNemar's test.
+
+    Args:
+        results: by name; of their scores those that the original has too.
+        reference: the original's.
+    """
+    lines = []
+    for name, result in results.items():
+        for score, units in reference.units.items():
+            if score not in result.units or {*units.total, *result.units[score].total} - {0.0, 1.0}:
+                continue
+            own = EvaluationResult(result.scores, result.units, result.data.get("tasks_data", result.data))
+            difference, low, high = paired_difference(own, reference, score)
+            only_original, only_own, p = mcnemar(reference, own, score)
+            lines.append(
+                f"{name}, {score}: {difference:+.4f} [{low:+.4f}, {high:+.4f}] against the original; {only_original} "
+                f"answers lost, {only_own} won, p = {p:.3g} (McNemar)"
+            )
+    return "\n".join(lines)
 
 
 def format_results(results: Mapping[str, EvaluationResult]) -> str:

@@ -39,8 +39,9 @@ def eval_results(report: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             dataset_type="text",
-            dataset_name=", ".join(sources),
-            metric_type=name,
+            # Scores of tasks are called task/metric.
+            dataset_name=name.rpartition("/")[0] or ", ".join(sources),
+            metric_type=name.rpartition("/")[2],
             metric_value=round(score["value"], 6),
             metric_args={"interval_95": [round(score["low"], 6), round(score["high"], 6)], "units": score["count"]},
         )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,9 @@ OPTIONS = {
         "--text-column",
         "--tokenizer",
         "--tasks",
+        "--lm-eval",
+        "--tasks-dir",
+        "--limit",
         "--max-tokens",
         "--sequence-length",
         "--batch-size",
@@ -320,6 +324,19 @@ def test_evaluate_prints_and_saves(run: Run, checkpoint: Path, corpus: Path, tmp
     status, _, err = run(*common, "--model", checkpoint, "--calibration", held_out)
     assert status == 2
     assert "held-out" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Pass --text with held-out text, --lm-eval, or both"),
+        (("--lm-eval", "films", "--limit", 0), "optimum-moe[eval]" if find_spec("lm_eval") is None else "limit=0"),
+    ],
+)
+def test_evaluate_needs_text_or_tasks(run: Run, checkpoint: Path, arguments: tuple, message: str):
+    status, _, err = run("evaluate", checkpoint, *arguments)
+    assert status == 2
+    assert message in err
 
 
 @pytest.mark.parametrize(
