@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from optimum_moe import LowRankSparse, MoECompressor
 from optimum_moe.stages.from_context import READABLE
 from optimum_moe.stages.merge_choices import GROUPINGS, ROUTER_ROWS, WEIGHTINGS
+from tests.mtp_checkpoints import save_with_mtp
+from tests.quantized_checkpoints import to_fp8
 from tests.run_page import blocks
-from tests.tiny_checkpoints import save_checkpoint, write_text
+from tests.tiny_checkpoints import VOCABULARY, save_checkpoint, tokenizer, write_text
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "docs" / "source"
@@ -29,9 +32,12 @@ TOGETHER = [*([page] for page in WITH_CODE if page not in QUESTIONS), QUESTIONS]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the names of the pages exist: `org/model`, its texts, and a checkpoint of factors."""
+    """A folder in which the names of the pages exist: models of `org`, texts, and a checkpoint of factors."""
     folder = tmp_path_factory.mktemp("docs")
     save_checkpoint(folder / "org" / "model")
+    to_fp8(save_checkpoint(folder / "plain", dtype=torch.bfloat16), folder / "org" / "model-FP8")
+    save_with_mtp(folder / "org" / "model-with-mtp", "deepseek_v3", vocab_size=VOCABULARY)
+    tokenizer().save_pretrained(folder / "org" / "model-with-mtp")
     write_text(folder / "corpus.jsonl", count=40)
     lines = (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "corpus.txt").write_text("\n\n".join(lines), encoding="utf-8")
