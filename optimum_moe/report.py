@@ -6,17 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from optimum_moe.algorithms.grouping import dendrogram
 from optimum_moe.algorithms.similarity import gram_similarity
 from optimum_moe.checkpoint.identity import first_difference
 from optimum_moe.evaluation.result import EvaluationResult
+from optimum_moe.evaluation.side_by_side import side_by_side
 from optimum_moe.plan import CompressionPlan
 from optimum_moe.reporting.card_quality import update_card
 from optimum_moe.reporting.loads_in import write_report_file
 from optimum_moe.reporting.page import PAGE_FILE, RunRecord, write_page
 from optimum_moe.reporting.page.merges import TREES
 from optimum_moe.reporting.page.run_record import check_is_run, read_report
-from optimum_moe.reporting.scores import EVALUATION, REFERENCE, SWEEP
+from optimum_moe.reporting.scores import EVALUATION, REFERENCE, SIDE_BY_SIDE, SWEEP
 from optimum_moe.statistics import BlockStatistics, Statistics
 from optimum_moe.sweep import Sweep
 
@@ -33,6 +36,8 @@ def write_report(
     evaluation: EvaluationResult | str | Path | None = None,
     reference: EvaluationResult | str | Path | None = None,
     sweep: Sweep | str | Path | None = None,
+    original: PreTrainedModel | str | Path | None = None,
+    text: Any = None,
 ) -> Path:
     """Write the report of a compressed checkpoint: one HTML file that needs no network.
 
@@ -47,6 +52,9 @@ def write_report(
         evaluation: Scores of the checkpoint, or the file of `EvaluationResult.save`.
         reference: Scores of the original in the same evaluation, shown beside them.
         sweep: What a sweep found on this model, or its folder.
+        original: The original, its folder or Hub id: it is run beside the checkpoint on `text`, for the error of every
+            block and layer, and for continuations of both with their differences.
+        text: Text for that, which the checkpoint was not calibrated on; the report quotes three pieces of it.
 
     Returns:
         The file.
@@ -67,6 +75,12 @@ def write_report(
     if sweep is not None:
         found = sweep if isinstance(sweep, Sweep) else Sweep.load(sweep)
         report[SWEEP] = [outcome.to_dict() for outcome in found.outcomes]
+    if (original is None) != (text is None):
+        raise ValueError("original= and text= belong together: both models are run on the text. Give both, or none.")
+    if original is not None:
+        plan = CompressionPlan.from_pretrained(folder)
+        compared = side_by_side(folder, original, text, blocks=list(plan.blocks), dropped=plan.dropped)
+        report[SIDE_BY_SIDE] = compared.to_dict()
     run = RunRecord.read(folder, folder.resolve().name, report)
     file = folder / PAGE_FILE if output is None else Path(output).expanduser()
     _check_file(file)

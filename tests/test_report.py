@@ -457,3 +457,38 @@ def test_the_code_of_a_card_runs(
     assert found["model"].config.num_hidden_layers == 3
     commands = {"vllm": f"vllm serve {name}\n", "llama.cpp": f"optimum-cli moe export {name} --to gguf "}
     assert [runtime for runtime, command in commands.items() if command in card] == runtimes
+
+
+SAMPLES = [
+    {"prompt": "Once <b>upon</b>", "original": " a time there was", "model": " a day there were <i>two</i>"},
+    {"prompt": "The end", "original": " of it", "model": " of it"},
+]
+
+
+def test_a_run_beside_its_original_shows_errors_and_marked_continuations() -> None:
+    run = synthetic_run(3, 8)
+    names = list(run.plan.blocks)
+    found = {
+        "block_errors": {names[0]: 0.25, names[2]: 0.5},
+        "layer_errors": dict(zip(names, (0.25, 0.125, 0.375), strict=True)),
+        "samples": SAMPLES,
+        "data": {"sources": [{"name": "held_out.jsonl"}], "num_tokens": 2048},
+    }
+    html = page(replace(run, report={**run.report, "side_by_side": found}))
+    assert " a<del> time</del> there<del> was</del>" in html
+    assert " a<ins> day</ins> there<ins> were &lt;i&gt;two&lt;/i&gt;</ins>" in html
+    assert "Once &lt;b&gt;upon&lt;/b&gt;" in html
+    text = Page(html).text
+    assert "The same up to word 1; 2 of the original's 4 words are in both, in their order." in text
+    assert "Both wrote the same." in text
+    assert "Measured on held_out.jsonl, 2,048 tokens." in text
+    rows = re.findall(
+        r'<tr><th scope="row">(model\.layers\.\d\.mlp)</th><td class="n">(.*?)</td><td class="n">(.*?)</td>', html
+    )
+    assert {(names[0], "0.25", "0.25"), (names[1], "–", "0.125"), (names[2], "0.5", "0.375")} <= set(rows)
+
+
+def test_a_run_that_was_not_put_beside_its_original_says_how() -> None:
+    text = Page(page(synthetic_run(3, 8))).text
+    assert "This checkpoint was not run beside its original" in text
+    assert "optimum-cli moe report large --original large --text HELD_OUT" in text

@@ -6,9 +6,18 @@ import json
 from argparse import ArgumentParser
 from pathlib import Path
 
-from optimum_moe.cli.common import MoESubcommand, add_json_argument, add_model_argument, model_of, prepare
+from optimum_moe.checkpoint.names import check_checkpoint_name
+from optimum_moe.cli.common import (
+    MoESubcommand,
+    add_json_argument,
+    add_model_argument,
+    check_text,
+    model_of,
+    prepare,
+    text_source,
+)
 
-_GIVEN = ("statistics", "evaluation", "reference", "sweep")
+_GIVEN = ("statistics", "evaluation", "reference", "sweep", "original")
 
 
 class ReportCommand(MoESubcommand):
@@ -30,6 +39,16 @@ class ReportCommand(MoESubcommand):
             "--reference", metavar="FILE", help="The original's scores from the same evaluation, shown beside them."
         )
         parser.add_argument("--sweep", metavar="FOLDER", help="Results of a sweep on this model.")
+        parser.add_argument(
+            "--original",
+            help="The original, Hub id or folder, to run beside MODEL on --text: errors by layer, samples.",
+        )
+        parser.add_argument(
+            "--text",
+            action="append",
+            metavar="TEXT[:WEIGHT]",
+            help="Held-out text for --original, as --calibration of compress; the report quotes three pieces of it.",
+        )
         add_json_argument(parser)
 
     def execute(self) -> None:
@@ -39,13 +58,20 @@ class ReportCommand(MoESubcommand):
         from optimum_moe.report import write_report
 
         given = {name: getattr(self.args, name) for name in _GIVEN}
-        file = write_report(folder, self.args.output, **given)
+        file = write_report(folder, self.args.output, text=text_source(self.args.text), **given)
         print(json.dumps({"report": str(file), "bytes": file.stat().st_size}) if self.args.json else file)
 
     def _check_arguments(self, folder: Path) -> None:
         """Check what can be checked before heavy imports."""
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder. Give one that `optimum-cli moe compress` wrote.")
+        if (self.args.original is None) != (self.args.text is None):
+            raise ValueError(
+                "--original and --text belong together: both models are run on the text. Give both, or none."
+            )
+        if self.args.original is not None:
+            check_checkpoint_name(self.args.original)
+            check_text(self.args.text, "--text")
         for flag, what in (
             ("statistics", "folder"),
             ("sweep", "folder"),

@@ -102,7 +102,7 @@ class Run:
         config: Calibration settings.
         propagate: Error propagation: observe each layer on the outputs of the compressed layers before it.
         progress: Show progress bars.
-        lines: Print one line per layer.
+        lines: Print one line per layer also in passes that observe or profile; layers that are cut always have one.
         keep: Stores the output of a layer while its forward pass waits.
         save: Stores what enters a layer until its backward pass, if the store does not hold all layers.
         ranks: Processes that share batches and blocks; several of them need a store that holds all layers.
@@ -225,7 +225,7 @@ class Run:
     def _cut_all(self, source: PlanSource, statistics: Statistics | None, what: str, show: bool = True) -> None:
         """Cut every layer that is not finished, without forward passes."""
         store = self.store
-        with Progress(len(store.layers), what, self.progress and show, self.lines) as shown:
+        with Progress(len(store.layers), what, self.progress and show, lines=True) as shown:
             for layer in store.layers:
                 if store.is_finished(layer):
                     shown.skip()

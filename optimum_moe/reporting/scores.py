@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-EVALUATION, REFERENCE, SWEEP = "evaluation", "reference_evaluation", "sweep"
-"""Keys of scores, of the original's scores, and of a sweep in the report's file."""
+EVALUATION, REFERENCE, SWEEP, SIDE_BY_SIDE = "evaluation", "reference_evaluation", "sweep", "side_by_side"
+"""Keys in the report's file: scores, the original's scores, a sweep, and what both models did with the same text."""
 
 _SCORES = {
     "perplexity": "perplexity",

@@ -118,7 +118,10 @@ OPTIONS = {
         *{"--model", "--against", "--json", "--quiet", "--trained"},
         *{"--runs-in", "--exported", "--quantize", "--llama-cpp", "--python"},
     },
-    "report": {"--model", "--output", "--statistics", "--evaluation", "--reference", "--sweep", "--json"},
+    "report": {
+        *{"--model", "--output", "--statistics", "--evaluation", "--reference", "--sweep", "--original", "--text"},
+        "--json",
+    },
     "export": {
         *{"--model", "--to", "--output", "--overwrite", "--quantize", "--calibration"},
         *{"--llama-cpp", "--pre-tokenizer", "--python", "--json"},

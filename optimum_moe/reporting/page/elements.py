@@ -254,7 +254,40 @@ class Tree:
     table: Table
 
 
-Element = Text | Missing | Code | Tiles | Table | Map | Chart | Tree
+@dataclass(frozen=True)
+class Words:
+    """Some words of a text.
+
+    Args:
+        text: The words, with the space around them.
+        differs: Whether the other text has others in their place.
+    """
+
+    text: str
+    differs: bool
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What two models wrote after the same prompt.
+
+    Args:
+        title: Which prompt it is.
+        prompt: The end of the prompt.
+        original: Words of the original model.
+        model: Words of the compressed one.
+        summary: How they differ, in a sentence.
+    """
+
+    kind: ClassVar[str] = "continuation"
+    title: str
+    prompt: str
+    original: tuple[Words, ...]
+    model: tuple[Words, ...]
+    summary: str
+
+
+Element = Text | Missing | Code | Tiles | Table | Map | Chart | Tree | Continuation
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from optimum_moe.reporting.page.beside import beside
 from optimum_moe.reporting.page.damage import damage
 from optimum_moe.reporting.page.elements import Section
 from optimum_moe.reporting.page.expert_map import expert_map
@@ -19,7 +20,7 @@ from optimum_moe.reporting.page.training import training
 from optimum_moe.reporting.page.usage import usage
 
 PAGE_FILE = "report.html"
-_SECTIONS = (overview, quality, training, damage, expert_map, usage, merges, sweep, loads_in, reproduction)
+_SECTIONS = (overview, quality, beside, training, damage, expert_map, usage, merges, sweep, loads_in, reproduction)
 """Functions from a run to a section, or to None where it would have nothing to show."""
 
 
