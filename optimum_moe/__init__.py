@@ -14,6 +14,7 @@ from optimum_moe.hf.import_hook import install_import_hook
 if TYPE_CHECKING:
     from optimum_moe.calibration import CalibrationConfig
     from optimum_moe.compressor import MoECompressor
+    from optimum_moe.domain_guard import Guard, compress_guarded
     from optimum_moe.evaluation import evaluate
     from optimum_moe.exporting import export
     from optimum_moe.formats import register_format
@@ -56,6 +57,7 @@ _HOMES = {
     "ExpertMerging": "optimum_moe.stages",
     "ExpertPruning": "optimum_moe.stages",
     "ExpertSkipping": "optimum_moe.stages",
+    "Guard": "optimum_moe.domain_guard",
     "LayerDrop": "optimum_moe.stages",
     "LookInside": "optimum_moe.look",
     "LowRankSparse": "optimum_moe.stages",
@@ -68,6 +70,7 @@ _HOMES = {
     "Stage": "optimum_moe.stages",
     "Statistics": "optimum_moe.statistics",
     "WeightPruning": "optimum_moe.stages",
+    "compress_guarded": "optimum_moe.domain_guard",
     "evaluate": "optimum_moe.evaluation",
     "export": "optimum_moe.exporting",
     "look_inside": "optimum_moe.look",
@@ -93,6 +96,7 @@ __all__ = [
     "ExpertMerging",
     "ExpertPruning",
     "ExpertSkipping",
+    "Guard",
     "LayerDrop",
     "LookInside",
     "LowRankSparse",
@@ -105,6 +109,7 @@ __all__ = [
     "Stage",
     "Statistics",
     "WeightPruning",
+    "compress_guarded",
     "evaluate",
     "export",
     "look_inside",

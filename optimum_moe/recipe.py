@@ -168,7 +168,7 @@ _SAMPLED = ("num_samples", "max_tokens", "sequence_length", "batch_size", "packi
 def _without_folders(source: Any) -> Any:
     """A source of calibration data, or a mixture, with file names instead of paths."""
     if isinstance(source, Mapping):
-        return {_without_folders(part): weight for part, weight in source.items()}
+        return {_without_folders(key): _without_folders(value) for key, value in source.items()}
     if isinstance(source, list | tuple):
         return [_without_folders(part) for part in source]
     return Path(source).name if isinstance(source, str) and Path(source).suffix.lower() in FILE_TYPES else source

@@ -155,4 +155,4 @@ def _scores(given: EvaluationResult | str | Path) -> dict[str, Any]:
         given = EvaluationResult.load(file)
     record = given.to_dict()
     # The scores of single units are only for comparisons of two results.
-    return {"scores": record["scores"], "data": record["data"]}
+    return {name: value for name, value in record.items() if name != "units"}

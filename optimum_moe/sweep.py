@@ -326,6 +326,8 @@ def _fingerprint(data: Any) -> str:
         leaf = leaves.pop()
         if isinstance(leaf, list | tuple):
             leaves += leaf
+        elif isinstance(leaf, Mapping):
+            leaves += [*leaf, *leaf.values()]
         elif isinstance(leaf, str | Path) and len(str(leaf)) < 4096 and Path(leaf).is_file():
             found.update(Path(leaf).read_bytes())
     return found.hexdigest()[:16]

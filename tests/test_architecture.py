@@ -44,6 +44,7 @@ LAYERS = {
     "verification": 6,
     "sweep": 7,
     "report": 7,
+    "domain_guard": 7,
     "cli": 8,
     "vllm_plugin": 8,
     "vllm_plugin/blocks": 2,

@@ -42,6 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "corpus.txt").write_text("\n\n".join(lines), encoding="utf-8")
     write_text(folder / "held_out.jsonl", seed=5)
+    for seed, domain in enumerate(("code", "chat", "maths"), start=6):
+        write_text(folder / f"{domain}.jsonl", seed=seed)
     method = LowRankSparse(rank=8, whiten=False)
     compressor = MoECompressor.from_pretrained(folder / "org" / "model", method, progress=False)
     compressor.apply()

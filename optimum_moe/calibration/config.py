@@ -36,7 +36,9 @@ class CalibrationConfig:
             an iterable of batches of model inputs, such as a DataLoader, used unchanged except for labels; only
             `num_samples` limits them;
             a mixture of text sources, {source: weight} or [(source, weight), ...]: token counts follow the weights,
-            and the mixture ends when its first source is exhausted.
+            and the mixture ends when its first source is exhausted;
+            files of several domains, {domain: path}, mixed with equal weights. Rows with a "domain" column name
+            theirs, which changes nothing about how they are sampled.
         num_samples: maximum number of rows (dicts for model inputs); None (default) for no limit.
         max_tokens: maximum number of tokens, padding not counted. Default 65,536; None for no limit.
         sequence_length: tokens per row, default 512.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from optimum_moe.calibration.chats import Chat, is_chat, read_chat
@@ -17,6 +17,7 @@ Document: TypeAlias = str | Chat | TokenRow
 
 MESSAGES_COLUMN = "messages"
 IDS_COLUMN = "input_ids"
+DOMAIN_COLUMN = "domain"
 _USUAL_COLUMNS = ("conversations", "conversation", "content", "body", "document", "prompt", "instruction")
 _HALVES = (
     ("prompt", "response"),
@@ -60,6 +61,7 @@ class TextSource:
         weight: relative share of tokens in a mixture, > 0.
         is_tokenized: whether the documents are rows of token ids.
         has_labels: whether rows of token ids have labels.
+        domains: the domain of each document as its row names it, or of all of them; None if none is named.
     """
 
     name: str
@@ -67,6 +69,21 @@ class TextSource:
     weight: float = 1.0
     is_tokenized: bool = False
     has_labels: bool = False
+    domains: Sequence[Any] | str | None = None
+
+    def selected(self, chosen: Sequence[int], name: str | None = None) -> TextSource:
+        """The source with some of its documents, by number; not for a stream."""
+        documents = self.documents
+        assert not isinstance(documents, Iterator)
+        kept: list[Document] | DocumentColumn
+        if isinstance(documents, list):
+            kept = [documents[index] for index in chosen]
+        else:
+            kept = DocumentColumn(len(chosen), lambda index: documents[chosen[index]], self.name)
+        domains = self.domains
+        if domains is not None and not isinstance(domains, str):
+            domains = [domains[index] for index in chosen]
+        return replace(self, name=name or self.name, documents=kept, domains=domains)
 
     @property
     def num_documents(self) -> int | None:

@@ -6,10 +6,12 @@ import codecs
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from optimum_moe.calibration.documents import (
+    DOMAIN_COLUMN,
     IDS_COLUMN,
     Document,
     DocumentColumn,
@@ -67,7 +69,19 @@ def read_file(path: Path, text_column: str) -> TextSource | MediaSource:
     columns = [pick_column(row, text_column, where) for row, where in rows]
     documents = [to_document(row_value(row, c), where) for (row, where), c in zip(rows, columns, strict=True)]
     tokenized = bool(columns) and columns[0] == IDS_COLUMN
-    return TextSource(path.name, documents, is_tokenized=tokenized, has_labels=bool(rows) and "labels" in rows[0][0])
+    return TextSource(
+        path.name,
+        documents,
+        is_tokenized=tokenized,
+        has_labels=bool(rows) and "labels" in rows[0][0],
+        domains=domains_of([row for row, _ in rows]),
+    )
+
+
+def domains_of(rows: Sequence[Mapping[str, Any]]) -> list[Any] | None:
+    """The domain that each row names; None if no row does."""
+    found = [row.get(DOMAIN_COLUMN) for row in rows]
+    return None if all(domain is None for domain in found) else found
 
 
 def _decoded(path: Path) -> str:
@@ -121,6 +135,7 @@ def _read_parquet(path: Path, text_column: str) -> TextSource | MediaSource:
             column = pick_column(names, text_column, path.name)
             media = [name for name in names if name in MEDIA_COLUMNS]
             wanted = [column, *media] + ["attention_mask"] * (column == IDS_COLUMN and "attention_mask" in names)
+            wanted += [DOMAIN_COLUMN] * (DOMAIN_COLUMN in names and column != DOMAIN_COLUMN)
             table = file.read(columns=wanted)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path.name} is not a valid Parquet file ({error}). Copy or download it again.") from error
@@ -136,4 +151,10 @@ def _read_parquet(path: Path, text_column: str) -> TextSource | MediaSource:
 
         return MediaSource(path.name, ExampleColumn(len(table), read))
     documents = DocumentColumn(len(table), lambda index: row_value(row(index), column), path.name)
-    return TextSource(path.name, documents, is_tokenized=column == IDS_COLUMN, has_labels="labels" in names)
+    return TextSource(
+        path.name,
+        documents,
+        is_tokenized=column == IDS_COLUMN,
+        has_labels="labels" in names,
+        domains=table.column(DOMAIN_COLUMN).to_pylist() if DOMAIN_COLUMN in names else None,
+    )

@@ -14,6 +14,7 @@ import torch
 
 from optimum_moe.calibration.chats import is_chat
 from optimum_moe.calibration.documents import (
+    DOMAIN_COLUMN,
     IDS_COLUMN,
     MESSAGES_COLUMN,
     Document,
@@ -26,7 +27,7 @@ from optimum_moe.calibration.documents import (
     shorten,
     to_document,
 )
-from optimum_moe.calibration.files import FILE_TYPES, read_file
+from optimum_moe.calibration.files import FILE_TYPES, domains_of, read_file
 from optimum_moe.calibration.hub import load_hub_data_set
 from optimum_moe.calibration.inputs import ReadyInputs
 from optimum_moe.calibration.media import (
@@ -64,32 +65,80 @@ def read_sources(source: Any, text_column: str = "text") -> list[TextSource] | R
         read = _read_one(source, text_column)
         return [read] if isinstance(read, TextSource) else read
     sources = []
-    for part, weight in pairs:
+    for part, weight, domain in pairs:
         if isinstance(weight, bool) or not 0 < weight < float("inf"):
             raise ValueError(f"The weight of {part!r} in a mixture is {weight}: it must be positive and finite.")
         read = _read_one(part, text_column)
         if not isinstance(read, TextSource):
             kind = "model inputs" if isinstance(read, ReadyInputs) else "images, audio or video"
             raise ValueError(f"A mixture holds text sources, this one holds {kind}. Mix them before calibration.")
-        sources.append(replace(read, weight=float(weight)))
+        sources.append(replace(read, weight=float(weight), domains=domain or read.domains))
     return sources
+
+
+def by_domain(source: Any, text_column: str = "text") -> dict[str, list[TextSource]]:
+    """The text of each domain, in the order in which they first occur; empty if no domain is named.
+
+    Raises:
+        ValueError: as `read_sources`, or some text has a domain and other text has none.
+    """
+    sources = read_sources(source, text_column)
+    if not isinstance(sources, list) or all(part.domains is None for part in sources):
+        return {}
+    found: dict[str, list[TextSource]] = {}
+    for part in sources:
+        if isinstance(part.domains, str):
+            found.setdefault(part.domains, []).append(part)
+            continue
+        places: dict[str, list[int]] = {}
+        for index, domain in enumerate(part.domains or [None]):
+            if domain is None or domain == "":
+                raise ValueError(
+                    f"Row {index} of {part.name} has no domain, and other text has one. Give every row a "
+                    f"{DOMAIN_COLUMN!r}, or name the domain of a whole source: {{'code': {part.name!r}}}."
+                )
+            places.setdefault(str(domain), []).append(index)
+        for domain, chosen in places.items():
+            own = replace(part.selected(chosen, f"{part.name} ({domain})"), domains=domain)
+            found.setdefault(domain, []).append(own)
+    return found
+
+
+def _is_file(value: Any) -> bool:
+    """Whether a value names a file of text, or a data set of the Hub."""
+    if isinstance(value, str):
+        return value.lower().endswith(FILE_TYPES) or data_set_name(value) is not None
+    return isinstance(value, os.PathLike)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _mixture(source: Any) -> list[tuple[Any, float]] | None:
+def _mixture(source: Any) -> list[tuple[Any, float, str | None]] | None:
+    """Parts of a mixture with their weights and the domains that name them; None for a single source."""
     if isinstance(source, Mapping):
         if source and all(_is_number(weight) for weight in source.values()):
-            return list(source.items())
-        raise ValueError(
-            f"A dict as a source is a mixture of {{source: weight}}, this one has the keys {list(source)[:8]} and no "
-            "weights. Pass one split of a DatasetDict, or put a single dict of model inputs in a list."
-        )
+            return [(part, weight, None) for part, weight in source.items()]
+        return [(part, 1.0, domain) for domain, part in _named(source)]
     if isinstance(source, list | tuple) and source and all(_is_pair(item) for item in source):
-        return list(source)
+        found: list[tuple[Any, float, str | None]] = []
+        for part, weight in source:
+            named = _named(part) if isinstance(part, Mapping) else [(None, part)]
+            found += [(own, weight, domain) for domain, own in named]
+        return found
     return None
+
+
+def _named(sources: Mapping[Any, Any]) -> list[tuple[str | None, Any]]:
+    """Files or data sets by the name of their domain."""
+    if not sources or not all(map(_is_file, sources.values())):
+        raise ValueError(
+            f"A dict as a source is a mixture of {{source: weight}}, or has the file of each domain; this one has the "
+            f"keys {list(sources)[:8]} and no weights or files. Pass one split of a DatasetDict, or put a single dict "
+            "of model inputs in a list."
+        )
+    return [(str(domain), part) for domain, part in sources.items()]
 
 
 def _is_pair(item: Any) -> bool:
@@ -132,7 +181,8 @@ def _read_dataset(dataset: Any, text_column: str) -> TextSource | MediaSource:
         return MediaSource(name, ExampleColumn(len(texts), read))
     documents = DocumentColumn(len(texts), lambda index: row_value(texts[index], column), name)
     labeled = "labels" in dataset.column_names
-    return TextSource(name, documents, is_tokenized=column == IDS_COLUMN, has_labels=labeled)
+    domains = dataset[DOMAIN_COLUMN] if DOMAIN_COLUMN in dataset.column_names else None
+    return TextSource(name, documents, is_tokenized=column == IDS_COLUMN, has_labels=labeled, domains=domains)
 
 
 def _read_row(rows: Any, text_column: str, name: str, index: int) -> MediaExample:
@@ -184,7 +234,8 @@ def _read_iterable(source: Iterable[Any], text_column: str) -> TextSource | Read
         documents = _records(stream, text_column, name)
     else:
         documents = (to_document(item, f"item {index} of {name}") for index, item in enumerate(stream))
-    return _text_source(name, list(documents) if is_list else documents, first, text_column)
+    read = _text_source(name, list(documents) if is_list else documents, first, text_column)
+    return replace(read, domains=domains_of(list(source))) if is_list and isinstance(first, Mapping) else read
 
 
 def _is_model_input(item: Any, text_column: str) -> bool:
@@ -210,7 +261,7 @@ def check_source(source: Any) -> None:
     Raises:
         ValueError: as `read_sources` for such a path.
     """
-    for part, _ in _mixture(source) or [(source, 1.0)]:
+    for part, _, _ in _mixture(source) or [(source, 1.0, None)]:
         if isinstance(part, str | os.PathLike) and not Path(native_path(part)).is_file():
             if isinstance(part, str) and data_set_name(part) is not None:
                 continue

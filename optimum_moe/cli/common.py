@@ -311,7 +311,7 @@ def check_text(values: Sequence[str] | None, flag: str) -> None:
     Raises:
         ValueError: If a value is neither a text file nor the name of a Hub dataset.
     """
-    for path in (_weighted(value)[0] for value in values or ()):
+    for path in (_named(_weighted(value)[0])[1] for value in values or ()):
         if Path(path).is_file() or data_set_name(path) is not None:
             continue
         raise ValueError(
@@ -321,11 +321,23 @@ def check_text(values: Sequence[str] | None, flag: str) -> None:
 
 
 def text_source(values: Sequence[str] | None) -> Any:
-    """A source of text: one path, or a mixture if there are several or one has a weight ("PATH:WEIGHT")."""
+    """A source of text: one path, or a mixture if there are several or one has a weight ("PATH:WEIGHT").
+
+    A path may have the name of its domain before it ("DOMAIN=PATH").
+    """
     pairs = [_weighted(value) for value in values or ()]
+    sources = [(path if domain is None else {domain: path}) for domain, path in (_named(path) for path, _ in pairs)]
     if len(pairs) == 1 and pairs[0][1] is None:
-        return pairs[0][0]
-    return [(path, 1.0 if weight is None else weight) for path, weight in pairs] or None
+        return sources[0]
+    return [
+        (source, 1.0 if weight is None else weight) for source, (_, weight) in zip(sources, pairs, strict=True)
+    ] or None
+
+
+def _named(value: str) -> tuple[str | None, str]:
+    """The domain and the path of "DOMAIN=PATH"; no domain for the path of a file that has such a name."""
+    domain, separator, path = value.partition("=")
+    return (domain, path) if separator and domain and not Path(value).exists() else (None, value)
 
 
 def _weighted(value: str) -> tuple[str, float | None]:

@@ -6,6 +6,7 @@ import json
 import shlex
 import warnings
 from argparse import ArgumentParser
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from optimum_moe.cli.errors import name_flags
 if TYPE_CHECKING:
     from optimum_moe.compressor import MoECompressor
     from optimum_moe.recipe import Recipe
+    from optimum_moe.statistics import Statistics
 
 
 _CALIBRATION = (*CALIBRATION, "unseen")
@@ -62,6 +64,25 @@ class CompressCommand(MoESubcommand):
             "--unseen",
             choices=("warn", "error", "keep", "prune"),
             help="Policy for experts that no calibration token reached; default warn.",
+        )
+        parser.add_argument(
+            "--guard",
+            type=guard_limit,
+            metavar="worst=FACTOR",
+            help="Refuse a result whose worst domain of --guard-text lost more than this factor over the mean of all "
+            "domains, such as worst=2x.",
+        )
+        parser.add_argument(
+            "--guard-text",
+            action="append",
+            metavar="DOMAIN=TEXT",
+            help='Held-out text of a domain, such as code=code.txt, or rows with a "domain".',
+        )
+        parser.add_argument(
+            "--guard-repair",
+            action="append",
+            metavar="DOMAIN=TEXT",
+            help="Other text of the domains; instead of a refusal, calibrate again with more of those that lost most.",
         )
         parser.add_argument("--statistics", metavar="FOLDER", help="Reuse statistics that --save-statistics wrote.")
         parser.add_argument("--save-statistics", metavar="FOLDER", help="Save the statistics for other runs.")
@@ -95,6 +116,8 @@ class CompressCommand(MoESubcommand):
         from optimum_moe.checkpoint.push import check_target
         from optimum_moe.compressor import MoECompressor
         from optimum_moe.reporting.card import describe_calibration
+        from optimum_moe.reporting.page.run_record import read_report
+        from optimum_moe.reporting.scores import EVALUATION, worst_domain
         from optimum_moe.statistics import Statistics
 
         if args.quiet:
@@ -104,24 +127,23 @@ class CompressCommand(MoESubcommand):
         kept = None if args.save_statistics is None else check_destination(args.save_statistics)
         self._check_apart(kept)
         statistics = None if args.statistics is None else Statistics.from_pretrained(args.statistics)
-        compressor = MoECompressor.from_pretrained(
-            model,
-            recipe,
-            text_source(args.calibration),
-            engine="streaming" if args.streaming else "auto",
-            output_dir=args.output,
-            error_propagation=args.error_propagation,
-            max_memory=args.max_memory,
-            max_shard_size=args.max_shard_size,
-            overwrite=args.overwrite,
-            seed=args.seed,
-            device_map=args.device_map,
-            progress=not args.quiet,
-            report=args.report,
-            mtp=args.mtp,
-            tokenizer=args.tokenizer,
+        arguments: dict[str, Any] = {
+            "calibration": text_source(args.calibration),
+            "engine": "streaming" if args.streaming else "auto",
+            "output_dir": args.output,
+            "error_propagation": args.error_propagation,
+            "max_memory": args.max_memory,
+            "max_shard_size": args.max_shard_size,
+            "overwrite": args.overwrite,
+            "seed": args.seed,
+            "device_map": args.device_map,
+            "progress": not args.quiet,
+            "report": args.report,
+            "mtp": args.mtp,
+            "tokenizer": args.tokenizer,
             **checkpoint_arguments(args),
-        )
+        }
+        compressor = MoECompressor.from_pretrained(model, recipe, **arguments)
         speaks = compressor.ranks.writes
         needed = bool(compressor.recipe.needs) or kept is not None
         if needed and statistics is None and compressor.calibration is None:
@@ -138,13 +160,18 @@ class CompressCommand(MoESubcommand):
             if speaks:
                 with owned(kept), written_beside(kept) as beside:
                     observed.save_pretrained(beside)
-        path = compressor.apply(statistics)
+        if args.guard is None:
+            path = compressor.apply(statistics)
+        else:
+            compressor, path = self._guarded(model, recipe, statistics, arguments)
         if speaks and args.json:
             print(json.dumps(_record(compressor, path), indent=1))
         elif talks:
             assert compressor.plan is not None
             print(f"\nCalibration: {describe_calibration(compressor.plan.calibration)}")
             print(f"\nMeasured\n{compressor.measured()}\n\n{_where_it_loads(path)}\n\n{_how_to_load(compressor, path)}")
+            if worst := worst_domain(read_report(path).get(EVALUATION, {})):
+                print(f"\nGuard: {worst}")
             for remark in compressor.plan.remarks:
                 print(f"\n{name_flags(remark, self.parse_args)}")
             print(f"\n{_what_next(compressor, path)}")
@@ -154,6 +181,17 @@ class CompressCommand(MoESubcommand):
             compressor.save_pretrained(path, push_to_hub=True, repo_id=args.push_to_hub or None, private=args.private)
         if speaks and args.quiet and not args.json:
             print(path)
+
+    def _guarded(
+        self, model: str, recipe: Recipe, statistics: Statistics | None, arguments: Mapping[str, Any]
+    ) -> tuple[MoECompressor, Path]:
+        """Compress with the guard of the arguments."""
+        from optimum_moe.domain_guard import Guard, compress_guarded
+
+        guard = Guard(text_source(self.args.guard_text), self.args.guard, text_source(self.args.guard_repair))
+        done = compress_guarded(model, recipe, guard=guard, statistics=statistics, **arguments)
+        assert done.folder is not None
+        return done.compressor, done.folder
 
     def _check_apart(self, kept: Path | None) -> None:
         """Check that statistics are not saved inside the output folder."""
@@ -170,6 +208,13 @@ class CompressCommand(MoESubcommand):
         if args.private and args.push_to_hub is None:
             raise ValueError("--private is only for --push-to-hub. Add it, or leave --private out.")
         check_text(args.calibration, "--calibration")
+        check_text(args.guard_text, "--guard-text")
+        check_text(args.guard_repair, "--guard-repair")
+        given = given_flags(args, ("guard_text", "guard_repair"))
+        if args.guard is None and given:
+            raise ValueError(f"{' and '.join(given)} belong to a guard. Give --guard worst=2x.")
+        if args.guard is not None and args.guard_text is None:
+            raise ValueError("--guard measures domains, and has no text. Give --guard-text code=code.txt, and others.")
         if args.statistics is not None and not Path(args.statistics).is_dir():
             raise ValueError(f"--statistics {args.statistics} is not a folder. Give one that --save-statistics wrote.")
         given = given_flags(args, ("calibration", *_CALIBRATION, "save_statistics"))
@@ -183,9 +228,19 @@ class CompressCommand(MoESubcommand):
         return replace(recipe, calibration={**recipe.calibration, **settings})
 
 
+def guard_limit(text: str) -> float:
+    """Parse the limit of a guard, `worst=2x`, for argparse."""
+    name, separator, factor = text.partition("=")
+    if name != "worst" or not separator:
+        raise ValueError(text)
+    return float(factor.strip().removesuffix("x"))
+
+
 def _record(compressor: MoECompressor, path: Path) -> dict[str, Any]:
     """What a run did, as JSON values."""
     from optimum_moe.reporting.loads_in import known_rows, to_json
+    from optimum_moe.reporting.page.run_record import read_report
+    from optimum_moe.reporting.scores import EVALUATION
 
     assert compressor.plan is not None
     return {
@@ -195,6 +250,7 @@ def _record(compressor: MoECompressor, path: Path) -> dict[str, Any]:
         "seed": compressor.plan.seed,
         "remarks": list(compressor.plan.remarks),
         "loads_in": to_json(known_rows(path)),
+        **{name: value for name, value in read_report(path).items() if name == EVALUATION},
     }
 
 

@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 _PACKAGE = str(Path(__file__).parents[1])
 _UNEXPECTED = "Repeat the command with --debug for the traceback, and report it if it is a bug in optimum_moe."
-_ALIASES = {"output_dir": "output", "repo_id": "push_to_hub"}
+_ALIASES = {"output_dir": "output", "repo_id": "push_to_hub", "repair": "guard_repair"}
 """Arguments of the API that have another name on the command line."""
 _ENGINES = {'engine="streaming"': "--streaming", 'engine="memory"': "a run without --streaming"}
 _VALUE = r"""True|False|None|"[^"]*"|'[^']*'|\[[^\]]*\]|\.{3}|(?:[\w%/-]+(?:[.:]+[\w%/-]+)*)?"""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_moe.checkpoint.names import check_checkpoint_name
-from optimum_moe.cli.common import MoESubcommand, add_json_argument, check_text, prepare, text_source
+from optimum_moe.cli.common import MoESubcommand, add_json_argument, check_text, prepare, table, text_source
 
 if TYPE_CHECKING:
     from optimum_moe.evaluation import EvaluationResult
@@ -43,7 +43,12 @@ class EvaluateCommand(MoESubcommand):
             help="Models to evaluate side by side: Hub ids or folders, as NAME=MODEL with a name for the table.",
         )
         parser.add_argument("--model", dest="named_models", action="append", default=[], help=argparse.SUPPRESS)
-        parser.add_argument("--text", action="append", metavar="TEXT[:WEIGHT]", help="Held-out text, as --calibration.")
+        parser.add_argument(
+            "--text",
+            action="append",
+            metavar="TEXT[:WEIGHT]",
+            help="Held-out text, as --calibration; as DOMAIN=TEXT it is measured domain by domain.",
+        )
         parser.add_argument(
             "--lm-eval",
             nargs="+",
@@ -111,6 +116,9 @@ class EvaluateCommand(MoESubcommand):
             print(json.dumps({name: _scores(result) for name, result in results.items()}, indent=1))
         else:
             print(format_results(results))
+            for name, result in results.items():
+                if result.domains:
+                    print(f"\n{name}\n{_by_domain(result)}")
             if reference is not None:
                 print(compare_results(results, reference))
         for name, file in files.items():
@@ -151,8 +159,16 @@ class EvaluateCommand(MoESubcommand):
 
 def _scores(result: EvaluationResult) -> dict[str, Any]:
     """Scores with their intervals, without those of single units, as JSON values."""
-    record = result.to_dict()
-    return {"scores": record["scores"], "data": record["data"]}
+    return {name: value for name, value in result.to_dict().items() if name != "units"}
+
+
+def _by_domain(result: EvaluationResult) -> str:
+    """A table of domains, and the one that lost the most."""
+    from optimum_moe.reporting.scores import domain_rows, worst_domain
+
+    scores = _scores(result)
+    header, rows = domain_rows(scores)
+    return "\n".join([table([header, *rows]), worst_domain(scores)]).rstrip()
 
 
 def named_models(values: list[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ Perplexity alone hides damage and multiple choice overstates compressed models, 
 perplexity (exponential of the mean negative log-likelihood over windows without overlap); KL(reference || model) in
 nats per token and top-1 agreement; accuracy of finding the true continuation among four; agreement of greedy
 continuations with the reference's, and the share of them that end in a loop. Every score has a 95% bootstrap interval.
+Text of several domains is measured domain by domain.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from optimum_moe.evaluation.disjoint import check_disjoint
-from optimum_moe.evaluation.heldout import prepare, texts_of
+from optimum_moe.evaluation.domains import joined_description, joined_units
+from optimum_moe.evaluation.heldout import prepare_domains, texts_of
 from optimum_moe.evaluation.models import ModelOrPath, find_tokenizer, load_models, measuring
 from optimum_moe.evaluation.result import EvaluationResult
 from optimum_moe.evaluation.tasks import TASKS, EvaluationSettings, Run
@@ -71,7 +73,9 @@ def evaluate_many(
     Args:
         models: by name, decoder-only models or paths (loaded with `AutoModelForCausalLM`); all are in memory at once.
         text: held-out text, any `CalibrationConfig.source`, or such a config (of which only the source and the text
-            column are used). A stream is read to its end.
+            column are used). A stream is read to its end. Where it names domains, as {domain: path} or in a "domain"
+            column, each is measured on its own, with as much text, questions and prompts as the settings say, and all
+            of them together are the scores of the model. Streams name no domains in a column.
         reference: the original model, or its path. Without it there are no agreement scores.
         tokenizer: tokenizer or a path to one; by default the one saved at the first path among models and reference.
         calibration: calibration data of the models; if given, all of `text`, and not only the measured part, is checked
@@ -84,7 +88,8 @@ def evaluate_many(
 
     Raises:
         ValueError: an unknown or invalid setting, "agreement" without a reference, an encoder-decoder model,
-            no tokenizer, too little text, or text that overlaps with the calibration data.
+            no tokenizer, too little text, text of which only a part has a domain, or text that overlaps with the
+            calibration data.
     """
     chosen = EvaluationSettings.of(settings, with_reference=reference is not None)
     if not models:
@@ -93,7 +98,7 @@ def evaluate_many(
     if isinstance(text, Iterator):
         # The text is read several times below, but a stream can only be read once.
         text = list(text)
-    held_out = prepare(
+    domains = prepare_domains(
         text,
         tokenizer,
         max_tokens=chosen.max_tokens,
@@ -107,8 +112,14 @@ def evaluate_many(
     labeled = [(f"models[{name!r}]", model) for name, model in models.items()]
     loaded = load_models(labeled if reference is None else [*labeled, ("reference", reference)])
     original = None if reference is None else loaded[-1]
-    run = Run(dict(zip(models, loaded, strict=False)), original, held_out, chosen, progress)
+    named = dict(zip(models, loaded, strict=False))
     with measuring(loaded):
-        units = run.all_tasks()
-    data = {**held_out.windows.description, **dataclasses.asdict(chosen), "calibration_overlap": overlap}
-    return {name: EvaluationResult.of(units[name], data, chosen.seed) for name in models}
+        runs = {name: Run(named, original, own, chosen, progress).all_tasks() for name, own in domains.items()}
+    described = joined_description([held_out.windows.description for held_out in domains.values()])
+    data = {**described, **dataclasses.asdict(chosen), "calibration_overlap": overlap}
+    results = {}
+    for name in models:
+        units = {domain: run[name] for domain, run in runs.items()}
+        together = joined_units(list(units.values()))
+        results[name] = EvaluationResult.of(together, data, chosen.seed, units if "" not in units else {})
+    return results

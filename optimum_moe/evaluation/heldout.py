@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import ProcessorMixin
@@ -14,7 +14,7 @@ from optimum_moe.calibration.chats import chat_text
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig, build_batches, draw_documents
 from optimum_moe.calibration.media import MediaSource
 from optimum_moe.calibration.sampling import find_affixes
-from optimum_moe.calibration.sources import ReadyInputs, read_sources
+from optimum_moe.calibration.sources import ReadyInputs, by_domain, read_sources
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,19 @@ def prepare(
         tokenizer = tokenizer.tokenizer
     drawn = draw_documents(config, tokenizer)
     return HeldOut(windows, tuple(tuple(ids) for ids in drawn), find_affixes(tokenizer).prefix)
+
+
+def prepare_domains(text: Any, tokenizer: Any, **amount: Any) -> dict[str, HeldOut]:
+    """Held-out text of each domain, or of "" alone if none is named; the amount, as for `prepare`, is that of each.
+
+    Raises:
+        ValueError: as for `prepare`, or only some of the text has a domain.
+    """
+    given = CalibrationConfig.coerce(text)
+    domains = by_domain(given.source, given.text_column)
+    if not domains:
+        return {"": prepare(text, tokenizer, **amount)}
+    return {name: prepare(replace(given, source=parts), tokenizer, **amount) for name, parts in domains.items()}
 
 
 def texts_of(value: Any, tokenizer: Any = None) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from optimum_moe.calibration.documents import did_you_mean
+from optimum_moe.evaluation.domains import WorstDomain
 from optimum_moe.evaluation.scores import Score, UnitScores, paired_interval
 
 _DIGITS = {"perplexity": 3, "kl": 5}
@@ -23,26 +24,44 @@ class EvaluationResult:
     """Scores of one model.
 
     Args:
-        scores: by name, in this order if computed: `perplexity`; `kl` (nats per token) and `top1_agreement` against
-            the reference; `choice_accuracy`; `generation_agreement` and `prefix_agreement` with the reference's
-            continuation; `loop_rate`.
+        scores: by name, in this order if computed: `perplexity`; `perplexity_ratio` to the reference's, `kl` (nats per
+            token) and `top1_agreement` against the reference; `choice_accuracy`; `generation_agreement` and
+            `prefix_agreement` with the reference's continuation; `loop_rate`.
         units: by the same names, the scores of single windows, questions or prompts.
-        data: record of the text, settings, and the overlap with calibration data if checked, as JSON values.
+        data: record of the text, settings, the overlap with calibration data if checked, and the worst domain if there
+            are domains, as JSON values.
+        domains: scores by domain, by the same names; empty if the text names no domains.
     """
 
     scores: dict[str, Score]
     units: dict[str, UnitScores] = field(repr=False)
     data: dict[str, Any] = field(repr=False)
+    domains: dict[str, dict[str, Score]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, units: Mapping[str, UnitScores], data: Mapping[str, Any], seed: int) -> EvaluationResult:
+    def of(
+        cls,
+        units: Mapping[str, UnitScores],
+        data: Mapping[str, Any],
+        seed: int,
+        domains: Mapping[str, Mapping[str, UnitScores]] | None = None,
+    ) -> EvaluationResult:
         """Compute scores from units, with bootstrap intervals of the given seed."""
-        return cls({name: unit.summary(seed) for name, unit in units.items()}, dict(units), dict(data))
+        scores = {name: _summaries(own, seed) for name, own in (domains or {}).items()}
+        worst = WorstDomain.of(scores)
+        found = {} if worst is None else {"worst_domain": worst.to_dict()}
+        return cls(_summaries(units, seed), dict(units), {**data, **found}, scores)
+
+    @property
+    def worst_domain(self) -> WorstDomain | None:
+        """The domain with the largest KL to the reference; None without domains or reference."""
+        return WorstDomain.of(self.domains)
 
     def joined(self, other: EvaluationResult) -> EvaluationResult:
         """Both results of one model, with the record of the other under `tasks_data`."""
         data = {**self.data, "tasks_data": other.data}
-        return EvaluationResult({**self.scores, **other.scores}, {**self.units, **other.units}, data)
+        units, domains = {**self.units, **other.units}, {**self.domains, **other.domains}
+        return EvaluationResult({**self.scores, **other.scores}, units, data, domains)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -60,13 +79,22 @@ class EvaluationResult:
             ValueError: the file has other content.
         """
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(raw, dict) or set(raw) != {"scores", "units", "data"}:
+        if not isinstance(raw, dict) or set(raw) != {"scores", "units", "data", "domains"}:
             raise ValueError(f"{path} is not a saved EvaluationResult. Pass a file written by EvaluationResult.save.")
         units = {
             name: UnitScores(tuple(unit["total"]), tuple(unit["weight"]), unit["exponential"])
             for name, unit in raw["units"].items()
         }
-        return cls({name: Score(**score) for name, score in raw["scores"].items()}, units, raw["data"])
+        domains = {name: _scores(own) for name, own in raw["domains"].items()}
+        return cls(_scores(raw["scores"]), units, raw["data"], domains)
+
+
+def _scores(raw: Mapping[str, Any]) -> dict[str, Score]:
+    return {name: Score(**score) for name, score in raw.items()}
+
+
+def _summaries(units: Mapping[str, UnitScores], seed: int) -> dict[str, Score]:
+    return {name: unit.summary(seed) for name, unit in units.items()}
 
 
 def paired_difference(

@@ -136,15 +136,18 @@ class Run:
             for name, model in self.models.items():
                 same = expected is not None and model is compare
                 logits = expected if same and expected is not None else logits_of(model, ids, mask)
-                if "perplexity" in self.settings.tasks:
-                    sums[name, "perplexity"].append(window_nll(logits, ids, predicted))
+                nll = window_nll(logits, ids, predicted) if "perplexity" in self.settings.tasks else None
+                if nll is not None:
+                    sums[name, "perplexity"].append(nll)
+                if nll is not None and expected is not None:
+                    sums[name, "perplexity_ratio"].append(nll - (nll if same else window_nll(expected, ids, predicted)))
                 if expected is not None:
                     divergence, agreement = window_agreement(expected, logits, predicted)
                     sums[name, "kl"].append(divergence)
                     sums[name, "top1_agreement"].append(agreement)
         weight = torch.cat(counts)
         for (name, score), parts in sums.items():
-            units[name][score] = UnitScores.of(torch.cat(parts), weight, exponential=score == "perplexity")
+            units[name][score] = UnitScores.of(torch.cat(parts), weight, exponential=score.startswith("perplexity"))
 
     def _choice(self, units: AllUnits) -> None:
         questions = choice.make_questions(self.held_out, self.settings.num_questions, self.settings.seed)

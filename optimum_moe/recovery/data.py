@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_moe.calibration import CalibrationBatches, CalibrationConfig, batches_for
-from optimum_moe.calibration.documents import Document, DocumentColumn, TextSource
+from optimum_moe.calibration.documents import TextSource
 from optimum_moe.calibration.inputs import ReadyInputs
 from optimum_moe.calibration.sources import read_sources
 from optimum_moe.evaluation.disjoint import THRESHOLD, shared_ngrams
@@ -188,17 +188,9 @@ def _split_source(source: TextSource, share: float, seed: int) -> tuple[TextSour
     # Of few documents some may be empty or shorter than a row, but one long one is enough.
     held = min(count - 1, math.ceil(share * count))
     return (
-        replace(source, documents=_selected(documents, sorted(order[held:]), source.name)),
-        replace(source, documents=_selected(documents, sorted(order[:held]), source.name)),
+        source.selected(sorted(order[held:])),
+        source.selected(sorted(order[:held])),
     )
-
-
-def _selected(
-    documents: list[Document] | DocumentColumn, chosen: list[int], name: str
-) -> list[Document] | DocumentColumn:
-    if isinstance(documents, list):
-        return [documents[index] for index in chosen]
-    return DocumentColumn(len(chosen), lambda index: documents[chosen[index]], name)
 
 
 def _check_apart(data: RecoveryData) -> None:

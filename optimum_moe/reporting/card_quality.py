@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from optimum_moe.reporting.scores import EVALUATION, REFERENCE, measured_on, score_rows
+from optimum_moe.reporting.scores import EVALUATION, REFERENCE, domain_rows, measured_on, score_rows, worst_domain
 
 _TITLE = "## Quality"
 _NOT_MEASURED = f"""{_TITLE}
@@ -24,8 +24,15 @@ def quality_section(report: Mapping[str, Any]) -> str:
     if evaluation is None:
         return _NOT_MEASURED
     header, rows = score_rows(evaluation, report.get(REFERENCE))
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]
-    return "\n".join([_TITLE, "", *lines, "", measured_on(evaluation.get("data", {}))])
+    said = [_TITLE, _table(header, rows), measured_on(evaluation.get("data", {}))]
+    header, rows = domain_rows(evaluation)
+    if rows:
+        said += [_table(header, rows), worst_domain(evaluation)]
+    return "\n\n".join(said).rstrip()
+
+
+def _table(header: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows))
 
 
 def eval_results(report: Mapping[str, Any]) -> list[EvalResult]:

@@ -10,6 +10,7 @@ EVALUATION, REFERENCE, SWEEP, SIDE_BY_SIDE = "evaluation", "reference_evaluation
 
 _SCORES = {
     "perplexity": "perplexity",
+    "perplexity_ratio": "perplexity over the original's",
     "kl": "KL to the original (nats a token)",
     "top1_agreement": "same most likely token as the original",
     "choice_accuracy": "true continuation chosen among four",
@@ -17,6 +18,7 @@ _SCORES = {
     "prefix_agreement": "tokens up to the first difference from the original",
     "loop_rate": "continuations that loop",
 }
+_BY_DOMAIN = ("kl", "perplexity_ratio", "perplexity", "top1_agreement", "choice_accuracy", "loop_rate")
 _DIGITS = {"perplexity": 2, "kl": 4}
 
 
@@ -51,3 +53,29 @@ def measured_on(data: Mapping[str, Any]) -> str:
     if data.get("hash"):
         said += f", sha256 {str(data['hash'])[:12]}"
     return f"{said}. Units are windows of text, questions or prompts; intervals are from a bootstrap over them."
+
+
+def domain_rows(evaluation: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Header and rows of a table of domains, the one that lost the most first; no rows if none was named.
+
+    Args:
+        evaluation: Scores as the report's file records them.
+    """
+    domains = evaluation.get("domains", {})
+    names = [name for name in _BY_DOMAIN if any(name in scores for scores in domains.values())]
+    ordered = sorted(domains, key=lambda domain: -domains[domain].get("kl", {"value": 0.0})["value"])
+    rows = (
+        (domain, *(" (".join(_interval(name, domains[domain][name])) + ")" for name in names)) for domain in ordered
+    )
+    return ("domain", *(_SCORES[name] for name in names)), tuple(rows)
+
+
+def worst_domain(evaluation: Mapping[str, Any]) -> str:
+    """A sentence on the domain that lost the most; empty where none was named, or no original was compared with."""
+    worst = evaluation.get("data", {}).get("worst_domain")
+    if worst is None:
+        return ""
+    return (
+        f"{worst['name']} lost the most: {worst['kl']:.4f} nats a token, {worst['over_mean']:.2f} times the mean of "
+        f"all domains ({worst['mean']:.4f})."
+    )

@@ -65,6 +65,7 @@ OPTIONS = {
         "--batch-size",
         "--no-packing",
         "--unseen",
+        *{"--guard", "--guard-text", "--guard-repair"},
         "--statistics",
         "--save-statistics",
         "--seed",
