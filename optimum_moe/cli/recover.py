@@ -24,7 +24,16 @@ _EXAMPLE = """example:
 The same command goes on after an interruption."""
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _SETTINGS = (
-    *("learning_rate", "alpha", "temperature", "task_weight", "hidden_weight", "final_density", "lora_rank"),
+    *(
+        "learning_rate",
+        "alpha",
+        "temperature",
+        "task_weight",
+        "hidden_weight",
+        "final_density",
+        "lora_rank",
+        "reconstruct",
+    ),
     *("held_out_share", "max_tokens", "seed"),
 )
 """Flags that are arguments of `recover`."""
@@ -86,6 +95,12 @@ class RecoverCommand(MoESubcommand):
         parser.add_argument("--hidden-weight", type=float, help="Weight of differences of hidden states; default 0.")
         parser.add_argument(
             "--final-density", type=float, metavar="SHARE", help="Prune sparse rows down to this density meanwhile."
+        )
+        parser.add_argument(
+            "--reconstruct",
+            type=float,
+            metavar="SHARE",
+            help="Share of --max-tokens on which each MoE block is first fitted to the original's block; default 0.",
         )
         parser.add_argument("--lora-rank", type=int, metavar="R", help="Rank of the adapters of lora; default 8.")
         parser.add_argument("--seed", type=int, help="Seed of the data and all choices; default 0.")

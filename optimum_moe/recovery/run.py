@@ -66,6 +66,7 @@ _PATIENCE = 5
 _WARMUP = 0.05
 _IDENTITY = "identity.json"
 _START = "start"
+_BEFORE = "kl.json"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class _Settings:
     learning_rate: float | None
     final_density: float | None = None
     lora_rank: int = 8
+    reconstruct: float = 0.0
     progress: bool = True
     seed: int = field(default=0)
 
@@ -103,6 +105,11 @@ class _Settings:
                 f"how far the student is, at most {LEARNING_RATES[self.train]:g}."
             )
         check_count("lora_rank", self.lora_rank, 1)
+        if not 0 <= self.reconstruct < 1:
+            raise ValueError(
+                f"reconstruct={self.reconstruct} is a share of max_tokens: at least 0 and less than 1. Use 0.5, or 0 "
+                "for none."
+            )
         check_seed(self.seed)
         if self.train == "lora":
             check_adapters()
@@ -111,6 +118,7 @@ class _Settings:
         """The settings that a record tells."""
         told = {**asdict(self.objective), "learning_rate": self.learning_rate, "max_tokens": self.data.max_tokens}
         told |= {} if self.final_density is None else {"final_density": self.final_density}
+        told |= {"reconstruct": self.reconstruct} if self.reconstruct else {}
         return told | ({"lora_rank": self.lora_rank} if self.train == "lora" else {})
 
 
@@ -131,6 +139,7 @@ def recover(
     hidden_weight: float = 0.0,
     final_density: float | None = None,
     lora_rank: int = 8,
+    reconstruct: float = 0.0,
     tokenizer: Any = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -165,6 +174,8 @@ def recover(
         final_density: Prune sparse rows during the training down to this density (`RowPruning`); the last state is then
             kept, whatever was better before.
         lora_rank: Rank of the adapters.
+        reconstruct: Share of `max_tokens` on which each MoE block is first fitted to the outputs of the original's
+            block, for a teacher that is a model; the rest is for the training. Default 0.
         tokenizer: Tokenizer, or its path; by default that of the first folder among `model` and `teacher`.
         seed: Seed of all random choices.
         overwrite: Replace the content of `output_dir`, and start again.
@@ -186,6 +197,7 @@ def recover(
         learning_rate=learning_rate,
         final_density=final_density,
         lora_rank=lora_rank,
+        reconstruct=reconstruct,
         progress=progress,
         seed=seed,
     )
@@ -256,10 +268,7 @@ class _Run:
                 model.get_parameter(name).requires_grad_(True)
         resumed = self._resumed(model)
         trainer = self._trainer(model, resumed)
-        if self.settings.learning_rate is None:
-            # Of the state at the start, in a resumed training too.
-            trainer.args.learning_rate = default_rate(self.settings.train, trainer.held_out_kl())
-        self.rate = trainer.args.learning_rate
+        before = self._started(trainer, resumed)
         with quiet_trainer():
             trainer.train(resume_from_checkpoint=resumed)
         best_step, stopped = self._restore(trainer)
@@ -269,11 +278,39 @@ class _Run:
         for name in self.names:
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.to(self.stored[name]).to(parameter.dtype)
-        kl, before = trainer.held_out_kl(), curve(trainer.state)[0][1]
-        if kl > before and self.settings.final_density is None and adapters is None:
+        kl, start = trainer.held_out_kl(), curve(trainer.state)[0][1]
+        if kl > start and self.settings.final_density is None and adapters is None:
             load_trained(model, self.states / _START / WEIGHTS)
-            kl, best_step = before, 0
-        return self._record(trainer, kl, best_step, stopped)
+            kl, best_step = start, 0
+        return self._record(trainer, before, kl, best_step, stopped)
+
+    def _started(self, trainer: RecoveryTrainer, resumed: str | None) -> float:
+        """Choose the learning rate and reconstruct, unless an interrupted run did; returns the KL from before."""
+        file = self.states / _START / _BEFORE
+        if resumed is not None:
+            # The student that was loaded is the one from before the reconstruction.
+            before = float(json.loads(file.read_text(encoding="utf-8")))
+            self._choose_rate(trainer, before)
+            return before
+        before = trainer.held_out_kl()
+        self._choose_rate(trainer, before)
+        steps = self._steps() - trainer.args.max_steps
+        if steps:
+            training = self.data.training
+            batches = [training[step % len(training)] for step in range(steps)]
+            trainer.reconstruct(batches)
+            start = self.states / _START / WEIGHTS
+            if trainer.held_out_kl() < before:
+                save_trained(trainer.model, start)
+            else:
+                load_trained(trainer.model, start)
+        file.write_text(json.dumps(before), encoding="utf-8")
+        return before
+
+    def _choose_rate(self, trainer: RecoveryTrainer, kl: float) -> None:
+        if self.settings.learning_rate is None:
+            trainer.args.learning_rate = default_rate(self.settings.train, kl)
+        self.rate = trainer.args.learning_rate
 
     def _steps(self) -> int:
         """Steps in which about `max_tokens` are trained on."""
@@ -281,7 +318,8 @@ class _Run:
         return max(1, round(self.settings.data.max_tokens / max(tokens, 1) * batches))
 
     def _trainer(self, model: PreTrainedModel, resumed: str | None) -> RecoveryTrainer:
-        settings, steps = self.settings, self._steps()
+        settings = self.settings
+        steps = max(1, round((1 - settings.reconstruct) * self._steps()))
         every = max(1, steps // _MEASUREMENTS)
         prunes = settings.final_density is not None
         arguments = TrainingArguments(
@@ -317,6 +355,11 @@ class _Run:
         else:
             callbacks.append(EarlyStoppingCallback(_PATIENCE))
         teacher = _teacher(self.given_teacher, model, self.data, settings.objective, arguments.device)
+        if settings.reconstruct and not isinstance(teacher, ModelTeacher):
+            raise ValueError(
+                f"reconstruct={settings.reconstruct:g} compares MoE blocks, and {self.given_teacher} holds logits "
+                "only. Pass the original as teacher=, or reconstruct=0."
+            )
         return RecoveryTrainer(model, arguments, self.data, teacher, settings.objective, settings.progress, callbacks)
 
     def _resumed(self, model: PreTrainedModel) -> str | None:
@@ -387,9 +430,12 @@ class _Run:
             load_trained(trainer.model, self.states / f"checkpoint-{best_step}" / WEIGHTS)
         return best_step, stopped
 
-    def _record(self, trainer: RecoveryTrainer, kl: float, best_step: int, stopped: str) -> TrainingRecord:
+    def _record(
+        self, trainer: RecoveryTrainer, before: float, kl: float, best_step: int, stopped: str
+    ) -> TrainingRecord:
         state, training = trainer.state, self.data.training
         points = curve(state)
+        steps = state.global_step + self._steps() - state.max_steps
         return TrainingRecord(
             train=self.settings.train,
             names=tuple(self.names),
@@ -397,11 +443,11 @@ class _Run:
             settings={**self.settings.described(), "learning_rate": self.rate},
             data=training.description,
             held_out=self.data.held_out.description,
-            kl_before=points[0][1],
+            kl_before=before,
             kl_after=kl,
             best_step=best_step,
             steps=state.global_step,
-            tokens=round(state.global_step * training.num_tokens / len(training)),
+            tokens=round(steps * training.num_tokens / len(training)),
             curve=tuple(points),
             losses=tuple(losses(state)),
             seed=self.settings.seed,

@@ -47,12 +47,12 @@ class ModelTeacher:
     """
 
     def __init__(self, model: PreTrainedModel, with_hidden: bool = False) -> None:
-        self._model, self._with_hidden = model.eval(), with_hidden
+        self.model, self._with_hidden = model.eval(), with_hidden
 
     @torch.no_grad()
     def predict(self, split: str, index: int, inputs: Inputs) -> Prediction:
         """See `Teacher.predict`."""
-        output = self._model(**model_inputs(inputs), use_cache=False, output_hidden_states=self._with_hidden)
+        output = self.model(**model_inputs(inputs), use_cache=False, output_hidden_states=self._with_hidden)
         return Prediction(output.logits, hidden_states(output) if self._with_hidden else ())
 
 

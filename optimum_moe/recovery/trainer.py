@@ -27,8 +27,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from optimum_moe.calibration import CalibrationBatches
 from optimum_moe.recovery.data import RecoveryData
-from optimum_moe.recovery.objective import Objective, mean_divergence, model_inputs
-from optimum_moe.recovery.teacher import Teacher
+from optimum_moe.recovery.objective import Inputs, Objective, mean_divergence, model_inputs
+from optimum_moe.recovery.reconstruction import reconstruct
+from optimum_moe.recovery.teacher import ModelTeacher, Teacher
 
 KL = "eval_kl"
 """The measure of held-out text in the Trainer's log."""
@@ -84,19 +85,27 @@ class RecoveryTrainer(Trainer):
         )
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
-        self.data, self.teacher = data, teacher
+        self.data, self.teacher, self.shows = data, teacher, progress
         self.objective: Objective = objective
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, with shorter steps for tensors of small numbers such as scales, which one step would replace."""
-        trained: Any = self.model if model is None else model
-        groups = [
-            {"params": [parameter], "lr": self.args.learning_rate * step_share(parameter)}
-            for parameter in trained.parameters()
-            if parameter.requires_grad
-        ]
+        groups = self._groups(self.model if model is None else model)
         self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, weight_decay=0.0)
         return self.optimizer
+
+    def _groups(self, model: Any) -> list[dict[str, Any]]:
+        return [
+            {"params": [parameter], "lr": self.args.learning_rate * step_share(parameter)}
+            for parameter in model.parameters()
+            if parameter.requires_grad
+        ]
+
+    def reconstruct(self, batches: Sequence[Inputs]) -> None:
+        """Fit each MoE block to the teacher's, a model in memory, one step a batch."""
+        assert isinstance(self.teacher, ModelTeacher)
+        model: Any = self.model
+        reconstruct(model, self.teacher.model, batches, self._groups(model), self.shows)
 
     def compute_loss(
         self,

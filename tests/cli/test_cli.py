@@ -108,7 +108,7 @@ OPTIONS = {
         *{"--model", "--teacher", "--data", "--output", "--overwrite", "--train", "--max-tokens", "--held-out"},
         *{"--held-out-share", "--text-column", "--sequence-length", "--batch-size", "--tokenizer", "--learning-rate"},
         *{"--alpha", "--temperature", "--task-weight", "--hidden-weight", "--final-density", "--lora-rank"},
-        *{"--seed", "--json", "--quiet"},
+        *{"--seed", "--json", "--quiet", "--reconstruct"},
     },
     "sweep": {
         *{"--model", "--recipes", "--keep", "--target-size", "--calibration", "--text", "--text-column", "--tokenizer"},
