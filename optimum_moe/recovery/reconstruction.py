@@ -86,7 +86,7 @@ def _learning(own: nn.Module, original: nn.Module) -> Iterator[None]:
 
     def learn(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         with torch.enable_grad():
-            relative_error(_states(own(*given, **named)), _states(output)).backward()  # type: ignore[no-untyped-call]
+            relative_error(_states(own(*given, **named)), _states(output)).backward()
 
     handle = original.register_forward_hook(learn, with_kwargs=True)
     try:
