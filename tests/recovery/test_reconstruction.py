@@ -140,5 +140,5 @@ def test_what_can_not_be_reconstructed(folders: Path, tmp_path: Path):
     student = load(folders / "student")
     student.model.layers = student.model.layers[:1]
     student.config.num_hidden_layers = 1
-    with pytest.raises(ValueError, match=r"The teacher has 2 MoE blocks and the student 1, so that blocks cannot"):
+    with pytest.raises(ValueError, match=r"The teacher has 3 MoE blocks and the student 1, so that blocks cannot"):
         recover(student, teacher=folders / "teacher", **given)
