@@ -24,8 +24,8 @@ class EvaluationResult:
     """Scores of one model.
 
     Args:
-        scores: by name, in this order if computed: `perplexity`; `perplexity_ratio` to the reference's, `kl` (nats per
-            token) and `top1_agreement` against the reference; `choice_accuracy`; `generation_agreement` and
+        scores: by name, in this order if computed: `perplexity`; `kl` (nats per token), `top1_agreement` and
+            `perplexity_ratio` against the reference; `choice_accuracy`; `generation_agreement` and
             `prefix_agreement` with the reference's continuation; `loop_rate`.
         units: by the same names, the scores of single windows, questions or prompts.
         data: record of the text, settings, the overlap with calibration data if checked, and the worst domain if there

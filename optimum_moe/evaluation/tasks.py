@@ -139,12 +139,12 @@ class Run:
                 nll = window_nll(logits, ids, predicted) if "perplexity" in self.settings.tasks else None
                 if nll is not None:
                     sums[name, "perplexity"].append(nll)
-                if nll is not None and expected is not None:
-                    sums[name, "perplexity_ratio"].append(nll - (nll if same else window_nll(expected, ids, predicted)))
                 if expected is not None:
                     divergence, agreement = window_agreement(expected, logits, predicted)
                     sums[name, "kl"].append(divergence)
                     sums[name, "top1_agreement"].append(agreement)
+                if nll is not None and expected is not None:
+                    sums[name, "perplexity_ratio"].append(nll - (nll if same else window_nll(expected, ids, predicted)))
         weight = torch.cat(counts)
         for (name, score), parts in sums.items():
             units[name][score] = UnitScores.of(torch.cat(parts), weight, exponential=score.startswith("perplexity"))
