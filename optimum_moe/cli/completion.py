@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import Action, ArgumentParser, _SubParsersAction
-from collections.abc import Iterator
+from argparse import ArgumentParser
 
 from optimum_moe.cli.common import MoESubcommand, prepare
+from optimum_moe.hf.compat import arguments_of
 
 SHELLS = ("bash", "zsh")
 _PATHS = {
@@ -60,18 +60,9 @@ class CompletionCommand(MoESubcommand):
         for command in (*OPTIMUM_CLI_ROOT_SUBCOMMANDS, MoECommand):
             register_optimum_cli_subcommand(command, parent_command=root)
         root.parser.prog = "optimum-cli"
-        for action in _actions(root.parser):
+        for action in arguments_of(root.parser):
             if action.dest == "recipe":
                 action.choices = preset_names()
             elif action.dest in _PATHS or action.metavar in ("FILE", "FOLDER", "PATH"):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         print(shtab.complete(root.parser, self.args.shell))
-
-
-def _actions(parser: ArgumentParser) -> Iterator[Action]:
-    """The arguments of a parser and of its commands."""
-    for action in parser._actions:
-        yield action
-        if isinstance(action, _SubParsersAction):
-            for command in action.choices.values():
-                yield from _actions(command)

@@ -1,4 +1,4 @@
-"""Every private or undocumented name of transformers and torch that the package uses.
+"""Every private or undocumented name of transformers, torch and argparse that the package uses.
 
 What has a public way uses that instead; here stands only what has none, so that a new version of transformers is a
 matter of this file. `INTERNALS` and `ATTRIBUTES` list the names with the reason for each, and `tests/hf/test_compat.py`
@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from argparse import Action, ArgumentParser
+
     import torch
     from torch import nn
 
@@ -63,6 +65,7 @@ INTERNALS: dict[str, tuple[str, str]] = {
 """Names to import from here instead of their module, which transformers moves and changes without notice."""
 
 ATTRIBUTES: dict[str, tuple[str, str]] = {
+    "_actions": ("argparse:ArgumentParser", "see `arguments_of`"),
     "_adjust_missing_and_unexpected_keys": ("transformers:PreTrainedModel", "see `watch_loading`"),
     "_apply_gate": ("transformers.integrations.moe", "see `apply_gate`"),
     "_buffers": ("torch.nn:Module", "see `load_at_first_use`"),
@@ -374,3 +377,11 @@ def _slot(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     return (module._parameters if key in module._parameters else module._buffers), key
+
+
+def arguments_of(parser: ArgumentParser) -> Iterator[Action]:
+    """The arguments of a parser and of its commands, which argparse lists nowhere in public."""
+    for action in parser._actions:
+        yield action
+        for command in action.choices.values() if isinstance(action.choices, Mapping) else ():
+            yield from arguments_of(command)
