@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -44,6 +45,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text(folder / "held_out.jsonl", seed=5)
     for seed, domain in enumerate(("code", "chat", "maths"), start=6):
         write_text(folder / f"{domain}.jsonl", seed=seed)
+    for number, split in enumerate(("train", "dev", "test")):
+        # Other words in each split, of two kinds.
+        records = [{"input": f"{'ab' * (n % 2 + 1)} {number}{n}:", "target": " yes"} for n in range(8)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     method = LowRankSparse(rank=8, whiten=False)
     compressor = MoECompressor.from_pretrained(folder / "org" / "model", method, progress=False)
     compressor.apply()
@@ -96,6 +101,10 @@ EXAMPLES = {
     ],
     "compare_methods": ["--calibration", "corpus.txt", "--text", "held_out.jsonl", "--max-tokens", "512"],
     "own_criterion": ["--num-experts", "4", "--calibration", "corpus.txt", "--output", "out"],
+    "msmoe_on_a_task": [
+        *("--train", "train.jsonl", "--dev", "dev.jsonl", "--test", "test.jsonl"),
+        *("--output", "out", "--rank", "8", "--epochs-share", "0.05"),
+    ],
     "larger_than_memory": ["--calibration", "corpus.txt", "--output", "out"],
 }
 

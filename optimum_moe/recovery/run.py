@@ -274,6 +274,9 @@ class _Run:
         best_step, stopped = self._restore(trainer)
         if adapters is not None:
             adapters.merge()
+        # Where the schedule left no sparse row, there is nothing to store.
+        there = dict(model.named_parameters())
+        self.names = [name for name in self.names if name in there]
         # What is measured at the end is what is written: rounded.
         for name in self.names:
             parameter = model.get_parameter(name)
