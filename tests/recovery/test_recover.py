@@ -252,6 +252,19 @@ def test_sparse_rows_are_pruned_while_they_train(folders: Path, tmp_path: Path) 
     assert verify(tmp_path / "out", folders / "teacher").passed
 
 
+def test_projections_that_lose_all_their_rows_can_be_stored(folders: Path, tmp_path: Path) -> None:
+    """The schedule compares rows of the whole model, so that some projections may keep none."""
+    result = trained(folders, "factors", tmp_path / "out", train="experts", final_density=0.001)
+    before, after = (
+        {name for name, _ in model.named_parameters() if name.endswith(".rows")}
+        for model in (AutoModelForCausalLM.from_pretrained(folders / "factors"), result.model)
+    )
+    assert after < before
+    assert after <= set(result.record.names)
+    assert not (before - after) & set(result.record.names)
+    assert_same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), result.model)
+
+
 def test_a_training_that_diverges_keeps_the_student_as_it_was(folders: Path, tmp_path: Path) -> None:
     student = AutoModelForCausalLM.from_pretrained(folders / "plain")
     before = copy.deepcopy(student)
