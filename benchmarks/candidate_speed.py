@@ -36,9 +36,9 @@ def swiglu(gate_PI: torch.Tensor | None, up_PI: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate_PI) * up_PI
 
 
-def draw_expert(hidden: int, inner: int, tokens: int) -> tuple[Expert, ExpertTokens]:
+def draw_expert(hidden: int, inner: int, tokens: int, seed: int = 0) -> tuple[Expert, ExpertTokens]:
     """An expert whose neurons differ in size, and tokens and gradients with a decaying spectrum."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)

@@ -8,9 +8,12 @@ come from is a matter of the formats that experts are stored in (`optimum_moe.fo
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -125,3 +128,56 @@ def allocate(curves: Sequence[Sequence[Point]], budget: float) -> list[Point]:
             taken[index] += 1
             offer(index)
     return [points[at] for points, at in zip(curves, taken, strict=True)]
+
+
+def sufficient(
+    points: Sequence[Sequence[Point]],
+    optional: Collection[Candidate],
+    shares: Sequence[float],
+    tolerance: float,
+    cost: Callable[[Candidate, Collection[Candidate]], float],
+) -> list[Candidate]:
+    """A few of the optional candidates, with which experts lose hardly more than with all of them.
+
+    At the price of a byte that a budget has with all candidates, every expert takes the one that loses the least, its
+    bytes paid for. What that adds up to is compared, and candidates are added by what they save for their cost.
+
+    Args:
+        points: For each expert its candidates; damages in one unit.
+        optional: Those that may be left out; every expert has others.
+        shares: Budgets that are looked at, as shares of what lies between the least and the most bytes.
+        tolerance: Share of the damage that may be lost more at each of them.
+        cost: Of a candidate, where others have been added, more than 0.
+    """
+    found = frontier([hull(own) for own in points])
+    offered = list(dict.fromkeys(p.candidate for own in points for p in own if p.candidate in optional))
+    if len(found) == 1 or not offered:
+        return []
+    budgets = [found[0][0] + share * (found[-1][0] - found[0][0]) for share in shares]
+    steps = [max(1, bisect_left(found, (budget,))) for budget in budgets]
+    price_B = torch.tensor(
+        [-(found[at][1] - found[at - 1][1]) / (found[at][0] - found[at - 1][0]) for at in steps], dtype=torch.float64
+    )
+    place = {candidate: number for number, candidate in enumerate(offered)}
+    # The last row is the least of all that cannot be left out.
+    value_CEB = torch.full((len(offered) + 1, len(points), len(shares)), torch.inf, dtype=torch.float64)
+    for number, own in enumerate(points):
+        for point in own:
+            row_B = value_CEB[place.get(point.candidate, -1), number]
+            torch.minimum(row_B, point.damage + price_B * point.bytes, out=row_B)
+    best_EB, value_EB = value_CEB.amin(0), value_CEB[-1]
+    allowed_B = tolerance * torch.tensor([found[at][1] for at in steps], dtype=torch.float64)
+
+    def excess(value_EB: torch.Tensor) -> torch.Tensor:
+        return ((value_EB - best_EB).sum(-2) - allowed_B).clamp(min=0).sum(-1)
+
+    chosen: list[Candidate] = []
+    while float(excess(value_EB)) > 0:
+        saved_C = excess(value_EB) - excess(torch.minimum(value_EB, value_CEB[:-1]))
+        saved_C /= torch.tensor([cost(candidate, chosen) for candidate in offered], dtype=torch.float64)
+        index = int(saved_C.argmax())
+        if float(saved_C[index]) <= 0:
+            break
+        chosen.append(offered[index])
+        value_EB = torch.minimum(value_EB, value_CEB[index])
+    return chosen

@@ -204,10 +204,11 @@ class FisherLoss:
             gram_II = gram(self.hidden_PI[:, order_I] @ inverse_II.T)
         else:
             gram_II = inverse_II @ self.gram_II[order_I][:, order_I].to(inverse_II) @ inverse_II.T
-        both_II = effect_II.double() * gram_II
-        summed_II = both_II.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+        both_II = effect_II * gram_II
+        # Each pair counts from the first of the two on.
+        pairs_I = both_II.triu(1).sum(1, dtype=torch.float64) + 0.5 * both_II.diagonal().double()
         # A sum of squares: a rounding error below zero must not reach the curves.
-        return torch.cat([0.5 * summed_II.clamp(min=0), summed_II.new_zeros(1)])
+        return torch.cat([pairs_I.flip(0).cumsum(0).flip(0).clamp(min=0), pairs_I.new_zeros(1)])
 
     def stacked(self, kept_N: torch.Tensor) -> torch.Tensor:
         """(N or 2N,) numbers of the rows of gate above up that belong to some neurons."""

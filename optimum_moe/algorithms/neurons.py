@@ -39,6 +39,9 @@ def gram(rows_PI: torch.Tensor) -> torch.Tensor:
         block_IC = rows_PI[:, start:].T @ rows_PI[:, start:stop]
         gram_II[start:, start:stop] = block_IC
         gram_II[start:stop, stop:] = block_IC[stop - start :].T
+        # Not every processor's matrix product sums both halves of a symmetric result in the same order.
+        corner_CC = block_IC[: stop - start].tril()
+        gram_II[start:stop, start:stop] = corner_CC + corner_CC.tril(-1).T
     return gram_II
 
 
@@ -120,20 +123,20 @@ def _drop(
     order: list[int] = []
     costs: list[torch.Tensor] = []
     for step in range(count):
-        score_I = (effect_I.clamp(min=0) / inverse_I).masked_fill(gone_I, torch.inf)
+        score_I = (effect_I.clamp(min=0) / inverse_I).masked_fill_(gone_I, torch.inf)
         neuron = int(score_I.argmin())
         order.append(neuron)
         costs.append(score_I[neuron])
         gone_I[neuron] = True
-        done = slice(0, step)
-        row_I = inverse_II[neuron] - roots_CI[done, neuron] @ roots_CI[done]
-        effect_row_I = effect_II[neuron] - shares_CI[done, neuron] @ halves_CI[done]
-        effect_row_I -= halves_CI[done, neuron] @ shares_CI[done]
-        shares_CI[step] = row_I / row_I[neuron]
-        roots_CI[step] = row_I / row_I[neuron].sqrt()
-        halves_CI[step] = effect_row_I - 0.5 * effect_row_I[neuron] * shares_CI[step]
-        inverse_I -= roots_CI[step].square()
-        effect_I -= 2 * shares_CI[step] * halves_CI[step]
+        roots_DI, shares_DI, halves_DI = roots_CI[:step], shares_CI[:step], halves_CI[:step]
+        row_I = torch.addmv(inverse_II[neuron], roots_DI.T, roots_DI[:, neuron], alpha=-1)
+        effect_row_I = torch.addmv(effect_II[neuron], shares_DI.T, halves_DI[:, neuron], alpha=-1)
+        effect_row_I.addmv_(halves_DI.T, shares_DI[:, neuron], alpha=-1)
+        share_I = torch.div(row_I, row_I[neuron], out=shares_CI[step])
+        root_I = torch.div(row_I, row_I[neuron].sqrt(), out=roots_CI[step])
+        half_I = torch.addcmul(effect_row_I, effect_row_I[neuron], share_I, value=-0.5, out=halves_CI[step])
+        inverse_I.addcmul_(root_I, root_I, value=-1)
+        effect_I.addcmul_(share_I, half_I, value=-2)
     inverse_II.addmm_(roots_CI.T, roots_CI, alpha=-1)
     effect_II.addmm_(shares_CI.T, halves_CI, alpha=-1).addmm_(halves_CI.T, shares_CI, alpha=-1)
     return torch.tensor(order, device=inverse_II.device), torch.stack(costs)

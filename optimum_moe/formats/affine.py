@@ -26,6 +26,7 @@ class Affine(ExpertFormat, BudgetFormat):
     """`affine_offset` (1, H), the down bias included, `affine_u` (R, H) and `affine_v` (R, H), of size R."""
 
     name = "affine"
+    is_costly = True
 
     def tensors(self, size: int, hidden_size: int, has_bias: bool) -> dict[str, TensorSpec]:
         """What is added, and the two factors."""
@@ -59,7 +60,7 @@ class Affine(ExpertFormat, BudgetFormat):
     def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:
         """Maps of a few ranks, each as good as it is on tokens that it was not fitted to."""
         hidden = trial.expert.up_IH.shape[1]
-        ranks = [rank for rank in _RANKS if 2 * rank < hidden]
+        ranks = [rank for rank in _RANKS if 2 * rank < hidden and trial.wants(Candidate(self.name, 0, rank))]
         if not ranks:
             return
         fit = _fit(trial.fitter, ranks[-1])

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from optimum_moe.algorithms.byte_budget import Candidate, Point, allocate, hull
+from optimum_moe.algorithms.byte_budget import Candidate, Point, allocate, hull, sufficient
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.algorithms.expert_fitter import ExpertFitter, HeldOutEstimate
 from optimum_moe.algorithms.neurons import DAMPING
@@ -24,8 +24,10 @@ from optimum_moe.formats.stored import StoredExpert
 # Share of the damage that a mixture of formats has to promise to save over a single one: the best of more candidates
 # always looks a little better than it is.
 _LEAST_GAIN = 0.0125
-# Sizes at which a format is compared, as shares of what lies between the smallest and the largest candidates.
-_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
+# Sizes at which candidates are compared, as shares of what lies between the smallest and the largest ones.
+_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
+# What one more candidate costs at a width where others of its format are tried.
+_ONE_MORE = 0.125
 
 
 def candidates(
@@ -92,27 +94,22 @@ def candidates(
 
 
 def worth_trying(points: Sequence[Sequence[Point]]) -> frozenset[Candidate]:
-    """The candidates of costly formats that other experts of a block may want, by what some of them are offered.
+    """The candidates of costly formats that other experts of a block try, by what some of them are offered.
 
-    They are those of the formats that save damage at any of a few sizes, by more than what a mixture has to promise
-    (`choose`), which lie on the convex curve of all candidates or of the format alone.
+    They are a few with which these experts lose at no size more than what a mixture has to promise (`choose`).
 
     Args:
         points: For some experts their candidates, damages in one unit.
     """
-    curves, found = [hull(own) for own in points], set[Candidate]()
-    least, most = (sum(own[end].bytes for own in points) for end in (0, -1))
-    budgets = [least + share * (most - least) for share in _SHARES]
-    for name in (form.name for form in all_formats(BudgetFormat) if form.is_costly):
-        without = [hull([point for point in own if point.candidate.format != name]) for own in points]
-        if all(
-            _total(allocate(curves, budget)) >= (1 - _LEAST_GAIN) * _total(allocate(without, budget))
-            for budget in budgets
-        ):
-            continue
-        alone = [hull([p for p in own if _formats_of(p.candidate, own) <= {name}]) for own in points]
-        found |= {p.candidate for own in (*curves, *alone) for p in own if p.candidate.format == name}
-    return frozenset(found)
+    costly = {form.name for form in all_formats(BudgetFormat) if form.is_costly}
+    optional = {point.candidate for own in points for point in own if point.candidate.format in costly}
+    return frozenset(sufficient(points, optional, _SHARES, _LEAST_GAIN, _relative_cost))
+
+
+def _relative_cost(candidate: Candidate, others: Collection[Candidate]) -> float:
+    """Most of the work, which grows with the width, serves all candidates of a format at this width."""
+    shared = any((other.format, other.neurons) == (candidate.format, candidate.neurons) for other in others)
+    return candidate.neurons * (_ONE_MORE if shared else 1.0) + 1.0
 
 
 def candidate_bytes(candidate: Candidate, expert: Expert, itemsize: float, bias_itemsize: float) -> float:
