@@ -10,6 +10,7 @@ elimination needs two I x I matrices (optimal brain surgeon on columns that are 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 DAMPING = 1e-3
@@ -86,60 +87,59 @@ def elimination(
     """
     if not bool(effect_II.isfinite().all()):
         raise ValueError("effect_II holds NaN or infinity. Check the down projection and the loss gradients.")
-    inverse_II = torch.cholesky_inverse(root(gram_II, damping))
-    effect_II = effect_II.double().clone()
-    name_I = torch.arange(len(gram_II), device=gram_II.device)
+    # One neuron after the other is a matter of short vectors, for which NumPy is the fastest, also beside a GPU.
+    inverse_II = torch.cholesky_inverse(root(gram_II, damping)).cpu()
+    effect_II = effect_II.double().to("cpu", copy=True)
+    name_I = torch.arange(len(gram_II))
     gone_I = torch.zeros_like(name_I, dtype=torch.bool)
     drop = len(gram_II) if drop is None else drop
     orders: list[torch.Tensor] = []
-    costs: list[torch.Tensor] = []
+    costs: list[float] = []
     for start in range(0, drop, _BLOCK):
         neuron_C, cost_C = _drop(inverse_II, effect_II, gone_I, min(_BLOCK, drop - start))
         orders.append(name_I[neuron_C])
-        costs.append(cost_C)
+        costs += cost_C
         if int(gone_I.sum()) * _COMPACTED >= len(gone_I):
             # What is gone need not be brought up to date any more.
             left_N = gone_I.logical_not().nonzero().flatten()
             inverse_II, effect_II = (m.index_select(0, left_N).index_select(1, left_N) for m in (inverse_II, effect_II))
             name_I, gone_I = name_I[left_N], gone_I[left_N]
-    order_D = torch.cat([name_I[:0], *orders]).cpu()
-    damage = torch.cat([torch.zeros(1, dtype=torch.float64), *(cost_C.cpu() for cost_C in costs)]).cumsum(0)
-    return order_D, damage
+    return torch.cat([name_I[:0], *orders]), torch.tensor([0.0, *costs], dtype=torch.float64).cumsum(0)
 
 
 def _drop(
     inverse_II: torch.Tensor, effect_II: torch.Tensor, gone_I: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[list[int], list[float]]:
     """Drop `count` neurons; both matrices are brought up to date once, by matrix products, and not at every neuron.
 
     Dropping j changes the columns by T = 1 - e_j a^T with a = V_j / V_jj, V the inverse: V loses p p^T with
     p = V_j / V_jj^1/2, and M loses a b^T + b a^T with b = M_j - M_jj a / 2.
 
     Returns:
-        (count,) int64 their numbers, which are marked in `gone_I`, and (count,) float64 what each of them costs.
+        Their numbers, which are marked in `gone_I`, and what each of them costs.
     """
     shares_CI, halves_CI, roots_CI = (inverse_II.new_zeros(count, len(inverse_II)) for _ in range(3))
-    inverse_I, effect_I = inverse_II.diagonal().clone(), effect_II.diagonal().clone()
+    inverse, effect, gone = inverse_II.numpy(), effect_II.numpy(), gone_I.numpy()
+    shares, halves, roots = shares_CI.numpy(), halves_CI.numpy(), roots_CI.numpy()
+    inverse_I, effect_I = inverse.diagonal().copy(), effect.diagonal().copy()
     order: list[int] = []
-    costs: list[torch.Tensor] = []
+    costs: list[float] = []
     for step in range(count):
-        score_I = (effect_I.clamp(min=0) / inverse_I).masked_fill_(gone_I, torch.inf)
+        score_I = np.divide(np.maximum(effect_I, 0.0), inverse_I, out=np.full_like(effect_I, np.inf), where=~gone)
         neuron = int(score_I.argmin())
         order.append(neuron)
-        costs.append(score_I[neuron])
-        gone_I[neuron] = True
-        roots_DI, shares_DI, halves_DI = roots_CI[:step], shares_CI[:step], halves_CI[:step]
-        row_I = torch.addmv(inverse_II[neuron], roots_DI.T, roots_DI[:, neuron], alpha=-1)
-        effect_row_I = torch.addmv(effect_II[neuron], shares_DI.T, halves_DI[:, neuron], alpha=-1)
-        effect_row_I.addmv_(halves_DI.T, shares_DI[:, neuron], alpha=-1)
-        share_I = torch.div(row_I, row_I[neuron], out=shares_CI[step])
-        root_I = torch.div(row_I, row_I[neuron].sqrt(), out=roots_CI[step])
-        half_I = torch.addcmul(effect_row_I, effect_row_I[neuron], share_I, value=-0.5, out=halves_CI[step])
-        inverse_I.addcmul_(root_I, root_I, value=-1)
-        effect_I.addcmul_(share_I, half_I, value=-2)
+        costs.append(float(score_I[neuron]))
+        gone[neuron] = True
+        row_I = inverse[neuron] - roots[:step, neuron] @ roots[:step]
+        effect_row_I = effect[neuron] - shares[:step, neuron] @ halves[:step] - halves[:step, neuron] @ shares[:step]
+        shares[step] = row_I / row_I[neuron]
+        roots[step] = row_I / row_I[neuron] ** 0.5
+        halves[step] = effect_row_I - 0.5 * effect_row_I[neuron] * shares[step]
+        inverse_I -= roots[step] ** 2
+        effect_I -= 2 * shares[step] * halves[step]
     inverse_II.addmm_(roots_CI.T, roots_CI, alpha=-1)
     effect_II.addmm_(shares_CI.T, halves_CI, alpha=-1).addmm_(halves_CI.T, shares_CI, alpha=-1)
-    return torch.tensor(order, device=inverse_II.device), torch.stack(costs)
+    return order, costs
 
 
 def root(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
