@@ -3,7 +3,7 @@
 Both bundled models, several sizes and seeds of the sampled tokens; each run in a process of its own with the package of
 its checkout, measured by the same lines. The ratio of a size is the geometric mean over the seeds, paired.
 
-    python benchmarks/budget_versions.py --against ../before [--shares 50 25 10] [--seeds 0 1 2] [--runs-in transformers]
+    python benchmarks/budget_versions.py --against ../before [--shares 50 25 10] [--seeds 0 1 2]
 """
 
 from __future__ import annotations
