@@ -1,10 +1,11 @@
 """CPU hours that a byte budget takes on models of 30B and 235B parameters, added up from measured parts of one layer.
 
 The model has one layer of the true shape, with random weights. Measured: observing (a forward and a backward pass over
-`--tokens` random tokens), and for an expert finding its candidates and building the chosen one, on as many tokens as
-the largest sample gives it. The first experts of a block, which try all candidates, and others are measured, as in
+`--tokens` random tokens), and for an expert finding its candidates and building the chosen one, on its share of the
+sampled tokens. The first experts of a block, which try all candidates, and others are measured, as in
 `budget_speed.py`. What is added up is each layer's observation for 65,536 tokens and its experts; embeddings and the
-head are left out. "floor" is a forward pass alone.
+head are left out. "floor" is a forward pass alone; "sampled" are the tokens that candidates are measured on, all of
+them where there is room for their hidden states and gradients.
 
     python benchmarks/budget_scale.py [--shapes 30B 235B] [--runs-in any transformers]
 """
@@ -88,14 +89,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=2048, help="random tokens that are observed")
+    parser.add_argument("--sampled", nargs="+", type=int, default=[16384, CALIBRATION_TOKENS])
     parser.add_argument("--runs-in", nargs="+", default=["any", "transformers"])
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, 1 thread, {CALIBRATION_TOKENS:,} tokens, half of the experts' bytes.\n")
-    print(
-        "| model | runs in | floor, h | observing, h | an expert, s | experts, h | in all, CPU h |\n" + "|---" * 7 + "|"
-    )
+    print("| model | runs in | sampled | floor, h | observing, h | an expert, s | experts, h | in all, CPU h |")
+    print("|---" * 8 + "|")
     for name in arguments.shapes:
         shape = SHAPES[name]
         floor, observed = (
@@ -103,12 +104,12 @@ def main() -> None:
         )
         gc.collect()
         for runs_in in arguments.runs_in:
-            recipe = ByteBudget(share=0.5, runs_in=runs_in)
-            tokens = recipe.largest_sample * SELECTED // EXPERTS
-            each = an_expert(shape, tokens, list(recipe.tried_formats))
-            experts = each * EXPERTS * shape.layers / 3600
-            cells = f"{floor:.2f} | {observed:.2f} | {each:.2f} | {experts:.2f} | {observed + experts:.1f}"
-            print(f"| {name} | {runs_in} | {cells} |", flush=True)
+            formats = list(ByteBudget(share=0.5, runs_in=runs_in).tried_formats)
+            for sampled in arguments.sampled:
+                each = an_expert(shape, sampled * SELECTED // EXPERTS, formats)
+                experts = each * EXPERTS * shape.layers / 3600
+                cells = f"{floor:.2f} | {observed:.2f} | {each:.2f} | {experts:.2f} | {observed + experts:.1f}"
+                print(f"| {name} | {runs_in} | {sampled:,} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
