@@ -62,7 +62,8 @@ def observation(shape: Shape, tokens: int) -> tuple[float, float]:
     with torch.no_grad():
         model(ids[:1])
         floor = seconds(lambda: [model(row[None]) for row in ids])
-    compressor = MoECompressor(model, ByteBudget(share=0.5, runs_in="transformers"), data, progress=False)
+    recipe = ByteBudget(share=0.5, runs_in="transformers")
+    compressor = MoECompressor.from_pretrained(model, recipe, data, progress=False)
     return floor / ids.numel(), seconds(compressor.calibrate) / ids.numel()
 
 
