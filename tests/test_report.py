@@ -218,7 +218,8 @@ def test_statistics_are_added(runs: dict[str, Path], statistics: Statistics, tmp
 def scores(perplexity: float) -> EvaluationResult:
     total = torch.full((8,), perplexity).log() + torch.linspace(-0.1, 0.1, 8)
     units = {"perplexity": UnitScores.of(total, exponential=True), "kl": UnitScores.of(torch.linspace(0.1, 0.3, 8))}
-    return EvaluationResult.of(units, {"sources": [{"name": "held.txt"}], "hash": "0123456789abcdef"}, 0)
+    domains = {name: {"kl": UnitScores.of(torch.full((4,), lost))} for name, lost in (("code", 0.1), ("novels", 0.3))}
+    return EvaluationResult.of(units, {"sources": [{"name": "held.txt"}], "hash": "0123456789abcdef"}, 0, domains)
 
 
 def test_scores_and_a_sweep_are_kept(original: Path, statistics: Statistics, tmp_path: Path) -> None:
@@ -237,6 +238,8 @@ def test_scores_and_a_sweep_are_kept(original: Path, statistics: Statistics, tmp
     text = Page(read(folder)).text
     assert "not evaluated yet" not in text
     for said in ("20", "10", "held.txt", "0123456789ab", "refused: it keeps 1 of 8 experts", "best of all", "500 B"):
+        assert said in text
+    for said in ("Scores by domain", "novels lost the most: 0.3000 nats a token, 1.50 times the mean"):
         assert said in text
     # What a runtime did later is in the report too, and all that was added before.
     record_run(folder, LoadsIn("vllm", "same greedy tokens: 64 of 64", "run", "0.33.0"))

@@ -11,11 +11,19 @@ from optimum_moe.reporting.page.drawing import Axis, line_path, point_path, whis
 from optimum_moe.reporting.page.elements import Chart, Element, Line, Missing, Section, Table, Text
 from optimum_moe.reporting.page.run_record import RunRecord
 from optimum_moe.reporting.page.words import byte_unit, quantity
-from optimum_moe.reporting.scores import EVALUATION, REFERENCE, SWEEP, measured_on, score_rows
+from optimum_moe.reporting.scores import (
+    EVALUATION,
+    REFERENCE,
+    SWEEP,
+    domain_rows,
+    measured_on,
+    score_rows,
+    worst_domain,
+)
 
 
 def quality(run: RunRecord) -> Section:
-    """Scores with their intervals."""
+    """Scores with their intervals, by domain too where the text names some."""
     scores = run.report.get(EVALUATION)
     if scores is None:
         missing = Missing(
@@ -26,7 +34,11 @@ def quality(run: RunRecord) -> Section:
         )
         return Section("quality", "How good it is", [missing])
     header, rows = score_rows(scores, run.report.get(REFERENCE))
-    elements: list[Element] = [Table("Scores", header, rows), Text(measured_on(scores.get("data", {})))]
+    elements: list[Element] = [Table("Scores", header, rows)]
+    header, rows = domain_rows(scores)
+    if rows:
+        elements.append(Table("Scores by domain", header, rows))
+    elements += [Text(said) for said in (worst_domain(scores), measured_on(scores.get("data", {}))) if said]
     return Section("quality", "How good it is", elements)
 
 
