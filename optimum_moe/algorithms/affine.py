@@ -42,8 +42,8 @@ class AffineFit:
         target_PH = ((output_PH - self.output_H) * root_P1).to(dtype)
         # By the smaller of the two Grams: x = q s w^T, of which the squares are the eigenvalues of either.
         is_wide = len(rows_PH) <= rows_PH.shape[1]
-        # Products in float32 leave errors of 1e-7 of the largest square, far below every ridge.
-        square_D, vector = torch.linalg.eigh(gram(rows_PH.T if is_wide else rows_PH).double())
+        # In float64: the errors of products in float32 reach the map where the ridge is small.
+        square_D, vector = torch.linalg.eigh(gram((rows_PH.T if is_wide else rows_PH).double()))
         square_D, vector = square_D.clamp(min=0), vector.to(dtype)
         if is_wide:
             # The mean took one direction; next to small ridges its rounding would look like a part of a freedom.
