@@ -138,7 +138,9 @@ def test_the_result_loads_and_generates_without_the_package(name: str, tmp_path:
         "assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False), cached)\n"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "expected.pt")]
-    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "OPTIMUM_MOE_AUTOLOAD": "0"})
+    # The same bits come from as many threads.
+    settings = {"OPTIMUM_MOE_AUTOLOAD": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **settings})
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -399,9 +399,9 @@ def test_a_hub_model_is_previewed_without_its_weights(
         asked.update(name=name, ignored=ignore_patterns, **arguments)
         return str(weightless)
 
-    monkeypatch.setattr("optimum_moe.checkpoint.source.snapshot_download", snapshot)
+    monkeypatch.setattr("optimum_moe.checkpoint.location.snapshot_download", snapshot)
     monkeypatch.setattr(
-        "optimum_moe.checkpoint.source.get_safetensors_metadata",
+        "optimum_moe.checkpoint.location.get_safetensors_metadata",
         lambda name, **arguments: get_local_safetensors_metadata(original),
     )
     source = MoECompressor.from_pretrained("org/model", MSMoE(num_experts=4), revision="v1", progress=False).source
