@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from budget_speed import FIRST, OTHERS
+from budget_speed import FIRST, OTHERS, mean_of_block, timed_block
 from candidate_speed import draw_expert
 from synthetic_checkpoint import EXPERTS, config
 from transformers import Qwen3MoeForCausalLM
 
 from optimum_moe import ByteBudget, CalibrationConfig, MoECompressor
-from optimum_moe.formats import build_expert, candidates, choose
-from optimum_moe.formats.budget import worth_trying
+from optimum_moe.formats import build_expert, choose
 
 CALIBRATION_TOKENS = 65536
 SELECTED = 8
@@ -69,21 +68,14 @@ def observation(shape: Shape, tokens: int) -> tuple[float, float]:
 
 def an_expert(shape: Shape, tokens: int, formats: list[str] | None) -> float:
     """CPU seconds of an expert of a block: its candidates and the chosen one, at half of the bytes."""
-    found, drawn, first, others, among = [], [], [], [], None
-    for number in range(FIRST + OTHERS):
-        drawn.append(draw_expert(shape.hidden, shape.inner, tokens, number))
-        start = time.process_time()
-        if number == FIRST:
-            among = worth_trying(found)
-        found.append(candidates(*drawn[-1], itemsize=2, formats=formats, among=among))
-        (first if number < FIRST else others).append(time.process_time() - start)
+    drawn = [draw_expert(shape.hidden, shape.inner, tokens, number) for number in range(FIRST + OTHERS)]
+    found, first, others = timed_block(drawn, formats)
     chosen = choose(found, 0.5 * sum(own[-1].bytes for own in found))
     built = [
         seconds(lambda own=own, point=point: build_expert(*own, point.candidate))
         for own, point in zip(drawn, chosen, strict=True)
     ]
-    mean = (stats.mean(first) * FIRST + stats.mean(others) * (EXPERTS - FIRST)) / EXPERTS
-    return mean + stats.mean(built)
+    return mean_of_block(first, others, EXPERTS) + stats.mean(built)
 
 
 def main() -> None:

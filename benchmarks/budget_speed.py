@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics as stats
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from candidate_speed import draw_expert, swiglu
-from reference import CALIBRATION, ROOT
+from checkouts import measured
+from reference import CALIBRATION, ROOT, text_of
 from safetensors.torch import load_file, save_file
 
+from optimum_moe.algorithms.byte_budget import Point
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.formats import budget, candidates, choose
 
@@ -75,8 +75,7 @@ def prepare_smollm2(layers: int, tokens: int) -> None:
     path = smollm2.download()
     model = smollm2.load_dense(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    text = "\n".join(json.loads(line)["text"] for line in CALIBRATION.read_text(encoding="utf-8").splitlines())
-    ids = tokenizer(text)["input_ids"][:tokens]
+    ids = tokenizer(text_of(CALIBRATION))["input_ids"][:tokens]
     chosen = torch.linspace(0, model.config.num_hidden_layers - 1, layers).int().tolist()
     kept: dict[str, list[torch.Tensor]] = {f"{n}.{name}": [] for n in range(layers) for name in ("input", "gradient")}
     for number, layer in enumerate(chosen):
@@ -96,34 +95,45 @@ def prepare_smollm2(layers: int, tokens: int) -> None:
     save_file(tensors, SMOLLM2)
 
 
-def measure(kind: str, tokens: int, formats: list[str] | None, experts: int) -> None:
-    """Print the seconds of one block; what the other processes do."""
-    torch.set_num_threads(1)
-    candidates(*draw_expert(64, 32, 128))
+def timed_block(
+    experts: Sequence[tuple[Expert, ExpertTokens]], formats: list[str] | None
+) -> tuple[list[list[Point]], float, float]:
+    """Candidates of experts of a block, and CPU seconds of one of the first and of one of the others."""
+    # An older checkout lets all experts try everything.
     screens = getattr(budget, "worth_trying", None)
     found, seconds, among = [], [], {}
-    for number in range(FIRST + OTHERS if screens else ALIKE):
-        expert, seen = drawn(kind, tokens, number)
+    for number, (expert, seen) in enumerate(experts):
         start = time.process_time()
         if screens and number == FIRST:
             among["among"] = screens(found)
         found.append(candidates(expert, seen, itemsize=2, formats=formats, **among))
         seconds.append(time.process_time() - start)
+    return found, stats.mean(seconds[:FIRST]), stats.mean(seconds[FIRST:] or seconds)
+
+
+def mean_of_block(first: float, others: float, experts: int) -> float:
+    """CPU seconds of an expert of a block."""
+    return (first * FIRST + others * (experts - FIRST)) / experts
+
+
+def measure(kind: str, tokens: int, formats: list[str] | None, experts: int) -> None:
+    """Print the seconds of one block; what the other processes do."""
+    torch.set_num_threads(1)
+    candidates(*draw_expert(64, 32, 128))
+    number = FIRST + OTHERS if hasattr(budget, "worth_trying") else ALIKE
+    found, first, others = timed_block([drawn(kind, tokens, n) for n in range(number)], formats)
     start = time.process_time()
-    points = [found[number % len(found)] for number in range(experts)]
+    points = [found[n % len(found)] for n in range(experts)]
     choose(points, 0.5 * sum(own[-1].bytes for own in points))
     allocation = (time.process_time() - start) / experts
-    first, others = stats.mean(seconds[:FIRST]), stats.mean(seconds[FIRST:] or seconds)
-    print(json.dumps([first, others, allocation, (first * FIRST + others * (experts - FIRST)) / experts + allocation]))
+    print(json.dumps([first, others, allocation, mean_of_block(first, others, experts) + allocation]))
 
 
 def run(checkout: Path, kind: str, tokens: int, formats: list[str] | None, experts: int) -> list[float]:
     """Measure one block with the package of a checkout: first ones, others, allocation, mean of the block."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--measure", kind, str(tokens), "--experts", str(experts)]
-    command += [] if formats is None else ["--formats", *formats]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return [float(value) for value in json.loads(done.stdout)]
+    arguments = ["--measure", kind, str(tokens), "--experts", str(experts)]
+    arguments += [] if formats is None else ["--formats", *formats]
+    return [float(value) for value in measured(checkout, __file__, arguments)]
 
 
 def main() -> None:

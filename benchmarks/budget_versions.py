@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics as stats
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import torch
 import transformers
-from reference import CALIBRATION, HELD_OUT, REFERENCES, ROOT
+from checkouts import measured
+from reference import CALIBRATION, HELD_OUT, REFERENCES, ROOT, text_of
 
 LENGTH = 512
 
@@ -27,8 +25,7 @@ LENGTH = 512
 def held_out(model: Path, tokens: int) -> torch.Tensor:
     """(N, 512) token ids of the held-out text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    text = "\n".join(json.loads(line)["text"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines())
-    ids = torch.tensor(tokenizer(text)["input_ids"])
+    ids = torch.tensor(tokenizer(text_of(HELD_OUT))["input_ids"])
     every = max(1, len(ids) // tokens)
     return ids[: len(ids) // LENGTH * LENGTH].unflatten(0, (-1, LENGTH))[::every]
 
@@ -57,13 +54,9 @@ def measure(name: str, share: float, seed: int, runs_in: str, tokens: int) -> No
 
 def run(checkout: Path, arguments: argparse.Namespace, name: str, share: float, seed: int) -> float:
     """The KL of one compression by the package of a checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--measure", name, str(share), str(seed)]
-    command += ["--runs-in", arguments.runs_in, "--max-tokens", str(arguments.max_tokens)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    given = ["--measure", name, str(share), str(seed)]
+    given += ["--runs-in", arguments.runs_in, "--max-tokens", str(arguments.max_tokens)]
+    return float(measured(checkout, __file__, given))
 
 
 def main() -> None:

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics as stats
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+from checkouts import measured
 
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.formats import candidates
@@ -80,11 +78,9 @@ def measure(size: str, threads: int, formats: list[str] | None) -> None:
 
 def run(checkout: Path, size: str, threads: int, formats: list[str] | None) -> tuple[float, float, dict[str, float]]:
     """Measure one size with the package of a checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, __file__, "--measure", size, "--threads", str(threads)]
-    command += [] if formats is None else ["--formats", *formats]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    seconds, wall, found = json.loads(done.stdout)
+    arguments = ["--measure", size, "--threads", str(threads)]
+    arguments += [] if formats is None else ["--formats", *formats]
+    seconds, wall, found = measured(checkout, __file__, arguments, threads)
     return seconds, wall, found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ CALIBRATION = DATA / "reference" / "calibration.jsonl"
 """Calibration text of both models."""
 HELD_OUT = DATA / "reference" / "held_out.jsonl"
 """Held-out text of both models."""
+
+
+def text_of(file: Path) -> str:
+    """All documents of one of the two, one below the other."""
+    return "\n".join(json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines())
 
 
 @dataclass(frozen=True)

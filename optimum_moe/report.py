@@ -153,6 +153,4 @@ def _scores(given: EvaluationResult | str | Path) -> dict[str, Any]:
         if not file.is_file():
             raise ValueError(f"There is no file {file}. Give one that `optimum-cli moe evaluate --output` wrote.")
         given = EvaluationResult.load(file)
-    record = given.to_dict()
-    # The scores of single units are only for comparisons of two results.
-    return {name: value for name, value in record.items() if name != "units"}
+    return given.summary()

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from optimum_moe.checkpoint.headers import Headers, read_headers
+from optimum_moe.checkpoint.dtypes import DTYPES
+from optimum_moe.checkpoint.headers import ITEMSIZES, Headers, read_headers
 from optimum_moe.checkpoint.location import raw_config
 from optimum_moe.checkpoint.regular_layout import _LAYOUTS, regular_model
 from optimum_moe.cli.inspect import _inspected_as_built, inspected
@@ -114,3 +115,7 @@ def test_inspect_imports_neither_torch_nor_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert "4,736,384 parameters, 9,472,768 bytes, 2,588,672 FLOPs per token" in done.stdout
+
+
+def test_sizes_without_torch_are_those_of_its_dtypes() -> None:
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEMSIZES

@@ -7,7 +7,7 @@ import json
 import os
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optimum_moe.checkpoint.names import check_checkpoint_name
 from optimum_moe.cli.common import MoESubcommand, add_json_argument, check_text, prepare, table, text_source
@@ -113,7 +113,7 @@ class EvaluateCommand(MoESubcommand):
             reference = answered.pop(_REFERENCE, None)
             results = {n: results[n].joined(found) if n in results else found for n, found in answered.items()}
         if args.json:
-            print(json.dumps({name: _scores(result) for name, result in results.items()}, indent=1))
+            print(json.dumps({name: result.summary() for name, result in results.items()}, indent=1))
         else:
             print(format_results(results))
             for name, result in results.items():
@@ -157,16 +157,11 @@ class EvaluateCommand(MoESubcommand):
         )
 
 
-def _scores(result: EvaluationResult) -> dict[str, Any]:
-    """Scores with their intervals, without those of single units, as JSON values."""
-    return {name: value for name, value in result.to_dict().items() if name != "units"}
-
-
 def _by_domain(result: EvaluationResult) -> str:
     """A table of domains, and the one that lost the most."""
     from optimum_moe.reporting.scores import domain_rows, worst_domain
 
-    scores = _scores(result)
+    scores = result.summary()
     header, rows = domain_rows(scores)
     return "\n".join([table([header, *rows]), worst_domain(scores)]).rstrip()
 

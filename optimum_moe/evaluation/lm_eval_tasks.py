@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from optimum_moe.evaluation.result import EvaluationResult
 from optimum_moe.evaluation.scores import CONFIDENCE, Score, UnitScores
 from optimum_moe.settings import check_count
 
-_DEVIATIONS = 1.959964
-"""Standard errors of an interval of 95%."""
+_DEVIATIONS = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+"""Standard errors on either side of an interval."""
 _NEEDED = ("output_type", "doc_to_text", "doc_to_target")
 _WHOLE = 1e-6
 
@@ -67,11 +68,13 @@ def evaluate_tasks(
         _check_task(manager, task, tasks_dir)
     tokenizer = find_tokenizer(tokenizer, list(models.values()))
     loaded = load_models([(f"models[{name!r}]", model) for name, model in models.items()])
+    # The original may be one of the models too, and is measured once.
+    answered: dict[int, EvaluationResult] = {}
     with measuring(loaded):
-        return {
-            name: _evaluated(model, tokenizer, list(tasks), manager, limit, batch_size, seed)
-            for name, model in zip(models, loaded, strict=True)
-        }
+        for model in loaded:
+            if id(model) not in answered:
+                answered[id(model)] = _evaluated(model, tokenizer, list(tasks), manager, limit, batch_size, seed)
+    return {name: answered[id(model)] for name, model in zip(models, loaded, strict=True)}
 
 
 def _manager(tasks_dir: str | Path | None) -> Any:
@@ -156,6 +159,5 @@ def _are_numbers(values: Sequence[Any]) -> bool:
 
 def _with_error(value: float, error: Any, count: int) -> Score:
     """A score whose interval is that of its standard error, which lm-eval does not always know."""
-    assert CONFIDENCE == 0.95
     half = _DEVIATIONS * error if isinstance(error, float | int) else math.inf
     return Score(float(value), float(value - half), float(value + half), count)

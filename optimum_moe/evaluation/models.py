@@ -38,7 +38,7 @@ def load_models(models: Iterable[tuple[str, ModelOrPath]]) -> list[PreTrainedMod
             raise ValueError(
                 f"{name} ({type(model).__name__}) is an encoder-decoder model, which no choice of tasks=... supports: "
                 "plain text has no separate decoder input, and with the same text as input the decoder only copies. "
-                "Measure it on pairs of input and target with your own metric, or pass a decoder-only model."
+                "Measure it on pairs of input and target with `score_examples`, or pass a decoder-only model."
             )
         loaded.append(model)
     return loaded

@@ -67,6 +67,10 @@ class EvaluationResult:
         """All fields as JSON values."""
         return dataclasses.asdict(self)
 
+    def summary(self) -> dict[str, Any]:
+        """All fields but the scores of single units, which are only for comparisons, as JSON values."""
+        return {name: value for name, value in self.to_dict().items() if name != "units"}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()` as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
