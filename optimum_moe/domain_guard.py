@@ -19,7 +19,9 @@ from optimum_moe.checkpoint.compatibility import refuse_original
 from optimum_moe.checkpoint.destination import check_destination
 from optimum_moe.compressor import MoECompressor
 from optimum_moe.evaluation import EvaluationResult, evaluate
+from optimum_moe.evaluation.disjoint import check_disjoint
 from optimum_moe.evaluation.domains import LOSS, WorstDomain
+from optimum_moe.evaluation.heldout import texts_of
 from optimum_moe.ranks import current_ranks
 from optimum_moe.recipe import calibration_config, coerce_recipe
 from optimum_moe.report import write_report
@@ -158,7 +160,7 @@ def compress_guarded(
 
     Raises:
         ValueError: If the worst domain lost too much, in all rounds of a repair too; then nothing is written. Also if a
-            setting is invalid, or the model is streamed.
+            setting is invalid, the model is streamed, or the guard's text is calibrated on, before any weight is read.
     """
     current_ranks().check_single("A guard")
     if not isinstance(model, str | Path):
@@ -188,7 +190,12 @@ def compress_guarded(
         compressor = MoECompressor.from_pretrained(model, recipe, config, **arguments)
         if output_dir is not None:
             refuse_original(output_dir, compressor.source)
-        reference = compressor.source.load().eval() if reference is None else reference
+        if reference is None:
+            for given in (data, guard.repair):
+                # `evaluate` compares them too, but after the compression.
+                if given is not None:
+                    check_disjoint(texts_of(given, compressor.tokenizer), texts_of(guard.text, compressor.tokenizer))
+            reference = compressor.source.load().eval()
         result = _measured(compressor, reference, guard, config, statistics if not weights else None)
         losses = {name: scores[LOSS].value for name, scores in result.domains.items()}
         attempts.append(Attempt(losses, dict(weights)))

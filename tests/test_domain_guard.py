@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from optimum_moe import ExpertPruning, Guard, compress_guarded
 from optimum_moe.calibration import CalibrationConfig
+from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.domain_guard import reweighted, weighted
 from tests.tiny_models import build
 
@@ -154,3 +155,13 @@ def test_what_a_guard_needs_of_the_run(original: Path):
         run(original, guard(1.5), engine="streaming")
     with pytest.raises(ValueError, match=r"a stream can be read once"):
         run(original, guard(1.5), calibration=CalibrationConfig(iter(rows(1)), sequence_length=16))
+
+
+def test_text_that_is_calibrated_on_is_refused_before_any_weight_is_read(
+    original: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ModelSource, "load", lambda source: pytest.fail("a weight is read"))
+    with pytest.raises(ValueError, match=r"of the evaluation text's 13-word sequences occur in the calibration"):
+        run(original, guard(1.5), calibration=CalibrationConfig(rows(2), sequence_length=16))
+    with pytest.raises(ValueError, match=r"of the evaluation text's 13-word sequences occur in the calibration"):
+        run(original, guard(1.5, repair=rows(2)))
