@@ -17,7 +17,8 @@ import pytest
 class FakeHub:
     """What was uploaded, by repository and path; `failures` commits are refused first.
 
-    `role` is what its token may do, `None` for a token that is not valid; `sent` has the paths of every commit.
+    `role` is what its token may do, `None` for a token that is not valid, and `scopes` what a fine-grained one may do
+    with each user, organization or repository; `sent` has the paths of every commit.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,7 @@ class FakeHub:
         self.private: set[str] = set()
         self.sent: list[set[str]] = []
         self.role: str | None = "write"
+        self.scopes: dict[str, list[str]] | None = None
         self.failures = 0
         self.url = ""
         self.calls: list[str] = []
@@ -34,7 +36,7 @@ class FakeHub:
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            if self.role != "write" or name.partition("/")[0] not in ("me", "ours"):
+            if not self._may_write(name):
                 return 403, {"error": f"You don't have the rights to create a model under the namespace {name}"}
             if name in self.files:
                 return 409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
@@ -47,7 +49,7 @@ class FakeHub:
         if path == "/api/whoami-v2":
             if self.role is None:
                 return 401, {"error": "Invalid credentials in Authorization header"}
-            return 200, {"name": "me", "auth": {"type": "access_token", "accessToken": {"role": self.role}}}
+            return 200, {"name": "me", "auth": {"type": "access_token", "accessToken": self._token()}}
         repo = "/".join(path.partition("?")[0].split("/")[3:5])
         if path.partition("?")[0] == f"/api/models/{repo}":
             if repo not in self.files:
@@ -66,6 +68,24 @@ class FakeHub:
             self.sent.append({file["path"] for file in files})
             return 200, {"commitUrl": f"{self.url}/{repo}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
         return 404, {"error": f"nothing at {path}"}
+
+    def _may_write(self, name: str) -> bool:
+        owner = name.partition("/")[0]
+        if self.role == "fineGrained":
+            scopes = self.scopes or {}
+            return any("repo.write" in scopes.get(entity, ()) for entity in (owner, name))
+        return self.role == "write" and owner in ("me", "ours")
+
+    def _token(self) -> dict[str, Any]:
+        """The token as `whoami` of the Hub describes it."""
+        if self.scopes is None:
+            return {"role": self.role}
+        types = {0: "user", 1: "model"}
+        scoped = [
+            {"entity": {"type": types[name.count("/")], "name": name}, "permissions": permissions}
+            for name, permissions in self.scopes.items()
+        ]
+        return {"role": self.role, "fineGrained": {"canReadGatedRepos": True, "global": [], "scoped": scoped}}
 
     def _mode(self, repo: str, path: str) -> dict[str, Any]:
         """How to send a file, and what the repository has in its place (as git names it)."""

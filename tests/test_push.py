@@ -105,6 +105,36 @@ def test_a_token_without_rights_is_refused_before_any_work(
     assert "\n" not in str(refused.value)
 
 
+READ = ["repo.content.read", "repo.access.read"]
+
+
+@pytest.mark.parametrize(
+    ("scopes", "repo_id", "where"),
+    [
+        ({}, "small", "to no repository"),
+        ({"me": READ, "ours": [*READ, "discussion.write"]}, "small", "to no repository"),
+        ({"me": [*READ, "repo.write"]}, "ours/small", "only to me"),
+        ({"me": READ, "me/other": [*READ, "repo.write"], "ours": ["repo.write"]}, "small", "only to me/other, ours"),
+    ],
+)
+def test_a_fine_grained_token_without_rights_is_refused_before_any_work(
+    scopes: dict[str, list[str]], repo_id: str, where: str, fake_hub: FakeHub
+) -> None:
+    fake_hub.role, fake_hub.scopes = "fineGrained", scopes
+    said = f"uploaded to {repo_id}: the fine-grained token may write {where}. Create a token with the right to write"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check_target(repo_id)
+    assert fake_hub.calls == ["/api/whoami-v2"]
+
+
+@pytest.mark.parametrize("scopes", [{"me": ["repo.write"]}, {"me": READ, "me/small": ["repo.write"]}, None])
+def test_a_fine_grained_token_that_may_write_or_does_not_say_is_let_through(
+    scopes: dict[str, list[str]] | None, fake_hub: FakeHub
+) -> None:
+    fake_hub.role, fake_hub.scopes = "fineGrained", scopes
+    check_target("small")
+
+
 def test_the_namespace_of_somebody_else_is_refused(folder: Path, fake_hub: FakeHub) -> None:
     with pytest.raises(ValueError, match="You don't have the rights to create a model under the namespace") as refused:
         upload(folder, "theirs/small", private=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
@@ -38,9 +39,9 @@ def check_target(repo_id: str, private: bool = False, token: str | None = None) 
     try:
         api = HfApi(token=token)
         user = api.whoami()
-        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise _Refusal("the token can only read", _WRITABLE)
-        _check_existing(api, repo_id if "/" in repo_id else f"{user['name']}/{repo_id}", private)
+        full_name = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+        _check_rights(user.get("auth", {}).get("accessToken", {}), full_name)
+        _check_existing(api, full_name, private)
     except Exception as error:
         refusal = _refusal(error)
         raise ValueError(f"The result cannot be uploaded to {repo_id}: {refusal}. {refusal.remedy}.") from error
@@ -114,6 +115,22 @@ def _refusal(error: Exception) -> _Refusal:
     if status == 401:
         return _Refusal(reason, "Log in with a token that is valid: `hf auth login --force`")
     return _Refusal(reason, _WRITABLE if status == 403 else "Check the network and your token (`hf auth login`)")
+
+
+def _check_rights(token: Mapping[str, Any], repo_id: str) -> None:
+    """Raise a refusal if a token, as the Hub describes it, cannot write to a repository.
+
+    A fine-grained token lists what it may do with which users, organizations and repositories.
+    """
+    if token.get("role") == "read":
+        raise _Refusal("the token can only read", _WRITABLE)
+    scopes = token.get("fineGrained", {}).get("scoped")
+    if token.get("role") != "fineGrained" or scopes is None:
+        return
+    writable = [scope["entity"].get("name") for scope in scopes if "repo.write" in scope["permissions"]]
+    if not {repo_id, repo_id.partition("/")[0]} & set(writable):
+        where = f"only to {', '.join(map(str, writable))}" if writable else "to no repository"
+        raise _Refusal(f"the fine-grained token may write {where}", _WRITABLE)
 
 
 def _check_existing(api: HfApi, repo_id: str, private: bool, directory: Path | None = None) -> None:
