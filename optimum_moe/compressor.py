@@ -72,6 +72,11 @@ class MoECompressor:
         report: bool = True,
         ranks: Ranks = SINGLE,
     ) -> None:
+        if not isinstance(source, ModelSource):
+            raise ValueError(
+                "MoECompressor(...) takes a model that from_pretrained opened and checked, got "
+                f"{type(source).__name__}. Use MoECompressor.from_pretrained(model, recipe, calibration=...)."
+            )
         self.source = source
         self.ranks = ranks
         self.streaming = streaming

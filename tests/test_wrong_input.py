@@ -59,6 +59,14 @@ def edit_config(checkpoint: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
 
 
+@pytest.mark.parametrize("kind", ["name", "path", "model"])
+def test_a_compressor_is_made_by_from_pretrained(kind: str, checkpoint: Path, models: Callable[[str], Any]) -> None:
+    model = {"name": str(checkpoint), "path": checkpoint, "model": models("qwen3_moe")}[kind]
+    said = rf"opened and checked, got {type(model).__name__}\. Use MoECompressor\.from_pretrained\(model, recipe"
+    with pytest.raises(ValueError, match=said):
+        MoECompressor(model, MSMoE(num_experts=4), str(checkpoint))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
