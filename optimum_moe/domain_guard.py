@@ -17,7 +17,9 @@ from optimum_moe.calibration.documents import TextSource
 from optimum_moe.calibration.sources import by_domain, read_sources
 from optimum_moe.checkpoint.compatibility import refuse_original
 from optimum_moe.checkpoint.destination import check_destination
+from optimum_moe.checkpoint.source import ModelSource
 from optimum_moe.compressor import MoECompressor
+from optimum_moe.engine.streaming import choose_streaming
 from optimum_moe.evaluation import EvaluationResult, evaluate
 from optimum_moe.evaluation.disjoint import check_disjoint
 from optimum_moe.evaluation.domains import LOSS, WorstDomain
@@ -25,7 +27,10 @@ from optimum_moe.evaluation.heldout import texts_of
 from optimum_moe.ranks import current_ranks
 from optimum_moe.recipe import calibration_config, coerce_recipe
 from optimum_moe.report import write_report
-from optimum_moe.settings import check_count
+from optimum_moe.settings import check_count, choose_one
+
+_HOLDS_TWO = "A guard holds the original and the compressed model in memory"
+_AFTERWARDS = "compress without a guard and run evaluate on the result."
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,7 @@ def compress_guarded(
     calibration: Any,
     guard: Guard,
     *,
+    engine: str = "auto",
     output_dir: str | Path | None = None,
     overwrite: bool = False,
     statistics: Any = None,
@@ -150,6 +156,7 @@ def compress_guarded(
         recipe: As in `MoECompressor.from_pretrained`.
         calibration: As there.
         guard: The limit, and the text that it is measured on, which must not overlap with the calibration data.
+        engine: `"auto"` (default) or `"memory"`: in memory, but `"auto"` refuses a model that exceeds the free memory.
         output_dir: Folder of the checkpoint, with the scores in its report and card; None to keep the model in memory.
         overwrite: Allow `output_dir` to be replaced.
         statistics: Statistics of an earlier `calibrate()`, for the first attempt.
@@ -160,19 +167,17 @@ def compress_guarded(
 
     Raises:
         ValueError: If the worst domain lost too much, in all rounds of a repair too; then nothing is written. Also if a
-            setting is invalid, the model is streamed, or the guard's text is calibrated on, before any weight is read.
+            setting is invalid, the model has to be streamed, or the guard's text is calibrated on, before any weight is
+            read.
     """
     current_ranks().check_single("A guard")
     if not isinstance(model, str | Path):
         raise ValueError(
             "A model in memory is cut in place, and a guard compares with the original. Pass its folder or Hub id."
         )
-    if arguments.get("engine") == "streaming":
-        raise ValueError(
-            "A guard holds the original and the compressed model in memory, and this one is streamed. Leave out "
-            "engine='streaming', or compress first and run evaluate on the result."
-        )
-    arguments["engine"] = "memory"
+    choose_one("engine", engine, ("auto", "memory", "streaming"))
+    if engine == "streaming":
+        raise ValueError(f'{_HOLDS_TWO}, and engine="streaming" holds none. Leave it out, or {_AFTERWARDS}')
     guard.check_domains()
     recipe = coerce_recipe(recipe)
     data = calibration_config(recipe, calibration, arguments.get("seed"))
@@ -187,7 +192,9 @@ def compress_guarded(
     reference = None
     while True:
         config = data if not weights or data is None else weighted(data, guard, weights)
-        compressor = MoECompressor.from_pretrained(model, recipe, config, **arguments)
+        compressor = MoECompressor.from_pretrained(model, recipe, config, engine="memory", **arguments)
+        if engine == "auto":
+            _check_room(compressor.source, arguments)
         if output_dir is not None:
             refuse_original(output_dir, compressor.source)
         if reference is None:
@@ -210,6 +217,19 @@ def compress_guarded(
         compressor.save_pretrained(output_dir, overwrite)
         write_report(output_dir, evaluation=result)
     return Guarded(compressor, result, tuple(attempts), config, output_dir)
+
+
+def _check_room(source: ModelSource, arguments: Mapping[str, Any]) -> None:
+    """Check that a guard would not keep a model in memory that is streamed without one.
+
+    Raises:
+        ValueError: If it would.
+    """
+    if choose_streaming("auto", source, None, arguments.get("device_map"), None, writes=False) is not None:
+        raise ValueError(
+            f"{_HOLDS_TWO}, and this one, of {source.info.bytes:,} bytes, is streamed because it exceeds the free "
+            f"memory. Use a machine with more, or {_AFTERWARDS}"
+        )
 
 
 def reweighted(weights: Mapping[str, float], losses: Mapping[str, float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -151,10 +152,24 @@ def test_guards_that_can_not_work_are_refused(original: Path, limit: Any, messag
 def test_what_a_guard_needs_of_the_run(original: Path):
     with pytest.raises(ValueError, match=r"A model in memory is cut in place"):
         compress_guarded(build("qwen3_moe"), PRUNED, calibration(), guard(1.5))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"this one is streamed\. Leave out engine='streaming'"):
+    with pytest.raises(ValueError, match=r"compressed model in memory, and engine=\"streaming\" holds none\. Leave it"):
         run(original, guard(1.5), engine="streaming")
+    with pytest.raises(ValueError, match=r"engine='disk' is unknown"):
+        run(original, guard(1.5), engine="disk")
     with pytest.raises(ValueError, match=r"a stream can be read once"):
         run(original, guard(1.5), calibration=CalibrationConfig(iter(rows(1)), sequence_length=16))
+
+
+def test_a_model_that_would_be_streamed_is_refused_before_any_weight_is_read(
+    original: Path, monkeypatch: pytest.MonkeyPatch
+):
+    free = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=1000))
+    monkeypatch.setattr(ModelSource, "load", lambda source: pytest.fail("a weight is read"))
+    with pytest.raises(
+        ValueError, match=r"this one, of \d[\d,]+ bytes, is streamed because it exceeds the free memory"
+    ):
+        run(original, guard(1.5))
 
 
 def test_text_that_is_calibrated_on_is_refused_before_any_weight_is_read(

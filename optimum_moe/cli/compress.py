@@ -156,13 +156,15 @@ class CompressCommand(MoESubcommand):
         if talks:
             print(f"Preview\n{compressor.preview()}\n", flush=True)
         if kept is not None:
-            observed = compressor.calibrate()
+            statistics = compressor.calibrate()
             if speaks:
                 with owned(kept), written_beside(kept) as beside:
-                    observed.save_pretrained(beside)
+                    statistics.save_pretrained(beside)
         if args.guard is None:
             path = compressor.apply(statistics)
         else:
+            # It may hold the model, and a guard loads its own.
+            del compressor
             compressor, path = self._guarded(model, recipe, statistics, arguments)
         if speaks and args.json:
             print(json.dumps(_record(compressor, path), indent=1))
@@ -217,6 +219,11 @@ class CompressCommand(MoESubcommand):
             raise ValueError("--guard measures domains, and has no text. Give --guard-text code=code.txt, and others.")
         if args.statistics is not None and not Path(args.statistics).is_dir():
             raise ValueError(f"--statistics {args.statistics} is not a folder. Give one that --save-statistics wrote.")
+        if args.error_propagation and (given := given_flags(args, ("statistics", "save_statistics"))):
+            raise ValueError(
+                f"--error-propagation observes each layer after cutting those before it, and {' and '.join(given)} "
+                "means the uncut model. Give one of them."
+            )
         given = given_flags(args, ("calibration", *_CALIBRATION, "save_statistics"))
         if args.statistics is not None and given:
             raise ValueError(f"--statistics replaces the observation of the model. Drop it, or {', '.join(given)}.")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
+from optimum_moe.checkpoint.source import ModelSource
 from tests.cli.conftest import Run
 from tests.tiny_checkpoints import write_text
 
@@ -55,6 +58,26 @@ def test_compress_with_a_guard(compress: Run, tmp_path: Path, texts: dict[str, P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_statistics_are_saved_without_a_third_model_in_memory(
+    compress: Run, tmp_path: Path, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    load, loaded, alive = ModelSource.load, [], []
+
+    def counted(source: ModelSource) -> PreTrainedModel:
+        alive.append(sum(model() is not None for model in loaded))
+        model = load(source)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(ModelSource, "load", counted)
+    recipe = ("--recipe", "reap", "--keep-ratio", 0.5, "--output", tmp_path / "out")
+    guard = ("--guard", "worst=2.9x", *named("--guard-text", texts))
+    status, _, err = compress(*recipe, *guard, "--save-statistics", tmp_path / "observed")
+    assert status == 0, err
+    # To observe it; the original that the guard compares with; the one that is cut.
+    assert alive == [0, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -63,6 +86,14 @@ def test_compress_with_a_guard(compress: Run, tmp_path: Path, texts: dict[str, P
         (("--guard", "best=2x", "--guard-text", "code=FILE"), "invalid guard_limit value: 'best=2x'"),
         (("--guard", "worst=2x", "--guard-text", "code=missing.txt"), "--guard-text missing.txt: there is no such"),
         (("--guard", "worst=2x", "--guard-text", "code=FILE"), "domains, and its text names only 'code'"),
+        (
+            ("--guard", "worst=2x", "--guard-text", "code=FILE", "--streaming"),
+            "compressed model in memory, and --streaming holds none. Leave it out, or compress without",
+        ),
+        (
+            ("--error-propagation", "--save-statistics", "observed"),
+            "cutting those before it, and --save-statistics mean",
+        ),
     ],
 )
 def test_wrong_guards(compress: Run, tmp_path: Path, texts: dict[str, Path], flags: tuple[str, ...], message: str):
