@@ -68,7 +68,6 @@ def report(folders: dict[str, Path]) -> None:
     import torch
     import transformers
 
-    import optimum_moe  # noqa: F401  (teaches transformers the structure of the merged checkpoints)
     from optimum_moe.evaluation import evaluate_many
 
     torch.set_num_threads(2)

@@ -188,7 +188,7 @@ class Sweep:
 
 
 def split_recipe(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and other settings of `"budget {runs_in: transformers}"`.
+    """Name and other settings of `"byte-budget {runs_in: transformers}"`.
 
     Raises:
         ValueError: If the settings are no YAML mapping.
@@ -202,7 +202,8 @@ def split_recipe(text: str) -> tuple[str, dict[str, Any]]:
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(
-            f"The recipe {text!r} has no YAML mapping behind its name. Write it as 'budget {{runs_in: transformers}}'."
+            f"The recipe {text!r} has no YAML mapping behind its name. Write it as "
+            "'byte-budget {runs_in: transformers}'."
         )
     return name.strip(), settings
 
@@ -227,7 +228,7 @@ def sweep(
     Args:
         model: Hub id or folder of a decoder-only model.
         recipes: Presets or YAML files, each with other settings as a YAML mapping behind it where wanted:
-            `"budget {runs_in: transformers}"`.
+            `"byte-budget {runs_in: transformers}"`.
         sizes: Shares of the experts' bytes in (0, 1] or as `"50%"`, and sizes of the checkpoint such as `"16GB"`.
         calibration: As in `MoECompressor.from_pretrained`; observed once for all trials.
         text: Held-out text, as in `evaluate_many`; checked for overlap with the calibration data.

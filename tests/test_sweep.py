@@ -14,7 +14,7 @@ from optimum_moe.evaluation.scores import Score
 from optimum_moe.sweep import Outcome, Sweep, Trial, split_recipe, sweep, write_best
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
-RECIPES = ("reap", "m-smoe {routing: reduce}", "budget {runs_in: transformers, curvature: false}")
+RECIPES = ("reap", "m-smoe {routing: reduce}", "byte-budget {runs_in: transformers, curvature: false}")
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:No gradient of the loss")
 
 
@@ -88,7 +88,7 @@ def test_the_front_is_what_nothing_beats() -> None:
         ({"recipes": ["reap", "reap"]}, "given twice"),
         ({"recipes": ["raep"]}, "did you mean 'reap'"),
         ({"recipes": ["reap {saliency"]}, "no YAML mapping behind its name"),
-        ({"recipes": ["low-rank"], "sizes": ["5MB"]}, r"takes energy, rank, rank_ratio, not a size such as 5MB"),
+        ({"recipes": ["low-rank-sparse"], "sizes": ["5MB"]}, r"takes energy, rank, rank_ratio, not a size such as 5MB"),
         ({"sizes": [1.5]}, r"sizes=1.5"),
         ({"sizes": ["5 elephants"]}, r"sizes="),
         ({"at_once": 0}, r"at_once=0 is out of range"),
@@ -116,8 +116,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_settings_behind_a_name() -> None:
-    assert split_recipe("budget {runs_in: transformers, bits: [8, 4]}") == (
-        "budget",
+    assert split_recipe("byte-budget {runs_in: transformers, bits: [8, 4]}") == (
+        "byte-budget",
         {"runs_in": "transformers", "bits": [8, 4]},
     )
     assert split_recipe(" reap ") == ("reap", {})

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from optimum_moe.recipe import preset_names, recipe_record, size_fields
+
 ROOT = Path(__file__).parent.parent
 PATHS = ("optimum_moe", "docs", "examples", "benchmarks/*.py", "README.md", "CONTRIBUTING.md")
 SUFFIXES = (".py", ".md", ".yaml", ".toml")
@@ -49,6 +51,8 @@ DIALECT = (
     r'"The first\'s\."',
     r"\bAs set\.",
     r"\bIt always (?:is|can)\.",
+    # Installed is enough: an entry point of torch tells transformers how to load (`tests/test_autoload.py`).
+    r"\boptimum_moe imported\b",
 )
 ENOUGH = re.compile(r"\([A-Z0-9.][^()]*\)|`[\w.]+`")
 """A shape in parentheses, or a reference to another docstring."""
@@ -81,6 +85,14 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
         text = ast.get_docstring(node) if isinstance(node, kinds) else None
         if text is not None:
             yield getattr(node, "lineno", 1), text
+
+
+def test_a_preset_that_only_names_the_size_of_a_stage_has_its_name() -> None:
+    alone = {name: record for name in preset_names() if "stage" in (record := recipe_record(name))}
+    only_sizes = {
+        name: record["stage"] for name, record in alone.items() if record.keys() <= {"stage", *size_fields(name)}
+    }
+    assert only_sizes == {name: name for name in ("byte-budget", "low-rank-sparse", "m-smoe")}
 
 
 def test_files_are_found() -> None:

@@ -140,7 +140,7 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     add_model_argument(parser, "Hub id, or folder of a checkpoint in safetensors format.")
     parser.add_argument(
         "--recipe",
-        default="budget",
+        default="byte-budget",
         help="Preset (`optimum-cli moe inspect --list` shows them) or YAML file; by default the byte budget.",
     )
     parser.add_argument("--share", type=share, help="Share of the experts' bytes that remains: 0.5, or 50%%.")

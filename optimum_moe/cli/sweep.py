@@ -28,7 +28,7 @@ class SweepCommand(MoESubcommand):
         """See `MoESubcommand`."""
         prepare(
             parser,
-            "sweep org/model --recipes reap m-smoe budget --keep 75%,50% --calibration corpus.txt"
+            "sweep org/model --recipes reap m-smoe byte-budget --keep 75%,50% --calibration corpus.txt"
             " --text held_out.jsonl --output compared",
         )
         add_model_argument(parser, "Hub id, or folder of a checkpoint in safetensors format.")
@@ -38,7 +38,7 @@ class SweepCommand(MoESubcommand):
             nargs="+",
             required=True,
             metavar="RECIPE",
-            help="Presets or YAML files, with other settings as a YAML mapping: 'budget {runs_in: transformers}'.",
+            help="Presets or YAML files, with other settings as a YAML mapping: 'byte-budget {runs_in: transformers}'.",
         )
         parser.add_argument("--keep", help="Shares of the experts' bytes, by commas: 0.75,0.5 or 75%%,50%%.")
         parser.add_argument("--target-size", help="Sizes of the checkpoint, by commas: 16GB,12GB.")

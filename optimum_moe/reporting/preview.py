@@ -111,7 +111,7 @@ class Preview:
             summary = (
                 f"{kept[0][0]} -> {', '.join(shown[:-1])}{' or ' * (len(shown) > 1)}{shown[-1]} neurons, by the data"
             )
-        loads = "any transformers" if self.plain else "transformers with optimum_moe imported"
+        loads = "any transformers" if self.plain else "transformers with optimum-moe installed"
         if self.layers is not None:
             lines.append("layers with MoE blocks: {} -> {}".format(*self.layers))
         lines.append(f"experts of {len(self.counts)} MoE blocks: {summary}; loads in {loads}")

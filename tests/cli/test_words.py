@@ -94,7 +94,7 @@ def test_a_number_of_experts_needs_another_recipe_than_the_default(
     status, _, err = run("preview", checkpoint, flag, value)
     assert status == 2
     assert err == (
-        f"error: {flag} is not a setting of the recipe 'budget', which takes --share, --target-size. "
+        f"error: {flag} is not a setting of the recipe 'byte-budget', which takes --share, --target-size. "
         "Give one of these, or also another recipe: --recipe, one of hc-smoe, m-smoe, m-smoe-adaptive, m-smoe-plain, "
         "mc-smoe, mc-smoe-fast, merge, ream, reap, trim-slim-quantize.\n"
     )
@@ -364,7 +364,7 @@ def test_inspect_a_compressed_checkpoint(run: Run, checkpoint: Path, corpus: Pat
     for name, recipe in {
         "map": ("--recipe", "m-smoe", "--num-experts", 3),
         "plain": ("--recipe", "reap", "--num-experts", 4),
-        "rank": ("--recipe", "low-rank", "--set", "rank=8", "--set", "density=null"),
+        "rank": ("--recipe", "low-rank-sparse", "--set", "rank=8", "--set", "density=null"),
     }.items():
         assert run("compress", checkpoint, *short, *recipe, "--output", tmp_path / name)[0] == 0
     record = json.loads(run("inspect", tmp_path / "map", "--json")[1])
