@@ -67,7 +67,10 @@ class Expert:
 
     def preactivations(self, input_PH: torch.Tensor) -> torch.Tensor:
         """(P, I or 2I) outputs of `stacked`, without biases."""
-        return input_PH @ self.stacked.T
+        if self.gate_IH is None:
+            return input_PH @ self.up_IH.T
+        # Stacking the outputs copies less than stacking the matrices.
+        return torch.cat([input_PH @ self.gate_IH.T, input_PH @ self.up_IH.T], dim=1)
 
     def activated(self, stacked_PS: torch.Tensor) -> torch.Tensor:
         """(P, I) hidden activations of the outputs of `stacked`."""

@@ -14,6 +14,7 @@ fits to all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ import torch
 
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
 from optimum_moe.algorithms.fisher_loss import FisherLoss, Outputs
-from optimum_moe.algorithms.neurons import DAMPING, elimination, root, taken_over
+from optimum_moe.algorithms.neurons import DAMPING, elimination, principal_submatrix, root, taken_over
 
 # Share of the tokens that a fit has not seen in what it is expected to lose on others.
 _HELD_OUT_SHARE = 0.75
@@ -29,19 +30,33 @@ _HELD_OUT_SHARE = 0.75
 _Damage = TypeVar("_Damage", float, torch.Tensor)
 
 
+@dataclass(frozen=True, eq=False)
+class Survivors:
+    """The neurons of an expert in the order in which they stay.
+
+    Args:
+        order_I: (I,) int64 their numbers, the one that is eliminated last first.
+        lower_II: (I, I) float64 root of their Gram in this order.
+        inverse_II: (I, I) float64 its inverse.
+    """
+
+    order_I: torch.Tensor
+    lower_II: torch.Tensor
+    inverse_II: torch.Tensor
+
+
 class NarrowExpert:
     """An expert with some of its neurons; nothing is computed before it is asked for.
 
     Args:
         expert: The expert.
-        order_I: (I,) its neurons, in the order in which they stay.
-        lower_II: (I, I) float64 root of their Gram in this order.
+        survivors: Its neurons.
         neurons: How many stay.
     """
 
-    def __init__(self, expert: Expert, order_I: torch.Tensor, lower_II: torch.Tensor, neurons: int) -> None:
-        self._expert, self._order_I, self._lower_II = expert, order_I, lower_II
-        self.kept_N, self._by_N = order_I[:neurons].sort()
+    def __init__(self, expert: Expert, survivors: Survivors, neurons: int) -> None:
+        self._expert, self._survivors = expert, survivors
+        self.kept_N, self._by_N = survivors.order_I[:neurons].sort()
         """(N,) ascending numbers of the neurons."""
 
     @cached_property
@@ -52,12 +67,12 @@ class NarrowExpert:
     @cached_property
     def made_SN(self) -> torch.Tensor:
         """(S, N) float64 what its neurons are mapped to, in the space of `FisherLoss.outputs`, to do what all did."""
-        neurons = len(self.kept_N)
-        taken_DN, dropped_D = taken_over(self._lower_II, neurons)[:, self._by_N], self._order_I[neurons:]
+        neurons, order_I = len(self.kept_N), self._survivors.order_I
+        taken_DN, dropped_D = taken_over(self._survivors.lower_II, neurons)[:, self._by_N], order_I[neurons:]
         target_SI = Outputs(self._expert.down_HI).target_SI
         if target_SI is not None:
             return target_SI[:, self.kept_N].double() + target_SI[:, dropped_D].double() @ taken_DN
-        made_SN = taken_DN.new_zeros(len(self._order_I), neurons).index_copy_(0, dropped_D, taken_DN)
+        made_SN = taken_DN.new_zeros(len(order_I), neurons).index_copy_(0, dropped_D, taken_DN)
         made_SN[self.kept_N, torch.arange(neurons, device=self.kept_N.device)] = 1.0
         return made_SN
 
@@ -82,15 +97,17 @@ class ExpertFitter:
         return FisherLoss(self.expert, self._tokens)
 
     @cached_property
-    def survivors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(I,) the neurons, the last that is eliminated first, and (I, I) the root of their Gram in this order."""
+    def survivors(self) -> Survivors:
+        """The neurons, and what they have to do with each other."""
         gram_II = self.loss.gram_II
-        order_I = elimination(gram_II, self.loss.effect_II, self.damping)[0].flip(0).to(gram_II.device)
-        return order_I, root(gram_II[order_I][:, order_I], self.damping)
+        gone = elimination(gram_II, self.loss.effect_II, self.damping)
+        order_I = gone.order_D.flip(0).to(gram_II.device)
+        inverse_II = gone.root_DI.flip(0).to(gram_II.device).index_select(1, order_I)
+        return Survivors(order_I, root(principal_submatrix(gram_II, order_I), self.damping), inverse_II)
 
     def narrowed(self, neurons: int) -> NarrowExpert:
         """The expert with so many neurons, refitted to what all of them gave."""
-        return NarrowExpert(self.expert, *self.survivors, neurons)
+        return NarrowExpert(self.expert, self.survivors, neurons)
 
 
 class HeldOutEstimate:
@@ -116,10 +133,8 @@ class HeldOutEstimate:
     @cached_property
     def by_neurons_I1(self) -> torch.Tensor:
         """(I + 1,) of an expert with the first so many of its neurons."""
-        order_I, lower_II = self._fitter.survivors
-        eye_II = torch.eye(len(order_I), dtype=lower_II.dtype, device=lower_II.device)
-        inverse_II = torch.linalg.solve_triangular(lower_II, eye_II, upper=False)
-        return self._weighed(lambda loss: loss.damages_without(order_I, lower_II, inverse_II))
+        all_I = self._fitter.survivors
+        return self._weighed(lambda loss: loss.damages_without(all_I.order_I, all_I.lower_II, all_I.inverse_II))
 
     def of_hidden(self, made_SN: torch.Tensor, seen_PN: torch.Tensor, held_out_PN: torch.Tensor) -> float:
         """Of weighted hidden activations on either tokens, and a refitted down projection."""

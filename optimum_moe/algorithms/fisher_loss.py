@@ -28,7 +28,7 @@ from itertools import pairwise
 import torch
 
 from optimum_moe.algorithms.expert import Expert, ExpertTokens
-from optimum_moe.algorithms.neurons import gram, is_finite
+from optimum_moe.algorithms.neurons import gram, is_finite, principal_submatrix, times_triangular
 
 # Directions along which a change is measured at a time.
 _DIRECTIONS = 4096
@@ -78,8 +78,7 @@ class FisherLoss:
     """An expert on some of its tokens, and what changes of it cost there.
 
     Tokens are scaled by the root of their weight. Everything is computed in the dtype of the expert but the Gram and
-    the effect of the untouched neurons: neurons are eliminated in float64. `empty_damage` is that of leaving the expert
-    out; damages are summed over the tokens.
+    the effect of the untouched neurons: neurons are eliminated in float64. Damages are summed over the tokens.
 
     Args:
         expert: In float32 or better.
@@ -102,8 +101,17 @@ class FisherLoss:
         self.hidden_PI = expert.activated(self.stacked_PO) * self.root_P1
         self.root_QS = self.outputs.root(self._rows_QH)
         self._root_QI = self.root_QS if self.outputs.target_SI is None else self.root_QS @ self.outputs.target_SI
-        self._lost_PQ = self.hidden_PI @ self._root_QI.T
-        self.empty_damage = _half_of_squares(self._lost_PQ)
+
+    @cached_property
+    def empty_damage(self) -> float:
+        """Of leaving the expert out, the largest of all."""
+        if len(self.hidden_PI) <= self.expert.inner:
+            return _half_of_squares(self._lost_PQ)
+        return 0.5 * float((self.effect_II * self.gram_II).sum().clamp(min=0))
+
+    @cached_property
+    def _lost_PQ(self) -> torch.Tensor:
+        return self.hidden_PI @ self._root_QI.T
 
     @cached_property
     def effect_II(self) -> torch.Tensor:
@@ -198,12 +206,15 @@ class FisherLoss:
             lower_II: (I, I) root L of the Gram, in this order, that says how they are given (`neurons.root`).
             inverse_II: (I, I) its inverse.
         """
-        effect_II = gram(self._root_QI[:, order_I] @ lower_II.to(self._root_QI))
-        inverse_II = inverse_II.to(self.hidden_PI)
+        effect_II = gram(
+            times_triangular(self._root_QI.index_select(1, order_I), lower_II.to(self._root_QI), upper=False)
+        )
+        upper_II = inverse_II.to(self.hidden_PI).T
         if len(self.hidden_PI) <= len(order_I):
-            gram_II = gram(self.hidden_PI[:, order_I] @ inverse_II.T)
+            gram_II = gram(times_triangular(self.hidden_PI.index_select(1, order_I), upper_II, upper=True))
         else:
-            gram_II = inverse_II @ self.gram_II[order_I][:, order_I].to(inverse_II) @ inverse_II.T
+            half_II = times_triangular(principal_submatrix(self.gram_II, order_I).to(upper_II), upper_II, upper=True)
+            gram_II = times_triangular(half_II.T, upper_II, upper=True)
         both_II = effect_II * gram_II
         # Each pair counts from the first of the two on.
         pairs_I = both_II.triu(1).sum(1, dtype=torch.float64) + 0.5 * both_II.diagonal().double()

@@ -41,7 +41,7 @@ def choose_neurons(
     down_HU = refitted(cross_HU.double(), gram_UU, torch.zeros_like(cross_HU), damping)
     effect_UU = gram(rows_QH.double() @ down_HU)
     kept_U = torch.ones(len(gram_UU), dtype=torch.bool)
-    kept_U[elimination(gram_UU, effect_UU, damping, len(gram_UU) - count)[0]] = False
+    kept_U[elimination(gram_UU, effect_UU, damping, len(gram_UU) - count).order_D] = False
     return kept_U.nonzero().flatten()
 
 

@@ -10,6 +10,8 @@ elimination needs two I x I matrices (optimal brain surgeon on columns that are 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -19,7 +21,7 @@ DAMPING = 1e-3
 # Neurons that go between two updates of the matrices.
 _BLOCK = 32
 # Matrices shrink when one in so many of their neurons is gone.
-_COMPACTED = 8
+_COMPACTED = 3
 # Columns of a Gram that are computed at a time: what lies above the diagonal is not computed again below it.
 _COLUMNS = 256
 # The least ridge, as a share of the mean diagonal, of a Gram that is not positive definite with the one asked for.
@@ -46,6 +48,21 @@ def gram(rows_PI: torch.Tensor) -> torch.Tensor:
     return gram_II
 
 
+def times_triangular(rows_PI: torch.Tensor, factor_II: torch.Tensor, upper: bool) -> torch.Tensor:
+    """(P, I) R T of a triangular matrix T, at little more than half the multiplications of the product."""
+    product_PI = rows_PI.new_empty(rows_PI.shape)
+    for start in range(0, len(factor_II), _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        used = slice(0, columns.stop) if upper else slice(start, None)
+        product_PI[:, columns] = rows_PI[:, used] @ factor_II[used, columns]
+    return product_PI
+
+
+def principal_submatrix(gram_II: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
+    """(N, N) some rows and the same columns, in their order."""
+    return gram_II.index_select(0, kept_N).index_select(1, kept_N)
+
+
 def damped(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """(I, I) float64 the Gram plus its ridge, `damping` times the mean diagonal; a Gram of zeros gives the identity.
 
@@ -66,9 +83,24 @@ def damped(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     return ridged_II
 
 
+@dataclass(frozen=True, eq=False)
+class Elimination:
+    """What `elimination` found.
+
+    Args:
+        order_D: (D,) int64 the neurons in the order in which they go.
+        damage_K: (D + 1,) float64 the damage when the first k are gone.
+        root_DI: (D, I) float64 R, the root in this order of the inverse of the Gram and its ridge: R^T R if all go.
+    """
+
+    order_D: torch.Tensor
+    damage_K: torch.Tensor
+    root_DI: torch.Tensor
+
+
 def elimination(
     gram_II: torch.Tensor, effect_II: torch.Tensor, damping: float = DAMPING, drop: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Elimination:
     """Drop neurons one by one, each time the one whose loss costs the least after the others are refitted.
 
     Costs of the order of I^3 for all of them. Ties go to the lower index.
@@ -78,9 +110,6 @@ def elimination(
         effect_II: (I, I) M = W^T B W.
         damping: ridge as a share of A's mean diagonal.
         drop: D, how many neurons go, default all.
-
-    Returns:
-        (D,) int64 the neurons in the order in which they go, and (D + 1,) float64 the damage when the first k are gone.
 
     Raises:
         ValueError: If a value is NaN or infinite.
@@ -95,28 +124,31 @@ def elimination(
     drop = len(gram_II) if drop is None else drop
     orders: list[torch.Tensor] = []
     costs: list[float] = []
+    root_DI = inverse_II.new_zeros(drop, len(gram_II))
     for start in range(0, drop, _BLOCK):
-        neuron_C, cost_C = _drop(inverse_II, effect_II, gone_I, min(_BLOCK, drop - start))
+        neuron_C, cost_C, root_CI = _drop(inverse_II, effect_II, gone_I, min(_BLOCK, drop - start))
         orders.append(name_I[neuron_C])
         costs += cost_C
+        root_DI[start : start + len(root_CI)].index_copy_(1, name_I, root_CI)
         if int(gone_I.sum()) * _COMPACTED >= len(gone_I):
             # What is gone need not be brought up to date any more.
             left_N = gone_I.logical_not().nonzero().flatten()
-            inverse_II, effect_II = (m.index_select(0, left_N).index_select(1, left_N) for m in (inverse_II, effect_II))
+            inverse_II, effect_II = principal_submatrix(inverse_II, left_N), principal_submatrix(effect_II, left_N)
             name_I, gone_I = name_I[left_N], gone_I[left_N]
-    return torch.cat([name_I[:0], *orders]), torch.tensor([0.0, *costs], dtype=torch.float64).cumsum(0)
+    damage_K = torch.tensor([0.0, *costs], dtype=torch.float64).cumsum(0)
+    return Elimination(torch.cat([name_I[:0], *orders]), damage_K, root_DI)
 
 
 def _drop(
     inverse_II: torch.Tensor, effect_II: torch.Tensor, gone_I: torch.Tensor, count: int
-) -> tuple[list[int], list[float]]:
+) -> tuple[list[int], list[float], torch.Tensor]:
     """Drop `count` neurons; both matrices are brought up to date once, by matrix products, and not at every neuron.
 
     Dropping j changes the columns by T = 1 - e_j a^T with a = V_j / V_jj, V the inverse: V loses p p^T with
     p = V_j / V_jj^1/2, and M loses a b^T + b a^T with b = M_j - M_jj a / 2.
 
     Returns:
-        Their numbers, which are marked in `gone_I`, and what each of them costs.
+        Their numbers, which are marked in `gone_I`, what each of them costs, and the p of each.
     """
     shares_CI, halves_CI, roots_CI = (inverse_II.new_zeros(count, len(inverse_II)) for _ in range(3))
     inverse, effect, gone = inverse_II.numpy(), effect_II.numpy(), gone_I.numpy()
@@ -139,7 +171,7 @@ def _drop(
         effect_I -= 2 * shares[step] * halves[step]
     inverse_II.addmm_(roots_CI.T, roots_CI, alpha=-1)
     effect_II.addmm_(shares_CI.T, halves_CI, alpha=-1).addmm_(halves_CI.T, shares_CI, alpha=-1)
-    return order, costs
+    return order, costs, roots_CI
 
 
 def root(gram_II: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:

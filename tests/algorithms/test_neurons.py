@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from optimum_moe.algorithms import neurons
-from optimum_moe.algorithms.neurons import damped, elimination, gram, is_finite, refitted, root, taken_over
+from optimum_moe.algorithms.neurons import (
+    damped,
+    elimination,
+    gram,
+    is_finite,
+    refitted,
+    root,
+    taken_over,
+    times_triangular,
+)
 
 HIDDEN, INNER = 6, 10
 
@@ -40,7 +49,8 @@ def block(request, monkeypatch):
 @pytest.mark.parametrize("seed", range(3))
 def test_each_step_is_the_cheapest_after_a_refit(seed):
     gram_II, down_HI, metric_HH = problem(seed)
-    order_I, damage_I = elimination(gram_II, down_HI.T @ metric_HH @ down_HI, damping=0.0)
+    found = elimination(gram_II, down_HI.T @ metric_HH @ down_HI, damping=0.0)
+    order_I, damage_I = found.order_D, found.damage_K
     assert sorted(order_I.tolist()) == list(range(INNER))
     kept = list(range(INNER))
     for step, neuron in enumerate(order_I.tolist()[:-1]):
@@ -54,25 +64,39 @@ def test_each_step_is_the_cheapest_after_a_refit(seed):
 
 def test_fewer_steps_are_the_first_ones():
     gram_II, down_HI, metric_HH = problem()
-    order_I, damage_I = elimination(gram_II, down_HI.T @ metric_HH @ down_HI)
+    found = elimination(gram_II, down_HI.T @ metric_HH @ down_HI)
+    order_I, damage_I = found.order_D, found.damage_K
     for drop in range(INNER + 1):
-        order_D, damage_D = elimination(gram_II, down_HI.T @ metric_HH @ down_HI, drop=drop)
-        assert torch.equal(order_D, order_I[:drop])
-        assert torch.equal(damage_D, damage_I[: drop + 1])
+        fewer = elimination(gram_II, down_HI.T @ metric_HH @ down_HI, drop=drop)
+        assert torch.equal(fewer.order_D, order_I[:drop])
+        assert torch.equal(fewer.damage_K, damage_I[: drop + 1])
+        assert torch.equal(fewer.root_DI, found.root_DI[:drop])
+
+
+def test_what_goes_leaves_the_root_of_the_inverse_gram():
+    gram_II, down_HI, metric_HH = problem()
+    found = elimination(gram_II, down_HI.T @ metric_HH @ down_HI)
+    inverse_II = torch.linalg.inv(damped(gram_II))
+    torch.testing.assert_close(found.root_DI.T @ found.root_DI, inverse_II, rtol=1e-8, atol=1e-10)
+    # A neuron that has gone takes no part in those after it.
+    later_II = found.root_DI[:, found.order_D].tril(-1)
+    assert float(later_II.abs().max()) < 1e-9 * float(found.root_DI.abs().max())
 
 
 def test_a_copy_of_a_neuron_goes_for_nothing():
     gram_II, down_HI, metric_HH = problem()
     copy = torch.eye(INNER, dtype=torch.float64)
     copy[3] = copy[7]
-    order_I, damage_I = elimination(copy @ gram_II @ copy.T, down_HI.T @ metric_HH @ down_HI, damping=1e-9)
+    found = elimination(copy @ gram_II @ copy.T, down_HI.T @ metric_HH @ down_HI, damping=1e-9)
+    order_I, damage_I = found.order_D, found.damage_K
     assert order_I[0].item() in (3, 7)
     assert float(damage_I[1]) < 1e-6 * float(damage_I[-1])
 
 
 def test_singular_grams_give_finite_numbers():
     gram_II, down_HI, metric_HH = problem(tokens=2)
-    order_I, damage_I = elimination(gram_II, down_HI.T @ metric_HH @ down_HI)
+    found = elimination(gram_II, down_HI.T @ metric_HH @ down_HI)
+    order_I, damage_I = found.order_D, found.damage_K
     assert damage_I.isfinite().all()
     assert narrowed(down_HI, gram_II, order_I[-3:]).isfinite().all()
     zero_II = torch.zeros_like(gram_II)
@@ -119,6 +143,15 @@ def test_a_gram_in_blocks_is_the_product_and_symmetric(inner):
     found_II = gram(rows_PI)
     assert torch.equal(found_II, found_II.T)
     torch.testing.assert_close(found_II, rows_PI.T @ rows_PI)
+
+
+@pytest.mark.parametrize("inner", [1, 255, 256, 300, 513])
+def test_products_with_half_a_matrix_are_the_products(inner):
+    generator = torch.Generator().manual_seed(0)
+    rows_PI = torch.randn(20, inner, generator=generator, dtype=torch.float64)
+    factor_II = torch.randn(inner, inner, generator=generator, dtype=torch.float64)
+    for half_II, upper in ((factor_II.tril(), False), (factor_II.triu(), True)):
+        torch.testing.assert_close(times_triangular(rows_PI, half_II, upper), rows_PI @ half_II)
 
 
 def test_numbers_whose_sum_overflows_are_finite():
