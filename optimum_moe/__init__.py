@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from optimum_moe.nn import LowRankSparseLinear, MergedExpertLayer
     from optimum_moe.plan import CompressionPlan
     from optimum_moe.recovery import recover, store_teacher_logits
+    from optimum_moe.recovery_settings import Recovery
     from optimum_moe.report import write_report
     from optimum_moe.stages import (
         BlockDrop,
@@ -66,6 +67,7 @@ _HOMES = {
     "MergedExpertLayer": "optimum_moe.nn",
     "MoECompressor": "optimum_moe.compressor",
     "NeuronPruning": "optimum_moe.stages",
+    "Recovery": "optimum_moe.recovery_settings",
     "Rounding": "optimum_moe.stages",
     "Stage": "optimum_moe.stages",
     "Statistics": "optimum_moe.statistics",
@@ -105,6 +107,7 @@ __all__ = [
     "MergedExpertLayer",
     "MoECompressor",
     "NeuronPruning",
+    "Recovery",
     "Rounding",
     "Stage",
     "Statistics",

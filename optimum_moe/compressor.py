@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -24,6 +25,7 @@ from optimum_moe.checkpoint.source import ModelSource, open_source
 from optimum_moe.checkpoint.stored import StoredModel
 from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.system import readable_path
+from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.checkpoint.writer import choose_shard_size, describe_model, write_model
 from optimum_moe.engine import MemoryStore, Run, Store, check_model, check_together
 from optimum_moe.engine.depth import choose_drop, expected_source
@@ -32,15 +34,20 @@ from optimum_moe.engine.sample_size import Room, choose_sample_size, free_on, re
 from optimum_moe.engine.streaming import StreamingJob, StreamingSettings, calibration_identity, choose_streaming
 from optimum_moe.plan import CompressionPlan, keep_all
 from optimum_moe.ranks import SINGLE, Ranks, current_ranks, local_device
-from optimum_moe.recipe import Recipe, calibration_config, coerce_recipe, run_seed
+from optimum_moe.recipe import Recipe, calibration_config, coerce_recipe, recovery_on, run_seed
 from optimum_moe.records import share_as_new
+from optimum_moe.recovery_settings import Recovery
 from optimum_moe.reporting import description
 from optimum_moe.reporting.preview import Cost, Preview
+from optimum_moe.reporting.recovery import add_to_card, describe_recovery
 from optimum_moe.reporting.versions import versions
 from optimum_moe.settings import choose_one
 from optimum_moe.stages import Stage
 from optimum_moe.statistics import STANDARD, Statistics
 from optimum_moe.surgeons import drop_layers
+
+if TYPE_CHECKING:
+    from optimum_moe.recovery.after_cut import TrainingAfterCut
 
 
 class MoECompressor:
@@ -93,6 +100,7 @@ class MoECompressor:
         self.model: PreTrainedModel | None = None
         self.plan: CompressionPlan | None = None
         self.statistics: Statistics | None = None
+        self.training: TrainingRecord | None = None
         self._tokenizer = self._given_tokenizer = tokenizer
         self._written: Path | None = None
         self._before: Cost | None = None
@@ -127,6 +135,7 @@ class MoECompressor:
         overwrite: bool = False,
         progress: bool = True,
         report: bool = True,
+        recover: Recovery | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> MoECompressor:
         """Open a model and check all settings against its config and headers; no weight is read yet.
@@ -157,6 +166,9 @@ class MoECompressor:
             overwrite: Allow `output_dir` to be replaced; a streaming run starts again.
             progress: Show progress bars.
             report: Write the report of the run beside the weights, as `report.html`.
+            recover: A `Recovery`, or a mapping of its settings, to train the compressed model afterwards on the
+                predictions of the original, which is then in memory too; default the recipe's. A model in memory is
+                copied before it is cut.
             kwargs: Further arguments for `from_pretrained` of the model class.
 
         Processes that `torchrun` or `accelerate launch` started all make the same calls. They share the work and end
@@ -169,7 +181,11 @@ class MoECompressor:
         ranks = current_ranks()
         choose_one("engine", engine, ("auto", "memory", "streaming"))
         recipe = coerce_recipe(recipe)
+        if recover is not None:
+            recipe = replace(recipe, recover=Recovery.coerce(recover))
         config = calibration_config(recipe, calibration, seed)
+        if recipe.recover is not None:
+            ranks.check_single("Training")
         seed = run_seed(recipe, seed)
         destination = None if output_dir is None else check_destination(output_dir, overwrite)
         device_map = local_device() if device_map == "local" else device_map
@@ -180,6 +196,12 @@ class MoECompressor:
             source = source.with_widths()
         streaming = choose_streaming(engine, source, destination, device_map, max_memory)
         ranks.check_engine(streams=streaming is not None, propagates=error_propagation)
+        if recipe.recover is not None and streaming is not None:
+            raise ValueError(
+                f"Training holds the original of {source.info.bytes:,} bytes and the compressed model in memory, and "
+                'this run streams them. Choose engine="memory" where they fit, or leave out the training and run '
+                "`recover` on the result, whose teacher may be stored logits of the original."
+            )
         shard_size = choose_shard_size(max_shard_size, streaming is not None)
         tokenizer = source.load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         if max_memory is not None and streaming is None:
@@ -358,6 +380,7 @@ class MoECompressor:
         batches = self._batches() if observing else None
         if self.streaming is not None:
             return self._stream(batches, plan)
+        training = self._before_training()
         writes_to = self.output_dir if self.ranks.writes else None
         with owned(writes_to, self.overwrite):
             if writes_to is not None:
@@ -378,13 +401,45 @@ class MoECompressor:
             self._seen = observed or (None if dropped else self.statistics)
             self.statistics = self.statistics or self._seen
             self._mark(model.eval())
-            if writes_to is not None:
-                self._write(writes_to, self.overwrite, self.max_shard_size)
+            with self._trained(model, training, writes_to):
+                if writes_to is not None:
+                    self._write(writes_to, self.overwrite, self.max_shard_size)
         self.ranks.wait()
         if self.output_dir is None:
             return model
         self._written = self.output_dir
         return self.output_dir
+
+    def _before_training(self) -> TrainingAfterCut | None:
+        """What the training of the recipe needs of the original; None if there is none."""
+        if self.recipe.recover is None:
+            return None
+        # The Trainer takes a second to import, and most runs need none.
+        from optimum_moe.recovery.after_cut import TrainingAfterCut
+
+        recovery = recovery_on(self.recipe.recover, self.calibration)
+        return TrainingAfterCut.prepare(self.source, recovery, self.tokenizer, self.seed, self.progress)
+
+    @contextmanager
+    def _trained(
+        self, model: PreTrainedModel, training: TrainingAfterCut | None, writes_to: Path | None
+    ) -> Iterator[None]:
+        """Train the compressed model; on exit the states of the training are removed, but for an error."""
+        if training is None:
+            yield
+            return
+        from optimum_moe.recovery.run import training_states
+
+        with training_states(writes_to, self.overwrite) as states:
+            try:
+                assert self._stored is not None
+                with self._stored.as_stored(""):
+                    self.training = training.run(model, states)
+            except BaseException:
+                # The model may be partly trained.
+                self._partly_cut, self.model, self.plan = self.source.live is not None, None, None
+                raise
+            yield
 
     def save_pretrained(
         self,
@@ -431,8 +486,7 @@ class MoECompressor:
             with owned(directory, overwrite):
                 self._write(directory, overwrite, max_shard_size)
         if push_to_hub:
-            facts = self._card_facts()
-            push(directory, repo_id, token, lambda name: description.write_card(directory, name, facts), private)
+            push(directory, repo_id, token, lambda name: self._write_card(directory, name), private)
         self.ranks.wait()
         return directory
 
@@ -456,7 +510,15 @@ class MoECompressor:
         carry_files(self.source.directory, self._given_tokenizer, self.source.load_tokenizer, beside)
         blocks = description.block_facts(self._remaining, self._seen)
         description.write_description(beside, name, self._card_facts(), blocks)
+        if self.training is not None:
+            describe_recovery(beside, name, self.training)
         share_as_new(beside)
+
+    def _write_card(self, directory: Path, name: str) -> None:
+        """Write the card of a finished checkpoint under another name."""
+        description.write_card(directory, name, self._card_facts())
+        if self.training is not None:
+            add_to_card(directory, name, self.training)
 
     def _card_facts(self) -> description.CardFacts:
         assert self.plan is not None

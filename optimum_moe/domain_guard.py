@@ -153,7 +153,7 @@ def compress_guarded(
 
     Args:
         model: Hub id or folder of a decoder-only model; it is in memory twice.
-        recipe: As in `MoECompressor.from_pretrained`.
+        recipe: As in `MoECompressor.from_pretrained`; of one that trains afterwards the trained model is measured.
         calibration: As there.
         guard: The limit, and the text that it is measured on, which must not overlap with the calibration data.
         engine: `"auto"` (default) or `"memory"`: in memory, but `"auto"` refuses a model that exceeds the free memory.
@@ -198,7 +198,8 @@ def compress_guarded(
         if output_dir is not None:
             refuse_original(output_dir, compressor.source)
         if reference is None:
-            for given in (data, guard.repair):
+            training = compressor.recipe.recover
+            for given in (data, guard.repair, None if training is None else training.data):
                 # `evaluate` compares them too, but after the compression.
                 if given is not None:
                     check_disjoint(texts_of(given, compressor.tokenizer), texts_of(guard.text, compressor.tokenizer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -15,7 +15,8 @@ from optimum_moe.calibration.data import CalibrationConfig
 from optimum_moe.calibration.sources import FILE_TYPES, check_source
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import CompressionPlan, Routing
-from optimum_moe.settings import check_seed, choose_one, nearest, plain
+from optimum_moe.recovery_settings import Recovery
+from optimum_moe.settings import check_fields, check_seed, choose_one, plain, unknown_field
 from optimum_moe.stages import BlockCost, Stage, registered_stages
 from optimum_moe.statistics import NO_SAMPLE
 
@@ -28,20 +29,30 @@ class Recipe:
         stages: The stages, in order.
         calibration: Settings of `CalibrationConfig`; the source is left out if the user gives it.
         seed: Seed of the run.
+        recover: The training after the last stage; None for none.
 
     Raises:
-        ValueError: If there is no stage, or one cannot follow the one before it.
+        ValueError: If there is no stage, one cannot follow the one before it, or the training cannot follow them.
     """
 
     stages: tuple[Stage, ...]
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
+    recover: Recovery | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("A recipe needs a stage, for example MSMoE(num_experts=8). Got an empty list.")
         for before, stage in zip((None, *self.stages), self.stages, strict=False):
             stage.check_order(before)
+        if self.recover is not None and self.dropping is not None:
+            compared = {name: getattr(self.recover, name) for name in ("hidden_weight", "reconstruct")}
+            for name, value in compared.items():
+                if value:
+                    raise ValueError(
+                        f"{name}={value:g} compares with the original layer by layer, and {self.dropping.name} drops "
+                        "some. Leave it out of the training."
+                    )
 
     @property
     def name(self) -> str:
@@ -103,7 +114,11 @@ class Recipe:
     @property
     def knows_size(self) -> bool:
         """Whether `costs` is exact; otherwise it gives an upper bound."""
-        return all(stage.knows_size for stage in self.stages)
+        return all(stage.knows_size for stage in self.stages) and not self._prunes_rows
+
+    @property
+    def _prunes_rows(self) -> bool:
+        return self.recover is not None and self.recover.final_density is not None
 
     @property
     def routing(self) -> Routing:
@@ -132,6 +147,11 @@ class Recipe:
             counts = {name: cost.experts for name, cost in costs.items()}
             widths = {name: cost.width for name, cost in costs.items()}
             entering = model.with_experts(counts, widths, removed_bytes=saved)
+        if self._prunes_rows and all(cost.stock for cost in costs.values()):
+            raise ValueError(
+                f"final_density prunes sparse rows as it trains, and the experts of {self.name} stay whole matrices. "
+                "Leave it out of the training, or add the stage low-rank-sparse with density=1."
+            )
         return costs
 
     def as_used(self, plan: CompressionPlan) -> Recipe:
@@ -148,7 +168,8 @@ class Recipe:
         if record.get("sequence_length") is not None and record.get("max_tokens") is None:
             # None (no limit) differs from the default, so it must be written.
             calibration["max_tokens"] = None
-        return dataclasses.replace(self, calibration=calibration, seed=plan.seed)
+        recover = None if self.recover is None else _published(self.recover)
+        return dataclasses.replace(self, calibration=calibration, seed=plan.seed, recover=recover)
 
     def to_yaml(self) -> str:
         """The recipe as a YAML document with only the settings that differ from their defaults."""
@@ -156,6 +177,8 @@ class Recipe:
         record: dict[str, Any] = described[0] if len(described) == 1 else {"stages": described}
         if self.calibration:
             record["calibration"] = dict(self.calibration)
+        if self.recover is not None:
+            record["recover"] = self.recover.described()
         if self.seed is not None:
             record["seed"] = self.seed
         return yaml.safe_dump(record, sort_keys=False)
@@ -171,7 +194,32 @@ def _without_folders(source: Any) -> Any:
         return {_without_folders(key): _without_folders(value) for key, value in source.items()}
     if isinstance(source, list | tuple):
         return [_without_folders(part) for part in source]
-    return Path(source).name if isinstance(source, str) and Path(source).suffix.lower() in FILE_TYPES else source
+    is_file = isinstance(source, str | Path) and Path(source).suffix.lower() in FILE_TYPES
+    return Path(source).name if is_file else source
+
+
+def _published(recover: Recovery) -> Recovery:
+    """A recovery whose text is named without folders, or left out where it has no name."""
+    return dataclasses.replace(recover, data=_named(recover.data), held_out=_named(recover.held_out))
+
+
+def _named(data: Any) -> Any:
+    """Text data as a recipe writes them; None for text itself, model inputs and the like, which have no name."""
+    if isinstance(data, CalibrationConfig):
+        data = {f.name: value for f in dataclasses.fields(data) if (value := getattr(data, f.name)) != f.default}
+    if CalibrationConfig.is_fields(data):
+        return {**data, "source": _without_folders(data["source"])} if _has_name(data["source"]) else None
+    return _without_folders(data) if _has_name(data) else None
+
+
+def _has_name(source: Any) -> bool:
+    """Whether a source is a file, a data set, or a mixture of them by weight or domain."""
+    if isinstance(source, Mapping):
+        return all(_has_name(part) for part in (*source, *source.values()))
+    if isinstance(source, list | tuple):
+        pairs = bool(source) and all(isinstance(part, list | tuple) and len(part) == 2 for part in source)
+        return pairs and all(_has_name(part) and isinstance(weight, int | float) for part, weight in source)
+    return isinstance(source, str | Path | int | float)
 
 
 def preset_names() -> list[str]:
@@ -186,7 +234,8 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Args:
         name: Name of a preset (`"m-smoe"`), or path of a `.yaml` file.
         overrides: Settings that replace the recipe's. Each goes to the first stage that has it, or to the one that it
-            names (`"low-rank-sparse.rank"`); a size setting replaces the other size settings of its stage.
+            names (`"low-rank-sparse.rank"`); a size setting replaces the other size settings of its stage. Those of
+            the training afterwards are named `"recover.train"` and so on; `"recover"` replaces all of them.
 
     Raises:
         ValueError: If there is no such preset or file, or it has an unknown field.
@@ -221,18 +270,33 @@ def recipe_record(name: str | Path) -> Mapping[str, Any]:
 
 def parse_recipe(record: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from the mapping in its YAML; see `load_recipe`."""
-    rest = dict(record)
-    calibration = rest.pop("calibration", None) or {}
-    seed = plain(rest.pop("seed", None))
+    calibration, recover = record.get("calibration") or {}, record.get("recover")
+    seed = plain(record.get("seed"))
     if seed is not None:
         check_seed(seed)
     if not isinstance(calibration, Mapping):
         raise ValueError(
             f"The recipe's field 'calibration' must be a mapping, got {calibration!r}. Write the path as its 'source'."
         )
-    written = _written_stages(rest)
-    _override(written, overrides or {})
-    return Recipe(tuple(_stage(settings) for settings in written), calibration, seed)
+    written = _written_stages(_stage_fields(record))
+    given = dict(overrides or {})
+    recover = given.pop("recover", recover)
+    trained = {name.removeprefix(_TRAINING): given.pop(name) for name in list(given) if name.startswith(_TRAINING)}
+    if trained and isinstance(recover, Mapping | None):
+        recover = {**(recover or {}), **trained}
+    _override(written, given)
+    training = None if recover is None else Recovery.coerce(recover)
+    return Recipe(tuple(_stage(settings) for settings in written), calibration, seed, training)
+
+
+_BESIDE_STAGES = ("calibration", "recover", "seed")
+"""Fields of a recipe that belong to no stage."""
+_TRAINING = "recover."
+"""What settings of the training begin with, among those that replace a recipe's."""
+
+
+def _stage_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in _BESIDE_STAGES}
 
 
 def _written_stages(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -264,7 +328,7 @@ def _stage_class(settings: Mapping[str, Any]) -> type[Stage]:
 def size_fields(name: str | Path) -> frozenset[str]:
     """Size settings of the stages of a preset or YAML file; empty if a stage is unknown."""
     known = registered_stages()
-    stages = [str(settings.get("stage")) for settings in _written_stages(dict(recipe_record(name)))]
+    stages = [str(settings.get("stage")) for settings in _written_stages(_stage_fields(recipe_record(name)))]
     return frozenset(size for stage in stages if stage in known for size in known[stage].size_fields)
 
 
@@ -274,7 +338,7 @@ def share_field(name: str | Path) -> str | None:
     Raises:
         ValueError: If there is no such preset or file, or a stage is unknown.
     """
-    stages = [_stage_class(settings) for settings in _written_stages(dict(recipe_record(name)))]
+    stages = [_stage_class(settings) for settings in _written_stages(_stage_fields(recipe_record(name)))]
     return next((size for stage in stages for size in stage.size_fields if size in stage.share_fields), None)
 
 
@@ -312,20 +376,6 @@ def _stage_with(written: list[dict[str, Any]], name: str) -> dict[str, Any]:
         if setting in _settings_of(_stage_class(settings)):
             return settings
     raise unknown_field(setting, [known for settings in candidates for known in _settings_of(_stage_class(settings))])
-
-
-def check_fields(given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise a `ValueError` with the nearest match for an unknown field."""
-    for name in given:
-        if name not in known:
-            raise unknown_field(name, known)
-
-
-def unknown_field(name: str, known: Sequence[str]) -> ValueError:
-    """The error for an unknown field, with the nearest match."""
-    near = nearest(name, known)
-    hint = f"; did you mean {near!r}?" if near else f". Known: {', '.join(sorted(set(known)))}."
-    return ValueError(f"Unknown field {name!r}{hint}")
 
 
 def coerce_recipe(recipe: Any) -> Recipe:
@@ -395,3 +445,25 @@ def calibration_config(recipe: Recipe, calibration: Any, seed: Any = None) -> Ca
     if config.reservoir_tokens == 0 and {"sample", "residual_stream"} & recipe.needs:
         raise ValueError(NO_SAMPLE)
     return config
+
+
+def recovery_on(recovery: Recovery, calibration: CalibrationConfig | None) -> Recovery:
+    """The training of a recipe with its text: its own, or that of the calibration.
+
+    Raises:
+        ValueError: If there is none, or the calibration reads a stream.
+    """
+    if recovery.data is not None:
+        return recovery
+    if calibration is None:
+        raise ValueError(
+            "The recipe trains the compressed model, and there is no text to train on. Pass calibration='corpus.txt', "
+            "or recover={'data': 'corpus.txt'} (--set recover.data=corpus.txt)."
+        )
+    if isinstance(calibration.source, Iterator):
+        raise ValueError(
+            "The training reads the calibration data again, and a stream can be read once. Pass a list of it, or other "
+            "text as data= of the training."
+        )
+    text = {"source": calibration.source, "text_column": calibration.text_column}
+    return dataclasses.replace(recovery, data=text)

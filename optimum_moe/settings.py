@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -73,6 +73,20 @@ def choose_one(name: str, value: Any, allowed: Iterable[str], more: str = "") ->
         near = nearest(value, allowed)
         hint = f"; did you mean {near!r}?" if near else "."
         raise ValueError(f"{name}={value!r} is unknown{hint} Choose one of {', '.join(map(repr, allowed))}{more}.")
+
+
+def check_fields(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a `ValueError` with the nearest match for an unknown field."""
+    for name in given:
+        if name not in known:
+            raise unknown_field(name, known)
+
+
+def unknown_field(name: str, known: Sequence[str]) -> ValueError:
+    """The error for an unknown field, with the nearest match."""
+    near = nearest(name, known)
+    hint = f"; did you mean {near!r}?" if near else f". Known: {', '.join(sorted(set(known)))}."
+    return ValueError(f"Unknown field {name!r}{hint}")
 
 
 def check_free(name: str, known: Any, new: Any) -> None:

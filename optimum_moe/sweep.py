@@ -80,7 +80,7 @@ class Outcome:
         trial: The trial.
         bytes: Of the weights on disk; 0 for a refused one.
         plain: Whether stock transformers can load it.
-        seconds: That compressing took, without calibration.
+        seconds: That compressing took, without calibration, and training afterwards, if the recipe says so.
         result: Its scores; None for a refused one.
         refused: Why it was refused; empty if it was not.
     """
@@ -228,7 +228,7 @@ def sweep(
     Args:
         model: Hub id or folder of a decoder-only model.
         recipes: Presets or YAML files, each with other settings as a YAML mapping behind it where wanted:
-            `"byte-budget {runs_in: transformers}"`.
+            `"byte-budget {runs_in: transformers}"`, `"reap {recover: {max_tokens: 300000}}"`.
         sizes: Shares of the experts' bytes in (0, 1] or as `"50%"`, and sizes of the checkpoint such as `"16GB"`.
         calibration: As in `MoECompressor.from_pretrained`; observed once for all trials.
         text: Held-out text, as in `evaluate_many`; checked for overlap with the calibration data.
@@ -474,7 +474,8 @@ def write_best(
         model: The same model.
         sweep_dir: Folder of the sweep, whose statistics are used.
         output_dir: Folder of the checkpoint.
-        arguments: Further ones for `MoECompressor.from_pretrained`, as for the sweep.
+        arguments: Further ones for `MoECompressor.from_pretrained`, as for the sweep; a recipe that trains afterwards
+            needs `calibration`.
 
     Raises:
         ValueError: If every trial of that size was refused, or the folder cannot be written.

@@ -21,6 +21,7 @@ LAYERS = {
     "plan": 2,
     "ranks": 0,
     "records": 2,
+    "recovery_settings": 2,
     "runtimes": 1,
     "settings": 0,
     "statistics": 2,

@@ -117,6 +117,17 @@ def test_a_repair_that_does_not_help_is_refused_in_the_end(original: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_is_trained_afterwards_is_measured_after_it(original: Path, tmp_path: Path):
+    text = {"source": rows(4), "sequence_length": 16, "batch_size": 4}
+    training = {"data": text, "max_tokens": 960, "train": "experts", "learning_rate": 1e-3}
+    cut = run(original, guard(2.9)).attempts[0]
+    done = run(original, guard(2.9), recover=training, output_dir=tmp_path / "out")
+    assert sum(done.attempts[0].losses.values()) < sum(cut.losses.values())
+    assert (tmp_path / "out" / "recovery.json").is_file()
+    with pytest.raises(ValueError, match=r"of the evaluation text's 13-word sequences occur in the calibration"):
+        run(original, guard(2.9), recover={**training, "data": rows(2)})
+
+
 def test_domains_above_the_mean_get_more_weight_each_time():
     once = reweighted({}, {"code": 0.1, "chat": 0.2, "maths": 0.6})
     assert once == {"maths": pytest.approx(2.0)}

@@ -67,6 +67,13 @@ def test_sizes_of_checkpoints(tmp_path: Path) -> None:
     assert found.pareto() == list(found.outcomes[::-1])
 
 
+def test_a_recipe_that_trains_is_measured_after_it(tmp_path: Path) -> None:
+    recipe = "reap {recover: {max_tokens: 4096}}"
+    cut, trained = run(tmp_path / "sweep", recipes=["reap", recipe], sizes=["50%"]).outcomes
+    assert trained.bytes == cut.bytes
+    assert trained.score("kl") < cut.score("kl")
+
+
 def test_the_front_is_what_nothing_beats() -> None:
     def outcome(recipe: str, size: int, kl: float) -> Outcome:
         result = EvaluationResult(scores={"kl": Score(kl, kl, kl, 1)}, units={}, data={})

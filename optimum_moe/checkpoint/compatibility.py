@@ -81,6 +81,8 @@ def mark_structure(model: PreTrainedModel, source: ModelSource, plan: Compressio
 def refresh_structure(model: nn.Module) -> None:
     """Update the config of a model in memory with the sizes of its experts, after sparse rows were dropped.
 
+    The config then says that the sizes are no longer those of the plan.
+
     Args:
         model: A `PreTrainedModel`, or a wrapper of one (PEFT); other modules are not changed.
     """
@@ -93,5 +95,5 @@ def refresh_structure(model: nn.Module) -> None:
         held = [
             m for path in paths[:1] for m in owner.get_submodule(path).modules() if isinstance(m, FactorizedExperts)
         ]
-        if held:
-            entry["factors"] = held[0].sizes.to_dict()
+        if held and entry.get("factors") != (sizes := held[0].sizes.to_dict()):
+            entry["factors"], structure.saved_again = sizes, True

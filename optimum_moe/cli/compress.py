@@ -115,8 +115,10 @@ class CompressCommand(MoESubcommand):
         from optimum_moe.checkpoint.destination import check_destination, owned, written_beside
         from optimum_moe.checkpoint.push import check_target
         from optimum_moe.compressor import MoECompressor
+        from optimum_moe.recipe import recovery_on
         from optimum_moe.reporting.card import describe_calibration
         from optimum_moe.reporting.page.run_record import read_report
+        from optimum_moe.reporting.recovery import sentence
         from optimum_moe.reporting.scores import EVALUATION, worst_domain
         from optimum_moe.statistics import Statistics
 
@@ -150,7 +152,10 @@ class CompressCommand(MoESubcommand):
             raise ValueError(
                 f"{compressor.recipe.name} needs calibration data. Give --calibration corpus.txt, or --statistics."
             )
-        if args.calibration and not needed:
+        training = compressor.recipe.recover
+        if training is not None:
+            recovery_on(training, compressor.calibration)
+        if args.calibration and not needed and (training is None or training.data is not None):
             warnings.warn(f"{compressor.recipe.name} needs no data here: --calibration is not read.", stacklevel=2)
         talks = speaks and not args.quiet and not args.json
         if talks:
@@ -171,6 +176,8 @@ class CompressCommand(MoESubcommand):
         elif talks:
             assert compressor.plan is not None
             print(f"\nCalibration: {describe_calibration(compressor.plan.calibration)}")
+            if compressor.training is not None:
+                print(f"\n{sentence(compressor.training)}")
             print(f"\nMeasured\n{compressor.measured()}\n\n{_where_it_loads(path)}\n\n{_how_to_load(compressor, path)}")
             if worst := worst_domain(read_report(path).get(EVALUATION, {})):
                 print(f"\nGuard: {worst}")
@@ -247,6 +254,7 @@ def _record(compressor: MoECompressor, path: Path) -> dict[str, Any]:
     """What a run did, as JSON values."""
     from optimum_moe.reporting.loads_in import known_rows, to_json
     from optimum_moe.reporting.page.run_record import read_report
+    from optimum_moe.reporting.recovery import FIELD
     from optimum_moe.reporting.scores import EVALUATION
 
     assert compressor.plan is not None
@@ -257,7 +265,7 @@ def _record(compressor: MoECompressor, path: Path) -> dict[str, Any]:
         "seed": compressor.plan.seed,
         "remarks": list(compressor.plan.remarks),
         "loads_in": to_json(known_rows(path)),
-        **{name: value for name, value in read_report(path).items() if name == EVALUATION},
+        **{name: value for name, value in read_report(path).items() if name in (EVALUATION, FIELD)},
     }
 
 

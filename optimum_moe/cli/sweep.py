@@ -94,11 +94,12 @@ class SweepCommand(MoESubcommand):
         column = {} if args.text_column is None else {"text_column": args.text_column}
         evaluation = {"tasks": args.tasks, "max_tokens": args.evaluation_tokens}
         given = checkpoint_arguments(args) | ({} if args.device_map is None else {"device_map": args.device_map})
+        calibration = CalibrationConfig(text_source(args.calibration), seed=args.seed, **observed)
         found = sweep(
             model,
             args.recipes,
             sizes,
-            CalibrationConfig(text_source(args.calibration), seed=args.seed, **observed),
+            calibration,
             CalibrationConfig(text_source(args.text), **column),
             args.output,
             seed=args.seed,
@@ -120,6 +121,7 @@ class SweepCommand(MoESubcommand):
                 model,
                 args.output,
                 folder,
+                calibration=calibration,
                 seed=args.seed,
                 tokenizer=args.tokenizer,
                 progress=False,

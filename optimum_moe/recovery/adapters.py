@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-
-
-def check_adapters() -> None:
-    """Check that adapters can be trained.
-
-    Raises:
-        ValueError: If PEFT is not installed.
-    """
-    if find_spec("peft") is None:
-        raise ValueError("train='lora' needs the package peft. Install it with: pip install 'optimum-moe[recover]'.")
 
 
 class Adapters:

@@ -21,7 +21,7 @@ from optimum_moe.calibration.inputs import ReadyInputs
 from optimum_moe.calibration.sources import read_sources
 from optimum_moe.evaluation.disjoint import THRESHOLD, shared_ngrams
 from optimum_moe.recovery.objective import IGNORED, LABELS
-from optimum_moe.settings import check_count
+from optimum_moe.recovery_settings import check_amount
 
 HELD_OUT_TOKENS = 8192
 """Maximum tokens that the divergence is measured on during training."""
@@ -49,12 +49,7 @@ class DataSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("max_tokens", self.max_tokens, 2)
-        if not 0 < self.held_out_share < 1:
-            raise ValueError(
-                f"held_out_share={self.held_out_share} must be between 0 and 1: the share of the documents that are "
-                "not trained on. Use 0.1, or pass held_out=."
-            )
+        check_amount(self.max_tokens, self.held_out_share)
 
 
 @dataclass(frozen=True)

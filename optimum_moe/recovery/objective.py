@@ -23,6 +23,7 @@ from optimum_moe.algorithms.distillation import (
     top_kl_divergence,
 )
 from optimum_moe.evaluation.perplexity import predicted_positions
+from optimum_moe.recovery_settings import check_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +65,7 @@ class Objective:
     hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("alpha", "task_weight", "hidden_weight")}
-        wrong = {name: value for name, value in weights.items() if not 0 <= value < float("inf")}
-        if wrong or not any(weights.values()):
-            said = ", ".join(f"{name}={value}" for name, value in (wrong or weights).items())
-            raise ValueError(f"{said}: weights of a loss are at least 0, and one of them is more. Use alpha=1.")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be positive. Use 1, or 2 as MC-SMoE does.")
+        check_loss(self.alpha, self.temperature, self.task_weight, self.hidden_weight)
 
     def loss(self, output: Any, teacher: Prediction, inputs: Inputs) -> Tensor:
         """The loss of a batch, a scalar."""

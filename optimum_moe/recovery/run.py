@@ -7,12 +7,13 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,20 +26,20 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from optimum_moe.checkpoint.destination import check_destination, owned, remove, training_folder, written_beside
-from optimum_moe.checkpoint.source import load_tokenizer
+from optimum_moe.checkpoint.source import ModelSource, load_tokenizer
 from optimum_moe.checkpoint.system import readable_path
 from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.evaluation.models import find_tokenizer
 from optimum_moe.nn import SwappedModule
 from optimum_moe.ranks import current_ranks
 from optimum_moe.records import digest
-from optimum_moe.recovery.adapters import Adapters, check_adapters
+from optimum_moe.recovery.adapters import Adapters
 from optimum_moe.recovery.data import DataSettings, RecoveryData, read_data
 from optimum_moe.recovery.objective import Objective
 from optimum_moe.recovery.row_pruning import RowPruning
 from optimum_moe.recovery.student import Student, dtypes_of, narrowed, open_student, write_student
 from optimum_moe.recovery.teacher import ModelTeacher, StoredTeacher, Teacher, is_stored
-from optimum_moe.recovery.trainable import check_train, trained_names
+from optimum_moe.recovery.trainable import trained_names
 from optimum_moe.recovery.trainer import (
     WEIGHTS,
     RecoveryTrainer,
@@ -49,12 +50,11 @@ from optimum_moe.recovery.trainer import (
     quiet_trainer,
     save_trained,
 )
+from optimum_moe.recovery_settings import LEARNING_RATES, Recovery
 from optimum_moe.reporting.recovery import describe_recovery
 from optimum_moe.reporting.versions import versions
-from optimum_moe.settings import check_count, check_seed
+from optimum_moe.settings import check_seed
 
-LEARNING_RATES = {"router": 1e-2, "experts": 2e-3, "lora": 2e-3, "full": 1e-3}
-"""Default learning rates by what trains, of a student that is `_FAR` or farther from its teacher."""
 _FAR = 0.35
 """KL in nats below which the default rate is in proportion to it: steps that bring a distant student closer throw a
 near one back."""
@@ -82,44 +82,6 @@ class Recovered:
     model: PreTrainedModel
     record: TrainingRecord
     folder: Path | None = None
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The settings of a run, checked; fields as in `recover`."""
-
-    train: str
-    objective: Objective
-    data: DataSettings
-    learning_rate: float | None
-    final_density: float | None = None
-    lora_rank: int = 8
-    reconstruct: float = 0.0
-    progress: bool = True
-    seed: int = field(default=0)
-
-    def __post_init__(self) -> None:
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} must be positive. Leave it out for a default by train= and by "
-                f"how far the student is, at most {LEARNING_RATES[self.train]:g}."
-            )
-        check_count("lora_rank", self.lora_rank, 1)
-        if not 0 <= self.reconstruct < 1:
-            raise ValueError(
-                f"reconstruct={self.reconstruct} is a share of max_tokens: at least 0 and less than 1. Use 0.5, or 0 "
-                "for none."
-            )
-        check_seed(self.seed)
-        if self.train == "lora":
-            check_adapters()
-
-    def described(self) -> dict[str, Any]:
-        """The settings that a record tells."""
-        told = {**asdict(self.objective), "learning_rate": self.learning_rate, "max_tokens": self.data.max_tokens}
-        told |= {} if self.final_density is None else {"final_density": self.final_density}
-        told |= {"reconstruct": self.reconstruct} if self.reconstruct else {}
-        return told | ({"lora_rank": self.lora_rank} if self.train == "lora" else {})
 
 
 def recover(
@@ -188,18 +150,22 @@ def recover(
         ValueError: If a setting is invalid, nothing can be trained, the vocabularies differ, the data are too little or
             held-out text is trained on, training diverges before any improvement, or several processes were started.
     """
-    check_train(train)
     current_ranks().check_single("Training")
-    settings = _Settings(
+    check_seed(seed)
+    recovery = Recovery(
         train=train,
-        objective=Objective(alpha, temperature, task_weight, hidden_weight),
-        data=DataSettings(max_tokens, held_out, held_out_share, seed),
+        max_tokens=max_tokens,
+        data=data,
+        held_out=held_out,
+        held_out_share=held_out_share,
         learning_rate=learning_rate,
+        alpha=alpha,
+        temperature=temperature,
+        task_weight=task_weight,
+        hidden_weight=hidden_weight,
         final_density=final_density,
         lora_rank=lora_rank,
         reconstruct=reconstruct,
-        progress=progress,
-        seed=seed,
     )
     directory = None if output_dir is None else check_destination(output_dir, overwrite)
     student = open_student(model)
@@ -207,9 +173,9 @@ def recover(
     _check_vocabularies(student, teacher)
     names = trained_names(student.skeleton, train)
     tokenizer = _tokenizer(tokenizer, student, teacher)
-    read = read_data(student.skeleton, tokenizer, data, settings.data)
-    with owned(directory, overwrite), _states(directory, overwrite) as states:
-        run = _Run(student, teacher, names, read, settings, states)
+    read = training_data(student.skeleton, tokenizer, recovery, seed)
+    with owned(directory, overwrite), training_states(directory, overwrite) as states:
+        run = _Run(student, teacher, _title(teacher), names, read, recovery, states, seed, progress)
         trained, record = run.train()
         if directory is None:
             return Recovered(trained, record)
@@ -218,8 +184,53 @@ def recover(
             if student.folder is None and hasattr(tokenizer, "save_pretrained"):
                 tokenizer.save_pretrained(beside)
             describe_recovery(beside, readable_path(directory.name), record)
-    remove(training_folder(directory))
     return Recovered(trained, record, directory)
+
+
+def training_data(model: PreTrainedModel, tokenizer: Any, recovery: Recovery, seed: int) -> RecoveryData:
+    """The text of a training, read and split.
+
+    Args:
+        model: The model; may be on the meta device.
+        tokenizer: Its tokenizer or processor, None if it has none.
+        recovery: The settings.
+        seed: Seed of the choice and order of documents, unless the data have one of their own.
+
+    Raises:
+        ValueError: If there is too little text, or some is on both sides.
+    """
+    amount = DataSettings(recovery.max_tokens, recovery.held_out, recovery.held_out_share, seed)
+    return read_data(model, tokenizer, recovery.data, amount)
+
+
+def train_in_place(
+    model: PreTrainedModel,
+    original: ModelSource,
+    recovery: Recovery,
+    data: RecoveryData,
+    states: Path,
+    seed: int,
+    progress: bool = True,
+) -> TrainingRecord:
+    """Train a compressed model in memory, which keeps its dtypes, on the predictions of its original.
+
+    Args:
+        model: The compressed model; it is trained in place.
+        original: Where the original is, or a copy of it in memory.
+        recovery: The settings.
+        data: What `training_data` read.
+        states: Folder of the states of `training_states`.
+        seed: Seed of all random choices.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If nothing can be trained, or training diverges before any improvement.
+    """
+    student = open_student(model)
+    names = trained_names(model, recovery.train)
+    dtype = "float32" if PartialState().device.type == "cpu" else "auto"
+    teacher = original.read_in(dtype).load()
+    return _Run(student, teacher, original.title, names, data, recovery, states, seed, progress).train()[1]
 
 
 def default_rate(train: str, kl: float) -> float:
@@ -234,13 +245,18 @@ class _Run:
         self,
         student: Student,
         teacher: Any,
+        title: str,
         names: Sequence[str],
         data: RecoveryData,
-        settings: _Settings,
+        settings: Recovery,
         states: Path,
+        seed: int,
+        progress: bool,
     ) -> None:
-        self.student, self.given_teacher, self.names = student, teacher, list(names)
+        self.student, self.given_teacher, self.title, self.names = student, teacher, title, list(names)
         self.data, self.settings, self.states = data, settings, states
+        self.seed, self.progress = seed, progress
+        self.objective = Objective(settings.alpha, settings.temperature, settings.task_weight, settings.hidden_weight)
         self.rate = settings.learning_rate or LEARNING_RATES[settings.train]
         self.stored = student.stored_dtypes(names)
         # A model in memory gets its own dtypes back, a loaded one those of its checkpoint.
@@ -318,7 +334,7 @@ class _Run:
     def _steps(self) -> int:
         """Steps in which about `max_tokens` are trained on."""
         batches, tokens = len(self.data.training), self.data.training.num_tokens
-        return max(1, round(self.settings.data.max_tokens / max(tokens, 1) * batches))
+        return max(1, round(self.settings.max_tokens / max(tokens, 1) * batches))
 
     def _trainer(self, model: PreTrainedModel, resumed: str | None) -> RecoveryTrainer:
         settings = self.settings
@@ -346,24 +362,26 @@ class _Run:
             greater_is_better=False,
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
             dataloader_pin_memory=torch.cuda.is_available(),
+            # The Trainer writes it into the model's config.
+            use_cache=getattr(model.config, "use_cache", False),
             remove_unused_columns=False,
             label_names=[],
             report_to=[],
             disable_tqdm=True,
-            seed=settings.seed,
+            seed=self.seed,
         )
         callbacks: list[TrainerCallback] = []
         if settings.final_density is not None:
             callbacks.append(RowPruning(settings.final_density))
         else:
             callbacks.append(EarlyStoppingCallback(_PATIENCE))
-        teacher = _teacher(self.given_teacher, model, self.data, settings.objective, arguments.device)
+        teacher = _teacher(self.given_teacher, model, self.data, self.objective, arguments.device)
         if settings.reconstruct and not isinstance(teacher, ModelTeacher):
             raise ValueError(
                 f"reconstruct={settings.reconstruct:g} compares MoE blocks, and {self.given_teacher} holds logits "
                 "only. Pass the original as teacher=, or reconstruct=0."
             )
-        return RecoveryTrainer(model, arguments, self.data, teacher, settings.objective, settings.progress, callbacks)
+        return RecoveryTrainer(model, arguments, self.data, teacher, self.objective, self.progress, callbacks)
 
     def _resumed(self, model: PreTrainedModel) -> str | None:
         """The last state of an interrupted run; without one the state at the start is written.
@@ -374,9 +392,9 @@ class _Run:
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         identity = {
             "student": digest({}, trained),
-            "teacher": _title(self.given_teacher),
+            "teacher": self.title,
             "data": {name: batches.hash for name, batches in self.data.splits.items()},
-            "settings": {**self.settings.described(), "train": self.settings.train, "seed": self.settings.seed},
+            "settings": {**self.settings.told(), "train": self.settings.train, "seed": self.seed},
             "versions": versions(),
         }
         file = self.states / _IDENTITY
@@ -442,8 +460,8 @@ class _Run:
         return TrainingRecord(
             train=self.settings.train,
             names=tuple(self.names),
-            teacher=_title(self.given_teacher),
-            settings={**self.settings.described(), "learning_rate": self.rate},
+            teacher=self.title,
+            settings={**self.settings.told(), "learning_rate": self.rate},
             data=training.description,
             held_out=self.data.held_out.description,
             kl_before=before,
@@ -453,14 +471,19 @@ class _Run:
             tokens=round(steps * training.num_tokens / len(training)),
             curve=tuple(points),
             losses=tuple(losses(state)),
-            seed=self.settings.seed,
+            seed=self.seed,
             stopped=stopped,
         )
 
 
 @contextmanager
-def _states(directory: Path | None, overwrite: bool) -> Iterator[Path]:
-    """The folder of the states of a training, which is kept until the result is written."""
+def training_states(directory: Path | None, overwrite: bool) -> Iterator[Path]:
+    """The folder of the states of a training, which is kept until the result is written.
+
+    Args:
+        directory: Where the result is written; None for a training whose states are not kept.
+        overwrite: Start again.
+    """
     if directory is None:
         with TemporaryDirectory() as temporary:
             yield Path(temporary)
@@ -471,6 +494,7 @@ def _states(directory: Path | None, overwrite: bool) -> Iterator[Path]:
     folder.mkdir(exist_ok=True)
     try:
         yield folder
+        remove(folder)
     finally:
         if not (folder / _IDENTITY).is_file():
             remove(folder)

@@ -10,27 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_moe.calibration.documents import did_you_mean
 from optimum_moe.hf.compat import model_from_config
 from optimum_moe.nn import SwappedModule
+from optimum_moe.recovery_settings import check_train
 from optimum_moe.surgeons import FoundBlock, find_blocks
-
-TRAINS = ("router", "experts", "lora", "full")
-"""What `train` may be."""
-
-
-def check_train(train: str) -> None:
-    """Check the name of what trains.
-
-    Raises:
-        ValueError: If it is unknown; with the nearest match.
-    """
-    if train not in TRAINS:
-        raise ValueError(
-            f"train={train!r} is not one of {', '.join(TRAINS)}{did_you_mean(train, TRAINS) or '.'} "
-            "'router' trains routers and norms, 'experts' also everything that is stored of the experts, 'lora' "
-            "adapters that are merged at the end, 'full' all parameters."
-        )
 
 
 def blocks_of(model: PreTrainedModel) -> list[FoundBlock]:

@@ -163,6 +163,7 @@ def measured_preview(
         widths=next(((blocks[0].info.intermediate_size, width) for width in narrow if width is not None), None),
         layers=(_num_layers(source) + len(plan.dropped), _num_layers(source)) if plan.dropped else None,
         only_values=values_only(recipe),
+        training="" if recipe.recover is None else str(recipe.recover),
     )
 
 

@@ -47,6 +47,7 @@ class Preview:
         choices: `(experts, neurons)` of every block among which the calibration data will choose; empty for none.
         layers: Number of layers with MoE blocks before and after, if some are dropped.
         only_values: What stages write into experts that keep their size, in sentences.
+        training: What is trained afterwards, in a sentence; empty for nothing.
     """
 
     before: Cost
@@ -57,6 +58,7 @@ class Preview:
     choices: tuple[tuple[int, int], ...] = ()
     layers: tuple[int, int] | None = None
     only_values: tuple[str, ...] = ()
+    training: str = ""
 
     def warn_if_nothing_shrinks(self, recipe: Recipe) -> None:
         """Warn if the settings of a recipe remove nothing."""
@@ -115,7 +117,7 @@ class Preview:
         if self.layers is not None:
             lines.append("layers with MoE blocks: {} -> {}".format(*self.layers))
         lines.append(f"experts of {len(self.counts)} MoE blocks: {summary}; loads in {loads}")
-        return "\n".join([*lines, *self.only_values])
+        return "\n".join([*lines, *self.only_values, *([self.training] if self.training else [])])
 
 
 def values_only(recipe: Recipe) -> tuple[str, ...]:
@@ -187,4 +189,5 @@ def preview(skeleton: PreTrainedModel, blocks: list[FoundBlock], info: ModelInfo
         widths=next((pair for pair in narrow if pair[0] != pair[1]), None),
         choices=next((found for stage in recipe.stages if (found := stage.choices(info))), ()),
         only_values=values_only(recipe),
+        training="" if recipe.recover is None else str(recipe.recover),
     )

@@ -6,7 +6,6 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from optimum_moe.checkpoint.checksums import CHECKSUMS_FILE, write_checksums
 from optimum_moe.checkpoint.training_record import TrainingRecord
@@ -41,7 +40,7 @@ def describe_recovery(directory: Path, name: str, record: TrainingRecord) -> Non
         report.write_text(json.dumps(told), encoding="utf-8")
         told |= {LOADS_IN: to_json(known_rows(directory)), FIELD: summary(record)}
         report.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        _update_card(directory, name, record, told)
+        add_to_card(directory, name, record)
         if (directory / PAGE_FILE).is_file():
             write_page(RunRecord.read(directory, name), directory / PAGE_FILE)
     if (directory / CHECKSUMS_FILE).is_file():
@@ -49,13 +48,14 @@ def describe_recovery(directory: Path, name: str, record: TrainingRecord) -> Non
     share_as_new(directory)
 
 
-def _update_card(directory: Path, name: str, record: TrainingRecord, report: dict[str, Any]) -> None:
+def add_to_card(directory: Path, name: str, record: TrainingRecord) -> None:
+    """Tell of the training in the card of a checkpoint called `name`, if it has one."""
     card = directory / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="surrogateescape")
         text = with_section(trained_card(text, name, record), known_rows(directory))
         card.write_text(text, encoding="utf-8", errors="surrogateescape")
-        update_card(card, name, report)
+        update_card(card, name, read_report(directory))
 
 
 def summary(record: TrainingRecord) -> dict[str, object]:

@@ -600,6 +600,37 @@ def test_statistics_of_a_checkpoint(run: Run, checkpoint: Path, corpus: Path, tm
     assert "is not empty" in err
 
 
+def test_a_recipe_that_trains_afterwards(compress: Run, run: Run, checkpoint: Path, corpus: Path, tmp_path: Path):
+    text = {"source": str(corpus), "sequence_length": 32, "batch_size": 2}
+    recipe = {"stage": "expert-pruning", "num_experts": 4, "recover": {"data": text, "learning_rate": 1e-4}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    given = ("--recipe", tmp_path / "recipe.yaml", "--set", "recover.max_tokens=1500")
+    status, out, err = run("preview", checkpoint, *given)
+    assert (status, err) == (0, "")
+    assert "then trained: routers and norms, on 1,500 tokens" in out
+    status, out, err = compress(*given, "--output", tmp_path / "out")
+    assert status == 0, err
+    assert "Routers and norms were trained on 1," in out
+    assert run("verify", tmp_path / "out", "--against", checkpoint, "--quiet")[0] == 0
+    written = (tmp_path / "out" / "recipe.yaml").read_text(encoding="utf-8")
+    assert "recover:\n  max_tokens: 1500\n  data:\n    source: corpus.jsonl\n" in written
+    status, out, _ = compress(*given, "--set", "recover.train=experts", "--output", tmp_path / "more", "--json")
+    assert json.loads(out)["recovery"]["train"] == "experts"
+    for arguments, message in (
+        (("--set", "recover.trian=full"), "'trian'; did you mean 'train'. .* \\(--set recover.FIELD=VALUE\\)"),
+        (("--set", "recover=router"), "recover='router' must be a mapping"),
+        (("--streaming",), "Choose a run without --streaming where they fit"),
+    ):
+        status, _, err = compress(*given, "--output", tmp_path / "none", *arguments)
+        assert status == 2
+        assert re.search(message, err), err
+    free = ("--recipe", "reap", "--set", "saliency=aimer", "--set", "recover={}", "--output", tmp_path / "none")
+    status, _, err = run("compress", checkpoint, *free)
+    assert status == 2
+    assert "there is no text to train on" in err
+    assert not (tmp_path / "none").exists()
+
+
 def test_statistics_need_a_model_and_text(run: Run, checkpoint: Path, corpus: Path, tmp_path: Path):
     def refused(*arguments: object) -> str:
         status, _, err = run("inspect", *arguments)
@@ -633,7 +664,7 @@ def test_recover_trains_and_says_what_it_won(compress: Run, run: Run, checkpoint
     assert run("verify", better, "--against", checkpoint, "--quiet")[0] == 0
     assert "Trained afterwards" in (better / "README.md").read_text(encoding="utf-8")
     for arguments, message in (
-        (("--train", "expert"), "--train expert is not one of .* did you mean 'experts'"),
+        (("--train", "expert"), "--train expert is unknown; did you mean 'experts'"),
         (("--held-out", corpus), "are in the training text .* as --held-out"),
         (("--max-tokens", "many"), "invalid tokens value: 'many'"),
         (("--data", tmp_path / "none.txt"), "there is no such file"),

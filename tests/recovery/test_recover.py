@@ -312,7 +312,7 @@ def test_the_default_rate_follows_the_distance_and_is_recorded(folders: Path) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": "routers"}, r"train='routers' is not one of .* did you mean 'router'\?"),
+        ({"train": "routers"}, r"train='routers' is unknown; did you mean 'router'\?"),
         ({"learning_rate": 0.0}, r"learning_rate=0.0 must be positive"),
         ({"alpha": -1.0}, r"alpha=-1.0: weights of a loss are at least 0"),
         ({"alpha": 0.0}, r"alpha=0.0, task_weight=0.0, hidden_weight=0.0: weights"),
