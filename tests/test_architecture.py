@@ -17,6 +17,7 @@ LAYERS = {
     "algorithms": 0,
     "formats": 1,
     "kernels": 0,
+    "memory_errors": 0,
     "model_info": 2,
     "plan": 2,
     "ranks": 0,

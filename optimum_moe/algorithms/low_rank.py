@@ -24,6 +24,7 @@ import torch
 from optimum_moe.algorithms.factors import MatrixFactors
 from optimum_moe.algorithms.neurons import gram, is_finite
 from optimum_moe.algorithms.ranks import check_rank
+from optimum_moe.memory_errors import ran_out
 
 SVD_DAMPING = 1e-4
 """Default ridge of a whitened SVD as a share of a Gram's mean diagonal."""
@@ -356,13 +357,13 @@ def _with_fallback(run: Callable[[torch.device], _Result], matrix_OX: torch.Tens
     try:
         return run(matrix_OX.device)
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not ran_out(error):
             raise
     # Outside of the handler: the traceback would keep the failed attempt's tensors alive.
     try:
         return run(torch.device("cpu"))
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not ran_out(error):
             raise
         rows, columns = matrix_OX.shape
         size, wide = min(rows, columns), max(rows, columns)
@@ -371,8 +372,3 @@ def _with_fallback(run: Callable[[torch.device], _Result], matrix_OX: torch.Tens
             f"The SVD of a {rows} x {columns} matrix needs about {gigabytes:.2g} GiB and memory ran out on "
             f"{matrix_OX.device} and on the CPU. Free memory, or compress with engine='streaming' and fewer threads."
         ) from error
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "not enough memory" in text

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias, overload
 
@@ -77,6 +77,20 @@ class CalibrationBatches(Sequence[Batch]):
     def __getitem__(self, index: slice) -> Sequence[Batch]: ...
     def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
         return self.batches[index]
+
+    def halved(self) -> CalibrationBatches | None:
+        """The same rows in batches of half as many; None for single rows, and for model inputs of the user."""
+        size = self.description["batch_size"]
+        if size is None or size == 1:
+            return None
+        size = (size + 1) // 2
+        batches = tuple(
+            {name: rows[start : start + size] for name, rows in batch.items()}
+            for batch in self.batches
+            for start in range(0, len(batch["input_ids"]), size)
+        )
+        described = {**self.description, "num_batches": len(batches), "batch_size": size}
+        return replace(self, batches=batches, description=described)
 
 
 def build_batches(

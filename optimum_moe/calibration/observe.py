@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from optimum_moe.calibration.modalities import placeholders, token_modalities, w
 from optimum_moe.calibration.random_draws import generator_for
 from optimum_moe.calibration.recorder import BlockRecorder, joined
 from optimum_moe.calibration.residual import residual_before
+from optimum_moe.memory_errors import explanation, ran_out
 from optimum_moe.ranks import SINGLE, Ranks
 from optimum_moe.statistics import STANDARD, BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
@@ -42,6 +44,8 @@ def observe(
 ) -> Statistics:
     """Run the forward pass of every batch once, with a recorder at every block.
 
+    Where memory runs out, rows of text are observed again in batches of half as many, with a warning.
+
     Args:
         model: The model, on any device; in eval mode during the call.
         blocks: Its MoE blocks.
@@ -59,9 +63,65 @@ def observe(
         Statistics of all blocks. Experts that no token reached cause a warning or an error, see `unseen`.
 
     Raises:
-        ValueError: If a mask does not fit the tokens of a block, an observed value is NaN or infinite, or
-            `unseen="error"` and no token was routed to an expert.
+        ValueError: If a mask does not fit the tokens of a block, an observed value is NaN or infinite, memory runs out
+            on the smallest batches, or `unseen="error"` and no token was routed to an expert.
     """
+    while True:
+        failed, recorders = "", dict[str, BlockRecorder]()
+        try:
+            recorders = _recorded(model, blocks, batches, config, progress, draws, needs, ranks)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            failed = str(out_of_memory(error, model, batches))
+        # Outside of the handler: the traceback would keep the tensors of the failed attempt.
+        failures = [said for said in ranks.gathered(failed) if said]
+        if not failures:
+            break
+        smaller = batches.halved()
+        if smaller is None:
+            raise ValueError(failures[0])
+        clear_device_cache(garbage_collection=True)
+        warnings.warn(f"{failures[0]} All text is observed again with that.", stacklevel=2)
+        batches = smaller
+    blocks_seen = {name: joined(ranks.gathered(recorder.part())) for name, recorder in recorders.items()}
+    statistics = Statistics(
+        blocks_seen,
+        {
+            **batches.description,
+            "tokens_by_block": reached_tokens(blocks_seen),
+            "reservoir_tokens": config.sampled_tokens,
+        },
+        source or {},
+        config.unseen,
+    )
+    check_observed(statistics, stacklevel=3)
+    return statistics
+
+
+def out_of_memory(error: BaseException, model: PreTrainedModel, batches: CalibrationBatches) -> ValueError:
+    """The error of a pass over calibration data for which there was not enough memory."""
+    smaller, size = batches.halved(), batches.description["batch_size"]
+    doing = f"Observing {'a batch' if size is None else f'batches of batch_size={size}'} on {model.device}"
+    if smaller is not None:
+        return explanation(error, doing, f"Pass batch_size={smaller.description['batch_size']}.")
+    remedy = "Give shorter inputs"
+    if size is not None:
+        remedy = f"Pass a sequence_length below {batches.description['sequence_length']}"
+    return explanation(error, doing, f"{remedy}, or spread the model over more devices with device_map='auto'.")
+
+
+def _recorded(
+    model: PreTrainedModel,
+    blocks: Sequence[FoundBlock],
+    batches: CalibrationBatches,
+    config: CalibrationConfig,
+    progress: bool,
+    draws: int,
+    needs: Collection[str],
+    ranks: Ranks,
+) -> dict[str, BlockRecorder]:
+    """What the recorders of all blocks saw of this process' batches."""
     known = placeholders(model.config)
     needs = with_modalities(needs, batches, known)
     recorders = {
@@ -110,19 +170,7 @@ def observe(
             labels = generator_for("labels", config.random_seed, number)
             for draw in range(draws if going_back else 0):
                 sampled_loss(part, output, inputs, labels).backward(retain_graph=draw + 1 < draws)
-    blocks_seen = {name: joined(ranks.gathered(recorder.part())) for name, recorder in recorders.items()}
-    statistics = Statistics(
-        blocks_seen,
-        {
-            **batches.description,
-            "tokens_by_block": reached_tokens(blocks_seen),
-            "reservoir_tokens": config.sampled_tokens,
-        },
-        source or {},
-        config.unseen,
-    )
-    check_observed(statistics, stacklevel=3)
-    return statistics
+    return recorders
 
 
 def check_observed(statistics: Statistics, stacklevel: int = 2) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
-from optimum_moe.calibration.observe import check_observed, forward_calls, observe, reached_tokens
+from optimum_moe.calibration.observe import check_observed, forward_calls, observe, out_of_memory, reached_tokens
 from optimum_moe.engine.decision import Decider, PlanReader, SharedPlans, unreached_report
 from optimum_moe.engine.layer_backward import Save
 from optimum_moe.engine.layers import Layer
@@ -18,6 +19,7 @@ from optimum_moe.engine.layerwise import Keep, LayerwiseRun, keep_in_memory
 from optimum_moe.engine.progress import LayerReport, Progress
 from optimum_moe.engine.starving import starving_remarks
 from optimum_moe.engine.store import Observed, Store
+from optimum_moe.memory_errors import explained, ran_out
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.ranks import SINGLE, Ranks
@@ -179,7 +181,8 @@ class Run:
         unseen = self.config.unseen if observing and self.config is not None else "warn"
         unseen = unseen if statistics is None else statistics.unseen
         decider = Decider(self.store, self.recipe, self.info, self.seed, unseen, self.ranks)
-        with Progress(len(self.store.layers), "profile", self._shows_profiles, self.lines) as shown:
+        profiles = Progress(len(self.store.layers), "profile", self._shows_profiles, self.lines)
+        with profiles as shown, self._explained("Choosing what experts become"):
             decider.allocate(statistics, self.identity["values"], shown)
         if not on_the_way:
             together = self.ranks.size > 1
@@ -241,7 +244,7 @@ class Run:
     def cut(self, source: PlanSource, layer: Layer, observed: Observed | None, report: LayerReport) -> None:
         """Decide, cut and write one open layer; a block is cut only after its plan is complete."""
         store = self.store
-        with store.as_stored(layer):
+        with store.as_stored(layer), self._explained(f"Compressing {layer.name}"):
             for found in layer.blocks:
                 store.provide(found, experts=source.reads_experts)
                 plan = source.decide(found, observed)
@@ -251,6 +254,12 @@ class Run:
                 with guarded(store.model, found, plan.needs_guard):
                     report.plans[found.info.name] = found.surgeon.carry_out(found.module(store.model), plan, stock)
             store.finish(layer, report.plans, observed)
+
+    def _explained(self, doing: str) -> AbstractContextManager[None]:
+        """Context that says what to do where memory runs out without any text to observe."""
+        sample = f", sample fewer tokens than {self.config.sampled_tokens} (reservoir_tokens=)" if self.config else ""
+        device = self.store.model.device
+        return explained(f"{doing} on {device}", f"Free memory there{sample}, or choose another device (device_map=).")
 
     def _check_reach(self, wanted: Collection[str]) -> None:
         """Raise a `ValueError` if no batch runs through one of these blocks; stops once all of them are reached."""
@@ -289,7 +298,12 @@ class Run:
             save=self.save if self.goes_back else None,
         )
         with Progress(len(layers) * (1 + self.goes_back), what, self.progress, self.lines) as shown:
-            run.run(shown)
+            try:
+                run.run(shown)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                raise out_of_memory(error, self.store.model, self.batches) from error
 
     def _finished(self, kept: KeptStatistics) -> Statistics:
         assert self.batches is not None
