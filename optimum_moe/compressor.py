@@ -21,7 +21,7 @@ from optimum_moe.checkpoint.identity import identity, same_model
 from optimum_moe.checkpoint.mtp import MTPLayers, MTPOption, find_mtp
 from optimum_moe.checkpoint.push import push
 from optimum_moe.checkpoint.refusals import all_in_memory
-from optimum_moe.checkpoint.source import ModelSource, open_source
+from optimum_moe.checkpoint.source import ModelSource, loads_with, open_source
 from optimum_moe.checkpoint.stored import StoredModel
 from optimum_moe.checkpoint.streamed import align
 from optimum_moe.checkpoint.system import readable_path
@@ -522,12 +522,13 @@ class MoECompressor:
 
     def _card_facts(self) -> description.CardFacts:
         assert self.plan is not None
+        assert self.model is not None
         return description.card_facts(
             self.source,
             self.recipe,
             self.plan,
             self.measured(),
-            type(self.model).__name__,
+            loads_with(self.model),
             page=self.report,
         )
 

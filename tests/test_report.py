@@ -37,8 +37,9 @@ from optimum_moe.recipe import Recipe
 from optimum_moe.reporting.loads_in import LoadsIn, record_run
 from optimum_moe.reporting.page import RunRecord, refresh_page
 from optimum_moe.reporting.page.drawing import Axis, Cell, index_ticks, line_path, row_paths, thinned, tree_path
-from optimum_moe.reporting.page.fates import REMOVED, UNCHANGED, fates
-from optimum_moe.reporting.page.words import quantity
+from optimum_moe.reporting.page.elements import Table
+from optimum_moe.reporting.page.fates import REMOVED, UNCHANGED, fates, stored_experts
+from optimum_moe.reporting.page.words import nats, quantity
 from optimum_moe.reporting.page.write import page
 from optimum_moe.reporting.papers import papers
 from optimum_moe.sweep import ORIGINAL, Outcome, Sweep, Trial
@@ -154,7 +155,7 @@ def test_the_page_is_what_the_folder_says(name: str, runs: dict[str, Path], tmp_
     assert json.loads((folder / "plan.json").read_text(encoding="utf-8"))["digest"] in text
     assert (plan.calibration is None) == ("nobody observed which experts are used" in text)
     for row in report["loads_in"]:
-        assert row["says"] in text
+        assert row["says"].replace("`", "") in text
 
 
 @pytest.mark.parametrize("engine", ["memory", "streaming"])
@@ -192,6 +193,43 @@ def test_what_became_of_experts(runs: dict[str, Path]) -> None:
     )
     assert whole - stored == report["before"]["bytes"] - report["after"]["bytes"]
     assert "low rank + sparse rows (24)" in Page(read(runs["factorized"])).text
+
+
+def test_removed_experts_are_not_counted_as_stored(original: Path, tmp_path: Path) -> None:
+    budget = ByteBudget(share=0.1, runs_in="transformers", formats=["low_rank"])
+    compressor = MoECompressor.from_pretrained(original, budget, SAMPLE, progress=False)
+    compressor.apply()
+    folder = compressor.save_pretrained(tmp_path / "out")
+    run = RunRecord.read(folder, "out")
+    found = {name: fates(plan, run.blocks[name]) for name, plan in run.plan.blocks.items()}
+    stored = [stored_experts(plan, found[name]) for name, plan in run.plan.blocks.items()]
+    assert stored == [sum(fate.form != REMOVED for fate in experts) for experts in found.values()]
+    assert max(stored) < 8
+    shown = str(stored[0]) if len(set(stored)) == 1 else f"{min(stored)} to {max(stored)}"
+    assert f"Experts of a block{shown}of 8, in 3 blocks" in Page(read(folder)).text
+
+
+def test_only_columns_of_numbers_are_aligned_to_the_right() -> None:
+    digests = ("0.1.0", "5e" + 62 * "0", "353949d174f179d8")
+    numbers = ("1,024", "-0.25", "3e-7", "x1.03", "5.54 MB", "12.3 of 32", "0.1 to 0.2", "50%", "–", "")
+    rows = tuple(zip((*digests, *digests, *digests, "0"), numbers, strict=True))
+    assert Table("", ("digest", "number"), rows).numeric == (False, True)
+
+
+def test_text_in_backticks_is_code_and_commands_break_between_words_only() -> None:
+    run = synthetic_run(1, 4, name="a <b>")
+    text = page(replace(run, loads_in=[LoadsIn("mlx", "after `export --to mlx` & <more>", "run", "1.2")]))
+    assert "after <code><span>export</span> <span>--to</span> <span>mlx</span></code> &amp; &lt;more&gt;" in text
+    assert "<span>--recipe</span> <span>&#39;a</span> <span>&lt;b&gt;/recipe.yaml&#39;</span>" in text
+    assert ">MLX 1.2<" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(0.0, "0.0000"), (0.21435, "0.2144"), (0.001, "0.0010"), (2.34e-6, "2.3e-6"), (0.00052, "0.00052")],
+)
+def test_small_losses_keep_two_digits(value: float, words: str) -> None:
+    assert nats(value) == words
 
 
 def test_statistics_are_added(runs: dict[str, Path], statistics: Statistics, tmp_path: Path) -> None:
@@ -245,7 +283,7 @@ def test_scores_and_a_sweep_are_kept(original: Path, statistics: Statistics, tmp
     record_run(folder, LoadsIn("vllm", "same greedy tokens: 64 of 64", "run", "0.33.0"))
     refresh_page(folder)
     again = Page(read(folder)).text
-    assert "vllm 0.33.0" in again
+    assert "vLLM 0.33.0" in again
     assert "held.txt" in again
     assert verify(folder).passed
 

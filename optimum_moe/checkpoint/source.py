@@ -41,7 +41,7 @@ from optimum_moe.checkpoint.quantized import (
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, ShardReader
 from optimum_moe.checkpoint.refusals import check_model, refuse_arguments
 from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
-from optimum_moe.hf.compat import auto_class_knows, model_from_config
+from optimum_moe.hf.compat import auto_class_gives, auto_class_knows, model_from_config
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.settings import nearest
 from optimum_moe.surgeons import (
@@ -405,6 +405,11 @@ def model_class(config: PreTrainedConfig) -> Any:
         f"config.json names the architectures {names}, and no Auto class of transformers knows model_type="
         f"{config.model_type!r}. Pass auto_class=, the class to load with."
     )
+
+
+def loads_with(model: PreTrainedModel) -> str:
+    """Name of the class that loads a checkpoint of a model: an Auto class where there is one."""
+    return next((name for name in _AUTO_CLASSES if auto_class_gives(name, model)), type(model).__name__)
 
 
 def _skeleton(config: PreTrainedConfig, auto_class: type | None, trust_remote_code: bool) -> PreTrainedModel:

@@ -272,7 +272,7 @@ def _record(compressor: MoECompressor, path: Path) -> dict[str, Any]:
 def _where_it_loads(path: Path) -> str:
     from optimum_moe.reporting.loads_in import known_rows
 
-    return table([("runtime", "what it does"), *((row.runtime, row.says) for row in known_rows(path))])
+    return table([("runtime", "what it does"), *((row.title, row.says) for row in known_rows(path))])
 
 
 def _what_next(compressor: MoECompressor, path: Path) -> str:
@@ -284,7 +284,10 @@ def _what_next(compressor: MoECompressor, path: Path) -> str:
 
 
 def _how_to_load(compressor: MoECompressor, path: Path) -> str:
-    cls = type(compressor.model).__name__
+    from optimum_moe.checkpoint.source import loads_with
+
+    assert compressor.model is not None
+    cls = loads_with(compressor.model)
     lines = [
         f"Saved to {path}. Load it with",
         "",

@@ -90,7 +90,10 @@ class Run:
     def says(self) -> str:
         """What it did, in words."""
         words = {"same": "same greedy tokens", "rounded": "runs", "differs": "OTHER TOKENS", "refused": "refused"}
-        return f"{words[self.outcome]}: {' '.join(self.detail.split())}"
+        detail = " ".join(self.detail.split())
+        if self.outcome == "same":
+            detail = detail.removesuffix(" greedy tokens")
+        return f"{words[self.outcome]}: {detail}"
 
     def record(self, checkpoint: str | os.PathLike[str]) -> None:
         """Write it into the report and the card of a checkpoint."""

@@ -166,15 +166,28 @@ def model_from_config(cls: Any, config: Any, trust_remote_code: bool = False) ->
 
 
 def auto_class_knows(name: str, config: Any) -> bool:
-    """Whether an Auto class, such as `"AutoModelForCausalLM"`, has a model for a config.
+    """Whether an Auto class, such as `"AutoModelForCausalLM"`, has a model for a config."""
+    return type(config) in _models_of(name)
 
-    Looks it up in the public `MODEL_FOR_..._MAPPING`, whose name follows that of the class with few exceptions.
+
+def auto_class_gives(name: str, model: Any) -> bool:
+    """Whether an Auto class loads a checkpoint of a model as that model's class."""
+    if not auto_class_knows(name, model.config):
+        return False
+    known = _models_of(name)[type(model.config)]
+    # Of several classes for a config the Auto class takes the one that the config names.
+    return isinstance(model, known)
+
+
+def _models_of(name: str) -> Mapping[type, Any]:
+    """The models of an Auto class by the type of their config.
+
+    Looks them up in the public `MODEL_FOR_..._MAPPING`, whose name follows that of the class with few exceptions.
     """
     transformers = importlib.import_module("transformers")
     task = name.removeprefix("AutoModel").removeprefix("For")
     words = _IRREGULAR.get(task) or _NO_WORD_ENDS.sub("_", task).upper()
-    mapping = getattr(transformers, f"MODEL_FOR_{words}_MAPPING" if task else "MODEL_MAPPING", None)
-    return mapping is not None and type(config) in mapping
+    return getattr(transformers, f"MODEL_FOR_{words}_MAPPING" if task else "MODEL_MAPPING", {})
 
 
 def names_not_saved(model: Any) -> list[str]:

@@ -51,6 +51,7 @@ from optimum_moe.recovery.trainer import (
     save_trained,
 )
 from optimum_moe.recovery_settings import LEARNING_RATES, Recovery
+from optimum_moe.reporting.page.words import nats
 from optimum_moe.reporting.recovery import describe_recovery
 from optimum_moe.reporting.versions import versions
 from optimum_moe.settings import check_seed
@@ -430,7 +431,7 @@ class _Run:
         best_step, _ = min(points, key=lambda point: point[1] if math.isfinite(point[1]) else math.inf)
         if bad_loss or has_diverged(points):
             stopped = (
-                f"after it diverged at step {state.global_step} (held-out KL {last:.4f}, {first:.4f} at the start)"
+                f"after it diverged at step {state.global_step} (held-out KL {nats(last)}, {nats(first)} at the start)"
             )
             if best_step == first_step:
                 load_trained(trainer.model, self.states / _START / WEIGHTS)
@@ -443,7 +444,7 @@ class _Run:
         if best_step == first_step:
             load_trained(trainer.model, self.states / _START / WEIGHTS)
             warnings.warn(
-                f"Training never lowered the held-out KL of {first:.4f}, so the weights stay as they were. Give more "
+                f"Training never lowered the held-out KL of {nats(first)}, so the weights stay as they were. Give more "
                 f"text, or lower learning_rate={self.rate:g}.",
                 stacklevel=4,
             )

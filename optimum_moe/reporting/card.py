@@ -37,7 +37,7 @@ _TEMPLATE = """---
 ## Size
 
 | | original | this model | ratio |
-|---|---|---|---|
+|---|---:|---:|---:|
 {rows}
 
 Experts of each MoE block: {experts}. FLOPs are 2 x multiply-adds of all weight matmuls for one token.{stable_rank}
@@ -150,7 +150,7 @@ def model_card(
         sentence=describe_cut(facts.plan),
         use=how_to_use(name, facts, loads_in),
         rows="\n".join(f"| {label} | {old:,.0f} | {new:,.0f} | {new / old:.3f} |" for label, old, new in rows),
-        experts=", ".join(f"{old} -> {new}" for old, new in sorted(set(facts.cost.counts.values()))),
+        experts=facts.cost.experts,
         stable_rank=_stable_rank(facts.plan),
         loads_in=markdown(loads_in),
         quality=quality_section(report),
@@ -200,9 +200,7 @@ def how_to_use(name: str, facts: CardFacts, loads_in: Sequence[LoadsIn]) -> str:
         f'model = {facts.auto_class}.from_pretrained("{name}")',
     ]
     if not facts.cost.plain:
-        load.insert(
-            0, "# With optimum-moe installed (no import needed); else an Auto class and trust_remote_code=True."
-        )
+        load.insert(0, "# With optimum-moe installed (no import needed), or with trust_remote_code=True.")
     parts = ["\n".join(["```python", *load, "```"])]
     loaded = {row.runtime for row in loads_in if row.says.startswith("loads")}
     if "vllm" in loaded:

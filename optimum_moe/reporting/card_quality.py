@@ -32,7 +32,9 @@ def quality_section(report: Mapping[str, Any]) -> str:
 
 
 def _table(header: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows))
+    # The first column names the row, the others are numbers.
+    rule = ("---", *("---:",) * (len(header) - 1))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def eval_results(report: Mapping[str, Any]) -> list[EvalResult]:

@@ -26,6 +26,7 @@ FIELD = "loads_in"
 """Key of the rows in the report."""
 REPORT_FILE = "compression_report.json"
 _TITLE = "## Loads in"
+_SPELLED = {"vllm": "vLLM", "mlx": "MLX"}
 _CONSTANTS = "approximate_experts"
 
 
@@ -46,6 +47,12 @@ class LoadsIn:
     known: Literal["run", "table", "code"] = "table"
     version: str = ""
 
+    @property
+    def title(self) -> str:
+        """Runtime and version, as its makers spell it."""
+        name, *rest = self.runtime.split()
+        return " ".join([_SPELLED.get(name, name), *rest, self.version]).strip()
+
 
 HOW_KNOWN = {"run": "run", "table": "known of this kind of checkpoint, not run", "code": "from its code, not run"}
 """What the values of `LoadsIn.known` mean."""
@@ -53,7 +60,7 @@ HOW_KNOWN = {"run": "run", "table": "known of this kind of checkpoint, not run",
 _PACKED = (
     "loads where the original loads, after `optimum-cli moe export --to compressed-tensors` if that takes its sizes"
 )
-_ANY = "Compress with --runs-in any for it."
+_ANY = "Compress with `--runs-in any` for it."
 _TABLE: dict[Kind, tuple[LoadsIn, ...]] = {
     "plain": (
         LoadsIn("transformers", "loads, without this package"),
@@ -62,7 +69,7 @@ _TABLE: dict[Kind, tuple[LoadsIn, ...]] = {
         LoadsIn("mlx", "loads where the original loads, after `optimum-cli moe export --to mlx`"),
     ),
     "structured": (
-        LoadsIn("transformers", "loads with this package, or with trust_remote_code=True"),
+        LoadsIn("transformers", "loads with this package, or with `trust_remote_code=True`"),
         LoadsIn("llama.cpp", f"cannot express it. {_ANY}"),
         LoadsIn("mlx", f"cannot express it. {_ANY}"),
     ),
@@ -129,10 +136,8 @@ def to_json(rows: Sequence[LoadsIn]) -> list[dict[str, Any]]:
 
 def markdown(rows: Sequence[LoadsIn]) -> str:
     """Section of the model card."""
-    lines = [_TITLE, "", "| runtime | | how it is known |", "|---|---|---|"]
-    lines += [
-        f"| {' '.join([row.runtime, row.version]).strip()} | {row.says} | {HOW_KNOWN[row.known]} |" for row in rows
-    ]
+    lines = [_TITLE, "", "| runtime | what it does | how it is known |", "|---|---|---|"]
+    lines += [f"| {row.title} | {row.says} | {HOW_KNOWN[row.known]} |" for row in rows]
     return "\n".join(lines)
 
 

@@ -83,6 +83,19 @@ class Preview:
         """All fields as JSON values."""
         return asdict(self)
 
+    @property
+    def experts(self) -> str:
+        """Experts of a block before and after, in words."""
+        kept = sorted(set(self.counts.values()))
+        if self.choices and self.widths is None:
+            shown = [f"{experts} of {width}" for experts, width in _ends_of(self.choices)]
+            return f"{kept[0][0]} -> {', '.join(shown[:-1])}{' or ' * (len(shown) > 1)}{shown[-1]} neurons, by the data"
+        said = ", ".join(f"{old} -> {new}" for old, new in kept)
+        if self.widths is not None:
+            return said + " of {} -> {} neurons".format(*self.widths)
+        as_many = all(old == new for old, new in kept) and self.layers is None
+        return f"{said}, in smaller formats" if as_many and self.after.bytes < self.before.bytes else said
+
     def __str__(self) -> str:
         before, after = self.before, self.after
         flops = f"{after.flops_per_token:,.0f}"
@@ -104,19 +117,10 @@ class Preview:
             "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True)))
             for r in rows
         ]
-        kept = sorted(set(self.counts.values()))
-        summary = ", ".join(f"{old} -> {new}" for old, new in kept)
-        if self.widths is not None:
-            summary += " of {} -> {} neurons".format(*self.widths)
-        elif self.choices:
-            shown = [f"{experts} of {width}" for experts, width in _ends_of(self.choices)]
-            summary = (
-                f"{kept[0][0]} -> {', '.join(shown[:-1])}{' or ' * (len(shown) > 1)}{shown[-1]} neurons, by the data"
-            )
         loads = "any transformers" if self.plain else "transformers with optimum-moe installed"
         if self.layers is not None:
             lines.append("layers with MoE blocks: {} -> {}".format(*self.layers))
-        lines.append(f"experts of {len(self.counts)} MoE blocks: {summary}; loads in {loads}")
+        lines.append(f"experts of {len(self.counts)} MoE blocks: {self.experts}; loads in {loads}")
         return "\n".join([*lines, *self.only_values, *([self.training] if self.training else [])])
 
 

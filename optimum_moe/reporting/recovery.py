@@ -16,6 +16,7 @@ from optimum_moe.reporting.loads_in import FIELD as LOADS_IN
 from optimum_moe.reporting.loads_in import REPORT_FILE, known_rows, to_json, with_section
 from optimum_moe.reporting.page import PAGE_FILE, RunRecord, write_page
 from optimum_moe.reporting.page.run_record import read_report
+from optimum_moe.reporting.page.words import nats
 from optimum_moe.reporting.pictures import write_picture
 from optimum_moe.reporting.scores import EVALUATION, REFERENCE, SWEEP
 
@@ -103,7 +104,8 @@ def sentence(record: TrainingRecord) -> str:
     }[record.train]
     return (
         f"{what} were trained on {record.tokens:,} tokens to predict what {record.teacher} predicts: the KL to it on "
-        f"held-out documents of the same text went from {record.kl_before:.4f} to {record.kl_after:.4f} nats a token."
+        f"held-out documents of the same text went from {nats(record.kl_before)} to {nats(record.kl_after)} nats a "
+        "token."
     )
 
 

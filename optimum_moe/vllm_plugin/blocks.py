@@ -62,7 +62,7 @@ class CompressedBlock:
             raise ValueError(
                 f"{self.name} stores experts in the format {odd[0]!r}, which the vLLM plugin does not run; it runs "
                 f"{', '.join(_MATRIX_FORMATS)}, narrow, empty and constant experts. Serve it with transformers, or "
-                "compress again without this format."
+                'compress again without this format: a byte budget with runs_in="vllm+optimum_moe".'
             )
         for expert in range(self.num_groups):
             for projection, parts in self.spec.layout(expert).items():

@@ -53,8 +53,8 @@ def test_what_is_known_of_each_kind(checkpoints: dict[str, Path]) -> None:
         assert {row["known"] for row in report["loads_in"]} == {"table"}
         card = (checkpoints[name] / "README.md").read_text(encoding="utf-8")
         assert markdown(known_rows(checkpoints[name])) in card
-    assert "cannot express it. Compress with --runs-in any" in card
-    assert "| vllm | loads with this package installed beside it |" in card
+    assert "cannot express it. Compress with `--runs-in any`" in card
+    assert "| vLLM | loads with this package installed beside it |" in card
 
 
 def test_what_the_plugin_does_not_run_is_said(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_run_takes_the_place_of_what_was_expected(plain: Path) -> None:
     record_run(plain, LoadsIn("vllm", "refused: no", "run", "0.33.0"))
     assert [row.says for row in known_rows(plain) if row.runtime == "vllm"] == ["refused: no"]
     card = (plain / "README.md").read_text(encoding="utf-8")
-    assert "| vllm 0.33.0 | refused: no | run |" in card
+    assert "| vLLM 0.33.0 | refused: no | run |" in card
     assert card.count("## Loads in") == 1
     assert card.index("## Size") < card.index("## Loads in") < card.index("## How it was made")
     # The digests of the side files know of the change.

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import optimum_moe
+from optimum_moe.checkpoint.source import loads_with
 from optimum_moe.hf import compat
+from tests.tiny_models import build
 
 PACKAGE = Path(optimum_moe.__file__).parent
 OUTSIDE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "hf"]
@@ -192,6 +195,24 @@ def test_auto_classes_are_found_by_their_public_mappings() -> None:
         some = next(iter(mapping.keys()), None)
         for config in [*configs, *([object.__new__(some)] if some is not None else [])]:
             assert compat.auto_class_knows(name, config) == (type(config) in mapping), name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen3_moe", "AutoModelForCausalLM"),
+        ("gpt_oss", "AutoModelForCausalLM"),
+        ("switch_transformers", "AutoModelForSeq2SeqLM"),
+        ("openai_privacy_filter", "AutoModelForTokenClassification"),
+        ("vitpose_backbone", "VitPoseBackbone"),
+    ],
+)
+def test_a_model_is_loaded_by_the_auto_class_that_gives_its_class(name: str, expected: str) -> None:
+    model = build(name)
+    assert loads_with(model) == expected
+    if expected.startswith("Auto"):
+        with torch.device("meta"):
+            assert type(getattr(transformers, expected).from_config(model.config)) is type(model)
 
 
 def test_compat_imports_neither_transformers_nor_torch() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from optimum_moe.reporting.page.elements import Tick
-from optimum_moe.reporting.page.words import short_name
+from optimum_moe.reporting.page.words import brief, short_name
 
 _GAP = 0.12
 """Share of a row's height that separates it from the next."""
@@ -80,7 +80,8 @@ class Axis:
         found = [value for value in values if math.isfinite(value) and (value > 0 or not is_log)]
         low, high = (min(found), max(found)) if found else (0.0, 1.0)
         if is_log:
-            return cls(low / 1.15, high * 1.15, True) if found else cls(0.1, 1.0, True)
+            room = max((high / low) ** 0.05, 1.15)
+            return cls(low / room, high * room, True) if found else cls(0.1, 1.0, True)
         room = 0.05 * (high - low) or abs(high) * 0.05 or 0.5
         return cls(0.0 if from_zero and low >= 0 else low - room, high + room)
 
@@ -132,14 +133,14 @@ def whisker_path(intervals: Sequence[tuple[float, float, float]], x: Axis, y: Ax
     )
 
 
-def x_ticks(axis: Axis, words: str = "{:g}", most: int = 6) -> tuple[Tick, ...]:
+def x_ticks(axis: Axis, most: int = 6) -> tuple[Tick, ...]:
     """Labels under a horizontal axis."""
-    return tuple(Tick(round(axis.at(value), 3), words.format(value)) for value in axis.ticks(most))
+    return tuple(Tick(round(axis.at(value), 3), brief(value)) for value in axis.ticks(most))
 
 
-def y_ticks(axis: Axis, words: str = "{:g}", most: int = 6) -> tuple[Tick, ...]:
+def y_ticks(axis: Axis, most: int = 6) -> tuple[Tick, ...]:
     """Labels beside a vertical axis, from the top."""
-    return tuple(Tick(round(100 - axis.at(value), 3), words.format(value)) for value in axis.ticks(most))
+    return tuple(Tick(round(100 - axis.at(value), 3), brief(value)) for value in axis.ticks(most))
 
 
 def tree_path(merges: Sequence[Sequence[float]], leaves: int) -> tuple[str, list[int]]:

@@ -6,6 +6,7 @@ keeps its size on a phone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -82,7 +83,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; cells that start with a digit are aligned to the right.
+    """A table; columns of numbers are aligned to the right.
 
     Args:
         title: What it shows.
@@ -104,8 +105,12 @@ class Table:
         return tuple(any(cells) and all(_is_number(cell) for cell in cells) for cells in columns)
 
 
+_NUMBER = re.compile(r"[-+x]?[\d.,]+(e[-+]?\d+)?%?( .*)?")
+"""A number, with or without something behind it. A digest is none, whatever it begins with."""
+
+
 def _is_number(cell: str) -> bool:
-    return not cell or cell[:1].isdigit() or (cell[:1] in "-+x" and cell[1:2].isdigit()) or cell == "–"
+    return cell in ("", "–") or _NUMBER.fullmatch(cell) is not None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from optimum_moe.reporting.page.drawing import (
     thinned,
 )
 from optimum_moe.reporting.page.elements import Element, Map, Row, Section, Swatch, Table, Text
-from optimum_moe.reporting.page.fates import REMOVED, UNCHANGED, Fate, by_form, fates
+from optimum_moe.reporting.page.fates import REMOVED, UNCHANGED, Fate, by_form, fates, stored_experts
 from optimum_moe.reporting.page.run_record import RunRecord
 from optimum_moe.reporting.page.words import quantity, share
 
@@ -103,7 +103,11 @@ def _table(run: RunRecord, found: dict[str, list[Fate]], counts: Counter[str]) -
     for name, experts in found.items():
         own = Counter(fate.form for fate in experts)
         before, after = len(experts) * run.blocks[name].expert_bytes, sum(fate.bytes for fate in experts)
-        cells = (str(len(experts)), str(run.plan.blocks[name].num_groups), *(str(own[form]) for form in forms))
+        cells = (
+            str(len(experts)),
+            str(stored_experts(run.plan.blocks[name], experts)),
+            *(str(own[form]) for form in forms),
+        )
         rows.append((name, *cells, quantity(after, "B"), share(after / before) if before else "–"))
     header = ("MoE block", "experts", "stored", *forms, "bytes", "of the original")
     return Table("Forms of each block", header, tuple(rows), folded=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optimum_moe.formats import ExpertsSpec
@@ -34,6 +34,11 @@ def fates(plan: BlockPlan, facts: BlockFacts) -> list[Fate]:
     forms = {group: _form(plan, facts, group, number > 1) for group, number in members.items()}
     sizes = {group: _stored_bytes(plan, facts, group) / number for group, number in members.items()}
     return [Fate(REMOVED, 0.0) if label < 0 else Fate(forms[label], sizes[label]) for label in plan.labels_E]
+
+
+def stored_experts(plan: BlockPlan, experts: Sequence[Fate]) -> int:
+    """How many experts of a block are stored: merged ones are one, removed ones none."""
+    return len({label for label, fate in zip(plan.labels_E, experts, strict=True) if fate.form != REMOVED})
 
 
 def _form(plan: BlockPlan, facts: BlockFacts, group: int, is_merged: bool) -> str:

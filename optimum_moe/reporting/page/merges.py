@@ -57,7 +57,7 @@ def merges(run: RunRecord) -> Section | None:
         elements.append(
             Missing(
                 "How alike the experts are is not recorded with the checkpoint.",
-                "Statistics of the original, which compress saves with --save-statistics, show it as trees:",
+                "Statistics of the original, which `compress --save-statistics` saves, show it as trees:",
                 run.command("--statistics STATISTICS"),
             )
         )

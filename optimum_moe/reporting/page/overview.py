@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from optimum_moe.reporting.card import describe_calibration, describe_cut
 from optimum_moe.reporting.page.elements import Element, Section, Table, Text, Tile, Tiles
+from optimum_moe.reporting.page.fates import Fate, fates, stored_experts
 from optimum_moe.reporting.page.run_record import RunRecord
 from optimum_moe.reporting.page.words import quantity, ratio
 from optimum_moe.reporting.scores import EVALUATION, REFERENCE
@@ -26,25 +29,25 @@ def overview(run: RunRecord) -> Section:
         )
         for label, key, unit in _SIZES
     ]
-    counts = sorted({(old, new) for old, new in run.report["counts"].values()})
-    olds, news = sorted({old for old, _ in counts}), sorted({new for _, new in counts})
-    shown = [str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}" for found in (olds, news)]
-    tiles.append(Tile("Experts of a block", shown[1], f"of {shown[0]}, in {len(run.plan.blocks)} blocks"))
+    found = {name: fates(plan, run.blocks[name]) for name, plan in run.plan.blocks.items()}
+    stored = [stored_experts(plan, found[name]) for name, plan in run.plan.blocks.items()]
+    shown = [_range(numbers) for numbers in (stored, [len(experts) for experts in found.values()])]
+    tiles.append(Tile("Experts of a block", shown[0], f"of {shown[1]}, in {len(stored)} blocks"))
     scored = (run.report.get(EVALUATION) or {}).get("scores", {})
     if "perplexity" in scored:
         original = (run.report.get(REFERENCE) or {}).get("scores", {}).get("perplexity")
         note = "of the held-out text" if original is None else f"{original['value']:.2f} for the original"
         tiles.append(Tile("Perplexity", f"{scored['perplexity']['value']:.2f}", note))
     elements: list[Element] = [
-        Text(f"{run.original}, compressed by optimum_moe: {describe_cut(run.plan)}"),
+        Text(f"Made from {run.original} by optimum_moe: {describe_cut(run.plan)}"),
         Tiles(tuple(tiles)),
         _asked(run),
         Table(
             "Sizes",
             ("", "original", "this model", "ratio"),
-            tuple(
-                (label, f"{before[key]:,.0f}", f"{after[key]:,.0f}", ratio(after[key], before[key]))
-                for label, key, _ in _SIZES
+            (
+                *((label, *_compared(before[key], after[key])) for label, key, _ in _SIZES),
+                ("bytes of the experts", *_compared(*_bytes_of_experts(run, found))),
             ),
         ),
         Text("FLOPs are 2 x multiply-adds of all weight matmuls for one token, without attention scores."),
@@ -60,6 +63,21 @@ def overview(run: RunRecord) -> Section:
     return Section("overview", "What was asked, and what came out", elements)
 
 
+def _range(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def _compared(before: float, after: float) -> tuple[str, str, str]:
+    return f"{before:,.0f}", f"{after:,.0f}", ratio(after, before)
+
+
+def _bytes_of_experts(run: RunRecord, found: Mapping[str, Sequence[Fate]]) -> tuple[float, float]:
+    """Before and after, in all blocks."""
+    before = sum(len(experts) * run.blocks[name].expert_bytes for name, experts in found.items())
+    return before, sum(fate.bytes for experts in found.values() for fate in experts)
+
+
 def _asked(run: RunRecord) -> Table:
     rows = []
     for number, stage in enumerate(run.plan.stages, 1):
@@ -69,5 +87,5 @@ def _asked(run: RunRecord) -> Table:
     if not rows:
         rows.append(("plan", "given"))
     rows.append(("calibration", describe_calibration(run.plan.calibration)))
-    rows.append(("random choices", f"seed {run.plan.seed}"))
-    return Table("What was asked", ("", "with its settings"), tuple(rows))
+    rows.append(("seed", str(run.plan.seed)))
+    return Table("What was asked", ("what", "value"), tuple(rows))

@@ -11,7 +11,7 @@ from optimum_moe.reporting.page.run_record import RECIPE_FILE, RunRecord
 
 def loads_in(run: RunRecord) -> Section:
     """What each runtime does with the checkpoint, and how that is known."""
-    rows = tuple((f"{row.runtime} {row.version}".strip(), row.says, HOW_KNOWN[row.known]) for row in run.loads_in)
+    rows = tuple((row.title, row.says, HOW_KNOWN[row.known]) for row in run.loads_in)
     table = Table("Runtimes", ("runtime", "what it does", "how it is known"), rows)
     return Section("loads-in", "Where it loads", [table])
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from optimum_moe.reporting.page.drawing import Axis, line_path, point_path, x_ticks, y_ticks
 from optimum_moe.reporting.page.elements import Chart, Element, Line, Section, Table, Text
 from optimum_moe.reporting.page.run_record import RunRecord
+from optimum_moe.reporting.page.words import nats
 
 
 def training(run: RunRecord) -> Section | None:
@@ -15,8 +16,9 @@ def training(run: RunRecord) -> Section | None:
     if record is None:
         return None
     said = (
-        f"KL to {record.teacher} on held-out text, in nats a token: {record.kl_before:.4f} before, "
-        f"{record.kl_after:.4f} after, from step {record.best_step} of {record.steps}. Training ended {record.stopped}."
+        f"KL to {record.teacher} on held-out text, in nats a token: {nats(record.kl_before)} before, "
+        f"{nats(record.kl_after)} after, from step {record.best_step} of {record.steps}. Training ended "
+        f"{record.stopped}."
     )
     series = {"KL to the original on held-out text": record.curve, "loss on the training text": record.losses}
     elements: list[Element] = [Text(said)]

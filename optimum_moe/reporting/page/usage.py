@@ -58,7 +58,7 @@ def _nothing(run: RunRecord) -> Missing:
         what = "How often each expert was used was not recorded."
     return Missing(
         what,
-        "Statistics of the original, which compress saves with --save-statistics, show it:",
+        "Statistics of the original, which `compress --save-statistics` saves, show it:",
         run.command("--statistics STATISTICS"),
     )
 

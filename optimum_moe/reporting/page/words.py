@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -33,6 +35,16 @@ def ratio(after: float, before: float) -> str:
 def share(value: float) -> str:
     """A share in percent."""
     return f"{100 * value:.1f}%"
+
+
+def brief(value: float) -> str:
+    """A round number as short as it can be, such as "0.25" or "2e-7"."""
+    return re.sub(r"e([-+])0*", lambda found: f"e{found[1].strip('+')}", f"{value:g}")
+
+
+def nats(value: float) -> str:
+    """A loss with four decimals, or with two significant digits where these would be zeros."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else brief(float(f"{value:.1e}"))
 
 
 def short_name(block: str) -> str:
