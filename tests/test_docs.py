@@ -43,6 +43,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "corpus.txt").write_text("\n\n".join(lines), encoding="utf-8")
     write_text(folder / "held_out.jsonl", seed=5)
+    # Names of the bundled model and its texts, with which the commands would run for minutes.
+    reference = folder / "tests" / "data" / "reference"
+    shutil.copytree(folder / "org" / "model", reference / "model")
+    write_text(reference / "calibration.jsonl", count=40)
+    write_text(reference / "held_out.jsonl", seed=5, count=40)
     for seed, domain in enumerate(("code", "chat", "maths"), start=6):
         write_text(folder / f"{domain}.jsonl", seed=seed)
     for number, split in enumerate(("train", "dev", "test")):

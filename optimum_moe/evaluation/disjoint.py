@@ -41,7 +41,7 @@ def check_disjoint(
         raise ValueError(
             f"{share:.1%} of the evaluation text's {ngram}-word sequences occur in the calibration text (at most "
             f"{threshold:.1%} may), for instance {example!r}. Scores on seen text are too good: evaluate on held-out "
-            "text."
+            "text, or leave documents that are in both out of one of them."
         )
     return share
 

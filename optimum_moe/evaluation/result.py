@@ -191,7 +191,7 @@ def compare_results(results: Mapping[str, EvaluationResult], reference: Evaluati
 
 
 def format_results(results: Mapping[str, EvaluationResult]) -> str:
-    """A plain text table: one row per model, one column per score with its 95% interval, n units in the header.
+    """A plain text table: one row per score with its n units, one column per model, each cell with its 95% interval.
 
     Raises:
         ValueError: there is no result.
@@ -199,15 +199,15 @@ def format_results(results: Mapping[str, EvaluationResult]) -> str:
     if not results:
         raise ValueError("There is no result to print. Pass at least one.")
     names = list(dict.fromkeys(name for result in results.values() for name in result.scores))
-    rows = [["model", *(_header(name, results) for name in names)]]
-    for model, result in results.items():
-        rows.append([model, *(_cell(name, result.scores.get(name)) for name in names)])
+    rows = [["score", *results]]
+    for name in names:
+        rows.append([_label(name, results), *(_cell(name, result.scores.get(name)) for result in results.values())])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _header(name: str, results: Mapping[str, EvaluationResult]) -> str:
+def _label(name: str, results: Mapping[str, EvaluationResult]) -> str:
     counts = {result.scores[name].count for result in results.values() if name in result.scores}
     return f"{name} (n={counts.pop()})" if len(counts) == 1 else name
 
@@ -216,4 +216,11 @@ def _cell(name: str, score: Score | None) -> str:
     if score is None:
         return "-"
     digits = _DIGITS.get(name, 4)
-    return f"{score.value:.{digits}f} [{score.low:.{digits}f}, {score.high:.{digits}f}]"
+    value, low, high = (_number(number, digits) for number in (score.value, score.low, score.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _number(value: float, digits: int) -> str:
+    """A number with as many decimals, or its magnitude where these would be zeros."""
+    text = f"{value:.{digits}f}"
+    return text if value == 0 or float(text) else f"{value:.0e}"

@@ -323,7 +323,7 @@ def test_evaluate_prints_and_saves(run: Run, checkpoint: Path, corpus: Path, tmp
     assert result.data["calibration_overlap"] == 0
     status, out, _ = run(*common, "--model", f"a={checkpoint}", "--model", f"b={checkpoint}", "--output", output)
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["model", "a", "b"]
+    assert out.splitlines()[0].split() == ["score", "a", "b"]
     assert EvaluationResult.load(tmp_path / "result.b.json").scores == result.scores
     status, _, err = run(*common, "--model", checkpoint, "--calibration", held_out)
     assert status == 2

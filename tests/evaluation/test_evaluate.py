@@ -1,6 +1,7 @@
 """The whole evaluation on tiny models: numbers against direct computations, determinism, errors, saving."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from optimum_moe.calibration.data import CalibrationConfig, build_batches
 from optimum_moe.evaluation import EvaluationResult, evaluate, evaluate_many, format_results, paired_difference
+from optimum_moe.evaluation.scores import Score
 
 SMALL = {"max_tokens": 1024, "sequence_length": 64, "num_questions": 8, "num_prompts": 4, "new_tokens": 8}
 QUIET = {**SMALL, "progress": False}
@@ -93,11 +95,14 @@ def test_save_and_load(results, tmp_path):
 
 def test_table(results):
     lines = format_results(results).split("\n")
-    assert [line.split()[0] for line in lines] == ["model", "same", "copy", "other"]
-    assert "perplexity (n=16)" in lines[0]
-    assert f"{results['other'].scores['perplexity'].value:.3f} [" in lines[3]
-    start = lines[0].index("perplexity")
+    assert lines[0].split() == ["score", "same", "copy", "other"]
+    assert [line.split()[0] for line in lines[1:]] == list(results["other"].scores)
+    assert lines[1].startswith("perplexity (n=16)  ")
+    assert f"  {results['other'].scores['perplexity'].value:.3f} [" in lines[1]
+    start = lines[0].index("other")
     assert all(line[start - 2 : start] == "  " and line[start] != " " for line in lines)
+    tiny = replace(results["other"], scores={"kl": Score(2.3e-6, 0.0, 1.2e-5, 16)})
+    assert format_results({"it": tiny}).split("\n")[1] == "kl (n=16)  2e-06 [0.00000, 0.00001]"
     with pytest.raises(ValueError, match="no result"):
         format_results({})
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_moe import (
     ByteBudget,
@@ -181,6 +186,50 @@ def test_greedy_tokens_are_those_of_transformers(
 ) -> None:
     name, kind, _ = SERVED[case]
     assert served[case] == {"tokens": in_transformers(checkpoints.path(name, kind))}
+
+
+@contextmanager
+def server(place: Path, log: Path) -> Iterator[str]:
+    """The address of vLLM's server for a checkpoint, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(place), "--enforce-eager"]
+    command += ["--served-model-name", "it", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 400
+    with (
+        log.open("w", encoding="utf-8") as out,
+        subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process,
+    ):
+        try:
+            while True:
+                is_starting = process.poll() is None and time.monotonic() < deadline
+                assert is_starting, log.read_text(encoding="utf-8")[-3000:]
+                try:
+                    urlopen(f"{address}/health", timeout=5).close()
+                    break
+                except (URLError, OSError):
+                    time.sleep(1)
+            yield address
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("kind", ["plain", "map"])
+def test_the_server_answers_requests(kind: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(checkpoints.path("reference", kind), tmp_path / kind))
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    tokenizer.save_pretrained(place)
+    asked = {"model": "it", "prompt": "And it came to pass", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    with server(place, tmp_path / "log.txt") as address:
+        body, kind_of_body = json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        with urlopen(Request(f"{address}/v1/completions", body, kind_of_body), timeout=60) as answer:
+            written = json.loads(answer.read())["choices"][0]["text"]
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    prompt = tokenizer(asked["prompt"], return_tensors="pt")
+    out = model.generate(**prompt, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
+    assert written == tokenizer.decode(out[0, prompt["input_ids"].shape[1] :])
 
 
 @pytest.fixture(scope="module")
