@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from optimum_moe.algorithms.structured_sparse import CubicSchedule
 from optimum_moe.settings import check_count, check_fields, choose_one, percent, plain
 
 LEARNING_RATES = {"router": 1e-2, "experts": 2e-3, "lora": 2e-3, "full": 1e-3}
@@ -80,8 +79,11 @@ class Recovery:
                 f"learning_rate={self.learning_rate} must be positive. Leave it out for a default by train= and by "
                 f"how far the student is, at most {LEARNING_RATES[self.train]:g}."
             )
-        if self.final_density is not None:
-            CubicSchedule(1, 0, final_ratio=self.final_density)
+        if self.final_density is not None and not 0 < self.final_density <= 1:
+            raise ValueError(
+                f"final_density={self.final_density} must be in (0, 1]: the share of the sparse part's elements that "
+                "remains. Use 0.1, or leave it out."
+            )
         check_count("lora_rank", self.lora_rank, 1)
         if not 0 <= self.reconstruct < 1:
             raise ValueError(

@@ -29,9 +29,11 @@ from optimum_moe.recipe import load_recipe, parse_recipe, recovery_on, share_fie
 from optimum_moe.recovery import recover
 from optimum_moe.recovery.teacher import ModelTeacher
 from optimum_moe.reporting.page.run_record import read_report
+from tests.fake_hub import FakeHub, fake_hub
 from tests.recovery.test_recover import SHARD, Interrupted, rows, sharp
 from tests.test_reload import assert_same_tensors
 
+__all__ = ["fake_hub"]
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:Training never lowered")
 
 PRUNED = ExpertPruning(num_experts=4, saliency="reap")
@@ -96,7 +98,7 @@ def test_one_apply_is_both_steps_by_hand(stages: Any, settings: dict[str, Any], 
     assert {path.name for path in tmp_path.iterdir()} == {"one", "cut", "two"}
 
 
-def test_a_model_in_memory_is_copied_before_it_is_cut(tmp_path: Path) -> None:
+def test_a_model_in_memory_is_copied_before_it_is_cut(tmp_path: Path, fake_hub: FakeHub) -> None:
     models = [sharp() for _ in range(2)]
     compressor = opened(models[0], PRUNED, ROUTERS)
     assert compressor.apply() is models[0]
@@ -112,6 +114,11 @@ def test_a_model_in_memory_is_copied_before_it_is_cut(tmp_path: Path) -> None:
     report = verify(tmp_path / "out", tmp_path / "original")
     assert report.passed, str(report)
     assert report["routers"].trained
+    compressor.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="me/small")
+    card = fake_hub.files["me/small"]["README.md"].decode()
+    assert "# me/small\n" in card
+    assert card.count("## Trained afterwards") == 1
+    assert "Nothing was trained after the cut" not in card
 
 
 def test_a_killed_training_goes_on_to_the_same_bytes(
@@ -213,7 +220,7 @@ def test_its_text_is_that_of_the_calibration_by_default() -> None:
         ({"train": "routers"}, {}, r"train='routers' is unknown; did you mean 'router'\?"),
         ({"max_tokens": "300k"}, {}, r"max_tokens='300k' is out of range"),
         ({"alpha": "high"}, {}, r"alpha='high' is not a number"),
-        ({"final_density": 0.0}, {}, r"falls from 1\.0 to 0\.0"),
+        ({"final_density": 0.0}, {}, r"final_density=0\.0 must be in \(0, 1\]"),
         ({"lora_rank": 0}, {}, r"lora_rank=0 is out of range"),
         ({"held_out_share": 2}, {}, r"held_out_share=2 must be between 0 and 1"),
         ({"final_density": 0.1}, {}, r"the experts of expert-pruning stay whole matrices\. Leave it out"),
