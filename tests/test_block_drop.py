@@ -24,7 +24,7 @@ from tests.mtp_checkpoints import save_with_mtp
 from tests.quantized_checkpoints import edit_config
 from tests.test_streaming import tensors
 from tests.tiny_checkpoints import save_checkpoint
-from tests.tiny_models import Target, build, every_target, inputs_for, logits_of
+from tests.tiny_models import Target, build, every_target, in_full, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
@@ -118,7 +118,7 @@ def test_streaming_equals_memory_and_verifies(name: str, tmp_path: Path) -> None
     assert plan.source["name"] == "original"
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("name", ["qwen3_moe", *in_full("gpt_oss", "llama4")])
 def test_the_result_loads_and_generates_without_the_package(name: str, tmp_path: Path) -> None:
     model = build(name)
     compressor = MoECompressor.from_pretrained(model, BlockDrop(num_blocks=1), data_for(name), progress=False)

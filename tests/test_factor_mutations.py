@@ -20,6 +20,7 @@ from optimum_moe.formats import ExpertsSpec
 from optimum_moe.records import digest
 from tests.test_factorized_verification import save_mixture
 from tests.test_mutations import CASES, at, outcome, places
+from tests.tiny_models import in_full
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -63,7 +64,7 @@ def mutations(draw: st.DrawFn, tree: dict[str, Any]) -> Any:
     return tree
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
+@pytest.fixture(scope="module", params=["qwen3_moe", *in_full("gpt_oss")])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = save_mixture(request.param, tmp_path_factory.mktemp("sizes")) / "out"
     return folder, AutoModelForCausalLM.from_pretrained(folder)

@@ -26,7 +26,7 @@ from tests.test_loading import (
     without_noise,
 )
 from tests.test_reload import assert_same_tensors
-from tests.tiny_models import build, by_name, inputs_for, logits_of
+from tests.tiny_models import build, by_name, in_full, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
 
@@ -63,7 +63,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Save
 
 
 @pytest.mark.parametrize("device_map", DEVICE_MAPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, *in_full(torch.bfloat16)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("way", ["as written", "sharded", "state_dict"])
 @pytest.mark.parametrize("kind", ["map", "mixture"])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.test_factorized_verification import save_mixture
 from tests.test_parallel import expected, run_processes
-from tests.tiny_models import inputs_for
+from tests.tiny_models import in_full, inputs_for
 
 FSDP = {"fsdp_size": 2}
 REFUSED = {
@@ -60,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-@pytest.mark.parametrize("way", REFUSED)
+@pytest.mark.parametrize("way", ["expert and data", *in_full("tensor", "tensor without a size", "expert")])
 def test_what_would_split_experts_is_refused(way: str, folders: Any, tmp_path: Path) -> None:
     done = run_processes(folders("qwen3_moe"), REFUSED[way], "grouped_mm", tmp_path / "result.safetensors")
     for code, printed in done:
@@ -69,8 +69,8 @@ def test_what_would_split_experts_is_refused(way: str, folders: Any, tmp_path: P
         assert "over 2 processes. Use data parallelism (FSDP) or device_map=" in printed
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", *in_full("eager")])
+@pytest.mark.parametrize("family", ["qwen3_moe", *in_full("gpt_oss")])
 def test_fsdp_computes_what_one_process_does(family: str, implementation: str, folders: Any, tmp_path: Path) -> None:
     done = run_processes(folders(family), FSDP, implementation, tmp_path / "result.safetensors")
     assert [code for code, _ in done] == [0, 0], done[0][1][-3000:]
@@ -84,7 +84,7 @@ def test_fsdp_computes_what_one_process_does(family: str, implementation: str, f
         assert (tensor - expected_tensor).abs().max().item() <= 2e-5 * scale, name
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gpt_oss", *in_full("qwen3_moe")])
 def test_fsdp_where_experts_of_one_process_get_no_token(
     family: str, folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

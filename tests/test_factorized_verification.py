@@ -23,7 +23,7 @@ from tests.expert_forms import mixture
 from tests.factor_methods import METHODS, compressor_for, refusal
 from tests.test_factors import factorized
 from tests.test_verification import ALL, SHARD, edit, failed
-from tests.tiny_models import Target, build, every_target, inputs_for
+from tests.tiny_models import Target, build, every_target, in_full, inputs_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
 
@@ -70,7 +70,7 @@ def test_a_good_checkpoint_passes(target: Target, kind: str, tmp_path: Path) -> 
     assert int(report["experts"].note.split()[0]) >= 2 * 2 * blocks
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", *in_full("gpt_oss")])
 def test_one_bit_of_any_number(family: str, folders: Any, tmp_path: Path) -> None:
     original, good = folders(family) / "original", folders(family) / "out"
     assert verify(good, original).passed

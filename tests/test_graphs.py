@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from optimum_moe import ByteBudget, CalibrationConfig, LowRankSparse, MoECompressor, MSMoE
-from tests.tiny_models import build, inputs_for
+from tests.tiny_models import build, in_full, inputs_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:No gradient of the loss")
 METHODS: dict[str, Any] = {
@@ -45,7 +45,10 @@ def assert_equal_at_two_lengths(graph: Any, model: Logits, target: str) -> None:
 
 @pytest.mark.parametrize(
     ("target", "method"),
-    [("qwen3_moe", method) for method in METHODS] + [("gpt_oss", "budget"), ("gpt_oss", "rank"), ("llama4", "rank")],
+    [
+        *(("qwen3_moe", method) for method in METHODS),
+        *in_full(("gpt_oss", "budget"), ("gpt_oss", "rank"), ("llama4", "rank")),
+    ],
 )
 def test_an_exported_graph_runs_at_every_length(target: str, method: str) -> None:
     model = compressed(target, method)

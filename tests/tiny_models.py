@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tests.architectures_table import DEFAULTS, FAMILIES, OTHERS, Target
 
-__all__ = ["OTHERS", "TARGETS", "Target", "build", "by_name", "every_target", "inputs_for", "logits_of"]
+__all__ = ["OTHERS", "TARGETS", "Target", "build", "by_name", "every_target", "in_full", "inputs_for", "logits_of"]
 
 TARGETS = FAMILIES
 """What the tests build by default."""
@@ -22,6 +22,12 @@ def every_target() -> list[Any]:
     """All targets as parameters of a test; those of no family belong to the full matrix."""
     full = [pytest.param(target, id=target.name, marks=pytest.mark.full) for target in OTHERS]
     return [pytest.param(target, id=target.name) for target in TARGETS] + full
+
+
+def in_full(*values: Any) -> list[Any]:
+    """Parameters of a test that belong to the full matrix."""
+    sets = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*each, marks=pytest.mark.full) for each in sets]
 
 
 def by_name(name: str) -> Target:
