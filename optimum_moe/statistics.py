@@ -237,8 +237,8 @@ class Statistics:
             more = f", and in {behind} other blocks" if behind else ""
             raise ValueError(
                 f"Observation gave NaN or infinity in the {what} of {name}{more}, so its statistics cannot be used. "
-                'Check the calibration data; if the model runs in float16, load it with dtype="bfloat16" or "float32", '
-                "whose range is larger."
+                "Check the calibration data; if the model runs in float16, load it with a dtype of larger range: "
+                'dtype="bfloat16" or dtype="float32".'
             )
 
     def unseen_report(self) -> str | None:
@@ -246,7 +246,9 @@ class Statistics:
         missing = {name: block.unseen for name, block in self.blocks.items() if block.unseen}
         if not missing:
             return None
-        return f'Calibration gave no token to {self._counted(missing)}. Add data, or set unseen="keep" or "prune".'
+        return (
+            f'Calibration gave no token to {self._counted(missing)}. Add data, or set unseen="keep" or unseen="prune".'
+        )
 
     def silent_report(self) -> str | None:
         """One sentence that names blocks and experts whose outputs are all zero, None if there are none."""

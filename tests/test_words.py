@@ -51,6 +51,8 @@ DIALECT = (
     r'"The first\'s\."',
     r"\bAs set\.",
     r"\bIt always (?:is|can)\.",
+    # The command line shows flags in the place of names, so that every value needs its name.
+    r"""\w="\w+" or "\w""",
     # Installed is enough: an entry point of torch tells transformers how to load (`tests/test_autoload.py`).
     r"\boptimum_moe imported\b",
 )

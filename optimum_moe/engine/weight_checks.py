@@ -65,7 +65,7 @@ def check_tensors(tensors: Iterable[Named], model: PreTrainedModel, blocks: Sequ
             elif not bool(part.any()):
                 dead.append(_place(name, block, expert))
     if broken:
-        wider = 'load it in a wider dtype than float16 (dtype="bfloat16" or "float32"), or ' if narrow else ""
+        wider = 'load it in a wider dtype than float16 (dtype="bfloat16" or dtype="float32"), or ' if narrow else ""
         raise ValueError(
             f"The weights are broken: {_listed(broken)}. Nothing was cut. To fix this, {wider}download, copy or "
             "train the checkpoint again."

@@ -40,7 +40,7 @@ from tests.tiny_checkpoints import documents, save_checkpoint, tokenizer
         ("Set text_column.", "Set --text-column."),
         ("Raise max_tokens or lower sequence_length.", "Raise --max-tokens or lower --sequence-length."),
         ("or pass packing=False.", "or pass --no-packing."),
-        ('set unseen="keep" or "prune".', 'set --unseen keep or "prune".'),
+        ('set unseen="keep" or unseen="prune".', "set --unseen keep or --unseen prune."),
         (
             'leave them out with protect=["*.0.*"] or layers=.',
             'leave them out with --set protect=["*.0.*"] or --set layers=.',
