@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import platform
 import sys
 import tempfile
 import warnings
@@ -149,10 +150,18 @@ def digests(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
 def kind_of_machine() -> dict[str, str]:
     """What decides how sums are rounded."""
     return {
-        "processor": torch.backends.cpu.get_cpu_capability(),
+        # Matrix products choose their kernels by the vendor as well.
+        "processor": f"{_vendor()} {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _vendor() -> str:
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text(encoding="utf-8").splitlines() if described.is_file() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("vendor_id"))
+    return next(names, platform.processor())
 
 
 def differences(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
