@@ -231,7 +231,7 @@ def test_kept_experts_that_take_more_than_the_budget_are_an_error() -> None:
 def test_a_preset_is_what_a_user_gets_who_only_says_a_size() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compressor = compressor_for(build("mixtral"), "budget", "mixtral")
+        compressor = compressor_for(build("mixtral"), "byte-budget", "mixtral")
     assert compressor.recipe.stages == (ByteBudget(share=0.5),)
     assert compressor.recipe.stages[0].runs_in == "any"
 
