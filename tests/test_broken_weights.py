@@ -116,6 +116,21 @@ def test_a_criterion_without_data_ranks_a_dead_expert_last(tensors: tuple[str, .
     assert compressor.plan.blocks[MLP].dominants_G == (0, 1, 2, 3, 4, 6, 7)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_dead"), [("experts.down_proj", True), ("gate.weight", False), ("self_attn.o_proj.weight", False)]
+)
+def test_only_an_expert_of_zeros_is_said_to_output_zero(name: str, is_dead: bool) -> None:
+    model = build("qwen3_moe")
+    place = f"{MLP}.{name}" if is_dead or name == "gate.weight" else f"{MLP.removesuffix('.mlp')}.{name}"
+    model.state_dict()[place][:] = 0
+    with pytest.warns(UserWarning, match="all zeros") as caught:
+        compressor_of(model, ExpertPruning(num_experts=7, saliency="aimer")).apply()
+    said = str(next(warning.message for warning in caught if "all zeros" in str(warning.message)))
+    assert place in said
+    assert ("An expert of zeros outputs zero, and is removed first." in said) is is_dead
+    assert said.endswith("Check the checkpoint if this is not intended.")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_dead_experts_and_router_rows_are_named_and_harm_nothing(method: str) -> None:
     model = build("qwen3_moe")

@@ -1,4 +1,4 @@
-"""Checks of all weights before anything is cut: NaN and infinity are refused, all-zero experts cause a warning."""
+"""Checks of all weights before anything is cut: NaN and infinity are refused, all-zero matrices cause a warning."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_model(model: PreTrainedModel, blocks: Sequence[FoundBlock], beside: It
 
 
 def check_tensors(tensors: Iterable[Named], model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> None:
-    """Refuse tensors with NaN or infinity, and warn of experts whose weights are all zeros.
+    """Refuse tensors with NaN or infinity, and warn of matrices that are all zeros.
 
     Args:
         tensors: All tensors to compress, by the names of the model.
@@ -48,7 +48,8 @@ def check_tensors(tensors: Iterable[Named], model: PreTrainedModel, blocks: Sequ
     """
     axes = {f"{f.info.name}.{path}": a for f in blocks for path, a in f.surgeon.expert_axes(f.module(model)).items()}
     names = sorted((found.info.name for found in blocks), key=len, reverse=True)
-    broken, dead, narrow = [], [], False
+    of_experts = _names_of_experts(model, blocks)
+    broken, zeros, narrow, is_dead = [], [], False, False
     for name, tensor in tensors:
         if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
             continue
@@ -63,19 +64,26 @@ def check_tensors(tensors: Iterable[Named], model: PreTrainedModel, blocks: Sequ
                 broken.append(f"{_place(name, block, expert)} holds {kind}")
                 narrow |= kind == "infinity" and tensor.dtype == torch.float16
             elif not bool(part.any()):
-                dead.append(_place(name, block, expert))
+                zeros.append(_place(name, block, expert))
+                is_dead |= name in of_experts
     if broken:
         wider = 'load it in a wider dtype than float16 (dtype="bfloat16" or dtype="float32"), or ' if narrow else ""
         raise ValueError(
             f"The weights are broken: {_listed(broken)}. Nothing was cut. To fix this, {wider}download, copy or "
             "train the checkpoint again."
         )
-    if dead:
+    if zeros:
+        follows = "An expert of zeros outputs zero, and is removed first. " if is_dead else ""
         warnings.warn(
-            f"These weights are all zeros: {_listed(dead)}. Such an expert outputs zero, and is removed first. Check "
-            "the checkpoint if this is not intended.",
+            f"These weights are all zeros: {_listed(zeros)}. {follows}Check the checkpoint if this is not intended.",
             stacklevel=2,
         )
+
+
+def _names_of_experts(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> set[str]:
+    """Names of the parameters of routed experts, without those of their routers."""
+    experts = {id(p) for found in blocks for p in found.surgeon.expert_parameters(found.module(model))}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in experts}
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
