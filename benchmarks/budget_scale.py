@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=2048, help="random tokens that are observed")
-    parser.add_argument("--sampled", nargs="+", type=int, default=[16384, CALIBRATION_TOKENS])
+    parser.add_argument("--sampled", nargs="+", type=int, default=[16384, 32768, CALIBRATION_TOKENS])
     parser.add_argument("--runs-in", nargs="+", default=["any", "transformers"])
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
