@@ -1,6 +1,6 @@
 """What the package does on one GPU: right, how fast to compress, how fast to run, and how good.
 
-    python benchmarks/gpu_study.py [--only a b c d e] [--minutes 5] [--device cuda:0]
+    python benchmarks/gpu_study.py [--only a b c d e f] [--minutes 5] [--device cuda:0]
 
 Phases, each printed as it ends:
 
@@ -13,6 +13,8 @@ Phases, each printed as it ends:
         `train_reference.py --stream-only`), and the table of methods at 75, 50 and 25% of the experts' bytes on it
     e   experts of any width and rank in the vLLM plugin's launches, beside the stock layer (`ragged_experts.py`); less
         than a minute, needs Triton
+    f   what training wins back on the model of d, which has to be there: routers, then all that is stored of experts,
+        of half of the experts pruned by REAP and of the byte budget at a quarter; needs accelerate
 
 Before them the card's own limits: a large copy, and a large matmul in bfloat16. `--small` shrinks every size, so that
 the script runs on a CPU within a minute.
@@ -49,6 +51,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"30B": (2048, 768, 128), "235B": (4096, 1536, 128)}
 """Hidden size, width and number of experts of the layers of Qwen3-30B-A3B and Qwen3-235B-A22B."""
 TOP_K = 8
+TRAINED = ROOT / ".cache" / "gpu_study" / "model"
+"""The model of phase d."""
 LENGTHS = (1, 8, 64, 4096)
 """Tokens of a forward pass; more than 64 are prefill."""
 
@@ -381,15 +385,11 @@ def train_and_compare(study: Study) -> None:
     seconds = 20.0 if small else min(200.0, study.left() * 0.45)
     train(study, model, training_T.to(study.device), batch, length, seconds)
     model.to(torch.bfloat16).eval()
-    where = ROOT / ".cache" / "gpu_study" / "model"
-    model.save_pretrained(where)
+    model.save_pretrained(TRAINED)
     reference = log_probabilities(study, model, held)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"trained: {parameters:.1f}M parameters, held-out perplexity {perplexity(reference, held):.2f}")
-    data = [
-        {"input_ids": training_T[start : start + 8 * 512].view(8, 512)}
-        for start in range(0, 8 * 512 * (2 if small else 16), 8 * 512)
-    ]
+    data = batches(training_T, 2 if small else 16)
     say(f"{'experts’ bytes':<16}{'method':<24}{'perplexity':>12}{'KL':>9}{'top-1':>8}{'seconds':>9}")
     seen = None
     methods: dict[str, Callable[[float], Any]] = {
@@ -410,7 +410,7 @@ def train_and_compare(study: Study) -> None:
                     study.fresh()
                     start = time.perf_counter()
                     compressor = MoECompressor.from_pretrained(
-                        where, method(share), CalibrationConfig(data), device_map=str(study.device), progress=False
+                        TRAINED, method(share), CalibrationConfig(data), device_map=str(study.device), progress=False
                     )
                     # The byte budget comes first, because it wants gradients beside what the others observe.
                     seen = seen or compressor.calibrate()
@@ -428,6 +428,11 @@ def train_and_compare(study: Study) -> None:
                 say(f"{f'{share:.0%}':<16}{name:<24} {type(error).__name__}: {str(error)[:200]}")
                 if not isinstance(error, OutOfTime):
                     say(traceback.format_exc(limit=-4))
+
+
+def batches(stream_T: torch.Tensor, number: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of 8 rows of 512 tokens, from the start of a stream."""
+    return [{"input_ids": rows.view(8, 512)} for rows in stream_T[: number * 8 * 512].split(8 * 512)]
 
 
 def train(study: Study, model: Any, stream_T: torch.Tensor, batch: int, length: int, seconds: float) -> None:
@@ -474,9 +479,57 @@ def ragged_experts(study: Study) -> None:
         say(line)
 
 
+# Phase f
+
+
+def win_back(study: Study) -> None:
+    """Train compressed models on the predictions of the original, and print what that wins back on other tokens."""
+    from safetensors.torch import load_file
+
+    from optimum_moe import recover
+
+    assert study.stream is not None
+    streams = load_file(study.stream)
+    training_T, held_T = streams["training"].long(), streams["held_out"].long()
+    tokens = 8_192 if study.small else 1_000_000
+    # Not the tokens that are calibrated on.
+    text, held_out = batches(training_T.flip(0), tokens // 4096), batches(held_T, 1 if study.small else 4)
+    recipes = {
+        "REAP, 50%": ExpertPruning(keep_ratio=0.5),
+        "byte budget, 25%": ByteBudget(runs_in="transformers", share=0.25),
+    }
+    say(f"{'compressed':<20}{'trained':<10}{'KL before':>10}{'after':>9}{'won back':>10}{'seconds':>9}")
+    for name, recipe in recipes.items():
+        for parts in ("router", "experts"):
+            if study.left() < 8:
+                say("no time left")
+                return
+            study.fresh()
+            calibration = CalibrationConfig(batches(training_T, 2 if study.small else 16))
+            compressor = MoECompressor.from_pretrained(
+                TRAINED, recipe, calibration, device_map=str(study.device), progress=False
+            )
+            student = compressor.apply()
+            start = time.perf_counter()
+            with at_most(study.left()):
+                record = recover(
+                    student,
+                    teacher=TRAINED,
+                    data=text,
+                    held_out=held_out,
+                    train=parts,
+                    max_tokens=tokens,
+                    progress=False,
+                ).record
+            say(
+                f"{name:<20}{parts:<10}{record.kl_before:>10.4f}{record.kl_after:>9.4f}{record.won_back:>10.0%}"
+                f"{time.perf_counter() - start:>9.1f}"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["a", "b", "c", "d", "e"], default=["a", "b", "c"])
+    parser.add_argument("--only", nargs="+", choices=["a", "b", "c", "d", "e", "f"], default=["a", "b", "c"])
     parser.add_argument("--minutes", type=float, default=5.0, help="for all phases together")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stream", type=Path, help="safetensors file with int16 `training` and `held_out` token ids")
@@ -498,6 +551,7 @@ def main() -> None:
         "c": lambda: layer_speed(study, rates),
         "d": lambda: train_and_compare(study),
         "e": lambda: ragged_experts(study),
+        "f": lambda: win_back(study),
     }
     for name in arguments.only:
         say(f"\n## Phase {name}")
