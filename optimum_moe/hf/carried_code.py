@@ -24,7 +24,7 @@ from optimum_moe.nn import SwappedModule, swapped_class
 from optimum_moe.surgeons.guard import as_stored
 
 CARRIED = (
-    *("__init__.py", "model_info.py", "plan.py", "records.py", "settings.py"),
+    *("__init__.py", "memory_errors.py", "model_info.py", "plan.py", "records.py", "settings.py"),
     *("algorithms/*.py", "formats/*.py", "kernels/*.py", "nn/*.py", "surgeons/*.py"),
     *("checkpoint/__init__.py", "checkpoint/missing.py"),
     *(f"hf/{name}.py" for name in ("__init__", "carried_code", "compat", "import_hook", "quantizer", "structure")),
