@@ -35,10 +35,10 @@ def explanation(error: BaseException, doing: str, remedy: str) -> ValueError:
 
 @contextmanager
 def explained(doing: str, remedy: str) -> Iterator[None]:
-    """Context whose errors of `ran_out` become an `explanation`."""
+    """Context in which torch's errors of `ran_out` become an `explanation`; a `MemoryError` says itself what to do."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except RuntimeError as error:
         if not ran_out(error):
             raise
         raise explanation(error, doing, remedy) from error

@@ -300,7 +300,7 @@ class Run:
         with Progress(len(layers) * (1 + self.goes_back), what, self.progress, self.lines) as shown:
             try:
                 run.run(shown)
-            except (RuntimeError, MemoryError) as error:
+            except RuntimeError as error:
                 if not ran_out(error):
                     raise
                 raise out_of_memory(error, self.store.model, self.batches) from error
