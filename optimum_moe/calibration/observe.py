@@ -73,7 +73,8 @@ def observe(
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            failed = str(out_of_memory(error, model, batches))
+            doing, remedy = pass_advice(batches, model.device)
+            failed = str(explanation(error, doing, remedy))
         # Outside of the handler: the traceback would keep the tensors of the failed attempt.
         failures = [said for said in ranks.gathered(failed) if said]
         if not failures:
@@ -99,16 +100,23 @@ def observe(
     return statistics
 
 
-def out_of_memory(error: BaseException, model: PreTrainedModel, batches: CalibrationBatches) -> ValueError:
-    """The error of a pass over calibration data for which there was not enough memory."""
+def pass_advice(batches: CalibrationBatches, device: torch.device, spreads: bool = True) -> tuple[str, str]:
+    """What a pass over calibration data is called where memory runs out, and what to do.
+
+    Args:
+        batches: The data.
+        device: Where the model computes.
+        spreads: Whether the model may be on several devices.
+    """
     smaller, size = batches.halved(), batches.description["batch_size"]
-    doing = f"Observing {'a batch' if size is None else f'batches of batch_size={size}'} on {model.device}"
+    doing = f"Observing {'a batch' if size is None else f'batches of batch_size={size}'} on {device}"
     if smaller is not None:
-        return explanation(error, doing, f"Pass batch_size={smaller.description['batch_size']}.")
+        return doing, f"Pass batch_size={smaller.description['batch_size']}."
     remedy = "Give shorter inputs"
     if size is not None:
         remedy = f"Pass a sequence_length below {batches.description['sequence_length']}"
-    return explanation(error, doing, f"{remedy}, or spread the model over more devices with device_map='auto'.")
+    more = ", or spread the model over more devices with device_map='auto'" if spreads else ""
+    return doing, f"{remedy}{more}."
 
 
 def _recorded(

@@ -106,6 +106,11 @@ class DiskStore:
         size = self.streamed.checkpoint_tensors.headers.tensors[part][2]
         return part in stored and stored[part].dtype == dtype and _bytes(stored[part]) == size
 
+    @property
+    def device(self) -> torch.device:
+        """See `Store.device`."""
+        return self.streamed.device
+
     @contextmanager
     def loaded(self, layer: Layer) -> Iterator[None]:
         """Read the layer, and free it on exit."""

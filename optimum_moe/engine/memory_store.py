@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from transformers import PreTrainedModel
 
 from optimum_moe.checkpoint.stored import StoredModel
@@ -34,6 +35,11 @@ class MemoryStore:
         self.layers: Sequence[Layer] = find_layers(model, blocks)
         self._plans: dict[str, BlockPlan] = {}
         self._finished: set[str] = set()
+
+    @property
+    def device(self) -> torch.device:
+        """See `Store.device`."""
+        return self.model.device
 
     @contextmanager
     def loaded(self, layer: Layer) -> Iterator[None]:

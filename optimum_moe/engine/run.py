@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
-from optimum_moe.calibration.observe import check_observed, forward_calls, observe, out_of_memory, reached_tokens
+from optimum_moe.calibration.observe import check_observed, forward_calls, observe, pass_advice, reached_tokens
 from optimum_moe.engine.decision import Decider, PlanReader, SharedPlans, unreached_report
 from optimum_moe.engine.layer_backward import Save
 from optimum_moe.engine.layers import Layer
@@ -19,7 +19,7 @@ from optimum_moe.engine.layerwise import Keep, LayerwiseRun, keep_in_memory
 from optimum_moe.engine.progress import LayerReport, Progress
 from optimum_moe.engine.starving import starving_remarks
 from optimum_moe.engine.store import Observed, Store
-from optimum_moe.memory_errors import explained, ran_out
+from optimum_moe.memory_errors import explained
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.ranks import SINGLE, Ranks
@@ -258,8 +258,9 @@ class Run:
     def _explained(self, doing: str) -> AbstractContextManager[None]:
         """Context that says what to do where memory runs out without any text to observe."""
         sample = f", sample fewer tokens than {self.config.sampled_tokens} (reservoir_tokens=)" if self.config else ""
-        device = self.store.model.device
-        return explained(f"{doing} on {device}", f"Free memory there{sample}, or choose another device (device_map=).")
+        return explained(
+            f"{doing} on {self.store.device}", f"Free memory there{sample}, or choose another device (device_map=)."
+        )
 
     def _check_reach(self, wanted: Collection[str]) -> None:
         """Raise a `ValueError` if no batch runs through one of these blocks; stops once all of them are reached."""
@@ -297,13 +298,10 @@ class Run:
             needs=needs,
             save=self.save if self.goes_back else None,
         )
-        with Progress(len(layers) * (1 + self.goes_back), what, self.progress, self.lines) as shown:
-            try:
-                run.run(shown)
-            except RuntimeError as error:
-                if not ran_out(error):
-                    raise
-                raise out_of_memory(error, self.store.model, self.batches) from error
+        doing, remedy = pass_advice(self.batches, self.store.device, spreads=self.store.holds_all)
+        progress = Progress(len(layers) * (1 + self.goes_back), what, self.progress, self.lines)
+        with progress as shown, explained(doing, remedy):
+            run.run(shown)
 
     def _finished(self, kept: KeptStatistics) -> Statistics:
         assert self.batches is not None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import torch
 from transformers import PreTrainedModel
 
 from optimum_moe.engine.layers import Layer
@@ -30,6 +31,10 @@ class Store(Protocol):
     @property
     def holds_all(self) -> bool:
         """Whether all layers are in memory at once, so that they need not be observed one by one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where layers are loaded and run; of a model on several devices the first."""
 
     def loaded(self, layer: Layer) -> AbstractContextManager[None]:
         """Context in which the layer has its tensors and can run."""

@@ -113,3 +113,20 @@ def test_errors_of_this_allocator_are_known_and_others_pass() -> None:
         torch.empty(10**14)
     with pytest.raises(RuntimeError, match="mat1 and mat2"), explained("Doing it", "Stop."):
         torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+def test_a_streamed_run_names_the_device_that_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("qwen3_moe", vocab_size=64).save_pretrained(tmp_path / "model")
+    data = CalibrationConfig(rows(2), batch_size=1, sequence_length=512, packing=False)
+    compressor = MoECompressor.from_pretrained(
+        tmp_path / "model",
+        ExpertPruning(keep_ratio=0.5),
+        data,
+        engine="streaming",
+        output_dir=tmp_path / "out",
+        progress=False,
+    )
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: torch.empty(10**14))
+    message = r"batch_size=1 on cpu ran out of memory .*\. Pass a sequence_length below 512\.$"
+    with pytest.raises(ValueError, match=message):
+        compressor.apply()
