@@ -22,14 +22,14 @@ import torch
 from tests.calibration.test_out_of_memory import compressed
 
 torch.set_num_threads(1)
-compressed(1)
-# What one row takes, and the threads and kernels of a first run, are there.
+compressed(1, 512)
+# What one row of 512 takes, the threads and kernels of a first run, and what Python makes of the text are there.
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), -1))
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[3]), -1))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     try:
-        record = compressed(int(sys.argv[1])).plan.calibration
+        record = compressed(int(sys.argv[1]), int(sys.argv[2])).plan.calibration
         print("batch_size", record["batch_size"], record["num_batches"], record["hash"])
     except ValueError as error:
         print("error", error)
@@ -37,24 +37,28 @@ print(*[str(w.message) for w in caught if "ran out of memory" in str(w.message)]
 """
 
 
-def rows(number: int) -> list[list[int]]:
+TOKENS = 64 * 512
+
+
+def rows(number: int, length: int = 512) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, 60, (number, 512), generator=generator).tolist()
+    return torch.randint(3, 60, (number, length), generator=generator).tolist()
 
 
-def compressed(batch_size: int) -> MoECompressor:
-    model = build("qwen3_moe", hidden_size=128, vocab_size=64)
-    data = CalibrationConfig(rows(64), batch_size=batch_size, sequence_length=512, packing=False)
+def compressed(batch_size: int, length: int) -> MoECompressor:
+    model = build("qwen3_moe", hidden_size=128, vocab_size=64, max_position_embeddings=length)
+    text = rows(TOKENS // length, length)
+    data = CalibrationConfig(text, batch_size=batch_size, sequence_length=length, packing=False)
     compressor = MoECompressor.from_pretrained(model, ExpertPruning(keep_ratio=0.5), data, progress=False)
     compressor.apply()
     return compressor
 
 
-def limited(batch_size: int, room: int) -> str:
+def limited(batch_size: int, length: int, room: int) -> str:
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(batch_size), str(room)],
+        [sys.executable, "-c", LIMITED, str(batch_size), str(length), str(room)],
         env={**environment, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
         capture_output=True,
         text=True,
@@ -67,7 +71,7 @@ def limited(batch_size: int, room: int) -> str:
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited by a system call of Linux")
 def test_batches_that_do_not_fit_are_halved_until_they_do() -> None:
-    said = limited(64, room=50 << 20)
+    said = limited(64, 512, room=50 << 20)
     word, size, number, digest = said.splitlines()[0].split()
     assert word == "batch_size"
     assert int(size) < 64
@@ -81,9 +85,9 @@ def test_batches_that_do_not_fit_are_halved_until_they_do() -> None:
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited by a system call of Linux")
 def test_single_rows_that_do_not_fit_end_with_the_remedy() -> None:
-    said = limited(2, room=0)
+    said = limited(2, TOKENS // 2, room=4 << 20)
     assert said.startswith("error Observing batches of batch_size=1 on cpu ran out of memory (")
-    assert "Pass a sequence_length below 512, or spread the model over more devices with device_map='auto'." in said
+    assert "Pass a sequence_length below 16384, or spread the model over more devices with device_map='auto'." in said
 
 
 def test_halved_batches_have_the_same_rows() -> None:
