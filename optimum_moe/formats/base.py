@@ -246,6 +246,17 @@ class ExpertFormat(Format):
         """(H,) output of one expert whatever the input; None where it depends on the input."""
         return None
 
+    def terms(self, part: StoredPart, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(P, T) numbers and (H, T) directions whose product is the output; None where the directions are not refitted.
+
+        Like the hidden activations and the down projection of an expert with T neurons.
+        """
+        return None
+
+    def with_directions(self, part: StoredPart, direction_HT: torch.Tensor) -> StoredPart:
+        """The same numbers with other directions, where `terms` gives some."""
+        raise NotImplementedError(f"The directions of format {self.name!r} are not refitted.")
+
     def multiply_adds(self, size: int, hidden_size: int) -> int:
         """Multiply-adds that it takes for a token."""
         return 0

@@ -38,6 +38,11 @@ class Trial:
         """Whether a candidate of a costly format is tried."""
         return self.among is None or candidate in self.among
 
+    def expected(self, damage: float, certain: float) -> float:
+        """The damage, if only this share of what it is smaller by than an empty expert's is certain."""
+        empty = self.estimate.empty_damage
+        return max(0.0, empty - certain * (empty - damage))
+
 
 class BudgetFormat(Format):
     """A format that a byte budget may choose for an expert."""

@@ -53,9 +53,9 @@ class Constant(ExpertFormat, BudgetFormat):
 
     def candidates(self, trial: Trial, narrow: NarrowExpert) -> Iterator[tuple[Candidate, float]]:
         """What is stored, by the fitted tokens."""
-        output_1H, empty = _SHARE * _mean(trial.fitter), trial.estimate.empty_damage
+        output_1H = _SHARE * _mean(trial.fitter)
         (damage,) = trial.estimate.of_sums(lambda input_PH: input_PH.new_ones(len(input_PH), 1), output_1H, [1])
-        yield Candidate(self.name, 0, 1), max(0.0, empty - _CERTAIN * (empty - damage))
+        yield Candidate(self.name, 0, 1), trial.expected(damage, _CERTAIN)
 
     def layout(self, candidate: Candidate, gated: bool) -> Layout:
         """Empty, since there are no matrices."""

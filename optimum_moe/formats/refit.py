@@ -25,8 +25,9 @@ def refit_block(
     ridge: float | None = None,
     target_SH: torch.Tensor | None = None,
 ) -> list[StoredExpert]:
-    """Refit the down projections of the experts that were changed; untouched ones, and those in a format that cannot
-    store any matrix, stay as they are.
+    """Refit the down projections of the experts that were changed, and what stands for them in affine maps.
+
+    Untouched experts, and those in a format that cannot store any matrix, stay as they are.
 
     Args:
         experts: The block's experts before the cut, in the order of the ids.
@@ -47,6 +48,7 @@ def refit_block(
     if target_SH is not None:
         left_SH += target_SH.float() * root_S[:, None]
     parts: dict[int, DownRefit] = {}
+    scales: dict[int, torch.Tensor] = {}
     for index, (expert, kept) in enumerate(zip(experts, stored, strict=True)):
         if target_SH is None and _is_untouched(expert, kept):
             continue
@@ -56,27 +58,30 @@ def refit_block(
         lost_PH = torch.zeros_like(input_PH)
         if target_SH is None:
             lost_PH = whole.activated(whole.preactivations(input_PH)) * scale_P1 @ whole.down_HI.T
-        if len(token_P) and kept.width:
-            hidden_PN, down_HN = kept.hidden(whole, input_PH) * scale_P1, kept.down.densified().float()
-            lost_PH = lost_PH - hidden_PN @ down_HN.T
-            if kept.down.encoded_again(down_HN) is not None:
-                parts[index] = DownRefit(token_P, hidden_PN, down_HN)
-        elif kept.instead is not None:
+        terms = kept.terms(whole, input_PH) if len(token_P) else None
+        if terms is None:
             lost_PH = lost_PH - kept.run(whole, input_PH) * scale_P1
+        else:
+            hidden_PN, down_HN = terms[0] * scale_P1, terms[1]
+            if not kept.width:
+                # Unlike those of neurons, the numbers of a map have any scale, and one ridge serves all of them.
+                size_N = hidden_PN.square().mean(0).sqrt()
+                scales[index] = size_N.where(size_N > 0, 1.0)
+                hidden_PN, down_HN = hidden_PN / scales[index], down_HN * scales[index]
+            lost_PH = lost_PH - hidden_PN @ down_HN.T
+            parts[index] = DownRefit(token_P, hidden_PN, down_HN)
         left_SH.index_add_(0, token_P, lost_PH.float())
     refit_downs(list(parts.values()), left_SH, sweeps, ridge)
-    return [_with_down(kept, parts[e].down_HN) if e in parts else kept for e, kept in enumerate(stored)]
+    found = list(stored)
+    for index, part in parts.items():
+        down_HN = part.down_HN / scales[index] if index in scales else part.down_HN
+        found[index] = stored[index].with_directions(down_HN)
+    return found
 
 
 def _is_untouched(expert: Expert, kept: StoredExpert) -> bool:
     same = kept.down.is_dense and kept.down.densified().data_ptr() == expert.down_HI.data_ptr()
     return kept.neurons is None and kept.up.is_dense and same
-
-
-def _with_down(kept: StoredExpert, down_HN: torch.Tensor) -> StoredExpert:
-    down = kept.down.encoded_again(down_HN.to(kept.down.densified().dtype))
-    assert down is not None
-    return replace(kept, down=down)
 
 
 def is_worth_refitting(

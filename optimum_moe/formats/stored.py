@@ -183,6 +183,31 @@ class StoredExpert:
         stacked_PS = torch.cat([input_PH @ matrix.densified().to(input_PH.dtype).T for matrix in entering], dim=1)
         return narrow.activated(stacked_PS)
 
+    def terms(self, expert: Expert, input_PH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(P, N) numbers and (H, N) directions whose product is the output, down bias excluded.
+
+        Arguments as for `hidden`, which the numbers are where there are neurons. None where other directions cannot be
+        stored (`with_directions`).
+        """
+        if self.width:
+            down_HN = self.down.densified()
+            if self.down.encoded_again(down_HN) is None:
+                return None
+            return self.hidden(expert, input_PH), down_HN.to(input_PH.dtype)
+        if self.instead is None:
+            return None
+        form: ExpertFormat = get_format(self.instead.format, ExpertFormat)
+        return form.terms(self.instead, input_PH)
+
+    def with_directions(self, direction_HN: torch.Tensor) -> StoredExpert:
+        """The expert with other directions than those of `terms`, in their dtype."""
+        if self.instead is not None:
+            form: ExpertFormat = get_format(self.instead.format, ExpertFormat)
+            return replace(self, instead=form.with_directions(self.instead, direction_HN))
+        down = self.down.encoded_again(direction_HN.to(self.down.densified().dtype))
+        assert down is not None
+        return replace(self, down=down)
+
     def run(self, expert: Expert, input_PH: torch.Tensor) -> torch.Tensor:
         """(P, H) outputs without the down bias; arguments as for `hidden`."""
         if self.width:

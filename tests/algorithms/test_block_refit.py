@@ -3,7 +3,9 @@
 import pytest
 import torch
 from test_byte_budget import HIDDEN, INNER, candidate, make_expert, output
+from torch.testing import assert_close
 
+from optimum_moe.algorithms.byte_budget import Candidate
 from optimum_moe.algorithms.expert_tokens import SampledTokens
 from optimum_moe.formats import build_expert, is_worth_refitting, refit_block
 from optimum_moe.formats.stored import stored_matrix
@@ -94,6 +96,40 @@ def test_untouched_and_empty_experts_and_all_sizes_stay():
     assert [kept.numbers for kept in refitted] == [kept.numbers for kept in factors]
     assert refitted[2].wants_joint
     assert torch.equal(refitted[1].neurons, factors[1].neurons)
+
+
+def test_maps_are_refitted_with_the_down_projections():
+    experts, _, tokens = make_block()
+    forms = (Candidate("affine", 0, 4), candidate(8), Candidate("affine", 0, 2), Candidate("constant", 0, 1))
+    stored = [build_expert(e, tokens.routed(i)[1], form) for i, (e, form) in enumerate(zip(experts, forms, strict=True))]
+    refitted = refit_block(experts, stored, tokens, sweeps=100, ridge=1e-9)
+    # Columns of the two maps and the narrow expert side by side; the constant stays.
+    assert refitted[3] is stored[3]
+    columns = []
+    for index in (0, 1, 2):
+        token_P, seen = tokens.routed(index)
+        numbers_PN, direction_HN = stored[index].terms(experts[index], seen.input_PH)
+        assert_close(numbers_PN @ direction_HN.T, stored[index].run(experts[index], seen.input_PH))
+        probe_PN = numbers_PN * seen.weight_P[:, None]
+        columns.append(torch.zeros(SAMPLED, probe_PN.shape[1]).index_copy_(0, token_P, probe_PN))
+        for name, value in {} if refitted[index].instead is None else stored[index].instead.tensors.items():
+            assert torch.equal(refitted[index].instead.tensors[name], value) is (name == "affine_v")
+    root_S1 = tokens.importance().sqrt()[:, None]
+    design_SN = (torch.cat(columns, 1) * root_S1).double()
+    whole = [build_expert(expert, tokens.routed(0)[1], candidate(INNER)) for expert in experts]
+    target_SH = summed_runs(experts, whole, tokens) - summed_runs(experts[3:], stored[3:], shifted(tokens, 3))
+    best = (target_SH * root_S1).double()
+    best -= design_SN @ torch.linalg.lstsq(design_SN, best).solution
+    left_SH = summed_runs(experts, refitted, tokens) - summed_runs(experts, whole, tokens)
+    assert float((left_SH * root_S1).square().sum()) == pytest.approx(float(best.square().sum()), rel=1e-3)
+
+
+def summed_runs(experts, factors, tokens):
+    total_SH = torch.zeros(tokens.input_SH.shape)
+    for index, (expert, kept) in enumerate(zip(experts, factors, strict=True)):
+        token_P, seen = tokens.routed(index)
+        total_SH[token_P] += seen.weight_P[:, None] * kept.run(expert, seen.input_PH)
+    return total_SH
 
 
 def test_slots_that_do_not_count():
