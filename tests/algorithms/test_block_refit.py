@@ -101,7 +101,9 @@ def test_untouched_and_empty_experts_and_all_sizes_stay():
 def test_maps_are_refitted_with_the_down_projections():
     experts, _, tokens = make_block()
     forms = (Candidate("affine", 0, 4), candidate(8), Candidate("affine", 0, 2), Candidate("constant", 0, 1))
-    stored = [build_expert(e, tokens.routed(i)[1], form) for i, (e, form) in enumerate(zip(experts, forms, strict=True))]
+    stored = [
+        build_expert(e, tokens.routed(i)[1], form) for i, (e, form) in enumerate(zip(experts, forms, strict=True))
+    ]
     refitted = refit_block(experts, stored, tokens, sweeps=100, ridge=1e-9)
     # Columns of the two maps and the narrow expert side by side; the constant stays.
     assert refitted[3] is stored[3]
