@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from optimum_moe.settings import check_count, check_fields, choose_one, percent, plain
+from optimum_moe.settings import check_count, check_fields, choose_one, percent, plain, token_count
 
 LEARNING_RATES = {"router": 1e-2, "experts": 2e-3, "lora": 2e-3, "full": 1e-3}
 """Default learning rates by what trains, of a student that is far from its teacher."""
@@ -34,7 +34,7 @@ class Recovery:
     Args:
         train: `"router"` (routers and norms; default), `"experts"` (also everything that is stored of the experts),
             `"lora"` (adapters of all matrices, merged at the end; needs PEFT), or `"full"`.
-        max_tokens: Tokens to train on, default 300,000; a shorter text is read several times.
+        max_tokens: Tokens to train on, such as 300_000 (the default) or "300k"; a shorter text is read several times.
         data: Text to train on: whatever `calibration=` of `MoECompressor.from_pretrained` takes. None (default) for
             the text of the calibration. Rows have 512 tokens and steps 4 rows, unless the data say otherwise.
         held_out: Other text to measure on; by default documents of `data`.
@@ -69,6 +69,7 @@ class Recovery:
     def __post_init__(self) -> None:
         for name in (*_SHARES, *_NUMBERS, *_COUNTS):
             object.__setattr__(self, name, percent(plain(getattr(self, name))))
+        object.__setattr__(self, "max_tokens", token_count(self.max_tokens))
         check_train(self.train)
         for name in (*_SHARES, *_NUMBERS):
             check_number(name, getattr(self, name))

@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 MAX_SEED = 2**32 - 1
+_MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _DIGITS = {2: 3, 4: 7}
 """Decimal digits of a floating-point number, by its bytes."""
 
@@ -40,6 +41,14 @@ def percent(value: Any) -> Any:
     """The share of a text such as `"50%"`; other values are returned unchanged."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", value) if isinstance(value, str) else None
     return value if match is None else float(Decimal(match[1]) / 100)
+
+
+def token_count(value: Any) -> Any:
+    """The number of a text such as `"300k"`, `"1.5M"` or `"2_048"`; other values are returned unchanged."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", value.strip().lower().replace("_", "").replace(",", ""))
+    return value if match is None else round(Decimal(match[1]) * _MULTIPLES[match[2]])
 
 
 def product(share: float, number: int) -> float:

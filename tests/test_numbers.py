@@ -25,7 +25,8 @@ from optimum_moe import (
 from optimum_moe.cli.inspect import inspected
 from optimum_moe.recipe import Recipe, calibration_config, parse_recipe
 from optimum_moe.records import digest
-from optimum_moe.settings import percent, plain
+from optimum_moe.recovery_settings import Recovery
+from optimum_moe.settings import percent, plain, token_count
 from optimum_moe.stages import Stage
 from optimum_moe.stages.counts import parse_size
 from tests.tiny_checkpoints import documents, save_checkpoint
@@ -315,3 +316,20 @@ def test_a_criterion_that_reads_what_is_not_observed_is_told_what_is() -> None:
 
 def test_percent() -> None:
     assert [percent(text) for text in ("7%", " 12.5 % ", "half", 0.5, None)] == [0.07, 0.125, "half", 0.5, None]
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [("300k", 300_000), ("1.5M", 1_500_000), ("2_048", 2048), ("65,536", 65536), (7, 7), (None, None)],
+)
+def test_numbers_of_tokens_as_texts(given: Any, tokens: int | None) -> None:
+    assert token_count(given) == tokens
+    assert CalibrationConfig("corpus.txt", sequence_length=2, max_tokens=given).max_tokens == tokens
+    if tokens is not None:
+        assert Recovery(max_tokens=given).max_tokens == tokens
+
+
+def test_texts_that_are_no_number_of_tokens() -> None:
+    for wrong in ("many", "3 kg", "-5", "1e6"):
+        with pytest.raises(ValueError, match=rf"max_tokens='{wrong}' is out of range"):
+            CalibrationConfig("corpus.txt", max_tokens=wrong)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from optimum_moe.calibration.documents import did_you_mean
-from optimum_moe.settings import check_count, check_seed, plain
+from optimum_moe.settings import check_count, check_seed, plain, token_count
 from optimum_moe.statistics import Unseen
 
 _LIMITS = (("num_samples", 1), ("max_tokens", 1), ("reservoir_tokens", 0))
@@ -40,7 +40,8 @@ class CalibrationConfig:
             files of several domains, {domain: path}, mixed with equal weights. Rows with a "domain" column name
             theirs, which changes nothing about how they are sampled.
         num_samples: maximum number of rows (dicts for model inputs); None (default) for no limit.
-        max_tokens: maximum number of tokens, padding not counted. Default 65,536; None for no limit.
+        max_tokens: maximum number of tokens, padding not counted, as a number or a text such as "64k". Default 65,536;
+            None for no limit.
         sequence_length: tokens per row, default 512.
         batch_size: rows per batch, default 8.
         packing: True (default) joins documents with the EOS token and cuts rows without padding; a tail shorter than
@@ -75,6 +76,8 @@ class CalibrationConfig:
             raise ValueError("source is None. Pass a path, texts, chats, a dataset or model inputs.")
         for name in (*(limit for limit, _ in _LIMITS), "sequence_length", "batch_size", "seed"):
             object.__setattr__(self, name, plain(getattr(self, name)))
+        for name in ("max_tokens", "reservoir_tokens"):
+            object.__setattr__(self, name, token_count(getattr(self, name)))
         for name, least in _LIMITS:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least, ", or None")

@@ -21,7 +21,7 @@ from optimum.commands.base import BaseOptimumCLICommand
 from optimum_moe.checkpoint.names import check_checkpoint_name, data_set_name
 from optimum_moe.cli.errors import ParseArgs, ending_in_one_line, name_flags
 from optimum_moe.runtimes import QUANTIZERS, RUNTIMES
-from optimum_moe.settings import percent
+from optimum_moe.settings import percent, token_count
 
 if TYPE_CHECKING:
     from optimum_moe.recipe import Recipe
@@ -197,7 +197,12 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--text-column", help='Column of the text; default "text", else "messages".')
     parser.add_argument("--tokenizer", help="Hub id, or folder; default the checkpoint's.")
     parser.add_argument("--num-samples", type=int, help="Maximum number of calibration rows.")
-    parser.add_argument("--max-tokens", type=int, help="Maximum number of calibration tokens; default 65536.")
+    parser.add_argument(
+        "--max-tokens",
+        type=tokens,
+        metavar="N",
+        help="Maximum number of calibration tokens, such as 64k or 1M; default 65536.",
+    )
     parser.add_argument("--sequence-length", type=int, help="Tokens per calibration row; default 512.")
     parser.add_argument("--batch-size", type=int, help="Calibration rows per forward pass; default 8.")
     parser.add_argument(
@@ -207,6 +212,14 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="One padded row per document, instead of rows cut from joined documents.",
     )
+
+
+def tokens(text: str) -> int:
+    """Parse a number of tokens, written out or with k, M or G, for argparse."""
+    found = token_count(text)
+    if not isinstance(found, int):
+        raise ValueError(text)
+    return found
 
 
 def add_runtime_arguments(parser: ArgumentParser) -> None:

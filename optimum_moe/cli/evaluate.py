@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_moe.checkpoint.names import check_checkpoint_name
-from optimum_moe.cli.common import MoESubcommand, add_json_argument, check_text, prepare, table, text_source
+from optimum_moe.cli.common import MoESubcommand, add_json_argument, check_text, prepare, table, text_source, tokens
 
 if TYPE_CHECKING:
     from optimum_moe.evaluation import EvaluationResult
@@ -72,7 +72,9 @@ class EvaluateCommand(MoESubcommand):
         parser.add_argument("--text-column", help='Column of the text; default "text", else "messages".')
         parser.add_argument("--tokenizer", help="Hub id, or folder; default that of the first model.")
         parser.add_argument("--tasks", nargs="+", help="Some of: perplexity agreement choice generation. Default all.")
-        parser.add_argument("--max-tokens", type=int, help="Maximum number of tokens of text; default 65536.")
+        parser.add_argument(
+            "--max-tokens", type=tokens, metavar="N", help="Maximum number of tokens of text; default 65536."
+        )
         parser.add_argument("--sequence-length", type=int, help="Tokens per window; default 256.")
         parser.add_argument("--batch-size", type=int, help="Windows per forward pass; default 8.")
         parser.add_argument("--num-questions", type=int, help="Multiple-choice questions; default 200.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -16,13 +15,13 @@ from optimum_moe.cli.common import (
     model_of,
     prepare,
     text_source,
+    tokens,
 )
 
 _EXAMPLE = """example:
   optimum-cli moe recover small --teacher org/model --data corpus.txt --train router --max-tokens 300k --output better
 
 The same command goes on after an interruption."""
-_MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _SETTINGS = (
     *(
         "learning_rate",
@@ -144,14 +143,9 @@ class RecoverCommand(MoESubcommand):
         if args.quiet:
             print(done.folder)
             return
-        print(f"{sentence(done.record)} That is {done.record.won_back:.0%} of what was lost; training ended")
+        share = (
+            f"That is {done.record.won_back:.0%} of what was lost" if done.record.kl_before > 0 else "Nothing was lost"
+        )
+        print(f"{sentence(done.record)} {share}; training ended")
         print(f"{done.record.stopped}, and step {done.record.best_step} of {done.record.steps} was kept.")
         print(f"Saved to {done.folder}. It loads as {Path(model).name} does.")
-
-
-def tokens(text: str) -> int:
-    """Parse a number of tokens, written out or with k, M or G, for argparse."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.strip().lower().replace("_", "").replace(",", ""))
-    if found is None:
-        raise ValueError(text)
-    return round(float(found[1]) * _MULTIPLES[found[2]])

@@ -15,6 +15,7 @@ from optimum_moe.cli.common import (
     model_of,
     prepare,
     text_source,
+    tokens,
 )
 
 _CALIBRATION = ("text_column", "max_tokens", "sequence_length")
@@ -49,7 +50,9 @@ class SweepCommand(MoESubcommand):
             "--text", required=True, action="append", metavar="TEXT[:WEIGHT]", help="Held-out text, as --calibration."
         )
         parser.add_argument("--text-column", help='Column of the text; default "text", else "messages".')
-        parser.add_argument("--max-tokens", type=int, help="Maximum number of calibration tokens; default 65536.")
+        parser.add_argument(
+            "--max-tokens", type=tokens, metavar="N", help="Maximum number of calibration tokens; default 65536."
+        )
         parser.add_argument("--sequence-length", type=int, help="Tokens per calibration row; default 512.")
         parser.add_argument("--tokenizer", help="Hub id, or folder; default the checkpoint's.")
         parser.add_argument(
@@ -57,7 +60,9 @@ class SweepCommand(MoESubcommand):
             nargs="+",
             help="Some of: perplexity agreement choice generation. Default perplexity agreement.",
         )
-        parser.add_argument("--evaluation-tokens", type=int, help="Maximum number of held-out tokens; default 65536.")
+        parser.add_argument(
+            "--evaluation-tokens", type=tokens, metavar="N", help="Maximum number of held-out tokens; default 65536."
+        )
         parser.add_argument("--at-once", type=int, default=4, help="Compressed models in memory at a time; default 4.")
         parser.add_argument("--device-map", help='Device of the weights, such as "auto" or "cuda:0"; default the CPU.')
         parser.add_argument("--seed", type=int, default=0, help="Seed of all random choices; default 0.")

@@ -20,7 +20,7 @@ from optimum_moe.evaluation.heldout import HeldOut
 from optimum_moe.evaluation.models import logits_of
 from optimum_moe.evaluation.perplexity import predicted_positions, window_nll
 from optimum_moe.evaluation.scores import UnitScores
-from optimum_moe.settings import check_count, check_seed, make_plain
+from optimum_moe.settings import check_count, check_seed, make_plain, token_count
 
 TASKS = ("perplexity", "agreement", "choice", "generation")
 
@@ -58,6 +58,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         make_plain(self)
+        object.__setattr__(self, "max_tokens", token_count(self.max_tokens))
         for name, least in (("num_questions", 1), ("num_prompts", 1), ("new_tokens", generation.LOOP_TAIL)):
             check_count(name, getattr(self, name), least)
         check_seed(self.seed)

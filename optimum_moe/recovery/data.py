@@ -22,6 +22,7 @@ from optimum_moe.calibration.sources import read_sources
 from optimum_moe.evaluation.disjoint import THRESHOLD, shared_ngrams
 from optimum_moe.recovery.objective import IGNORED, LABELS
 from optimum_moe.recovery_settings import check_amount
+from optimum_moe.settings import token_count
 
 HELD_OUT_TOKENS = 8192
 """Maximum tokens that the divergence is measured on during training."""
@@ -37,7 +38,8 @@ class DataSettings:
     """How much text is read, and what part of it is held out.
 
     Args:
-        max_tokens: tokens that are trained on; a text with fewer of them is read several times.
+        max_tokens: tokens that are trained on, such as 300_000 or "300k"; a text with fewer of them is read several
+            times.
         held_out: text to measure the divergence on; None for whole documents of the training text.
         held_out_share: share of the documents that are held out, at least one.
         seed: seed of the choice and order of documents, unless the data have one of their own.
@@ -49,6 +51,7 @@ class DataSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "max_tokens", token_count(self.max_tokens))
         check_amount(self.max_tokens, self.held_out_share)
 
 

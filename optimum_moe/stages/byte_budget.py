@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -46,8 +46,9 @@ _SCREENED = 8
 # Points of a curve that reports draw.
 _SHOWN = 100
 
-# Smaller gains of another runtime are not worth a sentence.
+# Smaller gains of another runtime are not worth a sentence: as a share of what is lost, and in nats a token.
 _LEAST_REMARK = 0.05
+_LEAST_LOSS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -360,7 +361,7 @@ class ByteBudget(FormattingStage):
     ) -> tuple[str, ...]:
         """How much of the calibration data was used, and for stock classes what another runtime would gain."""
         found = {name: profile for name, profile in profiles.items() if profile is not None}
-        return (*_unused_tokens(statistics, found), *(self._gain_elsewhere(model, found) if found else ()))
+        return (*_unused_tokens(statistics, found), *(self._gain_elsewhere(model, statistics, found) if found else ()))
 
     def evidence(
         self,
@@ -379,8 +380,7 @@ class ByteBudget(FormattingStage):
         own = {name: _chosen(name, points[name], allocation[name], model) for name in points}
         in_loss = all(profile.in_loss for profile in found.values())
         # The loss is a sum over the tokens that a block saw.
-        tokens = max((statistics.blocks[name].num_tokens for name in points), default=0) or 1
-        unit = 1 / tokens if in_loss else 1 / len(points)
+        unit = 1 / _tokens(statistics, points) if in_loss else 1 / len(points)
         return {
             "damage": {
                 "in_loss": in_loss,
@@ -393,7 +393,9 @@ class ByteBudget(FormattingStage):
             }
         }
 
-    def _gain_elsewhere(self, model: ModelInfo, found: Mapping[str, BlockProfile]) -> tuple[str, ...]:
+    def _gain_elsewhere(
+        self, model: ModelInfo, statistics: Statistics | None, found: Mapping[str, BlockProfile]
+    ) -> tuple[str, ...]:
         """For stock classes, what experts of unlike widths and numbers would lose less at the same bytes."""
         if not self.runtime.is_uniform:
             return ()
@@ -402,8 +404,11 @@ class ByteBudget(FormattingStage):
             points = comparable(found)
         own = expected_damage(model.blocks, points, choose_shapes(model.blocks, points, self._pairs(model)))
         mixed = choose([each for block in points.values() for each in block], self._budget(model, model.blocks))
-        less = 1 - sum(point.damage for point in mixed) / own if own > 0 else 0.0
+        saved = own - sum(point.damage for point in mixed)
+        less = saved / own if own > 0 else 0.0
         if less < _LEAST_REMARK:
+            return ()
+        if all(profile.in_loss for profile in found.values()) and saved < _LEAST_LOSS * _tokens(statistics, found):
             return ()
         return (
             f'With runs_in="transformers" as many bytes are expected to lose at least {100 * less:.0f}% less, in a '
@@ -512,6 +517,11 @@ def _unused_tokens(statistics: Statistics | None, found: Mapping[str, BlockProfi
         f"Experts were fitted to a sample of {sampled:,} of {observed:,} calibration tokens; more of them lose less. "
         f"Calibrate with reservoir_tokens={observed} to use all, in as many times the memory and the time.",
     )
+
+
+def _tokens(statistics: Statistics | None, blocks: Iterable[str]) -> int:
+    """The most tokens that one of the blocks saw, at least 1."""
+    return max((0 if statistics is None else statistics.blocks[name].num_tokens for name in blocks), default=0) or 1
 
 
 def spend_budget(

@@ -218,7 +218,7 @@ def test_its_text_is_that_of_the_calibration_by_default() -> None:
     [
         ({"max_token": 5}, {}, r"Unknown field 'max_token'; did you mean 'max_tokens'\?"),
         ({"train": "routers"}, {}, r"train='routers' is unknown; did you mean 'router'\?"),
-        ({"max_tokens": "300k"}, {}, r"max_tokens='300k' is out of range"),
+        ({"max_tokens": "300 kg"}, {}, r"max_tokens='300 kg' is out of range"),
         ({"alpha": "high"}, {}, r"alpha='high' is not a number"),
         ({"final_density": 0.0}, {}, r"final_density=0\.0 must be in \(0, 1\]"),
         ({"lora_rank": 0}, {}, r"lora_rank=0 is out of range"),
