@@ -1,4 +1,4 @@
-"""The two small MoEs that `tasks.py` trains from scratch on every task: Switch-style and decoder-only."""
+"""The small MoEs that `tasks.py` trains from scratch on every task, Switch-style and decoder-only, and dense twins."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from transformers import (
 )
 
 BALANCE_WEIGHT = 0.01
+VOCABULARY = 2048
+NUM_EXPERTS = 8
 SPREAD = 0.05
 
 
@@ -26,12 +28,12 @@ class Architecture:
 
     Args:
         description: What tables say of it.
-        make: The model with random weights.
+        make: The model with random weights, of so many experts; with one it is a dense model.
         top_k: Experts of a token.
     """
 
     description: str
-    make: Callable[[], PreTrainedModel]
+    make: Callable[[int], PreTrainedModel]
     top_k: int
 
     def balance(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -51,10 +53,10 @@ class Architecture:
         return BALANCE_WEIGHT * balancing_loss(kept, self.top_k)
 
 
-def switch(vocabulary: int) -> PreTrainedModel:
+def switch(num_experts: int) -> PreTrainedModel:
     model = SwitchTransformersForConditionalGeneration(
         SwitchTransformersConfig(
-            vocab_size=vocabulary,
+            vocab_size=VOCABULARY,
             d_model=64,
             d_kv=16,
             d_ff=256,
@@ -63,7 +65,7 @@ def switch(vocabulary: int) -> PreTrainedModel:
             num_decoder_layers=2,
             num_sparse_encoder_layers=2,
             num_sparse_decoder_layers=2,
-            num_experts=8,
+            num_experts=num_experts,
             # No token is dropped: an expert may serve all tokens of a text.
             expert_capacity=256,
             # Dropout moves tokens to other experts, which a short training does not get over.
@@ -81,18 +83,19 @@ def switch(vocabulary: int) -> PreTrainedModel:
     return model
 
 
-def qwen3_moe(vocabulary: int) -> PreTrainedModel:
+def qwen3_moe(num_experts: int) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            vocab_size=vocabulary,
+            vocab_size=VOCABULARY,
             hidden_size=64,
-            moe_intermediate_size=128,
+            # A token's two experts in one.
+            moe_intermediate_size=128 if num_experts > 1 else 256,
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=4,
             head_dim=16,
-            num_experts=8,
-            num_experts_per_tok=2,
+            num_experts=num_experts,
+            num_experts_per_tok=min(2, num_experts),
             norm_topk_prob=True,
             # `Architecture.balance` is used instead.
             router_aux_loss_coef=0.0,
@@ -108,12 +111,12 @@ def qwen3_moe(vocabulary: int) -> PreTrainedModel:
 ARCHITECTURES = {
     "switch": Architecture(
         "Switch-style encoder-decoder, 2 + 2 layers, width 64, 8 experts of 256 neurons in every layer, top-1",
-        lambda: switch(2048),
+        switch,
         1,
     ),
     "qwen3_moe": Architecture(
         "decoder-only Qwen3-MoE, 3 layers, width 64, 8 experts of 128 neurons in every layer, top-2",
-        lambda: qwen3_moe(2048),
+        qwen3_moe,
         2,
     ),
 }

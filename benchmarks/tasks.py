@@ -6,8 +6,10 @@ For every task of `task_data.py` and every model of `task_models.py`: the model 
 compressed by M-SMoE, MC-SMoE, the byte budget and the baselines, and each is trained afterwards on the labels and the
 original's predictions with the loss of the paper (cross-entropy and 0.2 T^2 KL at T = 2), all parameters, as many
 epochs as the original had at most. Merges and pruning leave a quarter of the experts; MC-SMoE of these rank 16 and a
-tenth of the rows, the trained one by the paper's schedule. The first seed has all methods, the others the ones of
-`ALL_SEEDS`; the seed is that of the model, its training, the calibration and the training afterwards.
+tenth of the rows, the trained one by the paper's schedule. Pruning is calibrated on the task: by frequency it is what
+the paper compares with as task-specific pruning. A dense model with as many neurons as a token meets is trained as the
+original was. The first seed has all methods, the others the ones of `ALL_SEEDS`; the seed is that of the model, its
+training, the calibration and the training afterwards.
 
 Scored by greedy generation: a text counts if the model writes exactly its label. The best epoch, and the best state of
 a training afterwards, are chosen on a dev split. A task counts if the original beats the most frequent class by five
@@ -32,7 +34,7 @@ from typing import Any
 import torch
 import transformers
 from task_data import CACHE, TASKS, Task, majority, train_tokenizer
-from task_models import ARCHITECTURES
+from task_models import ARCHITECTURES, NUM_EXPERTS
 from transformers import AutoTokenizer, PreTrainedModel
 
 from optimum_moe import (
@@ -51,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from msmoe_on_a_task import DISTILLATION, SCORE, Training, finetune, flops_of, load
 
-ORIGINAL = "original"
+ORIGINAL, DENSE = "original", "dense, what a token meets"
 ONE_SHOT, TRAINED = "one-shot", "trained"
 ADAPTIVE = MSMoE(keep_ratio=0.25, allocation="adaptive")
 COMPARED: dict[str, list[Stage]] = {
@@ -127,20 +129,20 @@ def measured(bench: Bench, folder: Path, seconds: float, **told: Any) -> Evaluat
     return replace(result, data={**result.data, **sizes, **told})
 
 
-def train_original(bench: Bench) -> EvaluationResult:
-    """The original's score, trained unless it was."""
-    file = bench.file(ORIGINAL, ONE_SHOT)
+def from_scratch(bench: Bench, name: str, num_experts: int) -> EvaluationResult:
+    """The score of a model that was trained on the labels alone, once."""
+    file = bench.file(name, ONE_SHOT)
     if file.is_file():
         return EvaluationResult.load(file)
     started = time.process_time()
     torch.manual_seed(bench.seed)
-    architecture = ARCHITECTURES[bench.model]
-    model, tokenizer = architecture.make(), train_tokenizer(bench.splits["train"])
+    architecture, folder = ARCHITECTURES[bench.model], bench.original if name == ORIGINAL else file.with_suffix("")
+    model, tokenizer = architecture.make(num_experts), train_tokenizer(bench.splits["train"])
     training = TRAININGS[bench.task.name]
     finetune(model, tokenizer, bench.splits["train"], bench.splits["dev"], training, architecture.balance, bench.seed)
-    model.save_pretrained(bench.original)
-    tokenizer.save_pretrained(bench.original)
-    result = measured(bench, bench.original, time.process_time() - started, experts=expert_bytes(model))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    result = measured(bench, folder, time.process_time() - started, experts=expert_bytes(model))
     result.save(file)
     return result
 
@@ -210,7 +212,9 @@ def run(task: Task, model: str, arguments: argparse.Namespace) -> tuple[Results,
         folder = arguments.cache / "runs" / model / task.name.replace(" ", "_") / f"seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(task, model, seed, splits, folder)
-        results = {(ORIGINAL, ONE_SHOT): train_original(bench)}
+        results = {(ORIGINAL, ONE_SHOT): from_scratch(bench, ORIGINAL, NUM_EXPERTS)}
+        if seed == arguments.seeds[0]:
+            results[DENSE, ONE_SHOT] = from_scratch(bench, DENSE, 1)
         print(f"{task.name}, {model}, seed {seed}: {results[ORIGINAL, ONE_SHOT].scores[SCORE]}", flush=True)
         for name in COMPARED if seed == arguments.seeds[0] else ALL_SEEDS:
             if arguments.only and not any(part in name for part in arguments.only):
@@ -256,7 +260,7 @@ def table(results: Results, frequent: float) -> list[str]:
         values, first = [r.scores[SCORE].value for r in found], found[0]
         share = (first.data["bytes"] - base["bytes"] + base["experts"]) / base["experts"]
         only_original, only_this, p = mcnemar(original[0], first, SCORE)
-        cells = [name, "" if name == ORIGINAL else state, spread(values, ".3f")]
+        cells = [name, "" if name in (ORIGINAL, DENSE) else state, spread(values, ".3f")]
         cells += ["" if name == ORIGINAL else spread(kept(results, (name, state), frequent), ".0%")]
         cells += [f"{share:.1%}", f"{first.data['flops'] / base['flops']:.1%}"]
         cells += ["" if name == ORIGINAL else f"{only_original} / {only_this}, {p:.2g}"]
