@@ -9,14 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_moe import ByteBudget, CompressionPlan, ExpertPruning, LowRankSparse, MoECompressor, MSMoE, verify
+from optimum_moe import (
+    ByteBudget,
+    CalibrationConfig,
+    CompressionPlan,
+    ExpertPruning,
+    LowRankSparse,
+    MoECompressor,
+    MSMoE,
+    verify,
+)
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.stages import Stage
 from tests.tiny_checkpoints import documents, save_checkpoint
-from tests.tiny_models import build
+from tests.tiny_models import OTHERS, TARGETS, Target, build, by_name, in_full, inputs_for, logits_of
 
 TEXTS = documents(4)
 ENGINES = pytest.mark.parametrize("engine", ["memory", "streaming"])
@@ -289,3 +299,51 @@ def test_a_dtype_that_was_asked_for_is_what_all_tensors_get(tmp_path: Path) -> N
         assert foretold == bytes_of(after)
         assert verify(out, against=source).passed
     assert open_source(source).as_stored
+
+
+ALONE = by_name("deepseek_v3")
+
+
+@pytest.mark.filterwarnings("ignore:Calibration gave no token")
+@pytest.mark.parametrize(
+    "method", [LowRankSparse(rank=8), ByteBudget(share=0.5, runs_in="transformers")], ids=["rank", "budget"]
+)
+@pytest.mark.parametrize(
+    "target",
+    [ALONE, *in_full(*[t for t in (*TARGETS, *OTHERS) if t is not ALONE and t.inputs == "input_ids"])],
+    ids=lambda target: target.name,
+)
+def test_new_tensors_run_as_those_that_they_replace(target: Target, method: Stage, tmp_path: Path) -> None:
+    """Where the class runs the router in float32, whatever it is stored in, the experts beside it do not."""
+    model_class = getattr(transformers, target.architecture)
+    build(target, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    data = CalibrationConfig([inputs_for(target, rows=4, length=32, seed=seed) for seed in range(2)])
+    compressor = MoECompressor.from_pretrained(tmp_path / "model", method, data, progress=False)
+    cut = compressor.apply()
+    inputs = inputs_for(target)
+    logits = logits_of(cut, inputs)
+    compressor.save_pretrained(tmp_path / "out")
+    again = model_class.from_pretrained(tmp_path / "out")
+    assert {n: t.dtype for n, t in cut.state_dict().items()} == {n: t.dtype for n, t in again.state_dict().items()}
+    assert torch.equal(logits, logits_of(again, inputs))
+
+
+def test_experts_that_replace_others_run_beside_float32_routers_while_later_layers_are_observed(tmp_path: Path) -> None:
+    build(ALONE, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    data = CalibrationConfig([inputs_for(ALONE, rows=4, length=32, seed=seed) for seed in range(2)])
+    found = []
+    for engine in ("memory", "streaming"):
+        compressor = MoECompressor.from_pretrained(
+            tmp_path / "model",
+            LowRankSparse(rank=8),
+            data,
+            engine=engine,
+            error_propagation=True,
+            output_dir=tmp_path / engine,
+            progress=False,
+        )
+        found.append(stored(compressor.apply()))
+    one, other = found
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert_same(tensor, other[name], name)

@@ -6,8 +6,9 @@ cut and written in their stored dtypes, and run in those that transformers loads
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -55,17 +56,17 @@ class StoredModel:
     @contextmanager
     def as_stored(self, module: str) -> Iterator[None]:
         """Context in which a module has its stored tensors, to be cut; on exit they are cast to run again."""
-        runs_in: dict[torch.dtype, torch.dtype] = {}
+        before: dict[str, Running] = {}
         for name, tensor in self._tensors(module):
             dtype = self._dtypes.get(name, tensor.dtype)
-            runs_in[dtype] = self._runs_in.get(name, dtype)
+            before[name] = Running(tensor.numel(), dtype, self._runs_in.get(name, dtype))
             exact = self._exact.pop(name, None)
             # Some routers change their dtype at the first run, which does not restore rounded values.
             tensor.data = tensor.data.to(dtype) if exact is None else exact.to(tensor.device)
         yield
+        runs_in = of_replaced(before, {name for name, _ in self._tensors(module)})
         for name, tensor in self._tensors(module):
             stored = self._dtypes[name] = tensor.dtype
-            # Tensors of compressed experts run in the dtype of the original experts.
             runs = self._runs_in.setdefault(name, runs_in.get(stored, stored))
             if runs != stored:
                 if not _holds(runs, stored):
@@ -111,6 +112,28 @@ class StoredModel:
             path = f"{module}.{name}" if module else name
             if tensor.is_floating_point():
                 yield path, tensor
+
+
+@dataclass(frozen=True)
+class Running:
+    """A tensor before its block was cut: its size, and the dtypes that it is stored and runs in."""
+
+    numel: int
+    stored: torch.dtype
+    runs: torch.dtype
+
+
+def of_replaced(before: Mapping[str, Running], left: Collection[str]) -> dict[torch.dtype, torch.dtype]:
+    """The dtype in which new tensors run, by the one they are stored in: that of the tensors which they replace.
+
+    Not that of any tensor of the block: some models run the router in float32 whatever it is stored in.
+
+    Args:
+        before: The tensors of a module by name.
+        left: Names that there are after the cut.
+    """
+    gone = sorted((found for name, found in before.items() if name not in left), key=lambda found: found.numel)
+    return {found.stored: found.runs for found in gone}
 
 
 def plan_of(name: str, plans: Mapping[str, BlockPlan]) -> BlockPlan | None:

@@ -19,6 +19,7 @@ from optimum_moe.checkpoint.quantized import load_dequantized
 from optimum_moe.checkpoint.reader import Entries, take_dtypes
 from optimum_moe.checkpoint.shards import bytes_of
 from optimum_moe.checkpoint.source import ModelSource
+from optimum_moe.checkpoint.stored import Running, of_replaced
 from optimum_moe.checkpoint.writer import without_bars
 from optimum_moe.hf.compat import forget_initialized, load_at_first_use, put_tensor, unloaded_tensor, unloaded_tensors
 
@@ -107,23 +108,24 @@ class StreamedModel:
     def as_stored(self, module: str, names: Sequence[str] = ()) -> Iterator[None]:
         """Context in which the tensors of a module, or the named ones, are the stored ones, to be cut."""
         runs, self.runs = self.runs, False
-        runs_in: dict[torch.dtype, torch.dtype] = {}
+        before: dict[str, Running] = {}
         for name in names or self.names(module):
             tensor, stored = self.at(name), self._dtypes.get(name)
             running = self._runs_in.get(name, stored)
             # Some routers change their dtype at the first run, which does not restore rounded values.
+            if stored is not None and running is not None:
+                before[name] = Running(tensor.numel(), stored, running)
             if stored is not None and (running != stored or tensor.dtype != stored):
-                runs_in[stored] = running or stored
                 self._set(name, torch.empty_like(tensor, dtype=stored, device="meta"))
                 self.load([] if tensor.is_meta else [name])
         try:
             yield
         finally:
             self.runs = runs
-        for name, tensor in [] if names else unloaded_tensors(self.model.get_submodule(module)):
-            path = f"{module}.{name}"
+        found = {} if names else {f"{module}.{n}": t for n, t in unloaded_tensors(self.model.get_submodule(module))}
+        runs_in = of_replaced(before, found)
+        for path, tensor in found.items():
             stored = self._dtypes[path] = tensor.dtype
-            # Tensors of compressed experts run in the dtype of the original experts.
             running = self._runs_in.get(path, runs_in.get(stored, stored))
             if runs and not tensor.is_meta and running != stored:
                 tensor.data = tensor.data.to(running)
