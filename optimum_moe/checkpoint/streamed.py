@@ -111,11 +111,12 @@ class StreamedModel:
         before: dict[str, Running] = {}
         for name in names or self.names(module):
             tensor, stored = self.at(name), self._dtypes.get(name)
+            if stored is None:
+                continue
             running = self._runs_in.get(name, stored)
+            before[name] = Running(tensor.numel(), stored, running)
             # Some routers change their dtype at the first run, which does not restore rounded values.
-            if stored is not None and running is not None:
-                before[name] = Running(tensor.numel(), stored, running)
-            if stored is not None and (running != stored or tensor.dtype != stored):
+            if running != stored or tensor.dtype != stored:
                 self._set(name, torch.empty_like(tensor, dtype=stored, device="meta"))
                 self.load([] if tensor.is_meta else [name])
         try:
