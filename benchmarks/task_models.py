@@ -28,7 +28,7 @@ class Architecture:
 
     Args:
         description: What tables say of it.
-        make: The model with random weights, of so many experts; with one it is a dense model.
+        make: The model with random weights, from its number of experts; with one it is a dense model.
         top_k: Experts of a token.
     """
 
