@@ -305,17 +305,17 @@ ALONE = by_name("deepseek_v3")
 
 
 @pytest.mark.filterwarnings("ignore:Calibration gave no token")
-@pytest.mark.parametrize(
-    "method", [LowRankSparse(rank=8), ByteBudget(share=0.5, runs_in="transformers")], ids=["rank", "budget"]
-)
+@pytest.mark.parametrize("name", ["rank", "budget"])
 @pytest.mark.parametrize(
     "target",
     [ALONE, *in_full(*[t for t in (*TARGETS, *OTHERS) if t is not ALONE and t.inputs == "input_ids"])],
     ids=lambda target: target.name,
 )
-def test_new_tensors_run_as_those_that_they_replace(target: Target, method: Stage, tmp_path: Path) -> None:
+def test_new_tensors_run_as_those_that_they_replace(target: Target, name: str, tmp_path: Path) -> None:
     """Where the class runs the router in float32, whatever it is stored in, the experts beside it do not."""
     model_class = getattr(transformers, target.architecture)
+    budget = ByteBudget(share=0.5, runs_in="transformers", curvature=target.curvature)
+    method: Stage = LowRankSparse(rank=8) if name == "rank" else budget
     build(target, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     data = CalibrationConfig([inputs_for(target, rows=4, length=32, seed=seed) for seed in range(2)])
     compressor = MoECompressor.from_pretrained(tmp_path / "model", method, data, progress=False)
@@ -324,8 +324,9 @@ def test_new_tensors_run_as_those_that_they_replace(target: Target, method: Stag
     logits = logits_of(cut, inputs)
     compressor.save_pretrained(tmp_path / "out")
     again = model_class.from_pretrained(tmp_path / "out")
-    assert {n: t.dtype for n, t in cut.state_dict().items()} == {n: t.dtype for n, t in again.state_dict().items()}
+    # Some routers change their dtype when they run.
     assert torch.equal(logits, logits_of(again, inputs))
+    assert {n: t.dtype for n, t in cut.state_dict().items()} == {n: t.dtype for n, t in again.state_dict().items()}
 
 
 def test_experts_that_replace_others_run_beside_float32_routers_while_later_layers_are_observed(tmp_path: Path) -> None:
