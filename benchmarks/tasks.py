@@ -4,11 +4,11 @@
 
 For every task of `task_data.py` and every model of `task_models.py`: the model is trained from scratch on the task,
 compressed by M-SMoE, MC-SMoE, the byte budget and the baselines, and each is trained afterwards on the labels and the
-original's predictions with the loss of the paper (cross-entropy and 0.2 T^2 KL at T = 2), all parameters, as many
-epochs as the original had at most. Merges and pruning leave a quarter of the experts; MC-SMoE of these rank 16 and a
-tenth of the rows, the trained one by the paper's schedule. Pruning is calibrated on the task: by frequency it is what
-the paper compares with as task-specific pruning. A dense model with as many neurons as a token meets is trained as the
-original was. The first seed has all methods, the others the ones of `ALL_SEEDS`; the seed is that of the model, its
+original's predictions with the loss of the paper (cross-entropy and 0.2 T^2 KL at T = 2), all parameters, for a
+`--share` of the epochs of the original. Merges and pruning leave a quarter of the experts; MC-SMoE of these rank 16
+and a tenth of the rows, the trained one by the paper's schedule. Pruning is calibrated on the task: by frequency it is
+what the paper compares with as task-specific pruning. A dense model with as many neurons as a token meets is trained as
+the original was. The first seed has all methods, the others the ones of `ALL_SEEDS`; the seed is that of the model, its
 training, the calibration and the training afterwards.
 
 Scored by greedy generation: a text counts if the model writes exactly its label. The best epoch, and the best state of

@@ -64,8 +64,9 @@ class StoredModel:
             # Some routers change their dtype at the first run, which does not restore rounded values.
             tensor.data = tensor.data.to(dtype) if exact is None else exact.to(tensor.device)
         yield
-        runs_in = of_replaced(before, {name for name, _ in self._tensors(module)})
-        for name, tensor in self._tensors(module):
+        found = dict(self._tensors(module))
+        runs_in = of_replaced(before, found)
+        for name, tensor in found.items():
             stored = self._dtypes[name] = tensor.dtype
             runs = self._runs_in.setdefault(name, runs_in.get(stored, stored))
             if runs != stored:

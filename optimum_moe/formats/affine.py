@@ -54,7 +54,7 @@ class Affine(ExpertFormat, BudgetFormat):
         tensors = {name: tensor.to(input_PH.dtype) for name, tensor in part.tensors.items()}
         along_PR = input_PH @ tensors["affine_v"].T
         direction_RH = torch.cat([tensors["affine_offset"], tensors["affine_u"]])
-        return torch.cat([along_PR.new_ones(len(along_PR), 1), along_PR], 1), direction_RH.T
+        return _one_and(along_PR), direction_RH.T
 
     def with_directions(self, part: StoredPart, direction_HT: torch.Tensor) -> StoredPart:
         """Another c and U."""
@@ -85,8 +85,7 @@ class Affine(ExpertFormat, BudgetFormat):
         outputs_RH = torch.cat([fit.output_H[None], fit.left_RH]).float()
 
         def terms(input_PH: torch.Tensor) -> torch.Tensor:
-            along_PR = (input_PH - fit.input_H.to(input_PH)) @ fit.right_RH.to(input_PH).T
-            return torch.cat([along_PR.new_ones(len(along_PR), 1), along_PR], 1)
+            return _one_and((input_PH - fit.input_H.to(input_PH)) @ fit.right_RH.to(input_PH).T)
 
         damages = trial.estimate.of_sums(terms, outputs_RH, [rank + 1 for rank in ranks])
         for rank, damage in zip(ranks, damages, strict=True):
@@ -106,6 +105,11 @@ def affine_part(fit: AffineFit, rank: int, dtype: torch.dtype) -> StoredPart:
     offset_H, left_RH, right_RH = fit.at(rank, dtype)
     tensors = {"affine_offset": offset_H[None], "affine_u": left_RH.contiguous(), "affine_v": right_RH.contiguous()}
     return StoredPart(Affine.name, rank, tensors)
+
+
+def _one_and(along_PR: torch.Tensor) -> torch.Tensor:
+    """(P, 1 + R) what c and U are multiplied with."""
+    return torch.nn.functional.pad(along_PR, (1, 0), value=1.0)
 
 
 def _fit(fitter: ExpertFitter, rank: int) -> AffineFit:

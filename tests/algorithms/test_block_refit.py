@@ -54,19 +54,26 @@ def test_sweeps_reach_the_least_squares_solution(gradient, bias):
     assert errors[0] == pytest.approx(error(experts, factors, tokens))
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < 1.02 * errors[3]
-    # Columns of all refitted experts side by side, and what they have to make up for.
+    numbers = {
+        index: output_hidden(experts[index], factors[index], tokens.routed(index)[1].input_PH) for index in (1, 2)
+    }
+    assert errors[3] == pytest.approx(least_error(experts, factors, tokens, numbers), rel=1e-3)
+
+
+def least_error(experts, factors, tokens, numbers):
+    """Of any directions for these (P, N) numbers of some experts, beside the last expert, which stays."""
     columns = []
-    for index in (1, 2):
+    for index, number_PN in numbers.items():
         token_P, seen = tokens.routed(index)
-        probe = output_hidden(experts[index], factors[index], seen.input_PH) * seen.weight_P[:, None]
+        probe = number_PN * seen.weight_P[:, None]
         columns.append(torch.zeros(SAMPLED, probe.shape[1]).index_copy_(0, token_P, probe))
     root_S1 = tokens.importance().sqrt()[:, None]
     design_SN = (torch.cat(columns, 1) * root_S1).double()
     whole = [build_expert(expert, tokens.routed(0)[1], candidate(INNER)) for expert in experts]
-    target_SH = block_output(experts, whole, tokens) - block_output(experts[3:], whole[3:], shifted(tokens, 3))
+    target_SH = block_output(experts, whole, tokens) - block_output(experts[3:], factors[3:], shifted(tokens, 3))
     target_SH = (target_SH * root_S1).double()
     best = target_SH - design_SN @ torch.linalg.lstsq(design_SN, target_SH).solution
-    assert errors[3] == pytest.approx(float(best.square().sum()), rel=1e-3)
+    return float(best.square().sum())
 
 
 def output_hidden(expert, factors, input_PH):
@@ -105,33 +112,16 @@ def test_maps_are_refitted_with_the_down_projections():
         build_expert(e, tokens.routed(i)[1], form) for i, (e, form) in enumerate(zip(experts, forms, strict=True))
     ]
     refitted = refit_block(experts, stored, tokens, sweeps=100, ridge=1e-9)
-    # Columns of the two maps and the narrow expert side by side; the constant stays.
     assert refitted[3] is stored[3]
-    columns = []
+    numbers = {}
     for index in (0, 1, 2):
-        token_P, seen = tokens.routed(index)
-        numbers_PN, direction_HN = stored[index].terms(experts[index], seen.input_PH)
-        assert_close(numbers_PN @ direction_HN.T, stored[index].run(experts[index], seen.input_PH))
-        probe_PN = numbers_PN * seen.weight_P[:, None]
-        columns.append(torch.zeros(SAMPLED, probe_PN.shape[1]).index_copy_(0, token_P, probe_PN))
+        input_PH = tokens.routed(index)[1].input_PH
+        numbers[index], direction_HN = stored[index].terms(experts[index], input_PH)
+        assert_close(numbers[index] @ direction_HN.T, stored[index].run(experts[index], input_PH))
         for name, value in {} if refitted[index].instead is None else stored[index].instead.tensors.items():
             assert torch.equal(refitted[index].instead.tensors[name], value) is (name == "affine_v")
-    root_S1 = tokens.importance().sqrt()[:, None]
-    design_SN = (torch.cat(columns, 1) * root_S1).double()
-    whole = [build_expert(expert, tokens.routed(0)[1], candidate(INNER)) for expert in experts]
-    target_SH = summed_runs(experts, whole, tokens) - summed_runs(experts[3:], stored[3:], shifted(tokens, 3))
-    best = (target_SH * root_S1).double()
-    best -= design_SN @ torch.linalg.lstsq(design_SN, best).solution
-    left_SH = summed_runs(experts, refitted, tokens) - summed_runs(experts, whole, tokens)
-    assert float((left_SH * root_S1).square().sum()) == pytest.approx(float(best.square().sum()), rel=1e-3)
-
-
-def summed_runs(experts, factors, tokens):
-    total_SH = torch.zeros(tokens.input_SH.shape)
-    for index, (expert, kept) in enumerate(zip(experts, factors, strict=True)):
-        token_P, seen = tokens.routed(index)
-        total_SH[token_P] += seen.weight_P[:, None] * kept.run(expert, seen.input_PH)
-    return total_SH
+    least = least_error(experts, stored, tokens, numbers)
+    assert error(experts, refitted, tokens) == pytest.approx(least, rel=1e-3)
 
 
 def test_slots_that_do_not_count():
