@@ -26,6 +26,7 @@ class BlockInfo:
         stack: Whether the block sees tokens of the encoder or the decoder, and so its padding mask.
         fixed_router: Reason why ids cannot be removed from the router; empty if they can.
         no_factors: Reason why its experts cannot be factorized; empty if they can.
+        no_refit: Reason why down projections of merged experts cannot be fitted; empty if they can.
         fixed_width: Reason why stock classes cannot have narrower experts; empty if they can.
         width_divides: What the width of narrower experts has to divide, 0 for nothing: shared experts whose width is a
             multiple of it keep their own.
@@ -50,6 +51,7 @@ class BlockInfo:
     stack: Literal["encoder", "decoder"] = "decoder"
     fixed_router: str = ""
     no_factors: str = ""
+    no_refit: str = ""
     fixed_width: str = ""
     width_divides: int = 0
     expert_itemsize: float = 0.0

@@ -60,7 +60,7 @@ def fewest_tokens(statistics: Statistics) -> int:
 def test_copies_of_experts_merge_without_loss(target: Target, merge) -> None:
     if refuses_refit(target):
         with pytest.raises(ValueError, match="cannot be refitted"):
-            compressor_for(build(target), dataclasses.replace(NEURONS, merge=merge), target).apply()
+            compressor_for(build(target), dataclasses.replace(NEURONS, merge=merge), target)
         return
     if not target.curvature:
         with pytest.raises(ValueError, match="through which no backward pass can go"):

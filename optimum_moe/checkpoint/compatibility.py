@@ -70,9 +70,9 @@ def check_plan(plan: CompressionPlan, here: Mapping[str, Any]) -> None:
 
 def mark_structure(model: PreTrainedModel, source: ModelSource, plan: CompressionPlan) -> None:
     """Update the model's config to its compressed structure, so that `model.save_pretrained` output loads again."""
+    update_config(model.config, plan.settings)
     if plan.is_plain:
         set_expert_counts(model, source.blocks, {name: block.num_groups for name, block in plan.blocks.items()})
-        update_config(model.config, plan.settings)
     elif structure := plan.structure():
         in_files = {found.info.name: block_names(model, found).block for found in source.blocks}
         mark_model(model, MoEStructureConfig({in_files[name]: entry for name, entry in structure.items()}))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -214,9 +215,8 @@ class Run:
         starving = () if statistics is None else starving_remarks(plans, statistics.blocks)
         for remark in starving:
             warnings.warn(remark, stacklevel=2)
-        return CompressionPlan(
+        plan = CompressionPlan(
             blocks=plans,
-            settings=stock_settings(self.store.model, self.store.blocks, plans.values()),
             stages=self.recipe.settings(),
             source=self.identity,
             calibration=None if statistics is None else statistics.calibration,
@@ -224,6 +224,7 @@ class Run:
             remarks=(*decider.remarks, *starving),
             evidence=decider.evidence,
         )
+        return replace(plan, settings=stock_settings(self.store.model, self.store.blocks, plan))
 
     def _cut_all(self, source: PlanSource, statistics: Statistics | None, what: str, show: bool = True) -> None:
         """Cut every layer that is not finished, without forward passes."""
@@ -268,17 +269,22 @@ class Run:
         model = self.store.model
         blocks = {found.info.name: found.module(model) for found in self.store.blocks}
         missing = [name for name in blocks if name in wanted]
-        called: set[int] = set()
+        called: set[str] = set()
 
-        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if any(isinstance(value, torch.Tensor) and value.numel() for value in (*args, *kwargs.values())):
-                called.add(id(module))
+                called.add(name)
 
-        handles = [blocks[name].register_forward_pre_hook(before, with_kwargs=True) for name in missing]
+        # Of attention experts only parts are called, since the attention stands between them.
+        handles = [
+            part.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+            for name in missing
+            for part in blocks[name].modules()
+        ]
         with hooked(handles), torch.no_grad():
             for call in forward_calls(model, self.batches):
                 call()
-                missing = [name for name in missing if id(blocks[name]) not in called]
+                missing = [name for name in missing if name not in called]
                 if not missing:
                     return
         raise ValueError(unreached_report(missing, len(wanted)))

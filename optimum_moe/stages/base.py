@@ -168,6 +168,11 @@ class Stage(ABC):
                 f"{self.name} cannot follow {before.name}: the statistics were observed for the original experts, and "
                 "these were merged or pruned already. Use only one stage that merges or prunes experts."
             )
+        if self.chooses_experts and not before.drops_layers:
+            raise ValueError(
+                f"{self.name} cannot follow {before.name}: experts are merged or pruned before what remains of them is "
+                f"changed. Put {before.name} after {self.name}."
+            )
 
     def changed_by_data(self, model: ModelInfo, allocation: Mapping[str, Any]) -> frozenset[str]:
         """Names of the blocks that the stage changes based on observed statistics.

@@ -198,7 +198,7 @@ class ByteBudget(FormattingStage):
 
     def check_order(self, before: Stage | None) -> None:
         """See `Stage.check_order`; for stock classes the budget itself chooses the experts that stay."""
-        if before is not None and self.runtime.is_stock and before.routing is not None:
+        if before is not None and self.runtime.is_stock and (before.chooses_experts or before.stores_stock_experts):
             raise ValueError(
                 f"{self.name} with runs_in={self.runs_in!r} chooses the experts that remain itself, so it cannot "
                 f'follow {before.name}. Use it alone, or pass runs_in="transformers".'

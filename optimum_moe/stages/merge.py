@@ -25,7 +25,7 @@ from optimum_moe.stages.context import BlockContext, merged_experts
 from optimum_moe.stages.counted import CountedStage
 from optimum_moe.stages.counts import selected_blocks
 from optimum_moe.stages.merge_choices import GROUPINGS, ROUTER_ROWS, SIMILARITIES, WEIGHTINGS
-from optimum_moe.stages.merge_refit import MergedBlock, Refit, cannot_refit
+from optimum_moe.stages.merge_refit import MergedBlock, Refit
 from optimum_moe.stages.results import Groups
 from optimum_moe.statistics import Statistics
 
@@ -161,8 +161,11 @@ class ExpertMerging(CountedStage):
         """See `Stage.check`; checks that the experts can be refitted."""
         super().check(model)
         for block in selected_blocks(model, self.layers, self.protect) if self.refits else ():
-            if block.no_factors:
-                raise _cannot_refit(block.name, block.no_factors)
+            if reason := block.no_factors or block.no_refit:
+                raise ValueError(
+                    f'The experts of {block.name} cannot be refitted: {reason}. Pass refit="none" and merge="mean", or '
+                    f'leave the block out with protect=["{block.name}"].'
+                )
 
     def counts(self, model: ModelInfo) -> dict[str, int]:
         """See `CountedStage.counts`."""
@@ -220,9 +223,6 @@ class ExpertMerging(CountedStage):
 
     def _refitted(self, context: BlockContext, plan: BlockPlan) -> BlockPlan:
         """The plan with the neurons that merged experts are made of, and their refitted down projections."""
-        reason = cannot_refit(context)
-        if reason:
-            raise _cannot_refit(plan.name, reason)
         block = MergedBlock(context, plan)
         if not self.averages_experts:
             plan = replace(plan, sources_GI=block.sources())
@@ -258,10 +258,3 @@ class MSMoE(ExpertMerging):
     """
 
     name: ClassVar[str] = "m-smoe"
-
-
-def _cannot_refit(name: str, reason: str) -> ValueError:
-    return ValueError(
-        f'The experts of {name} cannot be refitted: {reason}. Pass refit="none" and merge="mean", or leave the block '
-        f'out with protect=["{name}"].'
-    )

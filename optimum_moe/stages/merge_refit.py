@@ -6,7 +6,6 @@ several experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -148,18 +147,3 @@ class MergedBlock:
         if merged.down_bias is not None:
             target_SH -= bias_output(merged.down_bias, range(self.plan.num_groups), self.mapped)
         return target_SH
-
-
-def cannot_refit(context: BlockContext) -> str:
-    """Why the down projections of a block cannot be refitted; empty if they can."""
-    experts: ExpertTensors = context.experts
-    reasons: Sequence[tuple[bool, str]] = (
-        (experts.activate is None, "their surgeon does not give their gate function"),
-        (experts.fixed_neurons, "their neurons have a meaning outside of them"),
-        (experts.finish is not None, "a norm follows each of their outputs"),
-        (
-            experts.scales_input and context.info.top_k > 1,
-            "weights scale their inputs, so that a merged one runs for each of its members that a token selects",
-        ),
-    )
-    return next((reason for holds, reason in reasons if holds), "")

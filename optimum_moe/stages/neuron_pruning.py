@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from optimum_moe.algorithms.byte_budget import Candidate
 from optimum_moe.algorithms.expert_tokens import single_expert
+from optimum_moe.algorithms.ranks import STEP
 from optimum_moe.formats import StoredExperts, build_expert, refit_block
 from optimum_moe.model_info import BlockInfo, ModelInfo
 from optimum_moe.plan import BlockPlan, keep_all
@@ -32,7 +33,8 @@ class NeuronPruning(Stage):
     Stock classes load the result: the experts' own tensors shrink, and `config.json` says the new width.
 
     Args:
-        num_neurons: Neurons that every expert keeps. Exactly one of this and `keep_ratio`.
+        num_neurons: Neurons that every expert keeps, a multiple of 8, or of the blocks of `quantize`. Exactly one of
+            this and `keep_ratio`.
         keep_ratio: Share of the neurons that stays, in (0, 1) or as `"75%"`; rounds up to a multiple of 32, or of 16 or
             8 where experts are small, or of the blocks of `quantize`.
         quantize: The quantizer that comes after it, such as `"q8_0"` or `"awq"` (`optimum_moe.runtimes.QUANTIZERS`).
@@ -125,12 +127,12 @@ class NeuronPruning(Stage):
             return next((width for width in widths if width >= wanted), block.intermediate_size)
         width = self.num_neurons
         assert width is not None
-        step = 1 if self.quantizer is None else self.quantizer.block
+        step, why = STEP, "which grouped matmuls need"
+        if self.quantizer is not None:
+            step, why = self.quantizer.block, f"the block of quantize={self.quantize!r}"
         near = min(widths, key=lambda possible: abs(possible - width))
         if width % step:
-            raise ValueError(
-                f"num_neurons={width} is no multiple of {step}, the block of quantize={self.quantize!r}. Use {near}."
-            )
+            raise ValueError(f"num_neurons={width} is no multiple of {step}, {why}. Use {near}.")
         if width < block.intermediate_size and block.width_divides and block.width_divides % width:
             raise ValueError(
                 f"num_neurons={width} does not divide {block.width_divides}, the neurons of the shared experts, whose "

@@ -116,7 +116,12 @@ def _known_blocks(model: nn.Module) -> list[FoundBlock]:
         for surgeon in _SURGEONS.values():
             if surgeon.matches(module):
                 info = surgeon.info(module, name, len(found))
-                info = replace(info, layer=layer_around(model, name), no_skipping=surgeon.no_skipping)
+                info = replace(
+                    info,
+                    layer=layer_around(model, name),
+                    no_skipping=surgeon.no_skipping,
+                    no_refit=surgeon.experts(module).no_refit(info.top_k),
+                )
                 found.append(FoundBlock(info, surgeon))
     return found
 

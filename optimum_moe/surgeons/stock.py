@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_moe.hf.compat import model_from_config
-from optimum_moe.plan import BlockPlan
+from optimum_moe.plan import BlockPlan, CompressionPlan
 from optimum_moe.surgeons.registry import FoundBlock, find_blocks
 from optimum_moe.surgeons.towers import config_at, tower_of
 
@@ -164,19 +164,32 @@ def stock_block(model: PreTrainedModel, blocks: Sequence[FoundBlock], plan: Bloc
         blocks: Its original blocks.
         plan: Plan of one of them.
     """
-    found = _resized(model, blocks, plan)
-    return None if found is None else found.skeleton.get_submodule(plan.name)
+    width = _new_width(blocks, plan)
+    if width is None:
+        return None
+    return stock_model(model, blocks, plan.num_groups, width).skeleton.get_submodule(plan.name)
 
 
-def stock_settings(model: PreTrainedModel, blocks: Sequence[FoundBlock], plans: Iterable[BlockPlan]) -> dict[str, int]:
-    """The config settings, by dotted path, with which stock classes have the experts of some plans.
+def stock_settings(model: PreTrainedModel, blocks: Sequence[FoundBlock], plan: CompressionPlan) -> dict[str, int]:
+    """The config settings, by dotted path, with which stock experts have the width that a plan gives them.
 
-    They are empty where no plan changes the width of experts.
+    They are empty where no width changes. The number of experts is among them where stock classes load the result;
+    elsewhere each block has a number of its own, in place of the original's.
+
+    Args:
+        model: The model.
+        blocks: Its original blocks.
+        plan: The plan.
     """
-    found = [_resized(model, blocks, plan) for plan in plans]
-    return next((dict(each.settings) for each in found if each is not None), {})
+    for block in plan.blocks.values():
+        width = _new_width(blocks, block)
+        if width is not None:
+            count = block.num_groups if plan.is_plain else block.num_experts
+            return dict(stock_model(model, blocks, count, width).settings)
+    return {}
 
 
-def _resized(model: PreTrainedModel, blocks: Sequence[FoundBlock], plan: BlockPlan) -> StockModel | None:
+def _new_width(blocks: Sequence[FoundBlock], plan: BlockPlan) -> int | None:
+    """The width that the plan of one of the blocks gives stock experts, None if they keep their own."""
     whole = next(found.info.intermediate_size for found in blocks if found.info.name == plan.name)
-    return None if plan.width in (None, whole) else stock_model(model, blocks, plan.num_groups, plan.width)
+    return None if plan.width == whole else plan.width
