@@ -120,7 +120,7 @@ def test_loads_without_an_import_of_ours(saved: Any, before: str) -> None:
     assert_seen(folder, tensors)
 
 
-@pytest.mark.parametrize("switch", ["OPTIMUM_MOE_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+@pytest.mark.parametrize("switch", ["OPTIMUM_MOE_AUTOLOAD", *in_full("TORCH_DEVICE_BACKEND_AUTOLOAD")])
 def test_switched_off_it_raises_and_an_import_still_loads(saved: Any, switch: str) -> None:
     folder, tensors = saved
     done = run_python(LOAD, folder, "AutoModelForCausalLM", "{}", **{switch: 0})
@@ -185,11 +185,7 @@ def test_carried_code_loads_without_the_package_where_it_is_trusted(target: Targ
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "qwen3_moe",
-        "jetmoe",
-        *(pytest.param(name, marks=pytest.mark.full) for name in ("gpt_oss", "switch_transformers")),
-    ],
+    ["qwen3_moe", *in_full("jetmoe", "gpt_oss", "switch_transformers")],
 )
 def test_compressed_experts_load_with_the_package_and_with_carried_code(name: str, tmp_path: Path) -> None:
     folder, auto_class = tmp_path / "out", auto_class_of(by_name(name))

@@ -75,7 +75,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int, e
     return calls
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.full)])
 def test_killed_at_random_moments(checkpoint: Path, tmp_path: Path, kills: int) -> None:
     script = Path(__file__).with_name("streaming_kills.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from optimum_moe import (
+    BlockDrop,
     ByteBudget,
     CalibrationConfig,
     CompressionPlan,
@@ -336,6 +337,13 @@ def test_narrow_stock_experts_load_beside_blocks_of_another_kind(name: str, kind
         torch.testing.assert_close(logits_of(loaded, inputs_for(name)), logits, rtol=0, atol=2e-6)
         assert verify(tmp_path / engine, against=tmp_path / "original", inputs=inputs_for(name)).passed
     assert opened.measured().after.bytes <= expected
+
+
+def test_widths_have_to_suit_shared_experts_without_layers_too() -> None:
+    """Half of 24 neurons would be 16, but the shared expert of 24 takes its width from the same setting."""
+    stages = [BlockDrop(num_blocks=1), NeuronPruning(keep_ratio=0.5, curvature=False)]
+    with pytest.raises(ValueError, match="gives 24 of the 24 neurons of every expert"):
+        MoECompressor.from_pretrained(build("glm4_moe_lite"), stages, data_for("glm4_moe_lite"), progress=False)
 
 
 @pytest.mark.parametrize(

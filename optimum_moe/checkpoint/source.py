@@ -86,6 +86,7 @@ class ModelSource:
         load_arguments: Keyword arguments for `from_pretrained`.
         quantization: Quantization config of a checkpoint that is dequantized while it is loaded.
         as_stored: Whether each tensor is written in its stored dtype; else in the requested one.
+        knows_widths: Whether its blocks say how narrow stock experts can be, see `with_widths`.
     """
 
     name: str
@@ -100,6 +101,7 @@ class ModelSource:
     load_arguments: Mapping[str, Any] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
     as_stored: bool = False
+    knows_widths: bool = False
 
     def load(self) -> PreTrainedModel:
         """The model with its weights.
@@ -131,7 +133,8 @@ class ModelSource:
     def with_widths(self) -> ModelSource:
         """The source with what is known of narrower stock experts in the sizes of its blocks."""
         blocks = with_widths(self.skeleton, self.blocks)
-        return replace(self, blocks=blocks, info=replace(self.info, blocks=tuple(found.info for found in blocks)))
+        info = replace(self.info, blocks=tuple(found.info for found in blocks))
+        return replace(self, blocks=blocks, info=info, knows_widths=True)
 
     def shallow(self, dropped: Sequence[str]) -> ShallowModel:
         """The stock model without some layers, on the meta device.
@@ -164,8 +167,8 @@ class ModelSource:
         shallow = self.shallow(dropped)
         if self.live is not None:
             drop_layers(self.live, shallow)
-            return _from_memory(self.live)
-        return self._view(shallow)
+            return self._as_known(_from_memory(self.live))
+        return self._as_known(self._view(shallow))
 
     def expected_without(self, dropped: Sequence[str]) -> ModelSource:
         """Like `without_layers`, but a model in memory is not changed: only the sizes of the result are meant.
@@ -174,7 +177,10 @@ class ModelSource:
             ValueError: If stock classes cannot express it.
         """
         shallow = self.shallow(dropped)
-        return self._view(shallow) if self.live is None else _from_memory(shallow.skeleton)
+        return self._as_known(self._view(shallow) if self.live is None else _from_memory(shallow.skeleton))
+
+    def _as_known(self, shallow: ModelSource) -> ModelSource:
+        return shallow.with_widths() if self.knows_widths else shallow
 
     def _view(self, shallow: ShallowModel) -> ModelSource:
         assert self.headers is not None
