@@ -50,7 +50,7 @@ class Architecture:
         kept = tuple(
             logits_E.flatten(0, -2)[mask_BS.flatten()] for logits_E, mask_BS in zip(logits, masks, strict=True)
         )
-        return BALANCE_WEIGHT * balancing_loss(kept, self.top_k)
+        return BALANCE_WEIGHT * balancing_loss(kept, min(self.top_k, kept[0].shape[1]))
 
 
 def switch(num_experts: int) -> PreTrainedModel:
