@@ -60,6 +60,10 @@ STAGES: dict[str, Callable[[], Any]] = {
     "budget": lambda: ByteBudget(share=0.4, runs_in="vllm+optimum_moe"),
     "some layers": lambda: ByteBudget(share=0.7, runs_in="vllm+optimum_moe", layers=[1]),
     "factors": lambda: LowRankSparse(rank_ratio=0.5, density=0.1),
+    "narrow and factors": lambda: [
+        NeuronPruning(num_neurons=32),
+        ByteBudget(share=0.7, runs_in="vllm+optimum_moe", layers=[1]),
+    ],
     "map and factors": lambda: [MSMoE(num_experts=4), LowRankSparse(rank_ratio=0.5, density=0.1)],
 }
 PROMPTS = [
@@ -159,6 +163,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 SERVED: list[tuple[str, str, dict[str, Any]]] = [
     *((name, kind, {}) for name in ARCHITECTURES for kind in ("plain", "map", "budget")),
     ("olmoe", "some layers", {}),
+    ("qwen3_moe", "narrow and factors", {}),
     ("mixtral", "factors", {}),
     ("gpt_oss", "factors", {}),
     ("qwen3_moe", "map and factors", {}),
