@@ -55,23 +55,6 @@ class ExpertTensors:
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
     scales_input: bool = False
 
-    def no_refit(self, top_k: int) -> str:
-        """Why down projections cannot be fitted to what experts gave that were merged; empty if they can.
-
-        Args:
-            top_k: Experts that the router selects for a token.
-        """
-        reasons = (
-            (self.activate is None, "their surgeon does not give their gate function"),
-            (self.fixed_neurons, "their neurons have a meaning outside of them"),
-            (self.finish is not None, "a norm follows each of their outputs"),
-            (
-                self.scales_input and top_k > 1,
-                "weights scale their inputs, so that a merged one runs for each of its members that a token selects",
-            ),
-        )
-        return next((reason for holds, reason in reasons if holds), "")
-
     def __post_init__(self) -> None:
         """Check the layout once, so that no later step has to guess an axis."""
         if len(self.up) == 0 or self.up[0].ndim != 2:
@@ -98,6 +81,23 @@ class ExpertTensors:
                     f"{name}[0] has shape {tuple(values[0].shape)}, but up[0] of shape {(inner, hidden)} asks for "
                     f"{shape}. Pass a view in the canonical orientation."
                 )
+
+    def no_refit(self, top_k: int) -> str:
+        """Why down projections cannot be fitted to what experts gave that were merged; empty if they can.
+
+        Args:
+            top_k: Experts that the router selects for a token.
+        """
+        reasons = (
+            (self.activate is None, "their surgeon does not give their gate function"),
+            (self.fixed_neurons, "their neurons have a meaning outside of them"),
+            (self.finish is not None, "a norm follows each of their outputs"),
+            (
+                self.scales_input and top_k > 1,
+                "weights scale their inputs, so that a merged one runs for each of its members that a token selects",
+            ),
+        )
+        return next((reason for holds, reason in reasons if holds), "")
 
     @property
     def num_experts(self) -> int:
