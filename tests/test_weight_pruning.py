@@ -303,14 +303,15 @@ BESIDE = {
     "no experts": [NARROW, LayerDrop(num_layers=1)],
     "skipping": [ExpertSkipping(), NARROW],
     "fewer experts": [ExpertPruning(num_experts=4, layers=[1]), NARROW],
+    "fewer experts everywhere": [ExpertPruning(num_experts=4), NARROW, Rounding(layers=[1])],
 }
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *(("qwen3_moe", kind) for kind in ("ranks", "no experts", "fewer experts")),
-        *in_full(*(("qwen3_moe", kind) for kind in ("four bits", "budget", "skipping"))),
+        *(("qwen3_moe", kind) for kind in ("ranks", "no experts", "fewer experts everywhere")),
+        *in_full(*(("qwen3_moe", kind) for kind in ("four bits", "budget", "skipping", "fewer experts"))),
         *in_full(*((name, kind) for name in ("mixtral", "glm4_moe", "gpt_oss", "olmoe") for kind in BESIDE)),
     ],
 )

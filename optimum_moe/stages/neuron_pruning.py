@@ -109,10 +109,10 @@ class NeuronPruning(Stage):
         width = self._width_of(first)
         if width >= first.intermediate_size:
             narrower = [str(n) for n in possible_widths(first, self.quantizer) if n < first.intermediate_size]
+            asked = f"num_neurons={width}" if self.keep_ratio is None else f"keep_ratio={self.keep_ratio}"
             raise ValueError(
-                f"num_neurons={self.num_neurons} or keep_ratio={self.keep_ratio} gives {width} of the "
-                f"{first.intermediate_size} neurons of every expert, so nothing would be removed. Experts of this "
-                f"model can have {', '.join(narrower) or 'no fewer'} neurons."
+                f"{asked} gives {width} of the {first.intermediate_size} neurons of every expert, so nothing would be "
+                f"removed. Experts of this model can have {', '.join(narrower) or 'no fewer'} neurons."
             )
 
     def _width_of(self, block: BlockInfo) -> int:

@@ -30,12 +30,19 @@ class StockModel:
     """A model of the original's class with experts of another number or width, on the meta device.
 
     Args:
-        settings: The config settings that differ from the original's, by dotted path.
+        counts: The config settings of the number of experts that differ from the original's, by dotted path.
+        widths: Those of the width of experts.
         skeleton: The model.
     """
 
-    settings: Mapping[str, int]
+    counts: Mapping[str, int]
+    widths: Mapping[str, int]
     skeleton: PreTrainedModel
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """All config settings that differ, by dotted path."""
+        return {**self.counts, **self.widths}
 
 
 def update_config(config: Any, settings: Mapping[str, Any]) -> None:
@@ -84,7 +91,7 @@ def with_widths(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> tuple[F
         return tuple(replace(each, info=replace(each.info, fixed_width=found)) for each in blocks)
     # Shared experts keep their width, so it has to be a multiple of the new one.
     divides = 0
-    for tower, _, name in (path.rpartition(".") for path in found.settings):
+    for tower, _, name in (path.rpartition(".") for path in found.widths):
         if "shared" in name:
             divides = getattr(config_at(model.config, tower), name) * info.intermediate_size
     return tuple(replace(each, info=replace(each.info, width_divides=divides)) for each in blocks)
@@ -100,17 +107,17 @@ def _build(model: PreTrainedModel, blocks: Sequence[FoundBlock], num_experts: in
         return "its experts are not described by one config"
     tower = next(name for name in towers if name is not None)
     whole, counted = blocks[0].info.intermediate_size, blocks[0].surgeon.count_fields[0]
-    wanted = {} if num_experts == blocks[0].info.num_experts else {counted: num_experts}
+    counts = {} if num_experts == blocks[0].info.num_experts else {f"{tower}.{counted}".lstrip("."): num_experts}
     for settings in _possible_settings(config_at(model.config, tower), whole, width):
-        config, named = deepcopy(model.config), {f"{tower}.{k}".lstrip("."): v for k, v in (wanted | settings).items()}
-        update_config(config, named)
+        config, widths = deepcopy(model.config), {f"{tower}.{k}".lstrip("."): v for k, v in settings.items()}
+        update_config(config, {**counts, **widths})
         try:
             with torch.device("meta"):
                 built = model_from_config(type(model), config)
         except REFUSALS:
             continue
         if _differs_in_experts_only(model, blocks, built, width):
-            return StockModel(named, built)
+            return StockModel(counts, widths, built)
     return f"no setting of its config changes the width of its experts ({whole}) alone"
 
 
@@ -184,8 +191,8 @@ def stock_settings(model: PreTrainedModel, blocks: Sequence[FoundBlock], plan: C
     for block in plan.blocks.values():
         width = _new_width(blocks, block)
         if width is not None:
-            count = block.num_groups if plan.is_plain else block.num_experts
-            return dict(stock_model(model, blocks, count, width).settings)
+            found = stock_model(model, blocks, block.num_groups, width)
+            return found.settings if plan.is_plain else dict(found.widths)
     return {}
 
 
