@@ -99,6 +99,9 @@ def with_widths(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> tuple[F
 
 def _build(model: PreTrainedModel, blocks: Sequence[FoundBlock], num_experts: int, width: int) -> StockModel | str:
     """A stock model of these sizes, or the reason why there is none."""
+    # Other blocks of `model` may be cut already.
+    with torch.device("meta"):
+        model = model_from_config(type(model), deepcopy(model.config))
     for found in blocks:
         if reason := found.surgeon.no_resize or _trailing(model, found):
             return reason
