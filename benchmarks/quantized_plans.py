@@ -93,6 +93,41 @@ class Measured:
     types: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Quality:
+    """What a file gives on held-out windows.
+
+    Args:
+        perplexity: Of the windows.
+        kl: Mean KL(original, this) in nats per token.
+        accuracy: Share of the tokens of which the most likely next one is the next one.
+    """
+
+    perplexity: float
+    kl: float
+    accuracy: float
+
+
+def quality(file: Path, held_out: HeldOutLogits, tools: Tools) -> Quality:
+    """Run a GGUF file on held-out windows.
+
+    Args:
+        file: The file.
+        held_out: Windows with the logits of the original.
+        tools: Where llama.cpp is.
+    """
+    with TemporaryDirectory() as folder:
+        logits = Path(folder) / "logits.npy"
+        request = {"checkpoint": str(file), "prompts": held_out.rows, "num_tokens": 0, "logits": str(logits)}
+        run_script(tools.python, "run_llama_cpp", request, "run the file")
+        log_probs_WSV = torch.from_numpy(np.load(logits)).log_softmax(-1)
+    own_WSV, next_WS = held_out.log_probs_WSV, torch.tensor(held_out.rows)[:, 1:]
+    kl = (own_WSV.exp() * (own_WSV - log_probs_WSV)).sum(-1).mean()
+    nll = -log_probs_WSV[:, :-1].gather(-1, next_WS[..., None]).mean()
+    right = (log_probs_WSV[:, :-1].argmax(-1) == next_WS).float().mean()
+    return Quality(float(nll.exp()), float(kl), float(right))
+
+
 def measure(
     name: str, checkpoint: str | Path, quantize: str, held_out: HeldOutLogits, tools: Tools, calibration: Any = None
 ) -> Measured:
@@ -117,16 +152,9 @@ def measure(
             python=tools.python,
         )
         header, size = read_gguf(file), file.stat().st_size
-        logits = Path(folder) / "logits.npy"
-        request = {"checkpoint": str(file), "prompts": held_out.rows, "num_tokens": 0, "logits": str(logits)}
-        run_script(tools.python, "run_llama_cpp", request, "run the file")
-        log_probs_WSV = torch.from_numpy(np.load(logits)).log_softmax(-1)
-    own_WSV = held_out.log_probs_WSV
-    kl = (own_WSV.exp() * (own_WSV - log_probs_WSV)).sum(-1).mean()
-    next_WS = torch.tensor(held_out.rows)[:, 1:]
-    nll = -log_probs_WSV[:, :-1].gather(-1, next_WS[..., None]).mean()
+        found = quality(file, held_out, tools)
     experts = sum(tensor.bytes or 0 for name, tensor in header.tensors.items() if "_exps." in name)
-    return Measured(name, quantize, size, experts, float(nll.exp()), float(kl), header.types())
+    return Measured(name, quantize, size, experts, found.perplexity, found.kl, header.types())
 
 
 def table(rows: Sequence[Measured]) -> str:

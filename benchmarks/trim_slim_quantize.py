@@ -8,7 +8,8 @@ that run in llama.cpp. On held-out text they give perplexity, KL from the origin
 likely token is the next one, as a share of the original's. Speed is that of a prompt in one batch, and of one token at
 a time, all files side by side in alternating rounds. The bundled model is too small to say anything of speed: for it
 files of random weights are timed that have as many layers and experts and are eight times as wide, and whose bytes are
-given. SmolLM2-8x192, which `smollm2.py` makes, is timed itself.
+given. SmolLM2-8x192, which `smollm2.py` makes, is timed itself. Writes benchmarks/results/trim_slim_quantize.md, of the
+models of `--on` alone.
 """
 
 from __future__ import annotations
@@ -23,19 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 import transformers
-from quantized_plans import HeldOutLogits, Tools
+from quantized_plans import HeldOutLogits, Tools, quality
 from reference import CALIBRATION, REFERENCES, ROOT
 from smollm2 import CHECKPOINT
 
 from optimum_moe import BlockDrop, ByteBudget, CalibrationConfig, ExpertPruning, MoECompressor, NeuronPruning, export
-from optimum_moe.exporting.environment import run_script
 from optimum_moe.stages import Stage
 
 RESULTS = ROOT / "benchmarks" / "results"
-ORIGINAL = "original"
 TRIM, SLIM = ExpertPruning(keep_ratio=0.75, saliency="fisher"), NeuronPruning(keep_ratio=2 / 3)
 RECIPES: dict[str, list[Stage]] = {
     "block drop, 25% of the layers": [BlockDrop(keep_ratio=0.75)],
@@ -73,29 +71,6 @@ MODELS = {
 WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
-@dataclass(frozen=True)
-class Quality:
-    """What a file gives on held-out text: perplexity, KL from the original in nats a token, and right next tokens."""
-
-    perplexity: float
-    kl: float
-    accuracy: float
-
-
-def quality(file: Path, held_out: HeldOutLogits, tools: Tools, folder: Path) -> Quality:
-    """Run a file on the held-out windows."""
-    stored = folder / "logits.npy"
-    request = {"checkpoint": str(file), "prompts": held_out.rows, "num_tokens": 0, "logits": str(stored)}
-    run_script(tools.python, "run_llama_cpp", request, "run the file")
-    log_probs_WSV, own_WSV = torch.from_numpy(np.load(stored)).log_softmax(-1), held_out.log_probs_WSV
-    stored.unlink()
-    next_WS = torch.tensor(held_out.rows)[:, 1:]
-    nll = -log_probs_WSV[:, :-1].gather(-1, next_WS[..., None]).mean()
-    kl = (own_WSV.exp() * (own_WSV - log_probs_WSV)).sum(-1).mean()
-    right = (log_probs_WSV[:, :-1].argmax(-1) == next_WS).float().mean()
-    return Quality(float(nll.exp()), float(kl), float(right))
-
-
 def seconds_of(files: Sequence[Path], tools: Tools, folder: Path) -> list[Mapping[str, float]]:
     """Median seconds of the prompt and of all steps after it, for each file."""
     asked, answered = folder / "request.json", folder / "answer.json"
@@ -114,7 +89,7 @@ def seconds_of(files: Sequence[Path], tools: Tools, folder: Path) -> list[Mappin
 def compressed(model: Model, folder: Path) -> tuple[dict[str, Path], list[str]]:
     """The checkpoints of all recipes by name, and why others cannot be."""
     calibration = CalibrationConfig(str(CALIBRATION), sequence_length=256, max_tokens=model.calibration)
-    found, refused = {ORIGINAL: model.checkpoint}, []
+    found, refused = {"original": model.checkpoint}, []
     for name, stages in RECIPES.items():
         try:
             compressor = MoECompressor.from_pretrained(model.checkpoint, stages, calibration, progress=False)
@@ -153,7 +128,7 @@ def table(model: Model, tools: Tools, folder: Path) -> str:
     scores, files = [], []
     for number, checkpoint in enumerate(checkpoints.values()):
         own = exported(checkpoint, tools, f"{number}", folder)
-        scores += [quality(file, held_out, tools, folder) for file in own]
+        scores += [quality(file, held_out, tools) for file in own]
         if model.wider > 1:
             own = exported(wide(checkpoint, model.wider, folder / f"wide {number}"), tools, f"wide {number}", folder)
         files += own

@@ -18,6 +18,7 @@ from optimum_moe.checkpoint.headers import read_headers
 from optimum_moe.checkpoint.source import open_source
 from tests.mtp_checkpoints import PREFIXES, save_with_mtp
 from tests.quantized_checkpoints import dequantize_fp8, to_fp8
+from tests.tiny_checkpoints import tensors_in
 from tests.tiny_models import by_name, inputs_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
@@ -34,10 +35,6 @@ def opened(checkpoint: Path, method: Any = METHODS["prune"], **settings: Any) ->
     name = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]
     data = [inputs_for(name, rows=4, length=32, seed=seed) for seed in range(3)]
     return MoECompressor.from_pretrained(checkpoint, method, CalibrationConfig(data), progress=False, **settings)
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
 def compressed(checkpoint: Path, out: Path, method: str, **settings: Any) -> MoECompressor:
@@ -62,7 +59,7 @@ def test_a_checkpoint_with_mtp_layers_asks_for_an_option(name: str, kinds: str, 
 def test_copied_unchanged_into_a_shard_of_the_index(name: str, tmp_path: Path) -> None:
     extra = save_with_mtp(tmp_path / "in", name)
     compressor = compressed(tmp_path / "in", tmp_path / "out", "map", mtp="copy")
-    before, after = tensors_of(tmp_path / "in"), tensors_of(tmp_path / "out")
+    before, after = tensors_in(tmp_path / "in"), tensors_in(tmp_path / "out")
     assert [key for key in extra if not torch.equal(before[key], after[key])] == []
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert {key for key, file in index["weight_map"].items() if file == "model-mtp.safetensors"} == set(extra)
@@ -104,7 +101,7 @@ def test_layers_without_experts_are_copied_beside_any_count(tmp_path: Path) -> N
     dense = {key: torch.randn(4, 4) for key in ("model.layers.3.eh_proj.weight", "model.layers.3.mlp.up_proj.weight")}
     save_file(tensors | dense, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
     compressed(tmp_path / "in", tmp_path / "out", "prune", mtp="copy")
-    after = tensors_of(tmp_path / "out")
+    after = tensors_in(tmp_path / "out")
     assert [key for key in dense if not torch.equal(dense[key], after[key])] == []
 
 
@@ -155,7 +152,7 @@ def test_cut_like_the_last_block(name: str, method: str, tmp_path: Path) -> None
     extra, prefix = save_with_mtp(tmp_path / "in", name), PREFIXES[name]
     preview = opened(tmp_path / "in", METHODS[method], mtp="cut").preview()
     compressor = compressed(tmp_path / "in", tmp_path / "out", method, mtp="cut")
-    before, after = tensors_of(tmp_path / "in"), tensors_of(tmp_path / "out")
+    before, after = tensors_in(tmp_path / "in"), tensors_in(tmp_path / "out")
     plan = list(compressor.plan.blocks.values())[-1]
     expected = merged_by_hand(before, prefix, plan)
     experts = {key for key in after if key.startswith(prefix) and ".experts." in key}
@@ -201,7 +198,7 @@ def test_quantized_mtp_layers_are_dequantized(option: str, tmp_path: Path) -> No
     checkpoint = to_fp8(tmp_path / "plain", tmp_path / "in", skip=["eh_proj"])
     method = "map" if option == "copy" else "prune"
     compressor = compressed(checkpoint, tmp_path / "out", method, mtp=option, dequantize=True)
-    before, after = tensors_of(checkpoint), tensors_of(tmp_path / "out")
+    before, after = tensors_in(checkpoint), tensors_in(tmp_path / "out")
     kept = list(compressor.plan.blocks.values())[-1].dominants_G if option == "cut" else range(8)
 
     def expected(name: str) -> torch.Tensor:

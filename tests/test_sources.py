@@ -13,12 +13,11 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_moe import ByteBudget, ExpertPruning, MoECompressor, MSMoE
 from optimum_moe.stages import Stage
-from tests.tiny_checkpoints import documents, save_checkpoint
+from tests.tiny_checkpoints import documents, save_checkpoint, tensors_in
 from tests.tiny_models import build
 
 INDEX = "model.safetensors.index.json"
@@ -36,10 +35,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def opened(model: Any, method: Stage = HALF, calibration: Any = None, **settings: Any) -> MoECompressor:
     return MoECompressor.from_pretrained(model, method, calibration, progress=False, **settings)
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
 def edit(file: Path, **fields: Any) -> None:
@@ -217,7 +212,7 @@ def test_a_hub_model_in_the_cache_is_enough_when_offline(
     for model, how in (("org/tiny", {"cache_dir": tmp_path / "hub"}), (sources[0], {})):
         for engine in ("memory", "streaming"):
             out = tmp_path / f"{Path(model).name}-{engine}"
-            results[out] = stored(opened(model, engine=engine, output_dir=out, **how).apply())
+            results[out] = tensors_in(opened(model, engine=engine, output_dir=out, **how).apply())
     first, *others = results.values()
     for other in others:
         assert first.keys() == other.keys()

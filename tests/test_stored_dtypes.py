@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_moe import (
@@ -25,17 +25,13 @@ from optimum_moe import (
 )
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.stages import Stage
-from tests.tiny_checkpoints import documents, save_checkpoint
+from tests.tiny_checkpoints import documents, save_checkpoint, tensors_in
 from tests.tiny_models import OTHERS, TARGETS, Target, build, by_name, in_full, inputs_for, logits_of
 
 TEXTS = documents(4)
 ENGINES = pytest.mark.parametrize("engine", ["memory", "streaming"])
 Wide = Callable[[str], bool]
 Tensors = dict[str, torch.Tensor]
-
-
-def stored(folder: Path) -> Tensors:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
 def is_beside(name: str, tensor: torch.Tensor) -> bool:
@@ -51,7 +47,7 @@ def mixed_checkpoint(folder: Path, wide: Wide, target: str = "qwen3_moe", **conf
     """A bfloat16 checkpoint, some of whose tensors are float32 with bits that bfloat16 does not hold."""
     save_checkpoint(folder, target, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(7)
-    tensors = stored(folder)
+    tensors = tensors_in(folder)
     for name in filter(wide, tensors):
         tensors[name] = tensors[name].float() + 1e-4 * torch.randn(tensors[name].shape, generator=generator)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -68,7 +64,7 @@ def compressed(source: Path, out: Path, method: Stage, engine: str = "memory", *
     )
     foretold = compressor.preview().after.bytes
     compressor.apply()
-    return stored(out), foretold
+    return tensors_in(out), foretold
 
 
 def assert_same(one: torch.Tensor, other: torch.Tensor, name: str = "") -> None:
@@ -95,7 +91,7 @@ def is_router(name: str) -> bool:
 )
 def test_float32_routers_and_norms_keep_their_bits(tmp_path: Path, method: Stage, engine: str) -> None:
     source = mixed_checkpoint(tmp_path / "source", lambda name: is_router(name) or "norm" in name)
-    before = stored(source)
+    before = tensors_in(source)
     after, foretold = compressed(source, tmp_path / "out", method, engine)
     assert foretold == bytes_of(after)
     report = json.loads((tmp_path / "out" / "compression_report.json").read_text(encoding="utf-8"))
@@ -147,7 +143,7 @@ def test_biases_and_corrections_keep_their_dtype(
 ) -> None:
     """Also where the class holds them in float32, and the checkpoint in bfloat16."""
     source = mixed_checkpoint(tmp_path / "source", lambda name: wide in name, target)
-    before = stored(source)
+    before = tensors_in(source)
     after, foretold = compressed(source, tmp_path / "out", method, engine)
     buffers = sum(t.numel() * t.element_size() for name, t in after.items() if name.endswith("correction_bias"))
     assert abs(foretold - bytes_of(after)) <= buffers
@@ -171,7 +167,7 @@ def test_biases_and_corrections_keep_their_dtype(
 )
 def test_what_is_stored_decides_and_not_what_the_config_says(tmp_path: Path, config: Any, engine: str) -> None:
     source = mixed_checkpoint(tmp_path / "source", is_router, **config)
-    target = bytes_of(stored(source)) * 3 // 4
+    target = bytes_of(tensors_in(source)) * 3 // 4
     for number, method in enumerate(
         (ExpertPruning(target_size=target, saliency="aimer"), ByteBudget(runs_in="transformers", share=0.5))
     ):
@@ -193,7 +189,7 @@ def test_what_is_stored_decides_and_not_what_the_config_says(tmp_path: Path, con
 def test_experts_of_several_dtypes(tmp_path: Path, routing: str, engine: str) -> None:
     """Each that remains is stored as it was, a merged one as its dominant expert was."""
     source = mixed_checkpoint(tmp_path / "source", lambda name: ".experts.3." in name or "experts.5.up_proj" in name)
-    before = stored(source)
+    before = tensors_in(source)
     merge = MSMoE(num_experts=4, align=False)
     method = merge if routing == "map" else ExpertPruning(num_experts=4, saliency="aimer")
     after, foretold = compressed(source, tmp_path / "out", method, engine)
@@ -230,7 +226,7 @@ def test_experts_of_several_dtypes_have_no_factors(tmp_path: Path) -> None:
 @ENGINES
 def test_a_budget_counts_each_block_in_its_own_dtype(tmp_path: Path, engine: str) -> None:
     source = mixed_checkpoint(tmp_path / "source", lambda name: "layers.1.mlp.experts." in name)
-    before = stored(source)
+    before = tensors_in(source)
     experts = bytes_of({name: t for name, t in before.items() if ".experts." in name})
     for number, method in enumerate(
         (
@@ -262,7 +258,7 @@ def test_a_trained_tensor_is_saved_as_it_is_now(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.gate.weight").add_(1)
     compressor.save_pretrained(tmp_path / "out")
-    after, before, plan = stored(tmp_path / "out"), stored(source), compressor.plan
+    after, before, plan = tensors_in(tmp_path / "out"), tensors_in(source), compressor.plan
     assert plan is not None
     for layer in (0, 1, 2):
         name = f"model.layers.{layer}.mlp"
@@ -282,7 +278,7 @@ def test_a_model_in_memory_keeps_the_dtypes_that_it_has(tmp_path: Path) -> None:
     compressor.apply()
     compressor.save_pretrained(tmp_path / "out")
     assert compressor.plan is not None
-    after = stored(tmp_path / "out")
+    after = tensors_in(tmp_path / "out")
     assert foretold == bytes_of(after)
     kept = list(compressor.plan.blocks["model.layers.0.mlp"].dominants_G)
     assert_same(
@@ -343,7 +339,7 @@ def test_experts_that_replace_others_run_beside_float32_routers_while_later_laye
             output_dir=tmp_path / engine,
             progress=False,
         )
-        found.append(stored(compressor.apply()))
+        found.append(tensors_in(compressor.apply()))
     one, other = found
     assert one.keys() == other.keys()
     for name, tensor in one.items():

@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -46,3 +48,8 @@ def save_checkpoint(directory: Path, target: str = "qwen3_moe", **fields: Any) -
     build(target, vocab_size=VOCABULARY, **fields).save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by name."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}

@@ -30,19 +30,12 @@ class StockModel:
     """A model of the original's class with experts of another number or width, on the meta device.
 
     Args:
-        counts: The config settings of the number of experts that differ from the original's, by dotted path.
-        widths: Those of the width of experts.
+        settings: The config settings that differ from the original's, by dotted path.
         skeleton: The model.
     """
 
-    counts: Mapping[str, int]
-    widths: Mapping[str, int]
+    settings: Mapping[str, int]
     skeleton: PreTrainedModel
-
-    @property
-    def settings(self) -> dict[str, int]:
-        """All config settings that differ, by dotted path."""
-        return {**self.counts, **self.widths}
 
 
 def update_config(config: Any, settings: Mapping[str, Any]) -> None:
@@ -59,8 +52,8 @@ def stock_model(model: PreTrainedModel, blocks: Sequence[FoundBlock], num_expert
     """The stock model whose blocks have so many experts of that width; built once for each model and pair.
 
     Args:
-        model: The original, before its first block is cut.
-        blocks: Its blocks.
+        model: The model, of which some blocks may be cut already.
+        blocks: Its original blocks.
         num_experts: Experts of each block.
         width: Neurons of each expert.
 
@@ -91,7 +84,7 @@ def with_widths(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> tuple[F
         return tuple(replace(each, info=replace(each.info, fixed_width=found)) for each in blocks)
     # Shared experts keep their width, so it has to be a multiple of the new one.
     divides = 0
-    for tower, _, name in (path.rpartition(".") for path in found.widths):
+    for tower, _, name in (path.rpartition(".") for path in found.settings):
         if "shared" in name:
             divides = getattr(config_at(model.config, tower), name) * info.intermediate_size
     return tuple(replace(each, info=replace(each.info, width_divides=divides)) for each in blocks)
@@ -99,29 +92,35 @@ def with_widths(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> tuple[F
 
 def _build(model: PreTrainedModel, blocks: Sequence[FoundBlock], num_experts: int, width: int) -> StockModel | str:
     """A stock model of these sizes, or the reason why there is none."""
-    # Other blocks of `model` may be cut already.
-    with torch.device("meta"):
-        model = model_from_config(type(model), deepcopy(model.config))
+    # Blocks of the model itself may be cut already.
+    original = _from_config(model, deepcopy(model.config))
+    if original is None:
+        return "its class makes no model of its config alone"
     for found in blocks:
-        if reason := found.surgeon.no_resize or _trailing(model, found):
+        if reason := found.surgeon.no_resize or _trailing(original, found):
             return reason
-    towers = {tower_of(model, found) for found in blocks}
+    towers = {tower_of(original, found) for found in blocks}
     if None in towers or len(towers) != 1:
         return "its experts are not described by one config"
     tower = next(name for name in towers if name is not None)
     whole, counted = blocks[0].info.intermediate_size, blocks[0].surgeon.count_fields[0]
-    counts = {} if num_experts == blocks[0].info.num_experts else {f"{tower}.{counted}".lstrip("."): num_experts}
+    wanted = {} if num_experts == blocks[0].info.num_experts else {counted: num_experts}
     for settings in _possible_settings(config_at(model.config, tower), whole, width):
-        config, widths = deepcopy(model.config), {f"{tower}.{k}".lstrip("."): v for k, v in settings.items()}
-        update_config(config, {**counts, **widths})
-        try:
-            with torch.device("meta"):
-                built = model_from_config(type(model), config)
-        except REFUSALS:
-            continue
-        if _differs_in_experts_only(model, blocks, built, width):
-            return StockModel(counts, widths, built)
+        config, named = deepcopy(model.config), {f"{tower}.{k}".lstrip("."): v for k, v in (wanted | settings).items()}
+        update_config(config, named)
+        built = _from_config(model, config)
+        if built is not None and _differs_in_experts_only(original, blocks, built, width):
+            return StockModel(named, built)
     return f"no setting of its config changes the width of its experts ({whole}) alone"
+
+
+def _from_config(model: PreTrainedModel, config: Any) -> PreTrainedModel | None:
+    """A model of the same class on the meta device; None where it cannot have these sizes."""
+    try:
+        with torch.device("meta"):
+            return model_from_config(type(model), config)
+    except REFUSALS:
+        return None
 
 
 def _possible_settings(config: Any, whole: int, width: int) -> Iterator[dict[str, int]]:
@@ -194,8 +193,8 @@ def stock_settings(model: PreTrainedModel, blocks: Sequence[FoundBlock], plan: C
     for block in plan.blocks.values():
         width = _new_width(blocks, block)
         if width is not None:
-            found = stock_model(model, blocks, block.num_groups, width)
-            return found.settings if plan.is_plain else dict(found.widths)
+            count = block.num_groups if plan.is_plain else block.num_experts
+            return dict(stock_model(model, blocks, count, width).settings)
     return {}
 
 

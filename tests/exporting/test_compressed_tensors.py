@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE, NeuronPruning, Rounding, export
 from optimum_moe.algorithms import rounding
 from optimum_moe.checkpoint.headers import read_headers
+from tests.tiny_checkpoints import tensors_in
 from tests.tiny_models import build, inputs_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:No gradient of the loss")
@@ -33,10 +33,6 @@ def saved(folder: Path, stages=None, name: str = "qwen3_moe", **fields) -> Path:
     return folder
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
 def unpacked(tensors: dict[str, torch.Tensor], module: str, bits: int) -> torch.Tensor:
     """The matrix that the three tensors of a module stand for, written out."""
     outputs, columns = tensors[f"{module}.weight_shape"].tolist()
@@ -51,9 +47,9 @@ def unpacked(tensors: dict[str, torch.Tensor], module: str, bits: int) -> torch.
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rounded_experts_are_exported_as_they_are(bits: int, tmp_path: Path) -> None:
     stages = [ExpertPruning(num_experts=4), Rounding(bits=bits)]
-    before = tensors_of(saved(tmp_path / "rounded", stages))
+    before = tensors_in(saved(tmp_path / "rounded", stages))
     out = export(tmp_path / "rounded", "compressed-tensors", tmp_path / "out")
-    after = tensors_of(out)
+    after = tensors_in(out)
     modules = {name.removesuffix(".weight_packed") for name in after if name.endswith(".weight_packed")}
     assert len(modules) == MATRICES / 2
     for module in modules:
@@ -79,7 +75,7 @@ def test_narrower_experts_say_their_width(tmp_path: Path) -> None:
     assert out == tmp_path / "rounded-packed-w4a16"
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert config["moe_intermediate_size"] == 64
-    shapes = {t.tolist()[0]: t.tolist()[1] for name, t in tensors_of(out).items() if name.endswith("weight_shape")}
+    shapes = {t.tolist()[0]: t.tolist()[1] for name, t in tensors_in(out).items() if name.endswith("weight_shape")}
     assert shapes == {64: 128, 128: 64}
 
 
@@ -88,8 +84,8 @@ def test_plain_experts_are_rounded(name: str, model: str, tmp_path: Path) -> Non
     fields = SIZES if model == "qwen3_moe" else {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
     bits = int(name[1])
     build(model, dtype=torch.bfloat16, **fields).save_pretrained(tmp_path / "plain")
-    before = tensors_of(tmp_path / "plain")
-    after = tensors_of(export(tmp_path / "plain", "compressed-tensors", quantize=name))
+    before = tensors_in(tmp_path / "plain")
+    after = tensors_in(export(tmp_path / "plain", "compressed-tensors", quantize=name))
     modules = [name.removesuffix(".weight_packed") for name in after if name.endswith(".weight_packed")]
     assert len(modules) == MATRICES
     for module in modules:
@@ -116,9 +112,9 @@ def test_shards_keep_their_files(tmp_path: Path) -> None:
     build("qwen3_moe", dtype=torch.bfloat16, **SIZES).save_pretrained(tmp_path / "plain", max_shard_size="300KB")
     assert len(list((tmp_path / "plain").glob("*.safetensors"))) > 2
     out = export(tmp_path / "plain", "compressed-tensors", quantize="w8a16")
-    assert set(read_headers(out).tensors) == set(tensors_of(out))
+    assert set(read_headers(out).tensors) == set(tensors_in(out))
     whole = export(saved(tmp_path / "whole"), "compressed-tensors", quantize="w8a16")
-    one, many = tensors_of(whole), tensors_of(out)
+    one, many = tensors_in(whole), tensors_in(out)
     assert one.keys() == many.keys()
     assert all(torch.equal(tensor, many[name]) for name, tensor in one.items())
 
