@@ -220,7 +220,8 @@ class MoECompressor:
             recipe.dropping.check(source.info)
         remaining = expected_source(source, recipe)
         costs = recipe.costs(remaining.info)
-        check_together(remaining.blocks, {name: cost.experts for name, cost in costs.items()})
+        counts = {name: cost.experts for name, cost in costs.items()}
+        check_together(remaining.blocks, counts, {name for name, cost in costs.items() if not cost.stock})
         layers.check_recipe(recipe, remaining)
         compressor = cls(
             source,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from optimum_moe.calibration.observe import running_part
 from optimum_moe.checkpoint.checkpoint_tensors import CheckpointTensors, built
 from optimum_moe.checkpoint.checksums import side_file_failures
 from optimum_moe.checkpoint.comparison import Comparison
@@ -402,7 +403,8 @@ def _reload_failures(work: _Work) -> tuple[list[str], str]:
             for parameter in model.parameters():
                 # Some kernels round differently at the unaligned addresses of a mapped file.
                 parameter.data = parameter.data.clone()
-            result = model.eval()(**(work.inputs or _inputs(model)))
+            part = running_part(model.eval())
+            result = part(**(work.inputs or _inputs(part)))
             outputs.append(_first_tensor(result))
             del model
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,18 @@ import pytest
 import torch
 import transformers
 
-from optimum_moe import CalibrationConfig, CompressionPlan, ExpertPruning, MoECompressor, MSMoE
+from optimum_moe import (
+    BlockDrop,
+    CalibrationConfig,
+    CompressionPlan,
+    ExpertPruning,
+    LayerDrop,
+    LowRankSparse,
+    MoECompressor,
+    MSMoE,
+    Rounding,
+    verify,
+)
 from optimum_moe.calibration.observe import running_part
 from optimum_moe.checkpoint.source import open_source
 from optimum_moe.surgeons import find_blocks
@@ -18,6 +30,7 @@ from tests.composites_table import COMPOSITES, IMAGE, Composite, build_composite
 from tests.expert_order import edited, make_copies, permute_experts, silence
 from tests.test_exact_properties import LABELS, assert_rounding
 from tests.test_reload import assert_same_tensors, move_out_of_the_file
+from tests.tiny_checkpoints import tensors_in
 from tests.tiny_models import logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
@@ -175,6 +188,24 @@ def test_saved_and_loaded_as_a_whole(composite: Composite, method: str, tmp_path
 
 
 @EVERY
+@pytest.mark.parametrize("engine", ["memory", "streaming"])
+def test_a_checkpoint_keeps_the_dtype_of_its_config(composite: Composite, engine: str, tmp_path: Path) -> None:
+    """Of a model whose class loads the first of its parts in float32, too."""
+    model = build_composite(composite, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "in")
+    method = reached_only(ExpertPruning(num_experts=4, saliency="aimer"), model, composite)
+    compressor = MoECompressor.from_pretrained(
+        tmp_path / "in", method, engine=engine, output_dir=tmp_path / "out", auto_class=type(model), progress=False
+    )
+    compressor.apply()
+    written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert written["dtype"] == "bfloat16"
+    stored = tensors_in(tmp_path / "out").values()
+    assert {tensor.dtype for tensor in stored if tensor.is_floating_point()} == {torch.bfloat16}
+    assert verify(tmp_path / "out", against=tmp_path / "in").passed
+
+
+@EVERY
 def test_a_config_without_architectures_opens_as_the_whole_model(composite: Composite, tmp_path: Path) -> None:
     model = build_composite(composite)
     model.save_pretrained(tmp_path)
@@ -205,6 +236,21 @@ def test_each_pool_of_ernie_counts_its_own_tokens_without_padding() -> None:
         "model.language_model.layers.*.mlp.text_moe": int((real & ~vision).sum()),
         "model.language_model.layers.*.mlp.vision_moe": int((real & vision).sum()),
     }
+
+
+@pytest.mark.parametrize(
+    "method", [BlockDrop(num_blocks=1), LayerDrop(num_layers=2, layers=[0, 1])], ids=["block", "layer"]
+)
+def test_a_layer_of_two_pools_is_measured_for_each_on_its_own_tokens(method: Any) -> None:
+    composite = composite_named("ernie4_5_vl_moe")
+    inputs = inputs_with_media(composite)
+    inputs["attention_mask"][0, -5:] = 0
+    real, vision = inputs["attention_mask"].bool(), inputs["moe_mm_token_type_ids"].bool()
+    config = CalibrationConfig([inputs])
+    compressor = MoECompressor.from_pretrained(build_composite(composite), method, config, progress=False)
+    for name, block in compressor.calibrate().blocks.items():
+        assert block.layer_tokens == int((real & (vision if name.endswith("vision_moe") else ~vision)).sum())
+    compressor.apply()
 
 
 def text_only(composite: Composite) -> CalibrationConfig:
@@ -272,6 +318,31 @@ def test_pools_of_one_layer_with_different_counts_are_refused(routing: str) -> N
     method = MSMoE(num_experts=4, routing=routing, protect=["*.vision_moe"])
     with pytest.raises(ValueError, match=r"text_moe would keep 4 and .*vision_moe 8. Keep the same number in both"):
         MoECompressor.from_pretrained(build_composite(composite_named("ernie4_5_vl_moe")), method)
+
+
+@pytest.mark.parametrize("protected", ["text", "vision"])
+@pytest.mark.parametrize("method", [Rounding(bits=8), LowRankSparse(rank=8)], ids=["bits", "low-rank"])
+def test_pools_of_one_layer_in_different_forms_are_refused(method: Any, protected: str) -> None:
+    model = build_composite(composite_named("ernie4_5_vl_moe"))
+    other = "vision" if protected == "text" else "text"
+    with pytest.raises(
+        ValueError, match=rf"experts of \S+\.{other}_moe would take .*\.{protected}_moe stay as they are"
+    ):
+        MoECompressor.from_pretrained(model, replace(method, protect=[f"*.{protected}_moe"]))
+
+
+def test_a_pool_that_no_token_reached_leaves_the_other_as_it_is() -> None:
+    composite = composite_named("ernie4_5_vl_moe")
+    ids = {k: v for k, v in inputs_with_media(composite).items() if k in ("input_ids", "attention_mask")}
+    text = ids | {"input_ids": ids["input_ids"] % IMAGE}
+    text |= {name: torch.zeros_like(ids["input_ids"]) for name in ("mm_token_type_ids", "moe_mm_token_type_ids")}
+    compressor = MoECompressor.from_pretrained(
+        build_composite(composite), LowRankSparse(rank=8), CalibrationConfig([text], unseen="keep"), progress=False
+    )
+    with pytest.raises(
+        ValueError, match=r"vision_moe stay as they are\. Change both or neither: calibrate with images"
+    ):
+        compressor.apply()
 
 
 def test_images_reach_the_statistics() -> None:

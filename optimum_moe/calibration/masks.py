@@ -46,5 +46,11 @@ def padding_mask(inputs: Mapping[str, Any], block: BlockInfo, in_text: bool) -> 
 
 def seen_tokens(inputs: Mapping[str, Any], block: BlockInfo, values_T: torch.Tensor) -> torch.Tensor:
     """Of one value for each token of a forward pass, those of the tokens that a text block sees."""
+    rows_T = rows_in_layer(inputs, block)
+    return values_T if rows_T is None else values_T[rows_T]
+
+
+def rows_in_layer(inputs: Mapping[str, Any], block: BlockInfo) -> torch.Tensor | None:
+    """(T,) bool, which tokens of its layer a block sees in one forward pass; None for all."""
     pool, kinds = _POOLS.get(block.name.rpartition(".")[2]), inputs.get(_POOL_IDS)
-    return values_T if pool is None or kinds is None else values_T[kinds.reshape(-1).bool() == pool]
+    return None if pool is None or kinds is None else kinds.reshape(-1).bool() == pool

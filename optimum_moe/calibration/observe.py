@@ -20,7 +20,7 @@ from optimum_moe.calibration.boundaries import bounded_layers
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.gradients import differentiable, gives_logits, sampled_loss
 from optimum_moe.calibration.layer_watch import watch_layers
-from optimum_moe.calibration.masks import padding_mask, text_blocks
+from optimum_moe.calibration.masks import padding_mask, rows_in_layer, text_blocks
 from optimum_moe.calibration.modalities import placeholders, token_modalities, with_modalities
 from optimum_moe.calibration.random_draws import generator_for
 from optimum_moe.calibration.recorder import BlockRecorder, joined
@@ -169,8 +169,12 @@ def _recorded(
             inputs = placed(batch, model)
             for found in blocks:
                 its_text = found.info.name in in_text
-                modality_T = token_modalities(inputs, found.info, its_text, known) if "modalities" in needs else None
-                recorders[found.info.name].expect(number, padding_mask(inputs, found.info, its_text), modality_T)
+                recorders[found.info.name].expect(
+                    number,
+                    padding_mask(inputs, found.info, its_text),
+                    token_modalities(inputs, found.info, its_text, known) if "modalities" in needs else None,
+                    rows_in_layer(inputs, found.info),
+                )
             output = part(**inputs, **extra)
             if going_back is None:
                 # Without gradients a stage measures output errors, and warns.

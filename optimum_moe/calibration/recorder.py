@@ -42,6 +42,7 @@ class BlockRecorder:
         self._collectors = make_collectors(BlockSizes(num_experts, intermediate_size, hidden_size), needs)
         self._mask_T: torch.Tensor | None = None
         self._modality_T: torch.Tensor | None = None
+        self._rows_T: torch.Tensor | None = None
         self._valid_T = torch.empty(0, dtype=torch.bool)
         self._router_input_TH = torch.empty(0)
         self._seed, self._batch = seed, 0
@@ -59,15 +60,22 @@ class BlockRecorder:
         self._layer_sums = {name: torch.zeros((), dtype=torch.float64) for name in ("layer", "experts", "tokens")}
         self._residual = TokenSample(reservoir_tokens)
 
-    def expect(self, batch: int, mask_T: torch.Tensor | None, modality_T: torch.Tensor | None = None) -> None:
+    def expect(
+        self,
+        batch: int,
+        mask_T: torch.Tensor | None,
+        modality_T: torch.Tensor | None = None,
+        rows_T: torch.Tensor | None = None,
+    ) -> None:
         """Say what the tokens of the next forward pass are.
 
         Args:
             batch: Number of the batch, which with the seed says what tokens are sampled.
             mask_T: (T,) bool, False for padding; None if no token is padding.
             modality_T: (T,) int64 positions in `MODALITIES`; None if they are unknown.
+            rows_T: bool, which tokens of the layer are these T tokens; None if the block sees all.
         """
-        self._batch, self._mask_T, self._modality_T = batch, mask_T, modality_T
+        self._batch, self._mask_T, self._modality_T, self._rows_T = batch, mask_T, modality_T, rows_T
         # Equal seeds select the same tokens in all layers, before and after the layer as in the block.
         self._keys, self._layer_keys = (generator_for("sample", self._seed, batch) for _ in range(2))
 
@@ -132,6 +140,10 @@ class BlockRecorder:
             after_TH: Residual stream after it.
             without_TH: Residual stream after it without the routed experts of the block; None if nothing reads it.
         """
+        if self._rows_T is not None:
+            rows_T = self._rows_T.to(before_TH.device)
+            before_TH, after_TH = before_TH[rows_T], after_TH[rows_T]
+            without_TH = None if without_TH is None else without_TH[rows_T]
         valid_T = self._valid(len(before_TH), before_TH.device)
         before_SH, after_SH = before_TH[valid_T], after_TH[valid_T]
         self._layer_sums["layer"] += _cosine_sum(before_SH, after_SH)

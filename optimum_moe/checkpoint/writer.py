@@ -14,7 +14,6 @@ from transformers.utils import logging
 
 from optimum_moe.checkpoint.refusals import all_in_memory
 from optimum_moe.checkpoint.stored import StoredModel
-from optimum_moe.hf.carried_code import carry_code
 from optimum_moe.stages.counts import parse_size
 from optimum_moe.surgeons import FoundBlock, config_at, tower_of
 
@@ -58,26 +57,27 @@ def write_model(
     """
     all_in_memory(model)
     state = None if stored is None else stored.state()
+    present = {parameter.dtype for parameter in model.parameters()}
+    # Of a model in memory it may be from before a cast, `model.to(torch.bfloat16)`.
+    dtype = model.config.dtype if model.config.dtype in present else None
     # These tensors already have their names in the checkpoint, so skip the renaming.
     save: Any = model.save_pretrained
     save(directory, state_dict=state, max_shard_size=max_shard_size, save_original_format=state is None)
-    _spell_out_config(directory, blocks)
+    model.config.dtype = dtype or model.config.dtype
+    _complete_config(directory, model.config, blocks)
 
 
 def describe_model(model: PreTrainedModel, directory: Path, blocks: Sequence[FoundBlock]) -> None:
     """Write the config as `write_model` does, for a model whose shards are already written."""
-    # transformers takes the config's dtype from the first tensor, which may be stored in another one than the rest.
     dtype = model.config.dtype
     with TemporaryDirectory(dir=directory) as beside, without_bars():
         model.save_pretrained(beside, state_dict={})
         model.config.dtype = dtype
-        model.config.save_pretrained(beside)
-        carry_code(Path(beside), model.config)
         for path in Path(beside).iterdir():
             # Remove only the empty file of weights.
             if path.suffix != ".safetensors":
                 path.rename(directory / path.name)
-    _spell_out_config(directory, blocks)
+    _complete_config(directory, model.config, blocks)
 
 
 @contextmanager
@@ -92,13 +92,15 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _spell_out_config(directory: Path, blocks: Sequence[FoundBlock]) -> None:
+def _complete_config(directory: Path, config: Any, blocks: Sequence[FoundBlock]) -> None:
+    """Give the written config the model's dtype, and the settings that other readers know."""
     path = directory / "config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if config.dtype is not None:
+        # transformers writes that of the first tensor, which some classes keep in float32 whatever the others are.
+        written["dtype"] = str(config.dtype).removeprefix("torch.")
     fields = {found.surgeon.count_fields for found in blocks}
-    path.write_text(
-        json.dumps(spell_out(json.loads(path.read_text(encoding="utf-8")), fields), indent=2, sort_keys=True) + "\n",
-        encoding="utf-8",
-    )
+    path.write_text(json.dumps(spell_out(written, fields), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def spell_out(config: Mapping[str, Any], count_fields: set[tuple[str, ...]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,9 @@ class PlanReader:
                 f"{sizes.get(name, 'no such block')}. Use the plan of this checkpoint."
             )
         self._plan = plan
-        check_together(store.blocks, {name: block.num_groups for name, block in plan.blocks.items()})
+        counts = {name: block.num_groups for name, block in plan.blocks.items()}
+        formed = {name for name, block in plan.blocks.items() if block.sizes is not None and not block.is_stock}
+        check_together(store.blocks, counts, formed)
 
     def admit(self, observed: Observed | None) -> None:
         """Do nothing, since a finished plan needs no statistics."""
@@ -77,6 +79,7 @@ class Decider:
         self.ranks, self._own = ranks, frozenset(ranks.share([found.info.name for found in store.blocks]))
         self.reads_experts = recipe.reads_experts
         self._counts: Mapping[str, int] = {}
+        self._formed = {name for name, cost in recipe.costs(info).items() if not cost.stock}
         self.unreached: set[str] = set()
         """Blocks that no token reached, which remain unchanged because of `unseen="keep"`."""
         self._allocations: list[Mapping[str, Any]] = []
@@ -150,7 +153,7 @@ class Decider:
 
     def _check_together(self) -> None:
         whole = {block.name: block.num_experts for block in self.info.blocks if block.name in self.unreached}
-        check_together(self.store.blocks, {**self._counts, **whole})
+        check_together(self.store.blocks, {**self._counts, **whole}, self._formed - self.unreached)
 
     def changed_by_data(self) -> frozenset[str]:
         """Names of the blocks that are changed based on observed statistics."""
@@ -300,9 +303,15 @@ def unreached_report(names: Sequence[str], wanted: int) -> str:
     )
 
 
-def check_together(blocks: Sequence[FoundBlock], counts: Mapping[str, int]) -> None:
-    """Raise a `ValueError` if a surgeon's architecture does not support these expert counts in one model."""
+def check_together(blocks: Sequence[FoundBlock], counts: Mapping[str, int], formed: Collection[str]) -> None:
+    """Raise a `ValueError` if a checkpoint of the architecture cannot hold these blocks together.
+
+    Args:
+        blocks: All blocks.
+        counts: Experts of each that remain, by its name.
+        formed: Names of those whose experts are stored in forms that stock classes do not have.
+    """
     for surgeon in {found.surgeon.name: found.surgeon for found in blocks}.values():
-        objection = surgeon.objection(counts)
+        objection = surgeon.objection(counts, formed)
         if objection is not None:
             raise ValueError(objection)

@@ -15,7 +15,7 @@ import torch
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.gradients import differentiable
 from optimum_moe.calibration.layer_watch import LAYER_OBSERVATIONS, run_layer
-from optimum_moe.calibration.masks import padding_mask, text_blocks
+from optimum_moe.calibration.masks import padding_mask, rows_in_layer, text_blocks
 from optimum_moe.calibration.modalities import placeholders, token_modalities, with_modalities
 from optimum_moe.calibration.observe import backward_calls, forward_calls, placed, without_cache
 from optimum_moe.calibration.recorder import BlockRecorder
@@ -26,7 +26,6 @@ from optimum_moe.engine.layers import Layer, other_layers
 from optimum_moe.engine.lockstep import Backward, Lockstep, Runner, Turn
 from optimum_moe.engine.progress import LayerReport, Progress
 from optimum_moe.engine.store import Observed, Store
-from optimum_moe.model_info import BlockInfo
 from optimum_moe.statistics import STANDARD, BlockStatistics
 
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
@@ -226,18 +225,17 @@ class LayerwiseRun:
     ) -> None:
         for runner, (number, inputs) in zip(runners, rows, strict=True):
             for found in layer.blocks:
-                recorders[found.info.name].expect(number, *self._tokens(inputs, found.info))
+                block, in_text = found.info, found.info.name in self._in_text
+                modalities = "modalities" in self.needs
+                recorders[block.name].expect(
+                    number,
+                    padding_mask(inputs, block, in_text),
+                    token_modalities(inputs, block, in_text, self._placeholders) if modalities else None,
+                    rows_in_layer(inputs, block),
+                )
             runner.advance()
             # The allocator keeps freed memory per thread, so return it before the next thread runs.
             return_freed()
-
-    def _tokens(self, inputs: Any, block: BlockInfo) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Padding mask and modalities of the tokens that a block sees of a batch."""
-        in_text = block.name in self._in_text
-        mask_T = padding_mask(inputs, block, in_text)
-        if "modalities" not in self.needs:
-            return mask_T, None
-        return mask_T, token_modalities(inputs, block, in_text, self._placeholders)
 
     def _recorders(self, layer: Layer) -> dict[str, BlockRecorder]:
         return {

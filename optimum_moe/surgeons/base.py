@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -144,8 +144,13 @@ class Surgeon(ABC):
             selects_by=self.selects_by,
         )
 
-    def objection(self, counts: Mapping[str, int]) -> str | None:
-        """The reason why one model cannot have these expert counts (by block name); None if it can."""
+    def objection(self, counts: Mapping[str, int], formed: Collection[str]) -> str | None:
+        """The reason why one checkpoint cannot hold these blocks together; None if it can.
+
+        Args:
+            counts: Experts of each block that remain, by its name.
+            formed: Names of the blocks whose experts are stored in forms that stock classes do not have.
+        """
         return None
 
     @abstractmethod

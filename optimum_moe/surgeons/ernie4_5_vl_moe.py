@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -51,16 +51,25 @@ class Ernie45VLSurgeon(GenericSurgeon):
         """Whether `module` is a pool, padded or not."""
         return any(cls.__name__ == _ROW.block for cls in type(module).__mro__)
 
-    def objection(self, counts: Mapping[str, int]) -> str | None:
+    def objection(self, counts: Mapping[str, int], formed: Collection[str]) -> str | None:
         """See `Surgeon.objection`: transformers cuts the list of a layer's experts into halves on loading."""
         for name, count in counts.items():
             other = f"{name.removesuffix('.text_moe')}.vision_moe"
             # The text model by itself is saved tensor by tensor.
-            if name.endswith(".text_moe") and "language_model." in name and counts.get(other, count) != count:
+            if not name.endswith(".text_moe") or "language_model." not in name or other not in counts:
+                continue
+            halves = "A checkpoint of Ernie 4.5 VL stores text and vision experts of a layer in two equal halves, but"
+            if counts[other] != count:
                 return (
-                    f"A checkpoint of Ernie 4.5 VL stores text and vision experts of a layer in two equal halves, but "
-                    f"{name} would keep {count} and {other} {counts[other]}. Keep the same number in both: calibrate "
-                    'with images, select both or neither with layers= and protect=, and use allocation="uniform".'
+                    f"{halves} {name} would keep {count} and {other} {counts[other]}. Keep the same number in both: "
+                    "calibrate with images, select both or neither with layers= and protect=, and use "
+                    'allocation="uniform".'
+                )
+            if (name in formed) != (other in formed):
+                changed, whole = (name, other) if name in formed else (other, name)
+                return (
+                    f"{halves} the experts of {changed} would take another form and those of {whole} stay as they are. "
+                    "Change both or neither: calibrate with images, and select both with layers= and protect=."
                 )
         return None
 
