@@ -124,6 +124,19 @@ def test_a_target_size_is_the_size_of_the_file(tmp_path: Path) -> None:
     assert 0 < size // 2 - compressor.preview().after.bytes < 0.0013 * size
 
 
+@pytest.mark.parametrize("share", [0.9, 0.5])
+@pytest.mark.parametrize("layers", [[1], None], ids=["one", "all"])
+def test_a_budget_counts_what_an_earlier_stage_removed(layers: list[int] | None, share: float) -> None:
+    stages = [
+        ExpertPruning(num_experts=2, saliency="reap", layers=layers),
+        ByteBudget(runs_in="transformers", share=share),
+    ]
+    compressor = compressor_for(build("qwen3_moe", **SIZES), stages, "qwen3_moe")
+    foretold = compressor.preview().after.bytes
+    compressor.apply()
+    assert 0.98 * foretold < compressor.measured().after.bytes <= foretold
+
+
 def test_unseen_experts_are_kept_or_emptied() -> None:
     for unseen in ("keep", "prune"):
         model = build("qwen3_moe")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ from optimum_moe import (
     WeightPruning,
     verify,
 )
+from optimum_moe.calibration.observe import placed
 from optimum_moe.stages import Stage
+from tests.composites_table import COMPOSITES, build_composite, inputs_with_media
+from tests.mtp_checkpoints import PREFIXES, save_with_mtp
+from tests.quantized_checkpoints import to_fp8, to_mxfp4
 from tests.test_reload import move_out_of_the_file
 from tests.tiny_checkpoints import tensors_in
-from tests.tiny_models import OTHERS, TARGETS, Target, build, inputs_for, logits_of
+from tests.tiny_models import OTHERS, TARGETS, Target, build, by_name, inputs_for, logits_of
 
 pytestmark = [
     pytest.mark.full,
@@ -71,15 +76,75 @@ def drawn(rng: random.Random) -> list[Stage]:
     return chosen or [rng.choice(GROUPS[-1])(rng)]
 
 
-@pytest.mark.parametrize("seed", range(120))
-def test_a_drawn_recipe_is_refused_at_once_or_loads(seed: int, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was drawn.
+
+    Args:
+        model_class: Loads it.
+        inputs: From a seed to model inputs.
+        settings: What compressing it needs.
+    """
+
+    model_class: Any
+    inputs: Callable[[int], dict[str, torch.Tensor]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def text_source(rng: random.Random, folder: Path) -> Source:
+    target = rng.choice([target for target in (*TARGETS, *OTHERS) if target.inputs == "input_ids"])
+    build(target, seed=rng.randrange(1000)).save_pretrained(folder)
+    return of_target(target)
+
+
+def composite_source(rng: random.Random, folder: Path) -> Source:
+    composite = rng.choice([c for c in COMPOSITES if transformers.__version__ != c.broken_in and not c.unreached])
+    dtype = rng.choice([torch.float32, torch.bfloat16])
+    model = build_composite(composite, seed=rng.randrange(1000), dtype=dtype)
+    model.save_pretrained(folder)
+
+    def inputs(seed: int) -> dict[str, torch.Tensor]:
+        return placed(inputs_with_media(composite, rows=4, seed=seed), model)
+
+    return Source(type(model), inputs)
+
+
+def source_with_mtp(rng: random.Random, folder: Path) -> Source:
+    name = rng.choice(sorted(PREFIXES))
+    save_with_mtp(folder, name, rng.choice([torch.float32, torch.bfloat16]))
+    return of_target(by_name(name), mtp=rng.choice(["copy", "cut", "drop"]))
+
+
+def quantized_source(rng: random.Random, folder: Path) -> Source:
+    target = by_name(rng.choice(["qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss"]))
+    fields = {"intermediate_size": 64} if target.name == "gpt_oss" else {}
+    plain = folder.with_name("plain")
+    build(target, dtype=torch.bfloat16, **fields).save_pretrained(plain)
+    if target.name == "gpt_oss":
+        to_mxfp4(plain, folder)
+    else:
+        to_fp8(plain, folder)
+    return of_target(target, dequantize=True)
+
+
+def of_target(target: Target, **settings: Any) -> Source:
+    def inputs(seed: int) -> dict[str, torch.Tensor]:
+        return inputs_for(target, rows=4, length=32, seed=seed)
+
+    return Source(getattr(transformers, target.architecture), inputs, settings)
+
+
+SOURCES = {"text": text_source, "media": composite_source, "mtp": source_with_mtp, "quantized": quantized_source}
+DRAWS = {"text": 120, "media": 60, "mtp": 20, "quantized": 20}
+
+
+@pytest.mark.parametrize(("kind", "seed"), [(kind, seed) for kind, count in DRAWS.items() for seed in range(count)])
+def test_a_drawn_recipe_is_refused_at_once_or_loads(kind: str, seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
-    target: Target = rng.choice([target for target in (*TARGETS, *OTHERS) if target.inputs == "input_ids"])
+    source = SOURCES[kind](rng, tmp_path / "model")
     stages, propagates = drawn(rng), rng.random() < 0.3
-    model_class = getattr(transformers, target.architecture)
-    build(target, seed=seed).save_pretrained(tmp_path / "model")
-    data = CalibrationConfig([inputs_for(target, rows=4, length=32, seed=row) for row in range(2)])
-    settings: dict[str, Any] = {"progress": False, "auto_class": model_class, "report": False}
+    data = CalibrationConfig([source.inputs(row) for row in range(2)])
+    settings = {"progress": False, "auto_class": source.model_class, "report": False, **source.settings}
     try:
         compressor = MoECompressor.from_pretrained(
             tmp_path / "model", stages, data, error_propagation=propagates, engine="memory", **settings
@@ -104,8 +169,8 @@ def test_a_drawn_recipe_is_refused_at_once_or_loads(seed: int, tmp_path: Path) -
     if not any(stage.drops_layers for stage in stages):
         # Which layer goes is not known before; those of hybrid models differ in size.
         assert compressor.measured().after.bytes <= foretold
-    inputs = inputs_for(target)
-    loaded = model_class.from_pretrained(tmp_path / "memory")
+    inputs = source.inputs(2)
+    loaded = source.model_class.from_pretrained(tmp_path / "memory")
     move_out_of_the_file(loaded)
     assert torch.equal(logits_of(loaded, inputs), logits_of(cut, inputs))
     assert verify(tmp_path / "streaming", against=tmp_path / "model", inputs=inputs).passed

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from optimum_moe import CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
+from optimum_moe import BlockDrop, CalibrationConfig, ExpertPruning, MoECompressor, MSMoE
 from optimum_moe.algorithms.alignment import align_experts
 from optimum_moe.algorithms.experts import ExpertTensors
 from optimum_moe.checkpoint.headers import read_headers
@@ -121,6 +121,16 @@ def test_dropped(name: str, method: str, tmp_path: Path) -> None:
     kept_buffers = buffers if method == "map" else buffers // 2
     assert preview.after.parameters - measured.after.parameters == kept_buffers
     assert measured.after.parameters == sum(p.numel() for p in compressor.model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_that_follow_on_a_dropped_one_are_counted_once(name: str, tmp_path: Path) -> None:
+    save_with_mtp(tmp_path / "in", name)
+    compressor = opened(tmp_path / "in", BlockDrop(num_blocks=1), mtp="drop")
+    preview = compressor.preview()
+    compressor.apply()
+    buffers = 8 if name == "deepseek_v3" else 0
+    assert preview.after.parameters - compressor.measured().after.parameters == buffers
 
 
 def merged_by_hand(before: dict[str, torch.Tensor], prefix: str, plan: Any) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from optimum_moe.checkpoint.headers import read_headers
 from optimum_moe.checkpoint.identity import identity
 from optimum_moe.checkpoint.source import open_source
 from tests.quantized_checkpoints import dequantize_fp8, edit_config, quantize_mxfp4, to_fp8, to_mxfp4
+from tests.tiny_checkpoints import tensors_in
 from tests.tiny_models import build, by_name, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token")
@@ -65,6 +66,22 @@ def test_loaded_as_transformers_dequantizes(name: str, tmp_path: Path) -> None:
     # FP8 rounds to 1/16 of a number at most, MXFP4 to 1/3 of the largest of a block of 32.
     worst = max(float((theirs[k].float() - original[k].float()).abs().max()) for k in original)
     assert 0 < worst < 0.12
+
+
+@pytest.mark.parametrize("engine", ["memory", "streaming"])
+def test_what_a_class_loads_in_float32_is_foretold(engine: str, tmp_path: Path) -> None:
+    """Routers and their biases, in float32 whatever the rest is."""
+    build("glm4_moe", dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
+    checkpoint = to_fp8(tmp_path / "plain", tmp_path / "quantized")
+    out = tmp_path / "out"
+    compressor = compressor_of(checkpoint, dequantize=True, engine=engine, output_dir=out)
+    foretold = compressor.preview().after.bytes
+    compressor.apply()
+    stored = tensors_in(out)
+    assert {name for name, tensor in stored.items() if tensor.dtype == torch.float32} == {
+        f"model.layers.{layer}.mlp.gate.{part}" for layer in (1, 2) for part in ("weight", "e_score_correction_bias")
+    }
+    assert sum(tensor.nbytes for tensor in stored.values()) == foretold
 
 
 @pytest.mark.parametrize("block", [(16, 16), (128, 128), (12, 40)])

@@ -41,7 +41,13 @@ from optimum_moe.checkpoint.quantized import (
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, ShardReader
 from optimum_moe.checkpoint.refusals import check_model, refuse_arguments
 from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
-from optimum_moe.hf.compat import auto_class_gives, auto_class_knows, model_from_config
+from optimum_moe.hf.compat import (
+    auto_class_gives,
+    auto_class_knows,
+    build_glob_alternation,
+    model_from_config,
+    patterns_in_float32,
+)
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.settings import nearest
 from optimum_moe.surgeons import (
@@ -331,17 +337,22 @@ def _from_headers(source: ModelSource, skeleton: PreTrainedModel) -> ModelSource
     assert source.headers is not None
     headers, dtype = source.headers, source.load_arguments["dtype"]
     blocks = tuple(find_blocks(skeleton))
-    itemsize, plain = headers.itemsize, headers
+    itemsize, plain, wide = headers.itemsize, headers, frozenset[str]()
     if not source.as_stored:
         asked: Any = source.config.dtype if dtype in ("auto", None) else dtype
         itemsize = _dtype(asked).itemsize
+        patterns = patterns_in_float32(skeleton, _dtype(asked))
+        is_wide = build_glob_alternation(patterns)[0].search if patterns else lambda name: None
+        wide = frozenset(filter(is_wide, skeleton.state_dict()))
+    more = torch.float32.itemsize - itemsize
     if source.quantization is not None:
         plain = unpacked(headers, int(itemsize))
     # With the user's renaming of tensors the checkpoint is checked when it is loaded.
     if not source.load_arguments.get("key_mapping"):
         refuse_incomplete(source.name, skeleton, plain, blocks)
-    size = headers.bytes if source.as_stored else int(plain.parameters * itemsize)
-    blocks = with_itemsizes(blocks, skeleton, lambda name, tensor: itemsize)
+    widened = sum(tensor.numel() for name, tensor in skeleton.state_dict().items() if name in wide)
+    size = headers.bytes if source.as_stored else int(plain.parameters * itemsize + widened * more)
+    blocks = with_itemsizes(blocks, skeleton, lambda name, tensor: itemsize + more * (name in wide))
     if source.as_stored and len(headers.dtypes) > 1:
         stored = CheckpointTensors(CheckpointReader(skeleton, headers.tensors, cast=False), headers, no_numbers)
         blocks = with_itemsizes(blocks, skeleton, stored.itemsize, stored.mixed())

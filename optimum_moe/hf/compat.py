@@ -47,6 +47,7 @@ INTERNALS: dict[str, tuple[str, str]] = {
     "PrefixChange": ("transformers.core_model_loading", "left out when a model is saved"),
     "WeightConverter": ("transformers.core_model_loading", "how stored tensors become those of a model"),
     "WeightRenaming": ("transformers.core_model_loading", "under which name a stored tensor is loaded"),
+    "build_glob_alternation": ("transformers.core_model_loading", "which tensors a plan of dtypes means"),
     "dot_natural_key": ("transformers.core_model_loading", "the order in which stored experts are stacked"),
     "get_model_conversion_mapping": (
         "transformers.conversion_mapping",
@@ -74,6 +75,7 @@ ATTRIBUTES: dict[str, tuple[str, str]] = {
     "_dequantize_one": ("transformers.integrations.finegrained_fp8:Fp8Dequantize", "overridden in `hf.fp8`"),
     "_experts_implementation": ("transformers:PreTrainedConfig", "see `experts_implementation`"),
     "_from_config": ("transformers:PreTrainedModel", "see `model_from_config`"),
+    "_get_dtype_plan": ("transformers:PreTrainedModel", "see `patterns_in_float32`"),
     "_get_target_dtype": ("transformers.integrations.finegrained_fp8:Fp8Dequantize", "used in `hf.fp8`"),
     "_is_expert_parallel": ("transformers.integrations.moe", "see `accept_sentinels`"),
     "_is_hf_initialized": ("transformers.modeling_utils", "see `mark_initialized`"),
@@ -188,6 +190,11 @@ def _models_of(name: str) -> Mapping[type, Any]:
     task = name.removeprefix("AutoModel").removeprefix("For")
     words = _IRREGULAR.get(task) or _NO_WORD_ENDS.sub("_", task).upper()
     return getattr(transformers, f"MODEL_FOR_{words}_MAPPING" if task else "MODEL_MAPPING", {})
+
+
+def patterns_in_float32(model: Any, dtype: torch.dtype) -> list[str]:
+    """Patterns of the tensors that `from_pretrained(dtype=dtype)` loads in float32 nevertheless."""
+    return list(model._get_dtype_plan(dtype))
 
 
 def names_not_saved(model: Any) -> list[str]:

@@ -111,7 +111,8 @@ def expected_preview(source: ModelSource, remaining: ModelSource, recipe: Recipe
         before = original_cost(source.skeleton, list(source.blocks), source.info)
         cost = replace(cost, before=before, layers=(_num_layers(source), _num_layers(remaining)))
     counts = {name: after for name, (_, after) in cost.counts.items()}
-    gone, size = mtp.removed(counts, recipe.routing)
+    # Those that are numbered as further layers are gone from `remaining` already.
+    gone, size = replace(mtp, source=remaining).removed(counts, recipe.routing)
     after = replace(cost.after, parameters=cost.after.parameters - gone, bytes=cost.after.bytes - size)
     return replace(cost, after=after)
 

@@ -491,13 +491,18 @@ class ByteBudget(FormattingStage):
     def costs(self, model: ModelInfo, before: Mapping[str, BlockCost]) -> dict[str, BlockCost]:
         """Bounds of the costs: from no expert at all to the whole budget."""
         chosen = selected_blocks(model.original, self.layers, self.protect)
-        share = self._budget(model.original, chosen) / _stored(chosen)
+        # Earlier stages may have left less than the budget, or more in some blocks than in others.
+        left = sum(
+            _stored([block]) * before[block.name].parameters / (block.num_experts * block.expert_parameters)
+            for block in chosen
+        )
+        share = min(1.0, self._budget(model.original, chosen) / left)
         costs = dict(before)
         for block in chosen:
             cost = before[block.name]
             costs[block.name] = replace(
                 cost,
-                parameters=min(cost.parameters, share * cost.original_experts * block.expert_parameters),
+                parameters=share * cost.parameters,
                 multiply_adds=(0.0, cost.active[1] * block.expert_multiply_adds),
                 stock=self.runtime.is_stock,
             )
