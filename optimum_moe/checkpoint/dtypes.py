@@ -1,8 +1,15 @@
-"""Torch dtypes by their names in safetensors headers; apart from `headers`, which needs no torch."""
+"""Torch dtypes by their names in safetensors headers, and those that models run in.
+
+Apart from `headers`, which needs no torch.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from optimum_moe.hf.compat import build_glob_alternation, patterns_in_float32
 
 DTYPES = {
     "F64": torch.float64,
@@ -20,3 +27,11 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Torch dtypes by their names in headers."""
+
+
+def names_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
+    """The tensors of a model that `from_pretrained(dtype=dtype)` loads in float32 nevertheless."""
+    patterns = patterns_in_float32(model, dtype)
+    if not patterns:
+        return frozenset()
+    return frozenset(filter(build_glob_alternation(patterns)[0].search, model.state_dict()))

@@ -27,6 +27,7 @@ from optimum_moe.checkpoint.checkpoint_tensors import (
     refuse_larger_than_file,
     with_itemsizes,
 )
+from optimum_moe.checkpoint.dtypes import names_in_float32
 from optimum_moe.checkpoint.headers import Headers, header_bytes
 from optimum_moe.checkpoint.location import HUB_ARGUMENTS, config_and_headers
 from optimum_moe.checkpoint.missing import lacking, refuse_lacking
@@ -41,13 +42,7 @@ from optimum_moe.checkpoint.quantized import (
 from optimum_moe.checkpoint.reader import CheckpointReader, Get, ShardReader
 from optimum_moe.checkpoint.refusals import check_model, refuse_arguments
 from optimum_moe.checkpoint.system import native_path, readable_path, utf8_path
-from optimum_moe.hf.compat import (
-    auto_class_gives,
-    auto_class_knows,
-    build_glob_alternation,
-    model_from_config,
-    patterns_in_float32,
-)
+from optimum_moe.hf.compat import auto_class_gives, auto_class_knows, model_from_config
 from optimum_moe.model_info import ModelInfo
 from optimum_moe.settings import nearest
 from optimum_moe.surgeons import (
@@ -341,9 +336,7 @@ def _from_headers(source: ModelSource, skeleton: PreTrainedModel) -> ModelSource
     if not source.as_stored:
         asked: Any = source.config.dtype if dtype in ("auto", None) else dtype
         itemsize = _dtype(asked).itemsize
-        patterns = patterns_in_float32(skeleton, _dtype(asked))
-        is_wide = build_glob_alternation(patterns)[0].search if patterns else lambda name: None
-        wide = frozenset(filter(is_wide, skeleton.state_dict()))
+        wide = names_in_float32(skeleton, _dtype(asked))
     more = torch.float32.itemsize - itemsize
     if source.quantization is not None:
         plain = unpacked(headers, int(itemsize))

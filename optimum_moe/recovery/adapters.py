@@ -1,11 +1,12 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) on all matrices of a model, merged into them after the training."""
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on the matrices of a model, merged into them after the training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 
@@ -14,20 +15,22 @@ class Adapters:
 
     Args:
         model: The model; adapters are put into it.
-        names: Parameters of which the matrices are adapted: linear layers and stacks of experts, no output layer.
+        names: Parameters of which the matrices are adapted: linear layers, routers and stacks of experts; no output
+            layer, no convolution, and nothing that kernels of a state-space mixer read by themselves.
         rank: Of each adapter.
     """
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str], rank: int) -> None:
         from peft import LoraConfig, LoraModel
 
-        linear = {f"{path}.weight": path for path, module in model.named_modules() if _is_plain(module)}
+        modules = dict(model.named_modules())
+        linear = {f"{path}.weight": path for path, module in modules.items() if type(module) is nn.Linear}
         output: Any = model.get_output_embeddings()
         self.names = [
             name
             for name in names
             if model.get_parameter(name).dim() in (2, 3)
-            and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+            and _takes_an_adapter(modules, name.rpartition(".")[0])
             and (output is None or model.get_parameter(name) is not output.weight)
         ]
         config = LoraConfig(
@@ -43,5 +46,10 @@ class Adapters:
         self._tuner.merge_and_unload()
 
 
-def _is_plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear
+def _takes_an_adapter(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Whether the matrices of a module multiply its inputs, and are read by itself."""
+    module, (mixer, _, name) = modules[path], path.rpartition(".")
+    # Fused kernels of a mixer with a convolution read the weight of its output projection without calling it.
+    fused = name == "out_proj" and any(isinstance(beside, _ConvNd) for beside in modules[mixer].children())
+    nested = any(child.state_dict() for child in module.children())
+    return not isinstance(module, nn.Embedding | _ConvNd) and not nested and not fused

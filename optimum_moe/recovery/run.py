@@ -37,7 +37,7 @@ from optimum_moe.recovery.adapters import Adapters
 from optimum_moe.recovery.data import DataSettings, RecoveryData, read_data
 from optimum_moe.recovery.objective import Objective
 from optimum_moe.recovery.row_pruning import RowPruning
-from optimum_moe.recovery.student import Student, dtypes_of, narrowed, open_student, write_student
+from optimum_moe.recovery.student import Student, narrowed, open_student, write_student
 from optimum_moe.recovery.teacher import ModelTeacher, StoredTeacher, Teacher, is_stored
 from optimum_moe.recovery.trainable import trained_names
 from optimum_moe.recovery.trainer import (
@@ -178,13 +178,13 @@ def recover(
     with owned(directory, overwrite), training_states(directory, overwrite) as states:
         run = _Run(student, teacher, _title(teacher), names, read, recovery, states, seed, progress)
         trained, record = run.train()
-        if directory is None:
-            return Recovered(trained, record)
-        with written_beside(directory, overwrite) as beside:
-            write_student(trained, student, record.names, beside)
-            if student.folder is None and hasattr(tokenizer, "save_pretrained"):
-                tokenizer.save_pretrained(beside)
-            describe_recovery(beside, readable_path(directory.name), record)
+        if directory is not None:
+            with written_beside(directory, overwrite) as beside:
+                write_student(trained, student, record.names, beside)
+                if student.folder is None and hasattr(tokenizer, "save_pretrained"):
+                    tokenizer.save_pretrained(beside)
+                describe_recovery(beside, readable_path(directory.name), record)
+        narrowed(trained, run.runs_in)
     return Recovered(trained, record, directory)
 
 
@@ -260,18 +260,18 @@ class _Run:
         self.objective = Objective(settings.alpha, settings.temperature, settings.task_weight, settings.hidden_weight)
         self.rate = settings.learning_rate or LEARNING_RATES[settings.train]
         self.stored = student.stored_dtypes(names)
-        # A model in memory gets its own dtypes back, a loaded one those of its checkpoint.
-        self.dtypes = self.stored if student.folder is not None else dtypes_of(student.skeleton)
+        self.runs_in = student.running_dtypes()
 
     def train(self) -> tuple[PreTrainedModel, TrainingRecord]:
-        """The trained student in its own dtypes, and the record."""
+        """The trained student with its stored bits, and the record."""
         model = self.student.load()
         learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         model.requires_grad_(False)
         try:
             return model.eval(), self._trained(model)
         finally:
-            narrowed(model, self.dtypes)
+            # A checkpoint may store more bits of what was trained than its model runs with.
+            narrowed(model, self.runs_in | self.stored)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in learned)
 
@@ -285,7 +285,15 @@ class _Run:
                 model.get_parameter(name).requires_grad_(True)
         resumed = self._resumed(model)
         trainer = self._trainer(model, resumed)
-        before = self._started(trainer, resumed)
+        try:
+            before = self._started(trainer, resumed)
+        except AttributeError as error:
+            if adapters is None:
+                raise
+            raise ValueError(
+                f"PEFT cannot adapt {type(model).__name__}, which reads weights of its experts from outside of their "
+                f"module ({error}). Pass train='experts' or train='full'."
+            ) from error
         with quiet_trainer():
             trainer.train(resume_from_checkpoint=resumed)
         best_step, stopped = self._restore(trainer)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_moe.checkpoint.checkpoint_tensors import built
-from optimum_moe.checkpoint.dtypes import DTYPES
+from optimum_moe.checkpoint.dtypes import DTYPES, names_in_float32
 from optimum_moe.checkpoint.headers import INDEX_FILE, Headers, read_headers
 from optimum_moe.checkpoint.location import raw_config
 from optimum_moe.checkpoint.names import check_checkpoint_name
@@ -49,6 +49,14 @@ class Student:
             return widened(self.skeleton)
         cls: Any = type(self.skeleton)
         return cls.from_pretrained(self.folder, dtype=torch.float32)
+
+    def running_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes of all parameters and buffers, of a checkpoint those in which `from_pretrained` loads it."""
+        found, said = dtypes_of(self.skeleton), self.skeleton.config.dtype
+        if self.folder is not None and said is not None:
+            dtype: torch.dtype = getattr(torch, str(said).removeprefix("torch."))
+            found |= dict.fromkeys(names_in_float32(self.skeleton, dtype), torch.float32)
+        return found
 
     def stored_dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
         """The dtype of each of these parameters in the checkpoint, or in the model in memory."""

@@ -53,6 +53,11 @@ class ModelTeacher:
     def predict(self, split: str, index: int, inputs: Inputs) -> Prediction:
         """See `Teacher.predict`."""
         output = self.model(**model_inputs(inputs), use_cache=False, output_hidden_states=self._with_hidden)
+        if "logits" not in output:
+            raise ValueError(
+                f"{type(self.model).__name__} has no head, and what a student learns are predictions of tokens. "
+                "Compress and train the model with its head, such as AutoModelForCausalLM (auto_class=)."
+            )
         return Prediction(output.logits, hidden_states(output) if self._with_hidden else ())
 
 

@@ -18,8 +18,8 @@ from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.recovery import Recovered, recover, store_teacher_logits
 from optimum_moe.recovery.run import default_rate
 from optimum_moe.recovery.trainer import step_share
-from tests.test_reload import assert_same_tensors
-from tests.tiny_models import build, inputs_for
+from tests.test_reload import assert_same_tensors, move_out_of_the_file
+from tests.tiny_models import build, inputs_for, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Calibration gave no token", "ignore:Training never lowered")
 
@@ -128,6 +128,48 @@ def test_everything_of_a_kind_trains(student: str, train: str, folders: Path, tm
         assert not any("norm" in name or "embed" in name or "lm_head" in name for name in result.record.names)
     assert verify(tmp_path / "out", folders / "teacher").passed
     assert_same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), result.model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "glm4_moe", "kimi_linear", "gpt_oss"])
+def test_a_trained_model_runs_as_its_checkpoint_does(name: str, tmp_path: Path) -> None:
+    """In bfloat16, but for what its class keeps in float32."""
+    build(name, dtype=torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    data = [inputs_for(name, rows=4, length=32, seed=seed) for seed in range(4)]
+    compressor = MoECompressor.from_pretrained(tmp_path / "teacher", PRUNED, CalibrationConfig(data), progress=False)
+    compressor.apply()
+    compressor.save_pretrained(tmp_path / "student")
+    given = {"teacher": tmp_path / "teacher", "data": data[:3], "held_out": data[3:], "train": "experts"}
+    result = recover(tmp_path / "student", output_dir=tmp_path / "out", **given, max_tokens=300, progress=False)
+    loaded, inputs = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), inputs_for(name)
+    dtypes = [{n: t.dtype for n, t in model.state_dict().items()} for model in (result.model, loaded)]
+    assert dtypes[0] == dtypes[1]
+    move_out_of_the_file(loaded)
+    assert torch.equal(logits_of(result.model, inputs), logits_of(loaded, inputs))
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "jamba"])
+def test_adapters_leave_state_space_mixers_alone(name: str) -> None:
+    """Their convolutions, and the output projections that fused kernels read."""
+    original, data = build(name), [inputs_for(name, rows=4, length=32, seed=seed) for seed in range(4)]
+    student = MoECompressor.from_pretrained(build(name), ExpertPruning(num_experts=4, saliency="aimer")).apply()
+    given = {"teacher": original, "data": data[:3], "held_out": data[3:], "train": "lora"}
+    names = recover(student, **given, max_tokens=300, progress=False).record.names
+    assert any("experts" in name for name in names)
+    assert not any("conv1d" in name or "out_proj" in name or "A_log" in name for name in names)
+
+
+def test_adapters_of_weights_that_others_read_are_refused() -> None:
+    data = [inputs_for("dbrx", rows=4, length=32, seed=seed) for seed in range(2)]
+    given = {"teacher": build("dbrx"), "data": data[:1], "held_out": data[1:], "train": "lora"}
+    with pytest.raises(ValueError, match=r"PEFT cannot adapt DbrxForCausalLM.* Pass train='experts'"):
+        recover(build("dbrx"), **given, max_tokens=128, progress=False)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    data = [inputs_for("ernie4_5_vl_moe", rows=4, length=32, seed=seed) for seed in range(2)]
+    given = {"teacher": build("ernie4_5_vl_moe"), "data": data[:1], "held_out": data[1:]}
+    with pytest.raises(ValueError, match=r"Ernie4_5_VLMoeTextModel has no head, .* \(auto_class=\)"):
+        recover(build("ernie4_5_vl_moe"), **given, max_tokens=128, progress=False)
 
 
 def test_disturbed_routers_find_back(folders: Path) -> None:
