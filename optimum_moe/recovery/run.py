@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from optimum_moe.calibration.observe import running_part
 from optimum_moe.checkpoint.destination import check_destination, owned, remove, training_folder, written_beside
 from optimum_moe.checkpoint.source import ModelSource, load_tokenizer
 from optimum_moe.checkpoint.system import readable_path
@@ -198,8 +199,14 @@ def training_data(model: PreTrainedModel, tokenizer: Any, recovery: Recovery, se
         seed: Seed of the choice and order of documents, unless the data have one of their own.
 
     Raises:
-        ValueError: If there is too little text, or some is on both sides.
+        ValueError: If there is too little text, some is on both sides, or the model has no forward pass of its own.
     """
+    part = running_part(model)
+    if part is not model:
+        raise ValueError(
+            f"{type(model).__name__} has no forward pass of its own, so there are no predictions to learn. Train "
+            f"{type(part).__name__} by itself, `model.thinker`, with the thinker of the original as teacher=."
+        )
     amount = DataSettings(recovery.max_tokens, recovery.held_out, recovery.held_out_share, seed)
     return read_data(model, tokenizer, recovery.data, amount)
 

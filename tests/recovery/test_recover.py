@@ -18,6 +18,7 @@ from optimum_moe.checkpoint.training_record import TrainingRecord
 from optimum_moe.recovery import Recovered, recover, store_teacher_logits
 from optimum_moe.recovery.run import default_rate
 from optimum_moe.recovery.trainer import step_share
+from tests.composites_table import build_composite, composite_named, inputs_with_media
 from tests.test_reload import assert_same_tensors, move_out_of_the_file
 from tests.tiny_models import build, inputs_for, logits_of
 
@@ -170,6 +171,16 @@ def test_a_model_without_a_head_is_refused() -> None:
     given = {"teacher": build("ernie4_5_vl_moe"), "data": data[:1], "held_out": data[1:]}
     with pytest.raises(ValueError, match=r"Ernie4_5_VLMoeTextModel has no head, .* \(auto_class=\)"):
         recover(build("ernie4_5_vl_moe"), **given, max_tokens=128, progress=False)
+
+
+def test_a_model_whose_part_runs_is_refused() -> None:
+    composite = composite_named("qwen3_omni_moe")
+    data = [inputs_with_media(composite, seed=seed) for seed in range(2)]
+    given = {"teacher": build_composite(composite), "data": data[:1], "held_out": data[1:]}
+    with pytest.raises(
+        ValueError, match=r"Qwen3OmniMoeForConditionalGeneration has no forward pass .* `model\.thinker`"
+    ):
+        recover(build_composite(composite), **given, max_tokens=128, progress=False)
 
 
 def test_disturbed_routers_find_back(folders: Path) -> None:
