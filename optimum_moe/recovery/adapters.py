@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Adapters:
@@ -50,6 +51,6 @@ def _takes_an_adapter(modules: Mapping[str, nn.Module], path: str) -> bool:
     """Whether the matrices of a module multiply its inputs, and are read by itself."""
     module, (mixer, _, name) = modules[path], path.rpartition(".")
     # Fused kernels of a mixer with a convolution read the weight of its output projection without calling it.
-    fused = name == "out_proj" and any(isinstance(beside, _ConvNd) for beside in modules[mixer].children())
+    fused = name == "out_proj" and any(isinstance(beside, CONVOLUTIONS) for beside in modules[mixer].children())
     nested = any(child.state_dict() for child in module.children())
-    return not isinstance(module, nn.Embedding | _ConvNd) and not nested and not fused
+    return not isinstance(module, (nn.Embedding, *CONVOLUTIONS)) and not nested and not fused
