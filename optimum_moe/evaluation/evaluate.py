@@ -71,7 +71,8 @@ def evaluate_many(
     """Measure several models on the same held-out text; the reference runs once for all of them.
 
     Args:
-        models: by name, decoder-only models or paths (loaded with `AutoModelForCausalLM`); all are in memory at once.
+        models: by name, decoder-only models or paths (loaded with the class that the config names); all are in memory
+            at once.
         text: held-out text, any `CalibrationConfig.source`, or such a config (of which only the source and the text
             column are used). A stream is read to its end. Where it names domains, as {domain: path} or in a "domain"
             column, each is measured on its own, with as much text, questions and prompts as the settings say, and all

@@ -11,8 +11,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from optimum_moe.calibration.observe import running_part
+from optimum_moe.checkpoint.source import model_class
 from optimum_moe.checkpoint.system import utf8_path
 
 ModelOrPath: TypeAlias = PreTrainedModel | str | os.PathLike[str]
@@ -21,16 +23,18 @@ ModelOrPath: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 def load_models(models: Iterable[tuple[str, ModelOrPath]]) -> list[PreTrainedModel]:
     """Models from (name for errors, model or path); a path or Hub id is loaded once, in its stored dtype.
 
+    A checkpoint is loaded with the class that its config names. Of an omni model it is the thinker that predicts text.
+
     Raises:
         ValueError: an encoder-decoder model, or something that is neither a model nor a path.
     """
     loaded: list[PreTrainedModel] = []
-    by_path: dict[str, PreTrainedModel] = {}
+    by_path: dict[str, Any] = {}
     for name, model in models:
         if isinstance(model, str | os.PathLike):
             path = os.fspath(model)
             if path not in by_path:
-                by_path[path] = AutoModelForCausalLM.from_pretrained(path)
+                by_path[path] = model_class(AutoConfig.from_pretrained(path)).from_pretrained(path)
             model = by_path[path]
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"{name} is a {type(model).__name__}. Pass a PreTrainedModel, or a path to one.")
@@ -40,7 +44,7 @@ def load_models(models: Iterable[tuple[str, ModelOrPath]]) -> list[PreTrainedMod
                 "plain text has no separate decoder input, and with the same text as input the decoder only copies. "
                 "Measure it on pairs of input and target with `score_examples`, or pass a decoder-only model."
             )
-        loaded.append(model)
+        loaded.append(running_part(model))
     return loaded
 
 
@@ -81,7 +85,13 @@ def logits_of(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor 
     extra: dict[str, Any] = {"logits_to_keep": last} if last and _keeps_logits(model) else {}
     if attention_mask is not None:
         extra["attention_mask"] = attention_mask.to(model.device)
-    logits: Tensor = model(input_ids=input_ids.to(model.device), use_cache=False, **extra).logits
+    output = model(input_ids=input_ids.to(model.device), use_cache=False, **extra)
+    if "logits" not in output:
+        raise ValueError(
+            f"{type(model).__name__} has no head, so there are no predictions to measure. Pass the model with its "
+            "head, such as AutoModelForCausalLM loads."
+        )
+    logits: Tensor = output.logits
     return logits[:, -last:]
 
 
