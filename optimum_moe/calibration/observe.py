@@ -21,11 +21,12 @@ from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.gradients import differentiable, gives_logits, sampled_loss
 from optimum_moe.calibration.layer_watch import watch_layers
 from optimum_moe.calibration.masks import padding_mask, rows_in_layer, text_blocks
-from optimum_moe.calibration.modalities import placeholders, token_modalities, with_modalities
+from optimum_moe.calibration.modalities import Placeholders, placeholders, token_modalities, with_modalities
 from optimum_moe.calibration.random_draws import generator_for
 from optimum_moe.calibration.recorder import BlockRecorder, joined
 from optimum_moe.calibration.residual import residual_before
 from optimum_moe.memory_errors import explanation, ran_out
+from optimum_moe.model_info import BlockInfo
 from optimum_moe.ranks import SINGLE, Ranks
 from optimum_moe.statistics import STANDARD, BlockStatistics, Statistics
 from optimum_moe.surgeons import FoundBlock
@@ -168,13 +169,8 @@ def _recorded(
         for number, batch in tqdm(numbered, desc="calibrate", disable=not (progress and ranks.writes)):
             inputs = placed(batch, model)
             for found in blocks:
-                its_text = found.info.name in in_text
-                recorders[found.info.name].expect(
-                    number,
-                    padding_mask(inputs, found.info, its_text),
-                    token_modalities(inputs, found.info, its_text, known) if "modalities" in needs else None,
-                    rows_in_layer(inputs, found.info),
-                )
+                recorder, its_text = recorders[found.info.name], found.info.name in in_text
+                expect_tokens(recorder, number, inputs, found.info, its_text, known)
             output = part(**inputs, **extra)
             if going_back is None:
                 # Without gradients a stage measures output errors, and warns.
@@ -183,6 +179,32 @@ def _recorded(
             for draw in range(draws if going_back else 0):
                 sampled_loss(part, output, inputs, labels).backward(retain_graph=draw + 1 < draws)
     return recorders
+
+
+def expect_tokens(
+    recorder: BlockRecorder,
+    number: int,
+    inputs: Mapping[str, Any],
+    block: BlockInfo,
+    in_text: bool,
+    known: Placeholders,
+) -> None:
+    """Tell the recorder of a block what the tokens of the next forward pass are.
+
+    Args:
+        recorder: The recorder.
+        number: Number of the batch.
+        inputs: The batch.
+        block: The block.
+        in_text: Whether it is one of the `text_blocks`.
+        known: The model's placeholders.
+    """
+    recorder.expect(
+        number,
+        padding_mask(inputs, block, in_text),
+        token_modalities(inputs, block, in_text, known) if "modalities" in recorder.needs else None,
+        rows_in_layer(inputs, block),
+    )
 
 
 def check_observed(statistics: Statistics, stacklevel: int = 2) -> None:

@@ -332,20 +332,21 @@ def _from_headers(source: ModelSource, skeleton: PreTrainedModel) -> ModelSource
     assert source.headers is not None
     headers, dtype = source.headers, source.load_arguments["dtype"]
     blocks = tuple(find_blocks(skeleton))
-    itemsize, plain, wide = headers.itemsize, headers, frozenset[str]()
+    itemsize, plain, more = headers.itemsize, headers, dict[str, float]()
     if not source.as_stored:
         asked: Any = source.config.dtype if dtype in ("auto", None) else dtype
         itemsize = _dtype(asked).itemsize
-        wide = names_in_float32(skeleton, _dtype(asked))
-    more = torch.float32.itemsize - itemsize
+        more = dict.fromkeys(names_in_float32(skeleton, _dtype(asked)), torch.float32.itemsize - itemsize)
     if source.quantization is not None:
         plain = unpacked(headers, int(itemsize))
     # With the user's renaming of tensors the checkpoint is checked when it is loaded.
     if not source.load_arguments.get("key_mapping"):
         refuse_incomplete(source.name, skeleton, plain, blocks)
-    widened = sum(tensor.numel() for name, tensor in skeleton.state_dict().items() if name in wide)
-    size = headers.bytes if source.as_stored else int(plain.parameters * itemsize + widened * more)
-    blocks = with_itemsizes(blocks, skeleton, lambda name, tensor: itemsize + more * (name in wide))
+    size = headers.bytes
+    if not source.as_stored:
+        state = skeleton.state_dict()
+        size = int(plain.parameters * itemsize + sum(state[name].numel() * each for name, each in more.items()))
+    blocks = with_itemsizes(blocks, skeleton, lambda name, tensor: itemsize + more.get(name, 0))
     if source.as_stored and len(headers.dtypes) > 1:
         stored = CheckpointTensors(CheckpointReader(skeleton, headers.tensors, cast=False), headers, no_numbers)
         blocks = with_itemsizes(blocks, skeleton, stored.itemsize, stored.mixed())

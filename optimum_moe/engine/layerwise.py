@@ -15,9 +15,9 @@ import torch
 from optimum_moe.calibration.data import CalibrationBatches, CalibrationConfig
 from optimum_moe.calibration.gradients import differentiable
 from optimum_moe.calibration.layer_watch import LAYER_OBSERVATIONS, run_layer
-from optimum_moe.calibration.masks import padding_mask, rows_in_layer, text_blocks
-from optimum_moe.calibration.modalities import placeholders, token_modalities, with_modalities
-from optimum_moe.calibration.observe import backward_calls, forward_calls, placed, without_cache
+from optimum_moe.calibration.masks import text_blocks
+from optimum_moe.calibration.modalities import placeholders, with_modalities
+from optimum_moe.calibration.observe import backward_calls, expect_tokens, forward_calls, placed, without_cache
 from optimum_moe.calibration.recorder import BlockRecorder
 from optimum_moe.calibration.residual import residual_before
 from optimum_moe.checkpoint.system import return_freed
@@ -225,14 +225,9 @@ class LayerwiseRun:
     ) -> None:
         for runner, (number, inputs) in zip(runners, rows, strict=True):
             for found in layer.blocks:
-                block, in_text = found.info, found.info.name in self._in_text
-                modalities = "modalities" in self.needs
-                recorders[block.name].expect(
-                    number,
-                    padding_mask(inputs, block, in_text),
-                    token_modalities(inputs, block, in_text, self._placeholders) if modalities else None,
-                    rows_in_layer(inputs, block),
-                )
+                block = found.info
+                in_text = block.name in self._in_text
+                expect_tokens(recorders[block.name], number, inputs, block, in_text, self._placeholders)
             runner.advance()
             # The allocator keeps freed memory per thread, so return it before the next thread runs.
             return_freed()
