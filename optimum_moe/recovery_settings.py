@@ -19,7 +19,7 @@ _COUNTS = ("max_tokens", "lora_rank")
 _TRAINS = {
     "router": "routers and norms",
     "experts": "experts, routers and norms",
-    "lora": "adapters of all matrices",
+    "lora": "adapters of linear layers, routers and stacks of experts",
     "full": "all parameters",
 }
 
@@ -33,7 +33,8 @@ class Recovery:
 
     Args:
         train: `"router"` (routers and norms; default), `"experts"` (also everything that is stored of the experts),
-            `"lora"` (adapters of all matrices, merged at the end; needs PEFT), or `"full"`.
+            `"lora"` (adapters of linear layers, routers and stacks of experts, merged at the end; needs PEFT), or
+            `"full"`.
         max_tokens: Tokens to train on, such as 300_000 (the default) or "300k"; a shorter text is read several times.
         data: Text to train on: whatever `calibration=` of `MoECompressor.from_pretrained` takes. None (default) for
             the text of the calibration. Rows have 512 tokens and steps 4 rows, unless the data say otherwise.

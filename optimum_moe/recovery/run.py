@@ -123,7 +123,7 @@ def recover(
         data: Text to train on: whatever `calibration=` of `MoECompressor.from_pretrained` takes. Rows have 512 tokens,
             or as many as the model has positions, and steps 4 rows, unless a `CalibrationConfig` says otherwise.
         train: `"router"` (routers and norms), `"experts"` (also everything that is stored of the experts), `"lora"`
-            (adapters of all matrices, merged at the end; needs PEFT), or `"full"`.
+            (adapters of linear layers, routers and stacks of experts, merged at the end; needs PEFT), or `"full"`.
         max_tokens: Tokens to train on, such as 300_000 (the default) or "300k"; a shorter text is read several times.
         output_dir: Folder of the result: the files of the student, with other values of what was trained.
         held_out: Other text to measure on; by default documents of `data`.
